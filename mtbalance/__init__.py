@@ -1,0 +1,35 @@
+"""Balance the tasks of a multi-task model: any loss weighting with any gradient strategy.
+
+A :class:`Balancer` stands where ``loss.backward()`` stood in the training loop:
+
+>>> import torch
+>>> from mtbalance.gradient import CAGrad
+>>> from mtbalance.weighting import DWA
+>>> trunk, head_a, head_b = (torch.nn.Linear(4, n) for n in (4, 1, 1))
+>>> balancer = Balancer(DWA(), CAGrad(c=0.4), tasks=("a", "b"), shared=trunk)
+>>> h = trunk(torch.ones(8, 4))
+>>> record = balancer.backward({"a": head_a(h).square().mean(), "b": head_b(h).mean()})
+>>> _ = balancer.end_epoch()
+
+Weightings live in ``mtbalance.weighting``, gradient strategies in ``mtbalance.gradient``.
+"""
+
+from mtbalance._balancer import Balancer
+from mtbalance._factory import PAPER_COMBINATIONS, make_balancer
+from mtbalance._record import EpochSummary, Record
+from mtbalance._split import Explanation
+from mtbalance.gradient import GradientStrategy, GramianStrategy
+from mtbalance.weighting import Weighting
+
+__all__ = [
+    "PAPER_COMBINATIONS",
+    "Balancer",
+    "EpochSummary",
+    "Explanation",
+    "GradientStrategy",
+    "GramianStrategy",
+    "Record",
+    "Weighting",
+    "make_balancer",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,210 @@
+"""Argument checks, one wording: "`name` must be RULE, but got VALUE." plus the remedy."""
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def check_at_least(name: str, value: float, bound: float) -> float:
+    """Return ``value`` as a float if it is a finite number of at least ``bound``."""
+    if not (math.isfinite(value) and value >= bound):
+        raise ValueError(f"`{name}` must be at least {bound}, but got {value}.")
+    return float(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` as a float if it is a finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be positive, but got {value}.")
+    return float(value)
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Return ``value`` as a float if it lies between 0 and 1, both included."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be between 0 and 1, but got {value}.")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        known = ", ".join(map(repr, choices))
+        hint = nearest(str(value), [str(choice) for choice in choices])
+        raise ValueError(f"`{name}` must be one of {known}, but got {value!r}.{hint}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known word nearest to ``word``, or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def check_gradients(gradients: Tensor) -> None:
+    """Raise unless ``gradients`` is a real floating-point matrix of at least one row."""
+    if not isinstance(gradients, Tensor):
+        raise TypeError(
+            "`gradients` must be a tensor of shape (m, p), one row per task, but got "
+            f"{type(gradients).__name__}. Stack the rows with torch.stack."
+        )
+    if gradients.ndim != 2 or len(gradients) == 0:
+        raise ValueError(
+            "`gradients` must have shape (m, p) with one row per task and m at least 1, "
+            f"but got shape {tuple(gradients.shape)}."
+        )
+    if not gradients.is_floating_point():
+        raise TypeError(f"`gradients` must be real and floating-point, but got {gradients.dtype}.")
+
+
+def check_gramian(gramian: Tensor) -> None:
+    """Raise unless ``gramian`` is a square matrix of at least one row."""
+    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
+        raise ValueError(
+            "`gramian` must have shape (m, m) with m at least 1, "
+            f"but got shape {tuple(gramian.shape)}."
+        )
+
+
+def check_losses(losses: Tensor) -> None:
+    """Raise unless ``losses`` is a real floating-point vector with at least one entry."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            "`losses` must be a tensor of shape (m,), one loss per task, but got "
+            f"{type(losses).__name__}. Stack the losses with torch.stack."
+        )
+    if losses.ndim != 1 or len(losses) == 0:
+        raise ValueError(
+            "`losses` must have shape (m,) with one loss per task and m at least 1, "
+            f"but got shape {tuple(losses.shape)}."
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"`losses` must be real and floating-point, but got {losses.dtype}.")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {type(value).__name__}.")
+
+
+def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the names as a tuple if they are distinct, non-empty strings."""
+    if isinstance(tasks, str):
+        raise TypeError(
+            f"`tasks` must be a sequence of names, but got the string {tasks!r}. "
+            f"For one task, give ({tasks!r},)."
+        )
+    names = tuple(tasks)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"`tasks` must hold non-empty strings, but got {name!r}.")
+    if not names:
+        raise ValueError("`tasks` must name at least one task, but got none.")
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"`tasks` must be distinct, but got {repeated[0]!r} more than once.")
+    return names
+
+
+def check_losses_by_task(losses: object, tasks: Sequence[str]) -> dict[str, Tensor]:
+    """Return the losses in the order of the tasks, if each is named and fit to be balanced."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"`losses` must map task names to scalar tensors, but got {type(losses).__name__}. "
+            f"For instance {{{tasks[0]!r}: loss}}."
+        )
+    if not losses:
+        raise ValueError("`losses` must hold at least one task's loss, but got none.")
+    check_known_tasks("losses", losses, tasks)
+    return {name: _checked_loss(name, losses[name]) for name in tasks if name in losses}
+
+
+def check_known_tasks(name: str, given: Iterable[object], tasks: Sequence[str]) -> None:
+    """Raise unless every name given is one of the tasks."""
+    for task in given:
+        if task not in tasks:
+            raise ValueError(
+                f"`{name}` must name tasks among {', '.join(map(repr, tasks))}, "
+                f"but got {task!r}.{nearest(str(task), tasks)}"
+            )
+
+
+def _checked_loss(task: str, loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss of task {task!r} must be a tensor, but got {loss!r}. "
+            "Leave a task without labels out of the mapping."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss of task {task!r} must be a scalar, but got shape {tuple(loss.shape)}. "
+            "Reduce it first, for instance with .mean()."
+        )
+    if not loss.is_floating_point():
+        raise TypeError(
+            f"the loss of task {task!r} must be real and floating-point, but got {loss.dtype}."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of task {task!r} must have a graph, but it does not require a gradient. "
+            "Was it detached, computed under torch.no_grad(), or are all its parameters frozen?"
+        )
+    return loss.reshape(()) if loss.ndim else loss
+
+
+def check_validation(owner: object, validation: object) -> None:
+    """Raise unless ``validation`` is a function."""
+    if not callable(validation):
+        got = "None" if validation is None else type(validation).__name__
+        raise ValueError(
+            "`validation` must be a function without arguments that returns the losses of a "
+            f"validation batch, but got {got}. {type(owner).__name__} looks ahead at them: "
+            "call backward(losses, validation=function)."
+        )
+
+
+def check_one_process() -> None:
+    """Raise if this process is one of several that train together."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(
+                f"the Balancer must run in one process in this release, but there are {size}. "
+                "Per-task gradients would not be averaged over them."
+            )
+
+
+def check_generator(generator: object) -> None:
+    """Raise unless ``generator`` is None or a generator on the CPU."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise ValueError(
+            "`generator` must be a torch.Generator on the CPU (draws on other devices are seeded "
+            f"from it), but got {generator!r}."
+        )
+
+
+class HasFallbacks(Protocol):
+    """Whatever counts its fallbacks."""
+
+    fallbacks: int
+
+
+def count_fallback(owner: HasFallbacks, reason: str) -> None:
+    """Count a fallback of a strategy, and warn of its first."""
+    owner.fallbacks += 1
+    if owner.fallbacks == 1:
+        warnings.warn(
+            f"{type(owner).__name__} fell back: {reason}. Further cases are only counted "
+            "(`fallbacks` in the record).",
+            RuntimeWarning,
+            stacklevel=3,
+        )

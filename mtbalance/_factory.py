@@ -1,0 +1,115 @@
+"""Balancers by the names that the papers use."""
+
+import inspect
+from typing import Any
+
+from mtbalance import gradient, weighting
+from mtbalance._balancer import Balancer
+from mtbalance._checks import nearest
+from mtbalance.gradient import GradientStrategy
+from mtbalance.weighting import Weighting
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "equal": weighting.Equal,
+    "naive": weighting.Equal,
+    "uncert": weighting.Uncertainty,
+    "dwa": weighting.DWA,
+    "autol": weighting.AutoLambda,
+}
+GRADIENTS: dict[str, type[GradientStrategy]] = {
+    "sum": gradient.Sum,
+    "none": gradient.Sum,
+    "graddrop": gradient.GradDrop,
+    "pcgrad": gradient.PCGrad,
+    "cagrad": gradient.CAGrad,
+}
+
+_PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")
+_PAPER_GRADIENTS = ("graddrop", "pcgrad", "cagrad")
+PAPER_COMBINATIONS: tuple[str, ...] = (
+    "naive",
+    *_PAPER_WEIGHTINGS,
+    *_PAPER_GRADIENTS,
+    *(f"{w}+{g}" for w in _PAPER_WEIGHTINGS for g in _PAPER_GRADIENTS),
+)
+"""The 16 balancing approaches that El Nahhas et al. (2024, arXiv:2403.03891) compare."""
+
+
+def make_balancer(name: str, **options: Any) -> Balancer:
+    """Make a Balancer from a name such as ``"dwa+cagrad"``, ``"pcgrad"`` or ``"naive"``.
+
+    Args:
+        name: A weighting (``equal`` or ``naive``, ``uncert``, ``dwa``, ``autol``), a gradient
+            strategy (``sum`` or ``none``, ``graddrop``, ``pcgrad``, ``cagrad``), or one of each,
+            joined by "+". What is not named is ``equal`` or ``sum``.
+        **options: Arguments of the Balancer (``tasks``, ``shared``, ``nonfinite``) and of the two
+            strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
+            ``seed``, goes to each of them.
+
+    Raises:
+        ValueError: If a part of the name is unknown, or there are two of one kind.
+        TypeError: If nobody takes an option, or a required one is missing.
+
+    Example:
+        >>> balancer = make_balancer("dwa+cagrad", tasks=("msi", "tme"), temperature=1.0, c=0.5)
+        >>> balancer.weighting, balancer.gradient
+        (DWA(temperature=1.0), CAGrad(c=0.5, rescale=1))
+    """
+    weighting_class, gradient_class = _parse(name)
+    weighting_options = _taken_by(weighting_class, options)
+    gradient_options = _taken_by(gradient_class, options)
+    balancer_options = _taken_by(Balancer, options)
+    taken = {**weighting_options, **gradient_options, **balancer_options}
+    for option in options:
+        if option not in taken:
+            known = [
+                parameter
+                for kind in (Balancer, weighting_class, gradient_class)
+                for parameter in _parameters(kind)
+            ]
+            raise TypeError(
+                f"`{option}` must be an option of {weighting_class.__name__}, "
+                f"{gradient_class.__name__} or Balancer ({', '.join(dict.fromkeys(known))})."
+                + nearest(option, known)
+            )
+    if "tasks" not in options:
+        raise TypeError("`tasks` must name the tasks, but it is missing.")
+    if "optimizer" in _parameters(weighting_class) and "optimizer" not in options:
+        raise TypeError(
+            f"`optimizer` must be the model's optimizer for {name!r}, but it is missing: "
+            f"{weighting_class.__name__} reads learning rates from it."
+        )
+    return Balancer(
+        weighting_class(**weighting_options), gradient_class(**gradient_options), **balancer_options
+    )
+
+
+def _parse(name: str) -> tuple[type[Weighting], type[GradientStrategy]]:
+    weightings: list[type[Weighting]] = []
+    gradients: list[type[GradientStrategy]] = []
+    for part in name.lower().split("+"):
+        word = part.strip()
+        if word in WEIGHTINGS:
+            weightings.append(WEIGHTINGS[word])
+        elif word in GRADIENTS:
+            gradients.append(GRADIENTS[word])
+        else:
+            raise ValueError(
+                f"`name` must be made of weightings ({', '.join(WEIGHTINGS)}) and gradient "
+                f"strategies ({', '.join(GRADIENTS)}), but got {word!r}."
+                + nearest(word, [*WEIGHTINGS, *GRADIENTS])
+            )
+    if len(weightings) > 1 or len(gradients) > 1:
+        raise ValueError(
+            f"`name` must hold at most one weighting and one gradient strategy, but got {name!r}."
+        )
+    return (weightings or [weighting.Equal])[0], (gradients or [gradient.Sum])[0]
+
+
+def _parameters(kind: type) -> list[str]:
+    named = inspect.signature(kind).parameters
+    return [name for name in named if name not in ("weighting", "gradient")]
+
+
+def _taken_by(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _parameters(kind) if name in options}

@@ -1,0 +1,391 @@
+"""Small pure functions on rows and on Gramians, and the convex solvers on them.
+
+*Rows* are per-task gradients as autograd returns them: one sequence per task with one tensor per
+parameter, in the same order for every task, None where the task does not reach the parameter. They
+are never concatenated: whatever needs more than one number per row reads them in blocks of columns
+that fit the processor's cache.
+
+The solvers work in float64 on the CPU, on the Gramian of the *unit* rows, so that neither the scale
+of the gradients nor ratios between tasks (up to 1e12 and beyond) cost accuracy.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Rows = Sequence[Sequence[Tensor | None]]
+
+ZERO_ROW = 1e-30
+"""A row whose norm is at most this fraction of the largest counts as zero."""
+
+_BLOCK_COLUMNS = {"cpu": 2**15, "cuda": 2**22}
+_SOLVER_TOLERANCE = 1e-13
+_SAFE_PIVOT = 1e-5
+"""Factors with a smaller pivot (unit rows closer than this) go to the eigenvalue solver."""
+_RESOLUTION = 16 * torch.finfo(torch.float64).eps
+"""Squared norms of combinations of unit rows are known up to a few of these."""
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """View (or copy) a tensor as a real vector of its entries in logical order."""
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+
+
+def column_blocks(rows: Rows, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """Yield the matrix of all rows as consecutive blocks of shape (m, n).
+
+    A block is only valid until the next one is asked for. A parameter that a task does not reach is
+    a stretch of zeros in its row. Blocks do not mix devices.
+
+    Args:
+        rows: The rows, m of them.
+        dtype: The blocks' dtype; by default that of the rows, and at least float32.
+    """
+    block: Tensor | None = None
+    filled = 0
+    for tensors in zip(*rows, strict=True):
+        vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
+        reached = next((vector for vector in vectors if vector is not None), None)
+        if reached is None:
+            continue
+        wanted = dtype or torch.promote_types(reached.dtype, torch.float32)
+        if block is not None and (block.device, block.dtype) != (reached.device, wanted):
+            yield block[:, :filled]
+            block = None
+        if block is None:
+            size = _BLOCK_COLUMNS.get(reached.device.type, 2**22)
+            block = torch.empty(len(rows), size, dtype=wanted, device=reached.device)
+            filled = 0
+        start = 0
+        while start < len(reached):
+            stop = min(len(reached), start + block.shape[1] - filled)
+            for row, vector in zip(block, vectors, strict=True):
+                target = row[filled : filled + stop - start]
+                target.zero_() if vector is None else target.copy_(vector[start:stop])
+            filled += stop - start
+            start = stop
+            if filled == block.shape[1]:
+                yield block
+                filled = 0
+    if block is not None and filled:
+        yield block[:, :filled]
+
+
+def gramian_of(rows: Rows) -> Tensor:
+    """Return the inner products of the rows, shape (m, m), accumulated in float64.
+
+    float64 holds the squares of every float32 and bfloat16 number, so nothing over- or underflows,
+    and small combinations of large rows keep their length.
+    """
+    total = None
+    for block in column_blocks(rows, torch.float64):
+        product = block @ block.T
+        total = product if total is None else total + product.to(total.device)
+    return torch.zeros(len(rows), len(rows), dtype=torch.float64) if total is None else total
+
+
+def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
+    """Return the inner product of each row with ``vector``, shape (m,), in float64."""
+    rows = [[g if v is not None else None for g, v in zip(r, vector, strict=True)] for r in rows]
+    return gramian_of([*rows, vector])[-1, :-1]
+
+
+def combine(rows: Rows, coefficients: Sequence[float]) -> list[Tensor | None]:
+    """Return the combination of the rows, one new tensor per parameter, in the rows' dtype.
+
+    Low precision is accumulated in float32. None where no row reaches the parameter.
+    """
+    directions = []
+    for tensors in zip(*rows, strict=True):
+        total: Tensor | None = None
+        reached: Tensor | None = None
+        for tensor, coefficient in zip(tensors, coefficients, strict=True):
+            if tensor is None:
+                continue
+            if total is None or reached is None:
+                reached = tensor
+                total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * coefficient
+            else:
+                total.add_(tensor, alpha=coefficient)
+        directions.append(total if total is None or reached is None else total.to(reached.dtype))
+    return directions
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether every entry is finite (waits for the device)."""
+    return bool(torch.isfinite(tensor).all())
+
+
+def all_finite(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether every entry of every tensor is finite (waits for the device once)."""
+    parts = [t._values() if t.is_sparse else t for t in tensors if t is not None and t.numel()]
+    if not parts:
+        return True
+    norms = [torch.linalg.vector_norm(part).to(parts[0].device).float() for part in parts]
+    # A norm may overflow where no entry does: look closer then.
+    return is_finite(torch.stack(norms)) or all(is_finite(part) for part in parts)
+
+
+def stacked(scalars: Sequence[Tensor]) -> Tensor:
+    """Stack scalars on the first one's device, in their common dtype and at least float32."""
+    dtype = torch.float32
+    for scalar in scalars:
+        dtype = torch.promote_types(dtype, scalar.dtype)
+    return torch.stack([scalar.to(scalars[0].device, dtype) for scalar in scalars])
+
+
+def sum_of(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Add float64 tensors up on the first one's device; zeros of ``shape`` if there are none."""
+    if not tensors:
+        return torch.zeros(shape, dtype=torch.float64)
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).sum(0)
+
+
+# --- Gramians -------------------------------------------------------------------------------------
+
+
+class UnitRows(NamedTuple):
+    """The geometry of the rows that are not zero."""
+
+    numbers: Tensor
+    """Which rows they are, shape (k,)."""
+    norms: Tensor
+    """Their norms, shape (k,)."""
+    cosines: Tensor
+    """Their Gramian after scaling each to unit length, shape (k, k)."""
+
+
+def unit_rows(gramian: Tensor) -> UnitRows:
+    """Drop the zero rows and scale the others to unit length. On the CPU, in float64."""
+    gramian = gramian.detach().to("cpu", torch.float64)
+    norms = gramian.diagonal().clamp_min(0).sqrt()
+    index = (norms > ZERO_ROW * norms.max()).nonzero()[:, 0]
+    norms = norms[index]
+    cosines = gramian[index][:, index] / norms / norms[:, None]
+    cosines = ((cosines + cosines.T) / 2).clamp(-1, 1)
+    cosines.fill_diagonal_(1)
+    return UnitRows(index, norms, cosines)
+
+
+def norm_of(coefficients: Tensor, gramian: Tensor) -> float:
+    """Return the length of the combination of rows with these coefficients."""
+    return math.sqrt(max(float(coefficients @ gramian @ coefficients), 0.0))
+
+
+# --- solvers --------------------------------------------------------------------------------------
+
+
+def project_on_dual_cone(gramian: Tensor, start: Tensor) -> Tensor:
+    r"""Return what to add to ``start`` so that the combination conflicts with no row.
+
+    The dual cone of the rows is the set of directions with a non-negative inner product with each.
+    The projection of :math:`J^T u` on it is :math:`J^T (u + \lambda)`, with :math:`\lambda \ge 0`,
+    :math:`G (u + \lambda) \ge 0` and :math:`\lambda^T G (u + \lambda) = 0`: a non-negative
+    least-squares problem, solved by the active-set method of Lawson and Hanson ("Solving Least
+    Squares Problems", 1974, chapter 23).
+
+    Args:
+        gramian: Shape (k, k), unit diagonal.
+        start: The coefficients u, shape (k,).
+
+    Returns:
+        The multipliers, shape (k,).
+    """
+    size = len(gramian)
+    target = -(gramian @ start)
+    scale = float(start.abs().sum())
+    tolerance = _SOLVER_TOLERANCE * scale
+    multipliers = torch.zeros_like(start)
+    free = torch.zeros(size, dtype=torch.bool)
+    refused = torch.zeros(size, dtype=torch.bool)
+    for _ in range(30 * size):
+        slope = target - gramian @ multipliers
+        slope[free | refused] = -math.inf
+        entering = int(slope.argmax())
+        if slope[entering] <= tolerance:
+            return multipliers
+        free[entering] = True
+        while True:
+            index = free.nonzero()[:, 0]
+            solution = _solve(gramian[index][:, index], target[index, None])[:, 0]
+            if bool((solution > 0).all()):
+                break
+            if float(solution[index == entering].sum()) <= 0:
+                # Rounding alone made the entering row look useful.
+                free[entering] = False
+                refused[entering] = True
+                index = solution = index[:0]
+                break
+            current = multipliers[index]
+            shrinking = solution <= 0
+            ratio = (current / (current - solution))[shrinking].min()
+            current = (current + ratio * (solution - current)).clamp_min(0)
+            current[shrinking & (current <= tolerance)] = 0
+            blocking = torch.where(shrinking, current, math.inf).argmin()
+            current[blocking] = 0
+            multipliers[index] = current
+            free[index[current == 0]] = False
+        if len(index):
+            multipliers = torch.zeros_like(start)
+            multipliers[index] = solution
+            refused.zero_()
+    raise ArithmeticError(f"the projection on the dual cone did not end within {30 * size} steps.")
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve a positive semi-definite system; the shortest solution where it is singular."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0 and float(factor.diagonal().min()) > _SAFE_PIVOT:
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > _RESOLUTION * len(values) * values[-1]
+    vectors = vectors[:, kept]
+    solution: Tensor = vectors @ ((vectors.T @ right) / values[kept, None])
+    return solution
+
+
+def minimize_linear_plus_norm(
+    gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, start: Tensor
+) -> Tensor | None:
+    r"""Minimise :math:`\beta^T y + \phi |U^T y|` over :math:`y \ge 0, a^T y = 1`.
+
+    This is the dual problem of CAGrad (and, for :math:`\beta = 0`, the search for the point of
+    least norm in a convex hull, MGDA) in variables that are scaled so that the rows of U are unit
+    vectors. A primal active-set method: on each face the minimum has a closed form, so the result
+    is exact up to rounding.
+
+    With :math:`M = C + a a^T` on a face, :math:`p = M^{-1} a`, :math:`q = M^{-1} \beta`, the point
+    of least norm of the face's affine hull is :math:`p / a^T p`, its distance from zero is m, and
+    along :math:`z = (a^T q / a^T p) p - q` the objective is least at :math:`s = m / \sqrt{\phi^2 -
+    r^2}`, where :math:`r^2 = z^T C z`; if :math:`r \ge \phi`, it falls without end along z.
+
+    Args:
+        gramian: C = U U^T, shape (k, k), unit diagonal.
+        linear: beta, shape (k,).
+        radius: phi, positive.
+        sizes: a, shape (k,), positive, at most 1.
+        start: A feasible y, shape (k,).
+
+    Returns:
+        y, shape (k,); None if the minimum lies where the combination vanishes (to the resolution of
+        the Gramian), where the objective has a kink and y decides nothing.
+    """
+    y = _walk_over_faces(gramian, linear, radius, sizes, start)
+    if y is None or _excess(gramian, linear, radius, sizes, y) <= _SOLVER_TOLERANCE:
+        return y
+    # Faces whose rows are all but dependent blur their own minimum. Growing the face from the best
+    # single row adds only rows that lie apart.
+    vertices = (linear + radius) / sizes
+    single = torch.zeros_like(start)
+    best = int(vertices.argmin())
+    single[best] = 1 / sizes[best]
+    again = _walk_over_faces(gramian, linear, radius, sizes, single)
+    if again is None:
+        return again
+    return min(y, again, key=lambda end: _excess(gramian, linear, radius, sizes, end))
+
+
+def _excess(gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, y: Tensor) -> float:
+    """Return by how much, relative to the problem's scale, y is not optimal (its duality gap)."""
+    slope = linear + radius / norm_of(y, gramian) * (gramian @ y)
+    least = (slope / sizes).min()
+    return float((slope @ y - least) / ((float(linear.abs().max()) + radius) / sizes.max()))
+
+
+def _walk_over_faces(
+    gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, start: Tensor
+) -> Tensor | None:
+    count = len(gramian)
+    y = start.clone()
+    scale = float(linear.abs().max()) + radius
+    best = math.inf
+    for _ in range(50 * count):
+        face = (y > 0).nonzero()[:, 0]
+        target, unbounded = _minimum_on_face(
+            gramian[face][:, face], linear[face], radius, sizes[face]
+        )
+        direction = target if unbounded else target - y[face]
+        ratios = torch.where(direction < 0, -y[face] / direction, math.inf)
+        blocking = int(ratios.argmin())
+        step = float(ratios[blocking])
+        if (unbounded and step < math.inf) or step < 1:
+            moved = (y[face] + step * direction).clamp_min(0)
+            moved[blocking] = 0
+            y[face] = moved
+            y /= sizes @ y
+            continue
+        if not unbounded:
+            y[face] = target
+        image = gramian @ y
+        length = math.sqrt(max(float(y @ image), 0.0))
+        if length <= math.sqrt(_RESOLUTION * count) * float(y.sum()):
+            return None
+        slope = linear + radius / length * image
+        value = float(slope @ y)
+        reduced = slope - value * sizes
+        reduced[face] = math.inf
+        entering = int(reduced.argmin())
+        # A value that no longer falls means that only rounding keeps the walk alive.
+        if float(reduced[entering]) >= -_SOLVER_TOLERANCE * scale or value >= best:
+            return y
+        best = value
+        y[entering] = torch.finfo(torch.float64).tiny  # on the face, and nothing else has changed
+    raise ArithmeticError(f"the minimum on the simplex was not reached in {50 * count} steps.")
+
+
+def _minimum_on_face(
+    gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor
+) -> tuple[Tensor, bool]:
+    """Return the minimiser on the affine hull, or a direction of endless descent and True."""
+    largest = sizes.max()
+    sizes = sizes / largest  # keeps the two terms of the matrix comparable
+    matrix = gramian + sizes[:, None] * sizes
+    p, q = _solve(matrix, torch.stack([sizes, linear], 1)).unbind(1)
+    nearest = p / (sizes @ p)
+    z = nearest * (sizes @ q) - q
+    squared_speed = float(z @ gramian @ z)
+    if squared_speed >= radius * radius:
+        return z, True
+    length = norm_of(nearest, gramian)
+    target = nearest + length / math.sqrt(radius * radius - squared_speed) * z
+    return target / largest, False
+
+
+def minimize_on_segment(a: float, h: float, b: float, radius: float) -> tuple[float, float] | None:
+    r"""Minimise :math:`\langle g_w, g_0 \rangle + \phi |g_w|` over two weights that sum to 1.
+
+    The closed form of :func:`minimize_linear_plus_norm` for two rows and their mean :math:`g_0`.
+
+    Args:
+        a: Squared norm of the first row.
+        h: Inner product of the two.
+        b: Squared norm of the second row.
+        radius: phi, positive.
+
+    Returns:
+        The two weights; None if the minimum lies where the combination vanishes.
+    """
+    spread = a + b - 2 * h
+    if spread <= _RESOLUTION * (a + b):  # equal rows: any weights give the same combination
+        return 0.5, 0.5
+    half_difference = (a - b) / 2
+    squared_root = radius * radius - half_difference * half_difference / spread
+    if squared_root <= 0:
+        return (0.0, 1.0) if a > b else (1.0, 0.0)
+    squared_distance = max(a * b - h * h, 0.0) / spread
+    shift = math.sqrt(squared_distance / squared_root) * half_difference / spread
+    x, y = (b - h) / spread - shift, (a - h) / spread + shift
+    if x <= 0:
+        return 0.0, 1.0
+    if y <= 0:
+        return 1.0, 0.0
+    if x * x * a + 2 * x * y * h + y * y * b <= _RESOLUTION * (x * x * a + y * y * b):
+        return None
+    return x, y

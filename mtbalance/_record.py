@@ -1,0 +1,179 @@
+"""What one balanced step did."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one balanced step did. Tensors are detached; only reading them waits for a device.
+
+    Attributes:
+        tasks: The tasks that were active in the step, in the order of the Balancer; m of them.
+        losses: Their raw losses, by name.
+        weights: Their weights (derivatives of the objective by the losses), by name.
+        gramian: Inner products of the raw gradients of the shared parameters, shape (m, m),
+            float64; None where one ordinary backward pass did, so that there are no per-task
+            gradients.
+        progress: Inner products of the raw gradients with the direction, shape (m,), float64, or
+            None.
+        combination: Coefficients of the raw gradients in the direction, shape (m,), or None where
+            the direction is not one combination for all coordinates.
+        absent: Tasks of the Balancer that had no loss in the step.
+        nonfinite: Tasks whose loss or gradient was not finite, as far as it is known whose it was.
+        dropped: Tasks left out because of that (``nonfinite="drop"``).
+        skipped: Whether nothing was written because of a non-finite loss or gradient.
+        overflow: Whether non-finite gradients were passed on for the gradient scaler to see.
+        fallbacks: How often strategies answered with their documented substitute in this step.
+    """
+
+    tasks: tuple[str, ...]
+    losses: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    gramian: Tensor | None = None
+    progress: Tensor | None = None
+    combination: Tensor | None = None
+    absent: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    skipped: bool = False
+    overflow: bool = False
+    fallbacks: int = 0
+
+    @property
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Norm of each raw gradient of the shared parameters; empty without such gradients."""
+        if self.gramian is None:
+            return {}
+        return dict(zip(self.tasks, self._norms(self.gramian), strict=True))
+
+    @property
+    def cosines(self) -> dict[tuple[str, str], Tensor]:
+        """Cosine between the raw gradients of each pair of tasks, 0 where one is zero."""
+        if self.gramian is None:
+            return {}
+        norms = self._norms(self.gramian)
+        lengths = norms[:, None] * norms
+        cosines = torch.where(lengths > 0, self.gramian / lengths, 0.0)
+        return {
+            (self.tasks[i], self.tasks[j]): cosines[i, j]
+            for i, j in itertools.combinations(range(len(self.tasks)), 2)
+        }
+
+    @property
+    def conflicts(self) -> int | None:
+        """Number of pairs of tasks whose gradients point apart; None without per-task gradients."""
+        if self.gramian is None:
+            return None
+        return int((torch.triu(self.gramian, 1) < 0).sum())
+
+    @property
+    def shares(self) -> dict[str, Tensor]:
+        """What each task's part contributes to the direction's squared length; they sum to 1.
+
+        A part is the task's gradient times its coefficient; where the direction is not one
+        combination for all coordinates, its weighted gradient.
+        """
+        if self.progress is None:
+            return {}
+        parts = self.combination
+        if parts is None:
+            parts = torch.stack(list(self.weights.values()))
+        parts = parts.to(self.progress) * self.progress
+        total = parts.sum()
+        return dict(zip(self.tasks, torch.where(total != 0, parts / total, 0.0), strict=True))
+
+    @staticmethod
+    def _norms(gramian: Tensor) -> Tensor:
+        return gramian.diagonal().clamp_min(0).sqrt()
+
+    def as_dict(self) -> dict[str, float]:
+        """Return everything as plain floats under flat names ("loss/msi"), for any logger."""
+        figures: dict[str, float] = {}
+        for name, values in (
+            ("loss", self.losses),
+            ("weight", self.weights),
+            ("gradient_norm", self.gradient_norms),
+            ("share", self.shares),
+        ):
+            figures.update({f"{name}/{task}": float(value) for task, value in values.items()})
+        figures.update({f"cosine/{a}/{b}": float(value) for (a, b), value in self.cosines.items()})
+        if self.conflicts is not None:
+            figures["conflicts"] = float(self.conflicts)
+        figures.update(
+            active=float(len(self.tasks)),
+            absent=float(len(self.absent)),
+            nonfinite=float(len(self.nonfinite)),
+            dropped=float(len(self.dropped)),
+            skipped=float(self.skipped),
+            overflow=float(self.overflow),
+            fallbacks=float(self.fallbacks),
+        )
+        return figures
+
+
+@dataclass(frozen=True)
+class EpochSummary:
+    """What the steps since the last ``end_epoch`` did.
+
+    Attributes:
+        steps: Number of steps.
+        active: Number of steps in which each task was active, by name.
+        dropped: Number of steps in which each task was dropped as non-finite, by name.
+        skipped: Number of steps in which nothing was written.
+    """
+
+    steps: int
+    active: dict[str, int]
+    dropped: dict[str, int]
+    skipped: int
+
+    @property
+    def never_active(self) -> tuple[str, ...]:
+        """Tasks that were active in no step."""
+        return tuple(task for task, count in self.active.items() if count == 0)
+
+
+class EpochCounts:
+    """Counts the steps of an epoch."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.steps = 0
+        self.skipped = 0
+        self.active = dict.fromkeys(tasks, 0)
+        self.dropped = dict.fromkeys(tasks, 0)
+
+    def add(self, record: Record) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.skipped += record.skipped
+        for task in () if record.skipped else record.tasks:
+            self.active[task] += 1
+        for task in record.dropped:
+            self.dropped[task] += 1
+
+    def summary(self) -> EpochSummary:
+        """Return the counts."""
+        return EpochSummary(self.steps, dict(self.active), dict(self.dropped), self.skipped)
+
+    def as_tensor(self) -> Tensor:
+        """Return the counts as one tensor, shape (2 + 2K,)."""
+        counts = [self.steps, self.skipped, *self.active.values(), *self.dropped.values()]
+        return torch.tensor(counts)
+
+    @classmethod
+    def from_tensor(cls, tasks: Sequence[str], state: Tensor) -> "EpochCounts":
+        """Undo :meth:`as_tensor`."""
+        if len(state) != 2 + 2 * len(tasks):
+            raise ValueError(
+                f"the saved state must belong to {len(tasks)} tasks, but has {len(state) // 2 - 1}."
+            )
+        counts = cls(tasks)
+        counts.steps, counts.skipped, *rest = state.tolist()
+        counts.active = dict(zip(tasks, rest[: len(tasks)], strict=True))
+        counts.dropped = dict(zip(tasks, rest[len(tasks) :], strict=True))
+        return counts

@@ -1,0 +1,18 @@
+"""Gradient strategies: the per-task gradients, a matrix (m, p), become one direction (p,).
+
+Each is a class with one method to write, works on plain tensors, and returns a direction on the
+scale of the sum of the rows:
+
+>>> import torch
+>>> gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])  # the two tasks conflict
+>>> PCGrad()(gradients)
+tensor([0.5000, 1.5000])
+"""
+
+from ._base import GradientStrategy, GramianStrategy
+from ._cagrad import CAGrad
+from ._graddrop import GradDrop
+from ._pcgrad import PCGrad
+from ._sum import Sum
+
+__all__ = ["CAGrad", "GradDrop", "GradientStrategy", "GramianStrategy", "PCGrad", "Sum"]

@@ -1,0 +1,84 @@
+"""What every gradient strategy is."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mtbalance._checks import check_gradients, check_gramian
+from mtbalance._linalg import combine, gramian_of, is_finite
+from mtbalance._random import RandomSource
+
+
+class GradientStrategy(nn.Module, ABC):
+    """Turns the per-task gradients, a matrix of shape (m, p), into one direction of shape (p,).
+
+    Subclasses write :meth:`forward`. A direction is on the scale of the **sum** of the rows: m
+    equal rows ``g`` give ``m * g`` unless the method's own formula says otherwise, so that changing
+    the strategy leaves the learning rate alone. Input of low precision (bfloat16, float16) arrives
+    as it is; the result is cast to the rows' dtype.
+    """
+
+    is_sum: ClassVar[bool] = False
+    """Whether the direction is always the sum of the rows, so that one backward pass serves."""
+
+    coordinatewise: ClassVar[bool] = False
+    """Whether each coordinate of the direction depends on its own column alone, so that the columns
+    may be handed over in blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fallbacks = 0
+        """How often the strategy answered with its documented substitute; see each class."""
+
+    def __call__(self, gradients: Tensor) -> Tensor:
+        """Check the shape and the dtype of ``gradients``, then call :meth:`forward`."""
+        check_gradients(gradients)
+        direction: Tensor = super().__call__(gradients)
+        return direction
+
+    @abstractmethod
+    def forward(self, gradients: Tensor) -> Tensor:
+        """Return the direction, of shape (p,), for ``gradients`` of shape (m, p)."""
+
+    def reset(self) -> None:
+        """Forget everything remembered from earlier steps."""
+        for child in self.children():
+            if isinstance(child, RandomSource):
+                child.reset()
+
+
+class GramianStrategy(GradientStrategy):
+    """A gradient strategy whose direction is a combination of the rows that the Gramian decides.
+
+    Subclasses write :meth:`weights`; the Gramian (accumulated in float64), the combination, devices
+    and dtypes come for free.
+    """
+
+    @abstractmethod
+    def weights(self, gramian: Tensor) -> Tensor:
+        """Return the weights, of shape (m,), of the rows whose inner products are given.
+
+        Args:
+            gramian: Shape (m, m), float64, finite; entry (i, j) is the inner product of the
+                gradients of tasks i and j.
+        """
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        """Return the combination of the rows of ``gradients``, of shape (p,).
+
+        Rows that are not finite give a direction of NaN and leave the strategy's state alone.
+        """
+        rows = [[row] for row in gradients]
+        gramian = gramian_of(rows)
+        if not is_finite(gramian):
+            return torch.full_like(gradients[0], torch.nan)
+        (direction,) = combine(rows, self.solve(gramian).tolist())
+        return gradients[0] if direction is None else direction
+
+    def solve(self, gramian: Tensor) -> Tensor:
+        """Check the Gramian, and return the weights in float64 on its device."""
+        check_gramian(gramian)
+        weights = self.weights(gramian.double())
+        return weights.to(gramian.device)

@@ -1,0 +1,84 @@
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mtbalance._checks import check_fraction
+from mtbalance._random import RandomSource
+
+from ._base import GradientStrategy
+
+
+class GradDrop(GradientStrategy):
+    r"""Keep, in each coordinate, only the gradients of one sign, drawn by how much they dominate.
+
+    .. math::
+        P = \tfrac12 \Bigl(1 + \frac{\sum_i g_i}{\sum_i |g_i|}\Bigr), \qquad
+        M_i = [P > U][g_i > 0] + [P \le U][g_i < 0], \qquad
+        d = \sum_i \bigl(\ell_i + (1 - \ell_i) M_i\bigr) g_i
+
+    coordinate by coordinate, where :math:`U` is one uniform draw in [0, 1) for all tasks, :math:`P`
+    the *positive purity* and :math:`\ell_i` the leak of task i. Coordinates on which the tasks
+    agree are kept as they are, and the mean over draws is the plain sum.
+
+    Args:
+        leak: The part of each gradient that passes whatever the draw, between 0 (all is subject to
+            the draw) and 1 (the plain sum); one number, or one per task. Source: 0 in the paper's
+            experiments.
+        seed: Start of the random stream.
+        generator: A CPU generator to draw from instead.
+
+    Note:
+        The paper applies the rule to the gradients of a shared *activation*, times its sign and
+        summed over the batch; here, as in the code of Auto-Lambda and CAGrad, it acts on the
+        gradients of the parameters. Their denominator has ``1e-8`` added, which drops unanimous
+        coordinates where gradients are small; here only 0/0 is guarded. ``leak`` counts as in the
+        paper, not reversed as in SamsungLabs/MTL. Leaks by task need all tasks present.
+
+    References:
+        Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
+        Dropout", NeurIPS 2020, Algorithm 1, https://arxiv.org/abs/2010.06808.
+
+    Example:
+        >>> import torch
+        >>> d = GradDrop(seed=0)(torch.tensor([[1.0, 1.0, 0.0], [3.0, -1.0, -2.0]]))
+        >>> d[0].item(), abs(d[1].item()), d[2].item()  # they agree on the first and the last
+        (4.0, 1.0, -2.0)
+    """
+
+    coordinatewise: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        leak: float | Sequence[float] = 0.0,
+        *,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        leaks = leak if isinstance(leak, Sequence) else [leak]
+        self.leak = [check_fraction("leak", value) for value in leaks]
+        self.random = RandomSource(seed, generator)
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        if len(self.leak) not in (1, len(gradients)):
+            raise ValueError(
+                f"`leak` must be one number or one per task ({len(gradients)}), "
+                f"but got {len(self.leak)}."
+            )
+        g = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
+        positive, negative = g.clamp_min(0).sum(0), g.clamp_max(0).sum(0)
+        total = positive - negative
+        purity = torch.where(total > 0, positive / total, 0.5)
+        generator = self.random.on(g.device)
+        draw = torch.rand(len(total), dtype=g.dtype, device=g.device, generator=generator)
+        if any(self.leak):
+            leak = g.new_tensor(self.leak)[:, None]
+            direction = (torch.where(torch.where(purity > draw, g > 0, g < 0), 1, leak) * g).sum(0)
+        else:
+            direction = torch.where(purity > draw, positive, negative)
+        return torch.where(torch.isfinite(total), direction, torch.nan).to(gradients.dtype)
+
+    def extra_repr(self) -> str:
+        return f"leak={self.leak[0] if len(self.leak) == 1 else self.leak}"

@@ -1,0 +1,16 @@
+"""Weightings: the task losses (m,) become weighted losses (m,), whose sum is the objective.
+
+Each is a class with one method to write and works on plain tensors:
+
+>>> import torch
+>>> Equal()(torch.tensor([0.5, 2.0]))
+tensor([0.5000, 2.0000])
+"""
+
+from ._auto_lambda import AutoLambda
+from ._base import Step, Weighting
+from ._dwa import DWA
+from ._equal import Equal
+from ._uncertainty import Uncertainty
+
+__all__ = ["DWA", "AutoLambda", "Equal", "Step", "Uncertainty", "Weighting"]

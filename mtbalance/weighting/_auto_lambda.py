@@ -1,0 +1,264 @@
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
+
+from mtbalance._checks import check_at_least, check_known_tasks, count_fallback
+from mtbalance._linalg import inner_products, is_finite, stacked
+from mtbalance._random import RandomSource
+
+from ._base import Step, Weighting, task_vector
+
+_BETAS = (0.9, 0.999)
+_EPS = 1e-8
+
+
+class AutoLambda(Weighting):
+    r"""Learn the weights by looking one optimizer step ahead at the primary tasks.
+
+    With the virtual step of plain (momentum) gradient descent,
+
+    .. math::
+        \theta' = \theta - \alpha \Bigl(\mu b + \sum_i \lambda_i g_i + \gamma \theta\Bigr),
+        \qquad
+        \frac{\partial L_{val}(\theta')}{\partial \lambda_i}
+            = -\alpha \langle \nabla L_{val}(\theta'), g_i \rangle,
+
+    where :math:`g_i` is the gradient of the raw loss of task i, :math:`\alpha`, :math:`\gamma`,
+    :math:`\mu` and b are the learning rate, weight decay, momentum and momentum buffer that the
+    optimizer holds for each parameter, and :math:`L_{val}` is the sum of the primary tasks' losses
+    on a validation batch. The formula is exact: :math:`g_i` does not depend on :math:`\lambda`.
+    Adam then moves :math:`\lambda`, and the step's objective is :math:`\sum_i \lambda_i L_i` with
+    the new values.
+
+    A step costs one forward and one backward pass more, on the validation batch; the per-task
+    gradients serve the virtual step, the derivative and the gradient strategy alike. Parameters
+    come back bit for bit, as do the buffers of modules in training mode (the running means of batch
+    norm); the validation batch draws its random numbers (dropout) from a stream of its own.
+
+    The weights are a buffer, ``lambdas``, which Adam moves in here: they need no other optimizer.
+
+    Args:
+        optimizer: The optimizer of the model.
+        primary: Names of the tasks whose validation loss counts; None for all.
+        lr: Learning rate of Adam on the weights. Source: the authors' code.
+        init: Weight of every task at the start. Source: the authors' code.
+        minimum: Lower bound of the weights, for instance 0; None for none, as in the paper. A
+            negative weight climbs the loss of its task and turns its row round for the gradient
+            strategy.
+        seed: Start of the random stream of the validation batches.
+        generator: A CPU generator to draw from instead.
+
+    Note:
+        The authors' code takes the derivative by finite differences, which with dropout is noise
+        (its sign is right in 48 to 60 % of the cases), costs three more forward passes and leaves
+        rounding in the parameters. As there, the virtual step of an adaptive optimizer (AdamW) is a
+        plain gradient step with its weight decay. A parameter that the optimizer does not hold does
+        not move.
+
+    References:
+        Liu, James, Davison and Johns, "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR
+        2022, equations (5) to (7), https://arxiv.org/abs/2202.03091.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor(2.0))
+        >>> weighting = AutoLambda(torch.optim.SGD([w], lr=0.1))
+        >>> weighting(torch.tensor([1.0, 3.0]))
+        tensor([0.1000, 0.3000])
+    """
+
+    needs_gradients: ClassVar[bool] = True
+    needs_validation: ClassVar[bool] = True
+
+    lambdas: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        primary: Sequence[str] | None = None,
+        lr: float = 1e-4,
+        init: float = 0.1,
+        minimum: float | None = None,
+        *,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "`optimizer` must be the torch.optim.Optimizer of the model, "
+                f"but got {type(optimizer).__name__}."
+            )
+        if isinstance(primary, str):
+            raise TypeError(f"`primary` must be a sequence of names, but got {primary!r}.")
+        if primary is not None and len(primary) == 0:
+            raise ValueError("`primary` must name at least one task, but got none.")
+        if minimum is not None and not init >= minimum:
+            raise ValueError(f"`init` must be at least `minimum` ({minimum}), but got {init}.")
+        self.optimizer = optimizer
+        self.primary = None if primary is None else tuple(primary)
+        self.lr = check_at_least("lr", lr, 0)
+        self.init = init
+        self.minimum = minimum
+        self.random = RandomSource(seed, generator)
+
+    def setup(self) -> None:
+        check_known_tasks("primary", self.primary or (), self.tasks or ())
+        self.register_buffer("lambdas", task_vector(self.init, self.num_tasks))
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.register_buffer(name, torch.zeros_like(self.lambdas))
+        self.register_buffer("steps", torch.zeros(self.num_tasks, dtype=torch.long))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return self.lambdas[self.active].to(losses.dtype) * losses
+
+    def before_step(self, step: Step) -> None:
+        """Move the weights by one step of Adam on the derivative of the validation loss."""
+        derivative = self.derivative(step)
+        if is_finite(derivative):
+            self._adam(derivative.to(self.lambdas.device))
+        else:
+            count_fallback(self, "a validation loss or its gradient is not finite: weights stay")
+
+    def derivative(self, step: Step) -> Tensor:
+        """Return d L_val(theta') / d lambda, shape (m,), float64. Leaves everything as it was."""
+        plans = _plans(self.optimizer, step.parameters)
+        with torch.no_grad(), _restored(step.parameters):
+            weights = (self.lambdas[self.active] / step.loss_scale).tolist()
+            for i, (parameter, plan) in enumerate(zip(step.parameters, plans, strict=True)):
+                move = plan.offset(parameter)
+                for weight, gradients in zip(weights, step.gradients, strict=True):
+                    if (gradient := gradients[i]) is not None:
+                        move.add_(gradient, alpha=weight * plan.gain)
+                parameter.sub_(move, alpha=plan.lr)
+            slopes = self._validation_gradient(step)
+        scaled = [
+            None if slope is None else slope * (plan.lr * plan.gain)
+            for slope, plan in zip(slopes, plans, strict=True)
+        ]
+        return -inner_products(step.gradients, scaled) / step.loss_scale**2
+
+    def _validation_gradient(self, step: Step) -> Sequence[Tensor | None]:
+        """Return the gradient of the primary validation loss, times ``loss_scale``."""
+        devices = list({parameter.device for parameter in step.parameters})
+        with (
+            torch.enable_grad(),
+            self.random.as_global_stream(devices),
+            _restored_buffers(),
+        ):
+            losses = (step.validation or dict)()
+            if not isinstance(losses, Mapping):
+                raise TypeError(
+                    "`validation` must return a mapping from task name to loss, "
+                    f"but got {type(losses).__name__}."
+                )
+            check_known_tasks("validation", losses, self.tasks or ())
+            primary = self.primary or self.tasks or ()
+            counted = [losses[name] for name in primary if name in losses]
+            if not counted:
+                raise ValueError(
+                    "`validation` must return the loss of at least one primary task "
+                    f"({', '.join(map(repr, primary))}), but got {tuple(losses)}."
+                )
+            total = stacked([loss.reshape(()) for loss in counted]).sum()
+            return torch.autograd.grad(
+                total * step.loss_scale, list(step.parameters), allow_unused=True
+            )
+
+    def _adam(self, slope: Tensor) -> None:
+        slope = slope.to(self.lambdas.dtype)
+        active = self.active
+        self.steps[active] += 1
+        self.exp_avg[active] = torch.lerp(slope, self.exp_avg[active], _BETAS[0])
+        self.exp_avg_sq[active] = torch.lerp(slope.square(), self.exp_avg_sq[active], _BETAS[1])
+        steps = self.steps[active]
+        first = self.exp_avg[active] / (1 - _BETAS[0] ** steps)
+        second = self.exp_avg_sq[active] / (1 - _BETAS[1] ** steps)
+        self.lambdas[active] -= self.lr * first / (second.sqrt() + _EPS)
+        if self.minimum is not None:
+            self.lambdas.clamp_(min=self.minimum)
+
+    def extra_repr(self) -> str:
+        return (
+            f"primary={self.primary}, lr={self.lr}, init={self.init}, minimum={self.minimum}, "
+            f"optimizer={type(self.optimizer).__name__}"
+        )
+
+
+class _Plan:
+    """How the optimizer would move one parameter: by lr * (offset + gain * gradient), downwards."""
+
+    def __init__(self, group: Mapping[str, Any], buffer: Tensor | None) -> None:
+        momentum = float(group.get("momentum", 0))
+        nesterov = bool(group.get("nesterov"))
+        # The first step of SGD puts the gradient into the buffer as it is, whatever the dampening.
+        damping = 1 - float(group.get("dampening", 0)) if buffer is not None else 1.0
+        gain = damping * (1 + momentum) if nesterov else damping
+        self.lr = float(group["lr"])
+        self.gain = -gain if group.get("maximize") else gain
+        self.decay = float(group.get("weight_decay", 0)) * gain
+        self.buffer = buffer if momentum else None
+        self.buffer_factor = momentum * momentum if nesterov else momentum
+
+    def offset(self, parameter: Tensor) -> Tensor:
+        """Return the part of the step that does not depend on the gradient."""
+        offset = parameter * self.decay
+        if self.buffer is not None:
+            offset.add_(self.buffer, alpha=self.buffer_factor)
+        return offset
+
+
+def _plans(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[_Plan]:
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    unmoved = {"lr": 0.0}  # a parameter that the optimizer does not hold
+    return [
+        _Plan(
+            groups.get(id(p), unmoved),
+            optimizer.state.get(p, {}).get("momentum_buffer"),
+        )
+        for p in parameters
+    ]
+
+
+@contextmanager
+def _restored(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Give the parameters back bit for bit, whatever happens inside."""
+    saved = [parameter.clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+
+
+@contextmanager
+def _restored_buffers() -> Iterator[None]:
+    """Give back the persistent buffers of every module in training mode that is called inside."""
+    saved: dict[nn.Module, dict[str, Tensor]] = {}
+
+    def save(module: nn.Module, _: Any) -> None:
+        if module.training and module not in saved:
+            saved[module] = {
+                name: buffer.clone()
+                for name, buffer in module.named_buffers(recurse=False)
+                if name not in module._non_persistent_buffers_set
+            }
+
+    handle = register_module_forward_pre_hook(save)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for module, buffers in saved.items():
+                for name, value in buffers.items():
+                    module.get_buffer(name).copy_(value)

@@ -1,0 +1,138 @@
+"""What every weighting is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from mtbalance._checks import check_losses
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a weighting may look at before it weighs the losses of one step."""
+
+    parameters: Sequence[Tensor]
+    """Every parameter that some loss of this step reaches."""
+    gradients: Sequence[Sequence[Tensor | None]]
+    """Per active task, the gradient of its raw loss for each parameter, times ``loss_scale``."""
+    loss_scale: float
+    """The factor that a gradient scaler has put on the losses; 1 without one."""
+    validation: Callable[[], Mapping[str, Tensor]] | None
+    """Returns the losses of a validation batch at the parameters of that moment."""
+
+
+class Weighting(nn.Module, ABC):
+    """Turns task losses, shape (m,), into weighted losses, shape (m,), whose sum is the objective.
+
+    Subclasses write :meth:`forward`. The weights are the derivatives of the objective by the
+    losses, and learned parameters of the weighting get theirs from the same derivative, so neither
+    is written down a second time.
+
+    State per task is made in :meth:`setup`, with one entry for every task. ``losses`` holds the
+    *active* tasks only, so that ``self.log_var[self.active]`` picks the entries that belong to it;
+    a task that is absent from a step neither weighs nor changes.
+    """
+
+    needs_gradients: ClassVar[bool] = False
+    """Whether :meth:`before_step` reads per-task gradients."""
+    needs_validation: ClassVar[bool] = False
+    """Whether :meth:`before_step` reads the losses of a validation batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: tuple[str, ...] | None = None
+        self.active: Tensor | slice = slice(None)
+        self.fallbacks = 0
+        """How often the weighting answered with its documented substitute; see each class."""
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        """Check the losses, bind to their number if that has not happened, call :meth:`forward`."""
+        check_losses(losses)
+        if self.tasks is None:
+            self.bind([str(number) for number in range(len(losses))]).to(losses.device)
+        expected = self.num_tasks if isinstance(self.active, slice) else len(self.active)
+        if len(losses) != expected:
+            raise ValueError(
+                f"`losses` must hold one loss for each of the {expected} tasks that this "
+                f"{type(self).__name__} is bound to, but got {len(losses)}. "
+                "Make a new weighting for another set of tasks."
+            )
+        weighted: Tensor = super().__call__(losses)
+        return weighted
+
+    @abstractmethod
+    def forward(self, losses: Tensor) -> Tensor:
+        """Return the weighted losses, shape (m,), of the raw ``losses``, shape (m,)."""
+
+    @property
+    def num_tasks(self) -> int:
+        """The number of tasks that the weighting is bound to."""
+        if self.tasks is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} must be bound to its tasks first, but it is not. "
+                "Call bind(task_names), call it once on losses, or give it to a Balancer."
+            )
+        return len(self.tasks)
+
+    def bind(self, tasks: Sequence[str]) -> Self:
+        """Make the state for these tasks. The Balancer calls this; alone, the first call does."""
+        if self.tasks is not None:
+            if self.tasks == tuple(tasks):
+                return self
+            raise RuntimeError(
+                f"this {type(self).__name__} must belong to one set of tasks, but it is bound to "
+                f"{self.tasks} and was asked for {tuple(tasks)}. Make a new one."
+            )
+        self.tasks = tuple(tasks)
+        self.setup()
+        self._fresh = {name: value.clone() for name, value in self.state_dict().items()}
+        return self
+
+    def setup(self) -> None:
+        """Make parameters and buffers with one entry per task (``self.num_tasks``)."""
+
+    @contextmanager
+    def only(self, active: Tensor) -> Iterator[None]:
+        """Let losses belong to the tasks whose numbers are given, shape (m,), for a while."""
+        self.active = active
+        try:
+            yield
+        finally:
+            self.active = slice(None)
+
+    def before_step(self, step: Step) -> None:
+        """Look at gradients or validation losses before :meth:`forward` is called in a step."""
+
+    def end_epoch(self) -> None:
+        """Close an epoch."""
+
+    def reset(self) -> None:
+        """Forget everything learned and remembered."""
+        if self.tasks is not None:
+            self.load_state_dict(self._fresh)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A weighting on its own may be loaded before it has seen a loss: bind it to what was saved.
+        if self.tasks is None:
+            sizes = {
+                len(value)
+                for key, value in state_dict.items()
+                if key.startswith(prefix)
+                and "." not in key[len(prefix) :]
+                and isinstance(value, Tensor)
+                and value.ndim == 1
+            }
+            if len(sizes) == 1:
+                self.bind([str(number) for number in range(sizes.pop())])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def task_vector(values: Sequence[float] | float, count: int) -> Tensor:
+    """Return one number per task, shape (count,), in PyTorch's default dtype."""
+    return torch.as_tensor(values, dtype=torch.get_default_dtype()).expand(count).clone()
