@@ -1,5 +1,6 @@
 """The one place where losses, weighting, task gradients, gradient strategy and ``.grad`` meet."""
 
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -178,8 +179,8 @@ class Balancer(nn.Module):
         self._reach.note_graphs(named)
         reach = reach_of(list(named.values()))
         scaled = [loss if scaler is None else scaler.scale(loss) for loss in named.values()]
-        gradients = task_gradients(scaled, reach)
-        for (name, loss), row in zip(named.items(), gradients, strict=True):
+        rows = list(task_gradients(scaled, reach))  # all of them, or an error and none
+        for (name, loss), row in zip(named.items(), rows, strict=True):
             self._pending.add(name, loss.detach(), reach.leaves, row)
 
     @overload
@@ -296,7 +297,7 @@ class Balancer(nn.Module):
         """Return d objective / d losses, shape (m,), and the derivatives by learned weights."""
         learned = [p for p in self.weighting.parameters() if p.requires_grad]
         self._watch.look(learned, self._reach.parameters())
-        raw = losses.detach().requires_grad_()
+        raw = losses.detach().to(active.device).requires_grad_()
         with (
             torch.enable_grad(),
             torch.autocast(raw.device.type, enabled=False),
@@ -311,7 +312,7 @@ class Balancer(nn.Module):
             weights, *slopes = torch.autograd.grad(
                 weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
             )
-        return weights, list(zip(learned, slopes, strict=True))
+        return weights.to(losses.device), list(zip(learned, slopes, strict=True))
 
     @staticmethod
     def _add_learned(learned: list[tuple[Tensor, Tensor]], scale: float | None) -> None:
@@ -430,6 +431,9 @@ class Balancer(nn.Module):
             check_validation(self.weighting, validation)
 
     def _numbers(self, names: Sequence[str], device: torch.device) -> Tensor:
+        """Return the tasks' numbers, on the device of the weighting's state if it has any."""
+        for state in itertools.chain(self.weighting.parameters(), self.weighting.buffers()):
+            device = state.device
         return torch.tensor([self.tasks.index(name) for name in names], device=device)
 
     def _absent(self, present: Sequence[str]) -> tuple[str, ...]:

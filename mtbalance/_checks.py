@@ -24,6 +24,13 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
+def check_finite(name: str, value: float) -> float:
+    """Return ``value`` as a float if it is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, but got {value}.")
+    return float(value)
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return ``value`` as a float if it lies between 0 and 1, both included."""
     if not 0 <= value <= 1:
@@ -90,7 +97,8 @@ def check_losses(losses: Tensor) -> None:
 def check_kind(name: str, value: object, kind: type) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
-        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {type(value).__name__}.")
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {got}.")
 
 
 def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:

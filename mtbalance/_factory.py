@@ -44,11 +44,12 @@ def make_balancer(name: str, **options: Any) -> Balancer:
             joined by "+". What is not named is ``equal`` or ``sum``.
         **options: Arguments of the Balancer (``tasks``, ``shared``, ``nonfinite``) and of the two
             strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
-            ``seed``, goes to each of them.
+            ``seed``, goes to each of them; one that only other strategies take goes unused, so that
+            one call serves every name.
 
     Raises:
         ValueError: If a part of the name is unknown, or there are two of one kind.
-        TypeError: If nobody takes an option, or a required one is missing.
+        TypeError: If no strategy takes an option, or a required one is missing.
 
     Example:
         >>> balancer = make_balancer("dwa+cagrad", tasks=("msi", "tme"), temperature=1.0, c=0.5)
@@ -59,18 +60,13 @@ def make_balancer(name: str, **options: Any) -> Balancer:
     weighting_options = _taken_by(weighting_class, options)
     gradient_options = _taken_by(gradient_class, options)
     balancer_options = _taken_by(Balancer, options)
-    taken = {**weighting_options, **gradient_options, **balancer_options}
+    kinds: set[type] = {Balancer, *WEIGHTINGS.values(), *GRADIENTS.values()}
+    known = sorted({parameter for kind in kinds for parameter in _parameters(kind)})
     for option in options:
-        if option not in taken:
-            known = [
-                parameter
-                for kind in (Balancer, weighting_class, gradient_class)
-                for parameter in _parameters(kind)
-            ]
+        if option not in known:
             raise TypeError(
-                f"`{option}` must be an option of {weighting_class.__name__}, "
-                f"{gradient_class.__name__} or Balancer ({', '.join(dict.fromkeys(known))})."
-                + nearest(option, known)
+                f"`{option}` must be an option of the Balancer or of a strategy "
+                f"({', '.join(known)}).{nearest(option, known)}"
             )
     if "tasks" not in options:
         raise TypeError("`tasks` must name the tasks, but it is missing.")

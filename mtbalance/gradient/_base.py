@@ -70,7 +70,7 @@ class GramianStrategy(GradientStrategy):
 
         Rows that are not finite give a direction of NaN and leave the strategy's state alone.
         """
-        rows = [[row] for row in gradients]
+        rows = [[row] for row in gradients.detach()]
         gramian = gramian_of(rows)
         if not is_finite(gramian):
             return torch.full_like(gradients[0], torch.nan)

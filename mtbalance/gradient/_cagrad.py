@@ -67,7 +67,7 @@ class CAGrad(GramianStrategy):
         pull = self._pull_of_pair(gramian) if m == 2 else None
         if pull is None:
             pull = self._pull(gramian)
-        divisor = [1, 1 + self.c**2, 1 + self.c][self.rescale]
+        divisor = [1, 1 + self.c * self.c, 1 + self.c][self.rescale]
         return (1 + m * pull) / divisor
 
     def _pull_of_pair(self, gramian: Tensor) -> Tensor | None:
@@ -101,11 +101,15 @@ class CAGrad(GramianStrategy):
         sizes = rows.norms.min() / rows.norms
         # If the ball does not reach the dual cone, the optimum is negative; starting from a
         # negative value keeps away from the kink, whose value is zero.
-        start = multipliers if distance > radius else 1 / sizes
+        reaches = distance <= radius
+        start = 1 / sizes if reaches else multipliers
         y = minimize_linear_plus_norm(
             rows.cosines, rows.cosines @ mean, radius, sizes, start / (sizes @ start)
         )
-        step = multipliers if y is None else y * (radius / norm_of(y, rows.cosines))
+        if y is not None:
+            step = y * (radius / norm_of(y, rows.cosines))
+        else:  # at the kink; or so near to it that the Gramian cannot tell, then as far as allowed
+            step = multipliers if reaches else multipliers * (radius / distance)
         pull[rows.numbers] = step * rows.norms.max() / (m * rows.norms)
         return pull
 

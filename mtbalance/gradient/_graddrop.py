@@ -57,7 +57,9 @@ class GradDrop(GradientStrategy):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        leaks = leak if isinstance(leak, Sequence) else [leak]
+        leaks = [leak] if isinstance(leak, int | float) else list(leak)
+        if not leaks:
+            raise ValueError("`leak` must be one number or one per task, but got none.")
         self.leak = [check_fraction("leak", value) for value in leaks]
         self.random = RandomSource(seed, generator)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from mtbalance._checks import check_at_least, check_known_tasks, count_fallback
+from mtbalance._checks import check_at_least, check_finite, check_known_tasks, count_fallback
 from mtbalance._linalg import inner_products, is_finite, stacked
 from mtbalance._random import RandomSource
 
@@ -106,7 +106,7 @@ class AutoLambda(Weighting):
         self.optimizer = optimizer
         self.primary = None if primary is None else tuple(primary)
         self.lr = check_at_least("lr", lr, 0)
-        self.init = init
+        self.init = check_finite("init", init)
         self.minimum = minimum
         self.random = RandomSource(seed, generator)
 
@@ -179,10 +179,11 @@ class AutoLambda(Weighting):
         self.steps[active] += 1
         self.exp_avg[active] = torch.lerp(slope, self.exp_avg[active], _BETAS[0])
         self.exp_avg_sq[active] = torch.lerp(slope.square(), self.exp_avg_sq[active], _BETAS[1])
-        steps = self.steps[active]
+        # The powers are close to 1 in the first steps, where float32 would lose half their digits.
+        steps = self.steps[active].double()
         first = self.exp_avg[active] / (1 - _BETAS[0] ** steps)
         second = self.exp_avg_sq[active] / (1 - _BETAS[1] ** steps)
-        self.lambdas[active] -= self.lr * first / (second.sqrt() + _EPS)
+        self.lambdas[active] -= (self.lr * first / (second.sqrt() + _EPS)).to(slope.dtype)
         if self.minimum is not None:
             self.lambdas.clamp_(min=self.minimum)
 

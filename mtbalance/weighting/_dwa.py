@@ -74,9 +74,11 @@ class DWA(Weighting):
         return len(ratio) * torch.softmax(ratio / self.temperature, 0)
 
     def _remember(self, losses: Tensor) -> None:
-        self.count[self.active] += 1
-        share = (losses.to(self.mean.dtype) - self.mean[self.active]) / self.count[self.active]
-        self.mean[self.active] += share
+        finite = torch.isfinite(losses)  # anything else would stay in the mean for good
+        self.count[self.active] += finite
+        mean = self.mean[self.active]
+        change = (losses.to(mean.dtype) - mean) / self.count[self.active]
+        self.mean[self.active] = torch.where(finite, mean + change, mean)
 
     def end_epoch(self) -> None:
         """Close an epoch: its means become the last ones, for every task that was active in it."""

@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtbalance._checks import check_choice
+from mtbalance._checks import check_choice, check_finite
 
 from ._base import Weighting, task_vector
 
@@ -65,9 +65,11 @@ class Uncertainty(Weighting):
         for one in [kinds] if isinstance(kinds, str) else kinds:
             check_choice("kind", one, _KINDS)
         if not init >= min_log_var:
-            raise ValueError(f"`init` must be at least `min_log_var` ({min_log_var}), got {init}.")
+            raise ValueError(
+                f"`init` must be at least `min_log_var` ({min_log_var}), but got {init}."
+            )
         self.kind = kind
-        self.init = init
+        self.init = check_finite("init", init)
         self.min_log_var = min_log_var
 
     def setup(self) -> None:

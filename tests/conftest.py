@@ -1,0 +1,18 @@
+"""Everything random is seeded, and Hypothesis draws the same examples in every run."""
+
+import os
+
+# Before torch: its idle threads would otherwise spin, which starves tests that run beside this one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

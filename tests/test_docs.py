@@ -1,0 +1,51 @@
+"""Every example runs as it is written: in docstrings, the README, CONTRIBUTING and docs/."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import mtbalance
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(mtbalance.__path__, prefix="mtbalance.")
+    if ".integrations" not in module.name
+]
+
+
+@pytest.mark.parametrize("name", ["mtbalance", *MODULES])
+def test_docstrings(name: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(name), verbose=False)
+    assert failed == 0
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages(page: Path) -> None:
+    """The Python blocks of a page run one after the other, in one namespace."""
+    namespace: dict[str, object] = {}
+    for block in python_blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)  # noqa: S102
+
+
+def test_links_between_pages() -> None:
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_lists_every_strategy() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for module in (mtbalance.weighting, mtbalance.gradient):
+        for name in module.__all__:
+            if not name.endswith(("Strategy", "Weighting", "Step")):
+                assert f"`{name}`" in readme, name

@@ -1,0 +1,322 @@
+"""Wrong use is told at once, in one sentence that names the thing, the rule and the value."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from mtbalance import Balancer, make_balancer
+from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
+from mtbalance.weighting import DWA, AutoLambda, Equal, Uncertainty
+from tests._networks import TASKS, Network, batch
+
+SGD = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: CAGrad(c=-0.1), ValueError, "`c` must be at least 0, but got -0.1."),
+        (lambda: CAGrad(c=float("nan")), ValueError, "`c` must be at least 0, but got nan."),
+        (lambda: CAGrad(rescale=3), ValueError, "`rescale` must be one of 0, 1, 2, but got 3."),
+        (lambda: GradDrop(leak=1.5), ValueError, "`leak` must be between 0 and 1, but got 1.5."),
+        (
+            lambda: PCGrad(order="fix"),
+            ValueError,
+            "`order` must be one of 'random', 'fixed', but got 'fix'. Did you mean 'fixed'?",
+        ),
+        (
+            lambda: PCGrad(order="fixed", expectation=True),
+            ValueError,
+            "`expectation` must be False with order='fixed', but got True.",
+        ),
+        (
+            lambda: DWA(temperature=0),
+            ValueError,
+            "`temperature` must be positive, but got 0.",
+        ),
+        (
+            lambda: Uncertainty(kind="gaussian"),
+            ValueError,
+            "`kind` must be one of 'regression', 'classification', but got 'gaussian'.",
+        ),
+        (
+            lambda: Uncertainty(init=-11.0),
+            ValueError,
+            "`init` must be at least `min_log_var` (-10.0), but got -11.0.",
+        ),
+        (lambda: AutoLambda(SGD, lr=-1.0), ValueError, "`lr` must be at least 0, but got -1.0."),
+        (
+            lambda: AutoLambda(SGD, init=0.1, minimum=0.2),
+            ValueError,
+            "`init` must be at least `minimum` (0.2), but got 0.1.",
+        ),
+        (
+            lambda: AutoLambda("adam"),
+            TypeError,
+            "`optimizer` must be the torch.optim.Optimizer of the model, but got str.",
+        ),
+        (
+            lambda: AutoLambda(SGD, primary="msi"),
+            TypeError,
+            "`primary` must be a sequence of names, but got 'msi'.",
+        ),
+        (
+            lambda: AutoLambda(SGD, primary=["mis"]).bind(["msi", "tme"]),
+            ValueError,
+            "`primary` must name tasks among 'msi', 'tme', but got 'mis'. Did you mean 'msi'?",
+        ),
+        (
+            lambda: GradDrop(generator=0),
+            ValueError,
+            "`generator` must be a torch.Generator on the CPU",
+        ),
+        (
+            lambda: PCGrad(expectation=True)(torch.randn(7, 3)),
+            ValueError,
+            "`expectation` must be False with more than 6 tasks, but got True with 7.",
+        ),
+        (
+            lambda: GradDrop(leak=[0.1, 0.2])(torch.randn(3, 2)),
+            ValueError,
+            "`leak` must be one number or one per task (3), but got 2.",
+        ),
+    ],
+)
+def test_hyper_parameters(make, kind, words) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        make()
+
+
+@pytest.mark.parametrize("strategy", [Sum(), GradDrop(), PCGrad(), CAGrad()])
+@pytest.mark.parametrize(
+    ("gradients", "kind", "words"),
+    [
+        (torch.ones(3), ValueError, "`gradients` must have shape (m, p) with one row per task"),
+        (torch.ones(0, 3), ValueError, "and m at least 1, but got shape (0, 3)."),
+        (torch.ones(2, 3).long(), TypeError, "real and floating-point, but got torch.int64."),
+        (torch.ones(2, 3) * 1j, TypeError, "real and floating-point, but got torch.complex64."),
+        ([1.0], TypeError, "`gradients` must be a tensor of shape (m, p)"),
+    ],
+)
+def test_gradients(strategy, gradients, kind, words) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        strategy(gradients)
+
+
+@pytest.mark.parametrize("strategy", [PCGrad(), CAGrad()])
+def test_gramians(strategy) -> None:
+    with pytest.raises(ValueError, match=re.escape("`gramian` must have shape (m, m)")):
+        strategy.solve(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("make", [Equal, Uncertainty, DWA, lambda: AutoLambda(SGD)])
+@pytest.mark.parametrize(
+    ("losses", "kind", "words"),
+    [
+        (torch.ones(2, 2), ValueError, "`losses` must have shape (m,) with one loss per task"),
+        (torch.ones(0), ValueError, "and m at least 1, but got shape (0,)."),
+        (torch.ones(2).long(), TypeError, "real and floating-point, but got torch.int64."),
+        ([1.0, 2.0], TypeError, "`losses` must be a tensor of shape (m,)"),
+        (torch.ones(4), ValueError, "must hold one loss for each of the 3 tasks"),
+    ],
+)
+def test_losses_of_a_weighting_alone(make, losses, kind, words) -> None:
+    weighting = make()
+    weighting(torch.ones(3))
+    with pytest.raises(kind, match=re.escape(words)):
+        weighting(losses)
+
+
+def test_a_weighting_belongs_to_one_set_of_tasks() -> None:
+    weighting = Uncertainty()
+    Balancer(weighting, Sum(), tasks=("a", "b"))
+    with pytest.raises(RuntimeError, match="must belong to one set of tasks, but it is bound to"):
+        Balancer(weighting, Sum(), tasks=("a", "c"))
+    with pytest.raises(RuntimeError, match="must be bound to its tasks first"):
+        _ = DWA().num_tasks
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (["regression"], "`kind` must have one entry per task (2), but got 1."),
+        ({"a": "regression"}, "`kind` must name each of the tasks ('a', 'b'), but got ('a',)."),
+    ],
+)
+def test_kinds_per_task(kind, words) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Uncertainty(kind=kind).bind(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"tasks": "msi"}, TypeError, "`tasks` must be a sequence of names, but got the string"),
+        ({"tasks": []}, ValueError, "`tasks` must name at least one task, but got none."),
+        ({"tasks": ["a", "b", "a"]}, ValueError, "`tasks` must be distinct, but got 'a' more"),
+        ({"tasks": ["a", 1]}, TypeError, "`tasks` must hold non-empty strings, but got 1."),
+        ({"nonfinite": "dorp"}, ValueError, "but got 'dorp'. Did you mean 'drop'?"),
+        ({"weighting": Sum()}, TypeError, "`weighting` must be a Weighting, but got Sum."),
+        ({"gradient": Equal()}, TypeError, "`gradient` must be a GradientStrategy, but got Equal."),
+        ({"gradient": Sum}, TypeError, "`gradient` must be a GradientStrategy, but got the class"),
+        ({"shared": []}, ValueError, "`shared` must hold parameters, but got none in group"),
+        ({"shared": {"x": []}}, ValueError, "but got none in group 'x'."),
+        ({"shared": "trunk"}, TypeError, "`shared` must hold modules and parameters, but got str."),
+        ({"shared": [3]}, TypeError, "`shared` must hold modules and parameters, but got int."),
+        (
+            {"shared": [nn.Parameter(torch.ones(1)) * 2]},
+            ValueError,
+            "`shared` must hold parameters, but got a tensor that was computed from others",
+        ),
+        ({"process_group": object()}, ValueError, "`process_group` must be None in this release"),
+    ],
+)
+def test_balancer_arguments(options, kind, words) -> None:
+    arguments = {"weighting": Equal(), "gradient": Sum(), "tasks": ("a", "b"), **options}
+    with pytest.raises(kind, match=re.escape(words)):
+        Balancer(arguments.pop("weighting"), arguments.pop("gradient"), **arguments)
+
+
+def test_one_parameter_in_two_groups() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"'weight' is in 'x' and 'y'. Tied weights belong to one"):
+        Balancer(Equal(), Sum(), tasks=("a",), shared={"x": layer, "y": layer})
+
+
+@pytest.mark.parametrize("strategy", [Sum, CAGrad])
+@pytest.mark.parametrize(
+    ("losses", "kind", "words"),
+    [
+        (lambda losses: [losses["a"]], TypeError, "`losses` must map task names to scalar tensors"),
+        (lambda losses: {}, ValueError, "`losses` must hold at least one task's loss"),
+        (
+            lambda losses: {**losses, "bb": losses["b"]},
+            ValueError,
+            "`losses` must name tasks among 'a', 'b', 'c', but got 'bb'. Did you mean 'b'?",
+        ),
+        (
+            lambda losses: {**losses, "b": losses["b"].expand(2)},
+            ValueError,
+            "the loss of task 'b' must be a scalar, but got shape (2,). Reduce it first",
+        ),
+        (
+            lambda losses: {**losses, "b": losses["b"].detach()},
+            ValueError,
+            "the loss of task 'b' must have a graph, but it does not require a gradient.",
+        ),
+        (
+            lambda losses: {**losses, "b": None},
+            TypeError,
+            "the loss of task 'b' must be a tensor, but got None. Leave a task without labels out",
+        ),
+        (
+            lambda losses: {**losses, "b": losses["b"] * 1j},
+            TypeError,
+            "the loss of task 'b' must be real and floating-point, but got torch.complex128.",
+        ),
+        (
+            lambda losses: {**losses, "b": nn.Parameter(torch.ones(()))},
+            ValueError,
+            "the loss of task 'b' must reach a shared parameter, but reaches none.",
+        ),
+    ],
+)
+def test_losses_of_a_step(strategy, losses, kind, words) -> None:
+    """Nothing is written, and the next step is not disturbed."""
+    model = Network()
+    balancer = Balancer(Equal(), strategy(), tasks=TASKS, shared=model.trunk)
+    with pytest.raises(kind, match=re.escape(words)):
+        balancer.backward(losses(model.losses(batch())))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert balancer.backward(model.losses(batch())).tasks == TASKS
+
+
+def test_inferred_tasks_that_share_nothing() -> None:
+    x, y, z = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS)
+    losses = {"a": x.sum(), "b": (x * y).sum(), "c": z.sum()}
+    with pytest.raises(ValueError, match="loss of task 'c' must reach a shared parameter, but sha"):
+        balancer.backward(losses)
+
+
+def test_missing_validation() -> None:
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balancer = Balancer(AutoLambda(optimizer), CAGrad(), tasks=TASKS, shared=model.trunk)
+    losses = model.losses(batch())
+    words = r"`validation` must be a function without arguments .* but got None. AutoLambda looks"
+    with pytest.raises(ValueError, match=words):
+        balancer.backward(losses)
+    balancer.accumulate(losses)
+    with pytest.raises(ValueError, match=words):
+        balancer.apply()
+    balancer.apply(validation=lambda: model.losses(batch()))  # nothing was lost
+    with pytest.raises(ValueError, match=r"but got dict\. AutoLambda looks ahead"):
+        balancer.backward(model.losses(batch()), validation=model.losses(batch()))
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "words"),
+    [
+        (lambda losses: losses["a"], TypeError, "`validation` must return a mapping from task"),
+        (lambda losses: {"z": losses["a"]}, ValueError, "`validation` must name tasks among"),
+        (
+            lambda losses: {"b": losses["b"]},
+            ValueError,
+            "`validation` must return the loss of at least one primary task ('a'), but got ('b',)",
+        ),
+    ],
+)
+def test_wrong_validation(result, kind, words) -> None:
+    """The parameters come back although the error arises at the virtual step."""
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weighting = AutoLambda(optimizer, primary=["a"])
+    balancer = Balancer(weighting, CAGrad(), tasks=TASKS, shared=model.trunk)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(kind, match=re.escape(words)):
+        balancer.backward(
+            model.losses(batch()), validation=lambda: result(model.losses(batch(seed=1)))
+        )
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_apply_without_accumulate() -> None:
+    with pytest.raises(RuntimeError, match=re.escape("apply() must follow accumulate()")):
+        Balancer(Equal(), CAGrad(), tasks=("a",)).apply()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "words"),
+    [
+        ("cagard", {"tasks": ["a"]}, ValueError, "but got 'cagard'. Did you mean 'cagrad'?"),
+        ("dwa+autol", {"tasks": ["a"]}, ValueError, "at most one weighting and one gradient"),
+        ("dwa", {"tasks": ["a"], "temprature": 1}, TypeError, "Did you mean 'temperature'?"),
+        ("dwa", {}, TypeError, "`tasks` must name the tasks, but it is missing."),
+        ("autol+cagrad", {"tasks": ["a"]}, TypeError, "`optimizer` must be the model's optimizer"),
+    ],
+)
+def test_make_balancer(name, options, kind, words) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        make_balancer(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "weighting", "gradient"),
+    [
+        ("naive", Equal, Sum),
+        ("equal+none", Equal, Sum),
+        ("Uncert", Uncertainty, Sum),
+        ("graddrop", Equal, GradDrop),
+        ("pcgrad + dwa", DWA, PCGrad),
+        ("autol+cagrad", AutoLambda, CAGrad),
+    ],
+)
+def test_names_of_the_papers(name, weighting, gradient) -> None:
+    balancer = make_balancer(name, tasks=["a"], optimizer=SGD, c=0.7, seed=5)
+    assert type(balancer.weighting) is weighting
+    assert type(balancer.gradient) is gradient
+    if gradient is CAGrad:
+        assert balancer.gradient.c == 0.7

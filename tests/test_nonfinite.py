@@ -1,0 +1,240 @@
+"""A non-finite loss or gradient raises, is dropped, or skips the step; and it is counted."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mtbalance import Balancer, GradientStrategy, make_balancer
+from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
+from mtbalance.weighting import DWA, Equal, Uncertainty
+from tests._networks import TASKS, Network, batch
+
+STRATEGIES = [Sum, CAGrad, PCGrad, GradDrop]
+
+
+def bad_losses(model: Network, what: str) -> dict[str, Tensor]:
+    """Task b is broken: its loss, its gradient everywhere, or its gradient in its head only."""
+    losses = model.losses(batch())
+    if what == "loss":
+        losses["b"] = losses["b"] * float("inf")
+    elif what == "gradient":  # sqrt has an infinite slope at 0, where its value is finite
+        losses["b"] = losses["b"] + (losses["b"] - losses["b"].detach()).abs().sqrt()
+    elif what == "head":
+        zero = model.heads["b"].weight.sum() * 0
+        losses["b"] = losses["b"] + zero.abs().sqrt()
+    return losses
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "head"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_raise_names_the_task_and_writes_nothing(strategy, what: str) -> None:
+    model = Network()
+    balancer = Balancer(Uncertainty(), strategy(), tasks=TASKS, shared=model.trunk)
+    model.heads["a"].bias.grad = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(FloatingPointError) as caught:
+        balancer.backward(bad_losses(model, what))
+    message = str(caught.value)
+    if strategy is Sum and what != "loss":
+        assert "the gradients of the tasks 'a', 'b', 'c' must be finite, but their sum" in message
+    else:
+        assert f"the {'loss' if what == 'loss' else 'gradient'} of task 'b' must be fin" in message
+    assert model.heads["a"].bias.grad == 1
+    model.heads["a"].bias.grad = None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert balancer.weighting.log_var.grad is None
+    assert balancer.backward(model.losses(batch())).tasks == TASKS  # and the next step is clean
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "head"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_drop_is_absent_and_counted(strategy, what: str) -> None:
+    model = Network()
+    other = copy.deepcopy(model)
+    balancer = Balancer(DWA(), strategy(), tasks=TASKS, shared=model.trunk, nonfinite="drop")
+    record = balancer.backward(bad_losses(model, what))
+    assert record.tasks == ("a", "c")
+    assert record.dropped == record.nonfinite == ("b",)
+    assert record.absent == ()
+    assert record.as_dict()["dropped"] == 1
+    without = Balancer(DWA(), strategy(), tasks=TASKS, shared=other.trunk)
+    losses = other.losses(batch())
+    del losses["b"]
+    without.backward(losses)
+    for one, expected in zip(model.parameters(), other.parameters(), strict=True):
+        if expected.grad is None:
+            assert one.grad is None
+        else:
+            assert_close(one.grad, expected.grad, rtol=1e-12, atol=1e-14)
+    assert balancer.weighting.count.tolist() == [1, 0, 1]
+    with pytest.warns(UserWarning, match="usable loss for 'b'"):
+        summary = balancer.end_epoch()
+    assert summary.dropped == {"a": 0, "b": 1, "c": 0}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "head"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_skip_writes_nothing_and_is_counted(strategy, what: str) -> None:
+    model = Network()
+    balancer = Balancer(
+        Uncertainty(), strategy(), tasks=TASKS, shared=model.trunk, nonfinite="skip"
+    )
+    existing = torch.ones(1, dtype=torch.float64)
+    model.heads["a"].bias.grad = existing.clone()
+    record = balancer.backward(bad_losses(model, what))
+    assert record.skipped
+    if not (strategy is Sum and what != "loss"):  # one pass cannot tell whose gradient it was
+        assert record.nonfinite == ("b",)
+    assert torch.equal(model.heads["a"].bias.grad, existing)
+    assert sum(parameter.grad is not None for parameter in model.parameters()) == 1
+    assert balancer.weighting.log_var.grad is None
+    balancer.backward(model.losses(batch()))
+    summary = balancer.end_epoch()
+    assert (summary.steps, summary.skipped) == (2, 1)
+    assert summary.active == {"a": 1, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("policy", ["drop", "skip"])
+def test_a_bad_micro_batch_spoils_its_task_for_the_step(policy: str) -> None:
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk, nonfinite=policy)
+    balancer.accumulate(model.losses(batch()))
+    balancer.accumulate(bad_losses(model, "loss"))
+    record = balancer.apply()
+    assert record.nonfinite == ("b",)
+    assert record.skipped == (policy == "skip")
+    assert model.heads["b"].weight.grad is None
+    assert (model.heads["a"].weight.grad is None) == (policy == "skip")
+
+
+def test_all_tasks_dropped() -> None:
+    model = Network(("a",))
+    balancer = Balancer(Equal(), Sum(), tasks=("a",), shared=model.trunk, nonfinite="drop")
+    loss = model.losses(batch())["a"] * float("nan")
+    record = balancer.backward({"a": loss})
+    assert record.tasks == ()
+    assert record.dropped == ("a",)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_large_and_small_finite_gradients_are_no_case(scale: float) -> None:
+    """Squares of float32 numbers may overflow; their norms must not be taken for infinite."""
+    x = nn.Parameter(torch.ones(5))
+    for strategy in (Sum(), CAGrad(), GradDrop()):
+        x.grad = None
+        balancer = Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x])
+        balancer.backward({"a": 1e5 * scale * x.sum(), "b": 1e5 * scale * x.square().sum()})
+        assert bool(torch.isfinite(x.grad).all() and (x.grad > 0).all())
+
+
+# --- mixed precision ---------------------------------------------------------------------------
+
+
+def single(model: nn.Module) -> nn.Module:
+    return model.float()
+
+
+@pytest.mark.parametrize("name", ["naive", "uncert", "cagrad", "dwa+pcgrad", "graddrop"])
+def test_gradients_are_scaled_for_the_scaler(name: str) -> None:
+    """.grad holds scale times what it holds without a scaler, learned weights included."""
+    model = single(Network())
+    plain = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    rows = batch().float()
+    one = make_balancer(name, tasks=TASKS, shared=model.trunk)
+    two = make_balancer(name, tasks=TASKS, shared=plain.trunk)
+    record = one.backward(model.losses(rows), scaler=scaler)
+    expected = two.backward(plain.losses(rows))
+    for p, q in zip(
+        [*model.parameters(), *one.parameters()],
+        [*plain.parameters(), *two.parameters()],
+        strict=True,
+    ):
+        assert_close(p.grad, q.grad * 2.0**10, rtol=1e-5, atol=1e-4)
+    for key, value in expected.as_dict().items():
+        assert record.as_dict()[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["naive", "cagrad", "graddrop", "autol+pcgrad"])
+def test_infinities_reach_the_scaler_which_skips(name: str) -> None:
+    model = single(Network())
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    balancer = make_balancer(name, tasks=TASKS, shared=model.trunk, optimizer=optimizer)
+    record = balancer.backward(
+        {task: loss * 1e6 for task, loss in model.losses(batch().float()).items()},
+        scaler=scaler,
+        validation=lambda: model.losses(batch().float()),
+    )
+    if name != "naive":
+        assert record.overflow
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**119
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["naive", "cagrad", "autol+cagrad"])
+def test_training_with_a_scaler_is_training_without(name: str) -> None:
+    """The scale is a power of two, so that only the order of rounding could differ."""
+    models = [single(Network()), None]
+    models[1] = copy.deepcopy(models[0])
+    for model, scaler in zip(models, [torch.amp.GradScaler("cpu"), None], strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        balancer = make_balancer(name, tasks=TASKS, shared=model.trunk, optimizer=optimizer)
+        for seed in range(5):
+            optimizer.zero_grad()
+            rows = batch(seed=seed).float()
+            balancer.backward(
+                model.losses(rows), scaler=scaler, validation=lambda m=model, r=rows: m.losses(r)
+            )
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_disabled_scaler_is_none() -> None:
+    model = single(Network())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    balancer = make_balancer("cagrad", tasks=TASKS, shared=model.trunk)
+    losses = model.losses(batch().float())
+    losses["b"] = losses["b"] + (losses["b"] - losses["b"].detach()).abs().sqrt()
+    with pytest.raises(FloatingPointError, match="gradient of task 'b'"):
+        balancer.backward(losses, scaler=scaler)
+
+
+@pytest.mark.parametrize("strategy", [Sum(), CAGrad(), GradDrop(), PCGrad()])
+def test_under_autocast_to_bfloat16(strategy: GradientStrategy) -> None:
+    """Backward inside the autocast region: the balancing itself stays in full precision."""
+    model = single(Network())
+    inside, outside = model, copy.deepcopy(model)
+    rows = batch().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = Balancer(Uncertainty(), copy.deepcopy(strategy), tasks=TASKS, shared=inside.trunk)
+        one.backward(inside.losses(rows))
+        losses = outside.losses(rows)
+    two = Balancer(Uncertainty(), copy.deepcopy(strategy), tasks=TASKS, shared=outside.trunk)
+    two.backward(losses)
+    for p, q in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_bfloat16_parameters_are_balanced_in_float32() -> None:
+    """Rows are rounded, the Gramian and the combination are not: against float64 on equal rows."""
+    x = nn.Parameter(torch.randn(1000).bfloat16())
+    g = torch.randn(2, 1000).bfloat16()
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=[x])
+    balancer.backward({"a": (x * g[0]).float().sum(), "b": (x * g[1]).float().sum()})
+    expected = CAGrad()(g.double())
+    assert x.grad.dtype == torch.bfloat16
+    assert_close(x.grad.double(), expected, rtol=2**-8, atol=0)  # one rounding to 8 bits

@@ -1,0 +1,159 @@
+"""A run that is saved and resumed equals one that was never interrupted, bit for bit."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
+from mtbalance.gradient import GradDrop, PCGrad, Sum
+from mtbalance.weighting import DWA, Equal, Uncertainty
+from tests._networks import TASKS, Network, batch
+
+STEPS = 5
+
+
+class Run:
+    """A training run with dropout and momentum, whose whole state is saved."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(1)
+        self.model = Network(dropout=0.3)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02, momentum=0.9)
+        self.balancer = make_balancer(
+            name, tasks=TASKS, shared=self.model.trunk, optimizer=self.optimizer, seed=7
+        )
+        learned = list(self.balancer.parameters())
+        if learned:
+            self.optimizer.add_param_group({"params": learned, "lr": 0.01})
+
+    def train(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            self.optimizer.zero_grad()
+            losses = self.model.losses(batch(seed=step))
+            if step % 3 == 1:
+                del losses["b"]  # a task may be absent
+            self.balancer.backward(
+                losses, validation=lambda s=step: self.model.losses(batch(seed=100 + s))
+            )
+            self.optimizer.step()
+            if step % 2:  # so that saving falls into the middle of an epoch
+                self.balancer.end_epoch()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "balancer": self.balancer.state_dict(),
+            "torch": torch.get_rng_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.balancer.load_state_dict(state["balancer"])
+        torch.set_rng_state(state["torch"])
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, as the safe loader accepts it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("name", PAPER_COMBINATIONS)
+def test_resume_is_bit_for_bit(name: str) -> None:
+    straight = Run(name)
+    straight.train(0, 2 * STEPS)
+
+    first = Run(name)
+    first.train(0, STEPS)
+    state = saved(first.state())
+    second = Run(name)
+    second.load(state)
+    second.train(STEPS, 2 * STEPS)
+
+    assert_equal_states(second.state(), straight.state())
+
+
+def assert_equal_states(one: Any, other: Any) -> None:
+    if isinstance(other, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key in other:
+            assert_equal_states(one[key], other[key])
+    elif isinstance(other, list):
+        for a, b in zip(one, other, strict=True):
+            assert_equal_states(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("name", PAPER_COMBINATIONS)
+def test_state_has_a_fixed_shape(name: str) -> None:
+    """A fresh Balancer's state has the keys and shapes of a trained one's."""
+    fresh, trained = Run(name), Run(name)
+    trained.train(0, STEPS)
+    shapes = [
+        {key: value.shape for key, value in run.balancer.state_dict().items()}
+        for run in (fresh, trained)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", PAPER_COMBINATIONS)
+def test_reset_forgets_everything(name: str) -> None:
+    run = Run(name)
+    fresh = {key: value.clone() for key, value in run.balancer.state_dict().items()}
+    learned = list(run.balancer.parameters())
+    run.train(0, STEPS)
+    run.balancer.reset()
+    assert_equal_states(dict(run.balancer.state_dict()), fresh)
+    now = list(run.balancer.parameters())
+    assert all(a is b for a, b in zip(now, learned, strict=True))  # an optimizer may hold them
+
+
+def test_seeds_and_generators() -> None:
+    """Equal seeds give equal draws; a generator given is the one drawn from."""
+    gradients = torch.randn(4, 50)
+    for strategy in (GradDrop, PCGrad):
+        same = [strategy(seed=3)(gradients) for _ in range(2)]
+        assert torch.equal(*same)
+        generator = torch.Generator().manual_seed(3)
+        before = generator.get_state()
+        assert torch.equal(strategy(generator=generator)(gradients), same[0])
+        assert not torch.equal(generator.get_state(), before)
+    assert not torch.equal(GradDrop(seed=3)(gradients), GradDrop(seed=4)(gradients))
+
+
+def test_state_of_another_set_of_tasks_is_refused() -> None:
+    layer = nn.Linear(2, 2)
+    two = Balancer(DWA(), Sum(), tasks=("a", "b"), shared=layer)
+    three = Balancer(DWA(), Sum(), tasks=("a", "b", "c"), shared=layer)
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|must belong to 3 tasks"):
+        three.load_state_dict(two.state_dict())
+    with pytest.raises(ValueError, match="the saved state must belong to 3 tasks, but has 2"):
+        Balancer(Equal(), Sum(), tasks=("a", "b", "c")).load_state_dict(
+            Balancer(Equal(), Sum(), tasks=("a", "b")).state_dict()
+        )
+
+
+def test_a_weighting_alone_can_be_loaded_before_its_first_loss() -> None:
+    trained = Uncertainty()
+    trained(torch.ones(3))
+    trained.log_var.data.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    fresh = Uncertainty()
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.log_var, trained.log_var)
+
+
+def test_moving_and_casting() -> None:
+    balancer = Balancer(Uncertainty(), GradDrop(), tasks=("a", "b"), shared=nn.Linear(2, 2))
+    balancer.double()
+    assert balancer.weighting.log_var.dtype == torch.float64
+    assert sum(1 for _ in balancer.parameters()) == 1  # the model's are not the Balancer's
