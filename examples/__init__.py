@@ -1,0 +1,1 @@
+"""Programs built on mtbalance; not part of the package."""

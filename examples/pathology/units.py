@@ -1,0 +1,197 @@
+"""Microns per pixel: where a slide says how large its pixels are, and whether to believe it.
+
+A network sees tissue at one scale only, so a wrong value here is worse than none: values are taken
+in a fixed order, checked for plausibility, and reported with their source. The objective power
+("20x") is never turned into microns: scanners disagree about it by a factor of two.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from xml.etree import ElementTree as ET
+
+MIN_MPP = 0.05
+MAX_MPP = 4.0
+"""No scanner makes pixels finer than 0.05 um; above 4 um a 224 px tile has no cells to see."""
+
+MAX_ANISOTROPY = 0.10
+"""Largest accepted difference between x and y, as a share of the larger."""
+
+_UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
+
+_UM_PER_LENGTH = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+
+
+class SlideError(Exception):
+    """A slide cannot be used; the message names the slide and says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """The size of a slide's level-0 pixels.
+
+    Attributes:
+        x: Microns per pixel along x.
+        y: Microns per pixel along y.
+        source: Where the values come from, for example ``openslide.mpp-x``.
+    """
+
+    x: float
+    y: float
+    source: str
+
+
+def find_mpp(
+    properties: Mapping[str, str],
+    *,
+    slide: str,
+    table_mpp: float | None = None,
+    default_mpp: float | None = None,
+) -> Mpp:
+    """Find the size of a slide's pixels.
+
+    The order is: the slide table's MPP column, OpenSlide's own value, the keys of the vendors, the
+    TIFF resolution if it has a unit, XML in the image description, the default.
+
+    Args:
+        properties: The slide's properties as OpenSlide gives them.
+        slide: Name of the slide, for messages.
+        table_mpp: The slide's value in the slide table in um, if any.
+        default_mpp: What to assume in um if nothing else is found.
+
+    Returns:
+        The pixel size with its source.
+
+    Raises:
+        SlideError: If nothing is found, or what is found first is implausible.
+    """
+    if table_mpp is not None:
+        return _checked(table_mpp, table_mpp, "slide table", slide)
+    for reader in (_from_openslide, _from_vendor, _from_tiff_resolution, _from_xml):
+        found = reader(properties)
+        if found is not None:
+            return _checked(found.x, found.y, found.source, slide)
+    if default_mpp is not None:
+        return _checked(default_mpp, default_mpp, "default", slide)
+    power = properties.get("openslide.objective-power")
+    hint = (
+        f" (its objective power is {power}x, which does not tell the pixel size)" if power else ""
+    )
+    raise SlideError(
+        f"The slide must say how large its pixels are, but {slide} has no microns per pixel{hint}. "
+        "Give them in the MPP column of the slide table, or with --default-mpp."
+    )
+
+
+def _checked(x: float, y: float, source: str, slide: str) -> Mpp:
+    remedy = "Give the true value in the MPP column of the slide table."
+    for value in (x, y):
+        if not MIN_MPP <= value <= MAX_MPP:  # also catches NaN
+            raise SlideError(
+                f"The microns per pixel must be between {MIN_MPP} and {MAX_MPP}, but {slide} has "
+                f"{value:.6g} (from {source}). {remedy}"
+            )
+    if abs(x - y) > MAX_ANISOTROPY * max(x, y):
+        raise SlideError(
+            f"The microns per pixel along x and y must differ by at most {MAX_ANISOTROPY:.0%}, but "
+            f"{slide} has {x:.6g} and {y:.6g} (from {source}). {remedy}"
+        )
+    return Mpp(x, y, source)
+
+
+def _number(text: str | None) -> float | None:
+    """Return a positive finite number, or None for anything else (a missing or broken entry)."""
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _pair(
+    properties: Mapping[str, str],
+    key_x: str,
+    key_y: str | None,
+    convert: Callable[[float], float] = lambda value: value,
+) -> Mpp | None:
+    """Read two keys; where one is missing, pixels are taken to be square."""
+    x = _number(properties.get(key_x))
+    y = _number(properties.get(key_y)) if key_y else None
+    if x is not None:
+        return Mpp(convert(x), convert(x if y is None else y), key_x)
+    if y is not None:
+        return Mpp(convert(y), convert(y), str(key_y))
+    return None
+
+
+def _from_openslide(properties: Mapping[str, str]) -> Mpp | None:
+    return _pair(properties, "openslide.mpp-x", "openslide.mpp-y")
+
+
+def _from_vendor(properties: Mapping[str, str]) -> Mpp | None:
+    mirax = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL"
+    return (
+        _pair(properties, "aperio.MPP", None)
+        or _pair(properties, f"{mirax}_X", f"{mirax}_Y")
+        or _from_hamamatsu(properties)
+    )
+
+
+def _from_hamamatsu(properties: Mapping[str, str]) -> Mpp | None:
+    """Read .vms and .vmu slides, which give the size of the whole picture in nm.
+
+    ``hamamatsu.XResolution`` is passed by: its unit differs from file to file.
+    """
+    sizes = []
+    for size, pixels in (("PhysicalWidth", "width"), ("PhysicalHeight", "height")):
+        size_nm = _number(properties.get(f"hamamatsu.{size}"))
+        count = _number(properties.get(f"openslide.level[0].{pixels}"))
+        sizes.append(None if size_nm is None or count is None else size_nm / 1000 / count)
+    x, y = sizes
+    return None if x is None or y is None else Mpp(x, y, "hamamatsu.PhysicalWidth")
+
+
+def _from_tiff_resolution(properties: Mapping[str, str]) -> Mpp | None:
+    um = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower())
+    if um is None:
+        return None  # "none": the numbers are an aspect ratio
+    return _pair(properties, "tiff.XResolution", "tiff.YResolution", lambda value: um / value)
+
+
+def _from_xml(properties: Mapping[str, str]) -> Mpp | None:
+    for key in ("openslide.comment", "tiff.ImageDescription"):
+        text = properties.get(key, "")
+        philips = re.search(r"<PixelSizeMicrons>\s*([^<\s]+)\s*</PixelSizeMicrons>", text)
+        value = _number(philips.group(1)) if philips else None
+        if value is not None:
+            return Mpp(value, value, f"{key} PixelSizeMicrons")
+        found = _from_ome(text, key)
+        if found is not None:
+            return found
+    return None
+
+
+def _from_ome(text: str, key: str) -> Mpp | None:
+    """Read PhysicalSizeX and PhysicalSizeY of the first Pixels element of an OME-XML text."""
+    start = text.find("<")
+    if "PhysicalSize" not in text or start < 0 or "<!DOCTYPE" in text:
+        return None  # a document type could define entities that expand without end
+    try:
+        root = ET.fromstring(text[start:].strip().encode())  # noqa: S314 - no entities
+    except ET.ParseError:
+        return None
+    for element in root.iter():
+        if element.tag.rpartition("}")[2] != "Pixels":
+            continue
+        sizes = []
+        for axis in "XY":
+            value = _number(element.get(f"PhysicalSize{axis}"))
+            unit = _UM_PER_LENGTH.get(element.get(f"PhysicalSize{axis}Unit", "um"))
+            sizes.append(None if value is None or unit is None else value * unit)
+        x, y = sizes[0] or sizes[1], sizes[1] or sizes[0]
+        if x is not None and y is not None:
+            return Mpp(x, y, f"{key} PhysicalSizeX")
+    return None
