@@ -252,7 +252,13 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def minimize_linear_plus_norm(
-    gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, start: Tensor
+    gramian: Tensor,
+    linear: Tensor,
+    radius: float,
+    sizes: Tensor,
+    start: Tensor,
+    *,
+    may_vanish: bool,
 ) -> Tensor | None:
     r"""Minimise :math:`\beta^T y + \phi |U^T y|` over :math:`y \ge 0, a^T y = 1`.
 
@@ -272,12 +278,14 @@ def minimize_linear_plus_norm(
         radius: phi, positive.
         sizes: a, shape (k,), positive, at most 1.
         start: A feasible y, shape (k,).
+        may_vanish: Whether the combination may vanish at the minimum. It cannot where the minimum
+            is known to be negative, however short the combination looks.
 
     Returns:
         y, shape (k,); None if the minimum lies where the combination vanishes (to the resolution of
         the Gramian), where the objective has a kink and y decides nothing.
     """
-    y = _walk_over_faces(gramian, linear, radius, sizes, start)
+    y = _walk_over_faces(gramian, linear, radius, sizes, start, may_vanish=may_vanish)
     if y is None or _excess(gramian, linear, radius, sizes, y) <= _SOLVER_TOLERANCE:
         return y
     # Faces whose rows are all but dependent blur their own minimum. Growing the face from the best
@@ -286,9 +294,9 @@ def minimize_linear_plus_norm(
     single = torch.zeros_like(start)
     best = int(vertices.argmin())
     single[best] = 1 / sizes[best]
-    again = _walk_over_faces(gramian, linear, radius, sizes, single)
+    again = _walk_over_faces(gramian, linear, radius, sizes, single, may_vanish=may_vanish)
     if again is None:
-        return again
+        return None if may_vanish else y
     return min(y, again, key=lambda end: _excess(gramian, linear, radius, sizes, end))
 
 
@@ -300,7 +308,13 @@ def _excess(gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, y: Te
 
 
 def _walk_over_faces(
-    gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, start: Tensor
+    gramian: Tensor,
+    linear: Tensor,
+    radius: float,
+    sizes: Tensor,
+    start: Tensor,
+    *,
+    may_vanish: bool,
 ) -> Tensor | None:
     count = len(gramian)
     y = start.clone()
@@ -325,7 +339,9 @@ def _walk_over_faces(
             y[face] = target
         image = gramian @ y
         length = math.sqrt(max(float(y @ image), 0.0))
-        if length <= math.sqrt(_RESOLUTION * count) * float(y.sum()):
+        if length == 0 or (
+            may_vanish and length <= math.sqrt(_RESOLUTION * count) * float(y.sum())
+        ):
             return None
         slope = linear + radius / length * image
         value = float(slope @ y)

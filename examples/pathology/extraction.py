@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from examples.pathology.ctranspath import Extractor, ctranspath_extractor
 from examples.pathology.errors import UserError
@@ -118,7 +117,6 @@ def run(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="tiles"))
         stack.callback(write_ledger, ledger, rows)  # after Ctrl-C as well
-        stack.enter_context(logging_redirect_tqdm())
         job = Job(
             out=out,
             rules=rules,

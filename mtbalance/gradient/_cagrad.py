@@ -104,12 +104,22 @@ class CAGrad(GramianStrategy):
         reaches = distance <= radius
         start = 1 / sizes if reaches else multipliers
         y = minimize_linear_plus_norm(
-            rows.cosines, rows.cosines @ mean, radius, sizes, start / (sizes @ start)
+            rows.cosines,
+            rows.cosines @ mean,
+            radius,
+            sizes,
+            start / (sizes @ start),
+            may_vanish=reaches,
         )
+        step = multipliers if reaches else multipliers * (radius / distance)
         if y is not None:
-            step = y * (radius / norm_of(y, rows.cosines))
-        else:  # at the kink; or so near to it that the Gramian cannot tell, then as far as allowed
-            step = multipliers if reaches else multipliers * (radius / distance)
+            # Near the kink rounding may hide it: take the better of its answer and the walk's.
+            walked = y * (radius / norm_of(y, rows.cosines))
+            worst = [
+                float((rows.norms * (rows.cosines @ (mean + s))).min()) for s in (walked, step)
+            ]
+            if worst[0] >= worst[1] - 1e-12 * float(rows.norms.max()) * mean_length:
+                step = walked
         pull[rows.numbers] = step * rows.norms.max() / (m * rows.norms)
         return pull
 
