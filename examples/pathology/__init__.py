@@ -1,8 +1,12 @@
 """From whole-slide images to a cross-validated multi-task biomarker model.
 
-The pipeline reads from top to bottom: slides are cut into tiles (``tiling``), tiles become features
-(``ctranspath``, ``features``), features meet clinical tables (``cohort``), a Transformer is trained
-on them (``model``, ``training``, ``crossval``), and numbers become figures and a page (``metrics``,
-``plots``, ``report``). ``simulate`` makes slides whose truth is known. Run it with ``python -m
-examples.pathology --help``.
+The pipeline reads from top to bottom. Slides are opened and cut into tiles in microns (``units``,
+``slides``, ``tiling``), tiles become features in files (``ctranspath``, ``extraction``,
+``features``), features meet clinical tables (``cohort``) and are split by patient (``splits``), a
+Transformer is trained on them (``model``, ``training``, ``crossval``), and what it says becomes
+numbers, figures and a page (``results``, ``metrics``, ``plots``, ``report``). ``simulate`` draws
+slides whose truth is known, and ``demo`` runs all of it on them. ``cli`` is the only module that
+sees the command line, ``config`` checks settings, ``errors`` tells wrong use from failed work.
+
+Run it with ``python -m examples.pathology --help``.
 """

@@ -1,0 +1,281 @@
+# ruff: noqa: ARG001  (--config and --verbose act while the arguments are read)
+"""The command line: reads the arguments, calls one stage, turns its outcome into an exit code.
+
+0: all well; 1: some items failed, or the run did; 2: wrong use. Logs and progress go to stderr.
+Every stage is imported when it is asked for, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from examples.pathology.errors import RunError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich alone would take a third of the second
+    help="Whole-slide images in, a cross-validated multi-task biomarker model out.",
+)
+
+
+def _use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a section of a TOML file supply the defaults of this command's options."""
+    if path is None:
+        return None
+    from examples.pathology.config import read_section
+
+    section = str(context.info_name)
+    parents = context.parent.command if context.parent else context.command
+    sections = [*getattr(parents, "commands", {section: None}), "provenance"]
+    own = {"config", "help"}
+    known = [str(p.name) for p in context.command.params if p.name not in own]
+    values = read_section(path, section, known, sections)
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _quiet_or_not(verbose: bool) -> bool:
+    set_up_logging(verbose=verbose)
+    return verbose
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        help="Defaults for these options, from the section named like the command; "
+        "the command line wins.",
+        is_eager=True,
+        callback=_use_config,
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)]
+
+
+@app.command()
+def extract(
+    slides: Annotated[Path, typer.Option(help="Folder of slides, searched with its sub-folders.")],
+    out: Annotated[Path, typer.Option(help="Where the feature files go.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="ctranspath.pth; without it, seeded RANDOM weights that carry no biology."
+        ),
+    ] = None,
+    slide_table: Annotated[
+        Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
+    ] = None,
+    default_mpp: Annotated[
+        float | None, typer.Option(help="um per pixel of slides that do not tell theirs.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read tiles.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")] = 64,
+    brightness_cutoff: Annotated[
+        float, typer.Option(help="Tiles at least this bright on average (0 to 255) are glass.")
+    ] = 240.0,
+    min_edge_share: Annotated[
+        float, typer.Option(help="Tiles with a smaller share of edge pixels are background.")
+    ] = 0.02,
+    seed: Seed = 0,
+    device: Device = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Cut slides into tiles of 256 um and compute their CTransPath features."""
+    from examples.pathology import features, tiling
+
+    summary = features.extract(
+        slides,
+        out,
+        weights=weights,
+        slide_table=slide_table,
+        default_mpp=default_mpp,
+        workers=workers,
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        tile_rules=tiling.TileRules(
+            brightness_cutoff=brightness_cutoff, min_edge_share=min_edge_share
+        ),
+    )
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def crossval(
+    clini: Annotated[
+        Path, typer.Option(help="Clinical table (.csv, .xlsx) with PATIENT and targets.")
+    ],
+    slide_table: Annotated[Path, typer.Option(help="Table of PATIENT and FILENAME.")],
+    features: Annotated[Path, typer.Option(help="Folder of feature files (.h5).")],
+    target: Annotated[str, typer.Option(help="Column of the primary, categorical target.")],
+    out: Annotated[Path, typer.Option(help="The run folder; a stopped run is taken up again.")],
+    auxiliary: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of a further target; may be given several times."),
+    ] = None,
+    balancer: Annotated[
+        str,
+        typer.Option(
+            help="baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."
+        ),
+    ] = "naive",
+    positive: Annotated[
+        str | None, typer.Option(help="Class whose AUROC is reported; default: the rarer one.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1, help="Most epochs per fold.")] = 32,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Epochs without a lower validation loss before a fold stops.")
+    ] = 7,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
+    schedule: Annotated[str, typer.Option(help="constant, or cosine per epoch.")] = "constant",
+    standardize: Annotated[
+        bool,
+        typer.Option(
+            "--standardize", help="Scale tile features by mean and sd of the training part."
+        ),
+    ] = False,
+    lookahead_data: Annotated[
+        str,
+        typer.Option(
+            help="Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train."
+        ),
+    ] = "heldout",
+    splits: Annotated[
+        Path | None, typer.Option(help="splits.json of another run, to compare on equal folds.")
+    ] = None,
+    note: Annotated[str, typer.Option(help="A sentence for figures and report.")] = "",
+    seed: Seed = 0,
+    device: Device = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Cross-validate the joint Transformer by patient, with all results in one run folder."""
+    from examples.pathology.config import CrossvalConfig
+    from examples.pathology.crossval import run_crossval
+
+    run_crossval(
+        CrossvalConfig(
+            clini=clini,
+            slide_table=slide_table,
+            features=features,
+            target=target,
+            out=out,
+            auxiliary=tuple(auxiliary or ()),
+            balancer=balancer,
+            positive=positive,
+            folds=folds,
+            epochs=epochs,
+            patience=patience,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            standardize=standardize,
+            lookahead_data=lookahead_data,
+            splits=splits,
+            note=note,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    patients: Annotated[int, typer.Option(min=10, help="Size of the synthetic cohort.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Most epochs per fold.")] = 6,
+    seed: Seed = 0,
+    device: Device = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run everything on synthetic slides: extract, compare three methods, report; CPU, minutes."""
+    from examples.pathology.demo import run_demo
+
+    page = run_demo(out, patients=patients, epochs=epochs, seed=seed, device=device)
+    typer.echo(page)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        list[Path],
+        typer.Option(help="A run folder, or a folder of runs; may be given several times."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the page goes; default: report/ in the first --run.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the t-SNE.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="Accepted as everywhere; a report needs none.")
+    ] = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write the figures and numbers of one or more finished runs on one page."""
+    from examples.pathology.report import write_report
+
+    typer.echo(write_report(run, out, seed=seed))
+
+
+def set_up_logging(*, verbose: bool = False) -> None:
+    """Send log lines to stderr, past any progress bar."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, _ProgressHandler):
+            root.removeHandler(handler)
+    handler = _ProgressHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)  # other packages
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("examples").setLevel(level)
+    logging.getLogger("mtbalance").setLevel(level)
+
+
+class _ProgressHandler(logging.Handler):
+    """Writes a line without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: What follows the program's name; ``None``: ``sys.argv``.
+    """
+    # Threads of PyTorch that wait spin by default. With anything else running on the same cores,
+    # they take the time from those that work: a training step was 15 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    options: dict[str, Any] = {"prog_name": "python -m examples.pathology"}
+    try:
+        app(list(arguments) if arguments is not None else None, **options)
+    except UserError as error:
+        _complain(error)
+        raise SystemExit(2) from None
+    except RunError as error:
+        _complain(error)
+        raise SystemExit(1) from None
+
+
+def _complain(error: Exception) -> None:
+    print(f"Error: {error}", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,222 @@
+"""Settings: read from TOML with every key checked, written back resolved, compared between runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from examples.pathology.errors import UserError, listing, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the same parser under its older name
+    import tomli as tomllib
+
+LOOKAHEAD_SOURCES = ("heldout", "train")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class CrossvalConfig:
+    """Everything that decides what a cross-validation computes.
+
+    Args:
+        clini: Clinical table, ``.csv`` or ``.xlsx``, one row per patient, with a ``PATIENT``
+            column.
+        slide_table: Table of ``PATIENT`` and ``FILENAME``.
+        features: Folder of feature files (``.h5``).
+        target: Column of the primary, categorical target.
+        out: The run folder.
+        auxiliary: Columns of further targets; numbers make a regression, words a classification.
+        balancer: ``baseline`` (the primary target alone) or a name that ``mtbalance`` knows.
+        positive: The class whose AUROC is reported; ``None``: the rarer one.
+        folds: Number of folds, at least 2 (5: the paper).
+        epochs: Most epochs per fold, at least 1 (32: the paper).
+        patience: Epochs without a lower validation cross-entropy before a fold stops (7: the
+            paper).
+        learning_rate: Of AdamW (1e-4: the paper).
+        weight_decay: Of AdamW (0.01: PyTorch's default, which the paper's code uses).
+        schedule: ``constant``, as the paper says nothing, or ``cosine``, one step per epoch.
+        standardize: Whether tile features are brought to mean 0 and standard deviation 1 over the
+            training part. The paper does not; features of random weights, which hardly vary
+            around a large mean, need it.
+        lookahead_data: Where Auto-Lambda's look-ahead batches come from: ``heldout``, a tenth of
+            the training part that is then not trained on, or ``train``, as in the authors' code.
+        splits: A ``splits.json`` of another run to use, so that both are compared on equal folds.
+        note: A sentence for the figures and the report, such as "synthetic slides".
+        seed: Of splits, initial weights, order and dropout; at least 0.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    clini: Path
+    slide_table: Path
+    features: Path
+    target: str
+    out: Path
+    auxiliary: tuple[str, ...] = ()
+    balancer: str = "naive"
+    positive: str | None = None
+    folds: int = 5
+    epochs: int = 32
+    patience: int = 7
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    schedule: str = "constant"
+    standardize: bool = False
+    lookahead_data: str = "heldout"
+    splits: Path | None = None
+    note: str = ""
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, low in (("folds", 2), ("epochs", 1), ("patience", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"`{name}` must be at least {low}, but got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise UserError(f"`learning-rate` must be above 0, but got {self.learning_rate}.")
+        if not self.weight_decay >= 0:
+            raise UserError(f"`weight-decay` must be at least 0, but got {self.weight_decay}.")
+        _one_of("lookahead-data", self.lookahead_data, LOOKAHEAD_SOURCES)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        if not self.target:
+            raise UserError("`target` must name a column of the clinical table, but got ''.")
+        names = [self.target, *self.auxiliary]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(
+                f"`auxiliary` must name each target once, but got {listing(twice)} twice."
+            )
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the settings as plain values that TOML can hold, with absolute paths."""
+        values: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if value is None or (name == "note" and not value):
+                continue
+            plain = str(value.resolve()) if isinstance(value, Path) else value
+            values[name] = list(plain) if isinstance(plain, tuple) else plain
+        return values
+
+
+# What may differ when a run folder is taken up again: it changes where, not what, is computed.
+_FREE_ON_RESUME = frozenset({"out", "device", "note", "splits"})
+
+
+def settings_that_differ(config: CrossvalConfig, stored: Mapping[str, Any]) -> list[str]:
+    """Return ``name: old -> new`` for every setting that would change a stored run's result."""
+    now = config.resolved()
+    names = [f.name for f in fields(CrossvalConfig) if f.name not in _FREE_ON_RESUME]
+    pairs = ((name, stored.get(name), now.get(name)) for name in names)
+    return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
+
+
+def read_section(
+    path: Path, section: str, known: Iterable[str], sections: Iterable[str]
+) -> dict[str, Any]:
+    """Read ``[section]`` of a TOML file, refusing whatever nobody would look at.
+
+    Args:
+        path: The file.
+        section: The section wanted; one that is absent is empty.
+        known: Keys that may stand in it, written with dashes or underscores.
+        sections: Sections that may stand in the file.
+
+    Returns:
+        The values by name, with underscores.
+
+    Raises:
+        UserError: The file does not parse, or holds an unknown section or key.
+    """
+    tables = read_toml(path)
+    sections = list(sections)
+    for name, value in tables.items():
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{path}: `{name}` must stand in a section such as [{section}], but stands before "
+                "any."
+            )
+        if name not in sections:
+            raise UserError(
+                f"{path}: the section [{name}] is unknown; known are {listing(sections)}."
+                f"{nearest(name, sections)}"
+            )
+    known = {key.replace("-", "_") for key in known}
+    values = {key.replace("-", "_"): value for key, value in tables.get(section, {}).items()}
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"{path}: the key `{key}` of [{section}] is unknown.{nearest(key, known)}"
+            )
+    return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: The file is missing or does not parse.
+    """
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} must be valid TOML, but {error}.") from error
+    return tables
+
+
+def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write sections of strings, numbers, booleans and lists of them, atomically."""
+    lines: list[str] = []
+    for section, values in tables.items():
+        lines.append(f"[{section}]")
+        lines += [f"{_toml(key)} = {_toml(value)}" for key, value in values.items()]
+        lines.append("")
+    write_text(path, "\n".join(lines))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN) atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's 0o600 would keep colleagues out
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _toml(value: Any) -> str:
+    """Return a string, number, boolean or list as TOML: as JSON, but for the character DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(
+            f"`{name}` must be one of {listing(known)}, but got {value!r}.{nearest(value, known)}"
+        )

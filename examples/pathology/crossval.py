@@ -1,0 +1,197 @@
+"""Cross-validation by patient, in one run folder that can be stopped and taken up again.
+
+The splits are drawn once, saved with a hash of patients and labels, and used by every method that
+is compared. A fold's test part is looked at once: after its model has been chosen on the validation
+part.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from examples.pathology.cohort import BagStore, Cohort, load_cohort, log_cohort
+from examples.pathology.config import (
+    CrossvalConfig,
+    read_toml,
+    settings_that_differ,
+    write_json,
+    write_toml,
+)
+from examples.pathology.errors import UserError, listing
+from examples.pathology.results import (
+    DONE,
+    draw_figures,
+    prediction_columns,
+    read_fold,
+    summarise,
+    write_fold,
+)
+from examples.pathology.splits import Fold, fold_seed, load_or_make_splits
+from examples.pathology.training import (
+    TrainingConfig,
+    fit_fold,
+    needs_lookahead,
+    predict,
+    resolve_device,
+)
+
+logger = logging.getLogger(__name__)
+
+MIN_PER_CLASS = 5  # below, a class would be missing from a training, validation or test part
+
+
+def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
+    """Cross-validate one method and write its run folder.
+
+    Args:
+        config: All settings.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
+        RunError: A loss is not finite.
+    """
+    device = resolve_device(config.device)
+    lookahead = needs_lookahead(config.balancer, [config.target, *config.auxiliary])
+    cohort = load_cohort(
+        config.clini,
+        config.slide_table,
+        config.features,
+        config.target,
+        config.auxiliary,
+        positive=config.positive,
+    )
+    log_cohort(cohort)
+    _check_class_sizes(cohort, config.folds)
+    prediction_columns(cohort.targets)  # a clash is told before the first fold, not after
+    _claim_run_folder(config, cohort)
+    cohort.write_ledger(config.out / "ledger.csv")
+    folds = load_or_make_splits(config, cohort)
+    bags = BagStore()
+    by_name = {patient.name: patient for patient in cohort.patients}
+    for k, fold in enumerate(folds, start=1):
+        log_fold(k, fold)
+        folder = config.out / f"fold-{k}"
+        if (folder / DONE).exists():
+            logger.info("Fold %d is finished already", k)
+            continue
+        started = time.perf_counter()
+        fitted = fit_fold(
+            cohort,
+            [by_name[name] for name in _train_names(fold, lookahead, config.lookahead_data)],
+            [by_name[name] for name in fold.validation],
+            TrainingConfig(
+                config.balancer,
+                config.epochs,
+                config.patience,
+                config.learning_rate,
+                config.weight_decay,
+                config.schedule,
+                config.standardize,
+                fold_seed(config.seed, k),
+                device,
+            ),
+            lookahead=[
+                by_name[name] for name in _lookahead_names(fold, lookahead, config.lookahead_data)
+            ],
+            bags=bags,
+            name=f"fold {k}",
+        )
+        tested = predict(fitted, [by_name[name] for name in fold.test], bags=bags, device=device)
+        write_fold(folder, fitted, tested, cohort, time.perf_counter() - started)
+        logger.info(
+            "Fold %d: %d epochs, the best was %d; %.0f s",
+            k,
+            len(fitted.history),
+            fitted.best_epoch,
+            time.perf_counter() - started,
+        )
+    results = [read_fold(config.out / f"fold-{k}") for k in range(1, len(folds) + 1)]
+    summary = summarise(config, cohort, folds, results)
+    write_json(config.out / "metrics.json", summary)
+    draw_figures(config.out / "figures", summary, results, seed=config.seed)
+    _log_summary(summary)
+    return summary
+
+
+def log_fold(k: int, fold: Fold) -> None:
+    """Log the sizes of a fold's parts, whose disjointness `check_splits` has made sure of."""
+    logger.info(
+        "Fold %d: %d patients to train, %d to validate, %d to test; no patient in two parts",
+        k,
+        len(fold.train),
+        len(fold.validation),
+        len(fold.test),
+    )
+
+
+def _train_names(fold: Fold, lookahead: bool, source: str) -> list[str]:
+    held = set(fold.lookahead) if lookahead and source == "heldout" else set()
+    return [name for name in fold.train if name not in held]
+
+
+def _lookahead_names(fold: Fold, lookahead: bool, source: str) -> tuple[str, ...]:
+    if not lookahead:
+        return ()
+    return fold.lookahead if source == "heldout" else fold.train
+
+
+def _check_class_sizes(cohort: Cohort, folds: int) -> None:
+    needed = max(folds, MIN_PER_CLASS)
+    counts = Counter(patient.label for patient in cohort.patients)
+    for label in cohort.target.classes:
+        if counts[label] < needed:
+            raise UserError(
+                f"Every class of `{cohort.target.name}` must have at least {needed} patients for "
+                f"{folds} folds, "
+                f"but {label} has {counts[label]}."
+            )
+
+
+def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
+    """Write the resolved settings, or check that those in the folder are the same."""
+    path = config.out / "config.toml"
+    if path.exists():
+        stored = read_toml(path)
+        differing = settings_that_differ(config, stored.get("crossval", {}))
+        if stored.get("provenance", {}).get("data_sha256") != cohort.digest:
+            differing.append("the content of tables or features")
+        if differing:
+            raise UserError(
+                f"`out` must be a new folder or one of the same run, but {config.out} differs in "
+                f"{listing(differing)}."
+            )
+        logger.info("Taking up the run in %s", config.out)
+        return
+
+    try:
+        own = version("mtbalance")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    provenance = {
+        "mtbalance": own,
+        "torch": torch.__version__,
+        "extractor": cohort.extractor,
+        "random_weights": cohort.random_weights,
+        "data_sha256": cohort.digest,
+    }
+    write_toml(path, {"crossval": config.resolved(), "provenance": provenance})
+
+
+def _log_summary(summary: Mapping[str, Any]) -> None:
+    for name, value in summary["metrics"].items():
+        mean, sd = value["mean"], value["sd"]
+        shown = "undefined" if mean is None else f"{mean:.3f}"
+        spread = "" if sd is None else f" +/- {sd:.3f} (sd over {value['folds_with_value']} folds)"
+        logger.info("%s %s: %s%s", summary["method"], name, shown, spread)
+        for fold, reason in value["undefined"].items():
+            logger.warning("%s is not defined in fold %s: %s", name, fold, reason)

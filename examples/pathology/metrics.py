@@ -1,0 +1,163 @@
+"""Arrays in, numbers out: what a cross-validated biomarker model is judged by.
+
+Every figure of a fold is a `Score`: a number, or NaN with the reason why there is none. A fold
+whose test part holds one class only has no AUROC; that is a fact to report, not a reason to crash
+or to invent 0.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number, or NaN and why.
+
+    Args:
+        value: The number; NaN if it is not defined.
+        reason: Why it is not defined; empty otherwise.
+    """
+
+    value: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure over the folds of one cross-validation.
+
+    Args:
+        mean: Mean over the folds that have a value; NaN if none has.
+        sd: Sample standard deviation over those folds (n - 1); NaN below two.
+        low: Lower end of the 95 % t-interval of the mean over folds; NaN below two.
+        high: Its upper end. Folds share training patients, so that the interval is too narrow as
+            one for the population: it describes the spread over folds.
+        folds: How many folds have a value.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    folds: int
+
+
+def auroc(positive: ArrayLike, score: ArrayLike) -> Score:
+    """Area under the ROC curve: the chance that a positive patient scores above a negative one.
+
+    Args:
+        positive: ``(n,)``, true for patients of the positive class.
+        score: ``(n,)``, higher means more likely positive; ties count half.
+    """
+    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
+    return _needs_both_classes(truth) or Score(float(sklearn_metrics.roc_auc_score(truth, scores)))
+
+
+def auprc(positive: ArrayLike, score: ArrayLike) -> Score:
+    """Average precision, whose chance level is the `prevalence`.
+
+    Args:
+        positive: ``(n,)``, true for patients of the positive class.
+        score: ``(n,)``, higher means more likely positive.
+    """
+    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
+    return _needs_both_classes(truth) or Score(
+        float(sklearn_metrics.average_precision_score(truth, scores))
+    )
+
+
+def prevalence(positive: ArrayLike) -> Score:
+    """Share of positive patients: what a random score reaches in AUPRC."""
+    truth = np.asarray(positive, dtype=bool)
+    return Score(float(truth.mean())) if len(truth) else Score(math.nan, "no patients")
+
+
+def silhouette(embedding: ArrayLike, label: ArrayLike) -> Score:
+    """Mean silhouette of embeddings by **true** class, Euclidean, between -1 and 1.
+
+    Args:
+        embedding: ``(n, d)``, the [cls] embedding of each patient.
+        label: ``(n,)``, the true class.
+    """
+    points, labels = np.asarray(embedding, dtype=float), np.asarray(label)
+    classes = len(np.unique(labels))
+    if classes < 2:
+        return Score(math.nan, "one class only")
+    if classes >= len(labels):
+        return Score(math.nan, "every patient is a class of its own")
+    return Score(float(sklearn_metrics.silhouette_score(points, labels)))
+
+
+def pearson(truth: ArrayLike, predicted: ArrayLike) -> Score:
+    """Pearson correlation of the measured and the predicted value.
+
+    Args:
+        truth: ``(n,)``, measured.
+        predicted: ``(n,)``, predicted, in any linear unit.
+    """
+    x, y = np.asarray(truth, dtype=float), np.asarray(predicted, dtype=float)
+    if len(x) < 3:
+        return Score(math.nan, f"{len(x)} patients with a value")
+    # A spread that is rounding only would give a meaningless correlation.
+    for name, values in (("measured", x), ("predicted", y)):
+        if np.ptp(values) <= 1e-12 * np.abs(values).max():
+            return Score(math.nan, f"all {name} values are equal")
+    return Score(float(np.corrcoef(x, y)[0, 1]))
+
+
+def over_folds(scores: Sequence[Score]) -> Summary:
+    """Summarise one figure over folds, leaving out those where it is not defined."""
+    values = np.array([s.value for s in scores if not math.isnan(s.value)])
+    n = len(values)
+    mean = float(values.mean()) if n else math.nan
+    sd = float(values.std(ddof=1)) if n > 1 else math.nan
+    half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.nan
+    return Summary(mean, sd, mean - half, mean + half, n)
+
+
+def mean_curve(
+    curves: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], grid: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of ROC curves at common false positive rates.
+
+    Args:
+        curves: ``(false positive rates, true positive rates)`` of each fold.
+        grid: Rates ``(k,)`` at which to average, from 0 to 1.
+
+    Returns:
+        Mean and sample standard deviation ``(k,)``; the latter is 0 for a single curve.
+    """
+    rows = np.stack([np.interp(grid, x, y) for x, y in curves])
+    rows[:, 0] = 0.0  # a vertical start would be read at its upper end
+    spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else np.zeros(len(grid))
+    return rows.mean(axis=0), spread
+
+
+def paired_difference(ours: Sequence[Score], theirs: Sequence[Score]) -> Summary:
+    """Summarise the difference fold by fold of two methods that were run on the same splits.
+
+    Raises:
+        ValueError: The numbers of folds differ.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"Both methods must have the same folds, but got {len(ours)} and {len(theirs)}."
+        )
+    pairs = zip(ours, theirs, strict=True)
+    return over_folds([Score(a.value - b.value, a.reason or b.reason) for a, b in pairs])
+
+
+def _needs_both_classes(truth: NDArray[np.bool_]) -> Score | None:
+    if len(truth) == 0:
+        return Score(math.nan, "no patients")
+    if truth.all() or not truth.any():
+        return Score(math.nan, "one class only")
+    return None

@@ -1,0 +1,371 @@
+"""Finished runs to one page: a table, the figures, who was left out, and what it cannot say."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.pathology import metrics, plots
+from examples.pathology.config import write_text
+from examples.pathology.errors import UserError
+from examples.pathology.results import FoldResult, caption_of, draw_figures, read_fold
+from examples.pathology.training import BASELINE
+from mtbalance import PAPER_COMBINATIONS
+
+logger = logging.getLogger(__name__)
+
+CAUTION = (
+    "Mean ± standard deviation over the folds of one cross-validation with one seed. The folds "
+    "share training "
+    "patients and are few and small, so a difference between rows that is not clearly larger than "
+    "their spread "
+    "says nothing, and no method is claimed to be better than another here."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its folder.
+
+    Args:
+        name: Its row in the table: the method, with the folder if two runs share a method.
+        folder: Where it is.
+        summary: What ``metrics.json`` holds.
+        results: Of every fold.
+    """
+
+    name: str
+    folder: Path
+    summary: Mapping[str, Any]
+    results: tuple[FoldResult, ...]
+
+    def scores(self, metric: str) -> list[metrics.Score]:
+        """Return a figure of every fold, NaN with the reason where it is not defined."""
+        value = self.summary["metrics"][metric]
+        return [
+            metrics.Score(
+                math.nan if number is None else number, value["undefined"].get(str(k), "")
+            )
+            for k, number in enumerate(value["folds"], start=1)
+        ]
+
+
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, *, seed: int = 0, preface: str = ""
+) -> Path:
+    """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
+
+    Args:
+        runs: Run folders, or folders of run folders.
+        out: Where to; ``None``: ``report/`` in the first of ``runs``.
+        seed: Of the t-SNE.
+        preface: A paragraph that stands first.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: A folder holds no finished run, or the runs are of different targets.
+    """
+    found, unfinished = _find_runs(runs)
+    read = _read_runs(found)
+    out = out or runs[0] / "report"
+    columns = _columns(read)
+    figures: list[tuple[str, list[tuple[str, Path]]]] = []
+    for run in read:
+        folder = out / "figures" / _file_name(run.name)
+        drawn = draw_figures(folder, run.summary, run.results, seed=seed)
+        titles = ("ROC", "precision-recall", "t-SNE")
+        figures.append(
+            (run.name, [(f"{run.name}: {t}", p) for t, p in zip(titles, drawn, strict=True)])
+        )
+    if len(read) > 1:
+        figures.insert(0, ("Methods side by side", _draw_comparisons(read, out / "figures")))
+    write_text(out / "table.md", _markdown(read, columns))
+    write_text(out / "table.csv", _csv(read, columns))
+    page = out / "index.html"
+    write_text(page, _html(read, columns, figures, unfinished, preface))
+    logger.info("The report is %s", page)
+    return page
+
+
+def _find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return finished and unfinished run folders."""
+    found: list[Path] = []
+    unfinished: list[Path] = []
+    for folder in folders:
+        inside = [path.parent for path in sorted(folder.glob("*/config.toml"))]
+        candidates = [folder] if (folder / "config.toml").exists() else inside
+        if not candidates:
+            raise UserError(
+                f"`run` must be a run folder or a folder of them, but {folder} is none."
+            )
+        for candidate in candidates:
+            (found if (candidate / "metrics.json").exists() else unfinished).append(candidate)
+    for folder in unfinished:
+        logger.warning("%s is not finished and is left out; run `crossval` again", folder)
+    if not found:
+        raise UserError(
+            f"`run` must hold a finished run, but {unfinished[0]} is not finished. Run `crossval` "
+            "again."
+        )
+    return list(dict.fromkeys(found)), unfinished
+
+
+def _read_runs(folders: Sequence[Path]) -> list[Run]:
+    summaries = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
+    for folder, summary in zip(folders, summaries, strict=True):
+        for key in ("target", "positive"):
+            if summary[key] != summaries[0][key]:
+                raise UserError(
+                    f"All runs must have the same {key}, but {folders[0]} has "
+                    f"{summaries[0][key]!r} and "
+                    f"{folder} has {summary[key]!r}."
+                )
+    count = Counter(summary["method"] for summary in summaries)
+    runs = []
+    for folder, summary in zip(folders, summaries, strict=True):
+        method = str(summary["method"])
+        name = method if count[method] == 1 else f"{method} ({folder.name})"
+        results = tuple(read_fold(folder / f"fold-{k + 1}") for k in range(len(summary["seconds"])))
+        runs.append(Run(name, folder, summary, results))
+    order = {name: i for i, name in enumerate((BASELINE, *PAPER_COMBINATIONS))}
+    return sorted(runs, key=lambda run: order.get(run.summary["method"], len(order)))
+
+
+def _columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return ``(key of the metric, heading)`` of the table."""
+    columns = [
+        ("auroc", "AUROC"),
+        ("auprc", "AUPRC"),
+        ("silhouette", "Silhouette of [cls]"),
+    ]
+    extra = dict.fromkeys(key for run in runs for key in run.summary["metrics"])
+    for key in extra:
+        if key.startswith("pearson/"):
+            columns.append((key, f"Pearson r, {key.removeprefix('pearson/')}"))
+        elif key.startswith("auroc/"):
+            columns.append((key, f"AUROC, {key.removeprefix('auroc/')}"))
+        elif key.startswith("auroc of "):
+            columns.append((key, f"AUROC of {key.removeprefix('auroc of ')} against the rest"))
+    return columns
+
+
+def _cell(run: Run, key: str) -> str:
+    value = run.summary["metrics"].get(key)
+    if value is None:
+        return "–"
+    if value["mean"] is None:
+        return "undefined: " + "; ".join(sorted(set(value["undefined"].values())))
+    folds = len(value["folds"])
+    known = value["folds_with_value"]
+    spread = "" if value["sd"] is None else f" ± {value['sd']:.3f}"
+    return f"{value['mean']:.3f}{spread}" + (
+        "" if known == folds else f" ({known} of {folds} folds)"
+    )
+
+
+def _markdown(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [
+        line(["Method", *(heading for _, heading in columns)]),
+        line(["---"] * (len(columns) + 1)),
+    ]
+    rows += [line([run.name, *(_cell(run, key) for key, _ in columns)]) for run in runs]
+    return (
+        "\n".join(
+            [*rows, "", CAUTION, *(["", text] if (text := caption_of(runs[0].summary)) else [])]
+        )
+        + "\n"
+    )
+
+
+def _csv(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
+    """Return one row per method and metric, with everything that the page rounds or leaves out."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [
+        "mean",
+        "sd",
+        "ci95_low_over_folds",
+        "ci95_high_over_folds",
+        "folds_with_value",
+        "folds",
+    ]
+    writer.writerow(["method", "metric", *names])
+    for run in runs:
+        for key in [key for key, _ in columns] + ["prevalence"]:
+            if (value := run.summary["metrics"].get(key)) is not None:
+                numbers = [
+                    value["mean"],
+                    value["sd"],
+                    *value["ci95_over_folds"],
+                    value["folds_with_value"],
+                ]
+                per_fold = " ".join("" if v is None else f"{v:.6g}" for v in value["folds"])
+                writer.writerow(
+                    [run.name, key, *("" if v is None else v for v in numbers), per_fold]
+                )
+    return text.getvalue()
+
+
+def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
+    drawn = []
+    caption = caption_of(runs[0].summary)
+    folds = min(len(run.results) for run in runs)
+    chance = {"auroc": 0.5, "auprc": runs[0].summary["positives"] / runs[0].summary["patients"]}
+    for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC")):
+        path = folder / f"compare-{key}.png"
+        values = {run.name: [s.value for s in run.scores(key)][:folds] for run in runs}
+        plots.compare(values, path, metric=name, chance=chance[key], caption=caption)
+        drawn.append((f"{name} in every fold", path))
+    return drawn
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence on each method's paired differences from the baseline, on equal folds."""
+    base = runs[0]
+    if base.summary["method"] != BASELINE:
+        return []
+    sentences = []
+    for run in runs[1:]:
+        if run.summary["splits_sha256"] != base.summary["splits_sha256"]:
+            continue
+        ours, theirs = run.scores("auroc"), base.scores("auroc")
+        summary = metrics.paired_difference(ours, theirs)
+        if summary.folds < 2:
+            continue
+        higher = sum(a.value > b.value for a, b in zip(ours, theirs, strict=True))
+        inside = summary.low <= 0 <= summary.high
+        sentences.append(
+            f"{run.name} minus {base.name}, AUROC fold by fold: {summary.mean:+.3f} ± "
+            f"{summary.sd:.3f}; higher in "
+            f"{higher} of {summary.folds} folds; 95 % t-interval over folds {summary.low:+.3f} to "
+            f"{summary.high:+.3f}, which {'includes' if inside else 'excludes'} 0"
+            + (
+                "."
+                if inside
+                else ", but folds are not independent, so this is no test of significance."
+            )
+        )
+    return sentences
+
+
+def _warnings(runs: Sequence[Run], unfinished: Sequence[Path]) -> list[str]:
+    texts = list(dict.fromkeys(text for run in runs if (text := caption_of(run.summary))))
+    if len({run.summary["splits_sha256"] for run in runs}) > 1:
+        texts.append(
+            "The runs were made on different splits: their rows cannot be compared fold by fold."
+        )
+    if len({run.summary["patients"] for run in runs}) > 1:
+        texts.append("The runs were made on different patients.")
+    texts += [f"{path.name} is not finished and is left out." for path in unfinished]
+    return texts
+
+
+def _html(
+    runs: Sequence[Run],
+    columns: Sequence[tuple[str, str]],
+    figures: Sequence[tuple[str, Sequence[tuple[str, Path]]]],
+    unfinished: Sequence[Path],
+    preface: str,
+) -> str:
+    first = runs[0].summary
+    say = html.escape
+    share = first["positives"] / first["patients"]
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>Cross-validation of {say(first['target'])}</title>",
+        f"<style>{_STYLE}</style></head><body>",
+        f"<h1>Cross-validation of {say(first['target'])}</h1>",
+        f"<p>{say(preface)}</p>" if preface else "",
+        *(f"<p class='warning'>{say(text)}</p>" for text in _warnings(runs, unfinished)),
+        f"<p>{first['patients']} patients, {first['positives']} of them {say(first['positive'])};",
+        f"{first['tiles']} tiles; {len(runs[0].results)} folds by patient. The prevalence of",
+        f"{share:.2f} is the chance level of AUPRC; that of AUROC is 0.5. Features:",
+        f"{say(first['extractor'])}.</p>",
+        "<table><thead><tr><th>Method</th>",
+        *(f"<th>{say(heading)}</th>" for _, heading in columns),
+        "</tr></thead><tbody>",
+    ]
+    for run in runs:
+        cells = "".join(f"<td>{say(_cell(run, key))}</td>" for key, _ in columns)
+        parts.append(f"<tr><th>{say(run.name)}</th>{cells}</tr>")
+    parts += ["</tbody></table>", f"<p>{say(CAUTION)}</p>"]
+    if sentences := _differences(runs):
+        parts += ["<ul>", *(f"<li>{say(sentence)}</li>" for sentence in sentences), "</ul>"]
+    for heading, drawn in figures:
+        parts.append(f"<h2>{say(heading)}</h2><div class='figures'>")
+        for text, path in drawn:
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            kind = " class='wide'" if path.stem == "tsne" else ""
+            parts.append(
+                f"<img{kind} alt='{say(text, quote=True)}' src='data:image/png;base64,{data}'>"
+            )
+        parts.append("</div>")
+    parts += [
+        "<h2>Who was used, and who was not</h2>",
+        _funnel_html(runs[0]),
+        "<h2>Runs</h2>",
+        _runs_html(runs),
+    ]
+    return "\n".join(part for part in parts if part) + "\n</body></html>\n"
+
+
+def _funnel_html(run: Run) -> str:
+    say = html.escape
+    stages = "".join(f"<li>{count} {say(stage)}</li>" for stage, count in run.summary["funnel"])
+    with (run.folder / "ledger.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] != "used"]
+    reasons = Counter((row["item"], row["reason"]) for row in rows)
+    left_out = "".join(
+        f"<li>{n} × {say(item)}: {say(why)}</li>" for (item, why), n in reasons.most_common()
+    )
+    return (
+        f"<p>Patients:</p><ol>{stages}</ol><p>Left out:</p><ul>{left_out or '<li>nobody</li>'}</ul>"
+        "<p>One row for each is in ledger.csv of the run.</p>"
+    )
+
+
+def _runs_html(runs: Sequence[Run]) -> str:
+    say = html.escape
+    rows = "".join(
+        f"<tr><th>{say(run.name)}</th><td>{say(run.folder.name)}</td>"
+        f"<td>{', '.join(map(str, run.summary['epochs']))}</td>"
+        f"<td>{', '.join(map(str, run.summary['best_epochs']))}</td>"
+        f"<td>{sum(run.summary['seconds']):.0f}</td><td>{run.summary['seed']}</td></tr>"
+        for run in runs
+    )
+    headings = ("Method", "Folder", "Epochs per fold", "Best epoch", "Seconds", "Seed")
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "run"
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 "
+    "1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}th,td{border-bottom:1px solid #ccc;padding:.4rem "
+    ".9rem;"
+    "text-align:left}thead th{border-bottom:2px solid #222}"
+    ".warning{background:#fff3cd;border-left:4px solid #e69f00;padding:.6rem 1rem}"
+    ".figures{display:flex;flex-wrap:wrap;gap:1rem}img{width:31rem;max-width:100%;height:auto}"
+    "img.wide{width:100%}"
+)

@@ -1,0 +1,190 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from examples.pathology import cli, crossval, demo, features, report
+from examples.pathology.errors import RunError, UserError
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["extract", "crossval", "demo", "report"]
+NEEDED = ["--clini", "c.csv", "--slide-table", "s.csv", "--features", "f", "--target", "isMSIH"]
+
+
+def run(*arguments, capsys=None):
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(argument) for argument in arguments])
+    return caught.value.code
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Catch what `crossval` is asked for instead of doing it."""
+    caught = []
+    monkeypatch.setattr(crossval, "run_crossval", caught.append)
+    return caught
+
+
+def test_help_is_quick_and_imports_no_heavy_package():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from examples.pathology import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'sklearn', 'openslide', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 5  # a tenth of a second where nothing else runs
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_common_options(command, capsys):
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--config", "--seed", "--device", "--help"))
+
+
+def test_crossval_takes_the_documented_options(asked):
+    options = ["--auxiliary", "LF", "--auxiliary", "a.b/c", "--balancer", "autol+cagrad"]
+    assert run("crossval", *NEEDED, *options, "--out", "run", "--seed", 3) == 0
+    (config,) = asked
+    assert config.auxiliary == ("LF", "a.b/c")
+    assert (config.balancer, config.seed, config.epochs, config.patience) == (
+        "autol+cagrad", 3, 32, 7,
+    )  # fmt: skip
+
+
+def test_the_config_file_gives_defaults_and_the_command_line_wins(asked, tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[crossval]\nclini = "c.csv"\nslide-table = "s.csv"\nfeatures = "f"\ntarget = "isMSIH"\n'
+        'auxiliary = ["LF", "ITH"]\nepochs = 3\nseed = 5\nlearning_rate = 0.01\n'
+        "[demo]\npatients = 20\n",
+        encoding="utf-8",
+    )
+    assert run("crossval", "--out", "run", "--seed", 6, "--config", path) == 0
+    (config,) = asked
+    assert (config.epochs, config.seed, config.learning_rate) == (3, 6, 0.01)
+    assert config.auxiliary == ("LF", "ITH")
+    assert config.clini == Path("c.csv")
+
+
+def test_the_config_of_a_run_repeats_it(asked, tmp_path):
+    assert run("crossval", *NEEDED, "--out", tmp_path / "a", "--auxiliary", "LF") == 0
+    path = tmp_path / "config.toml"
+    from examples.pathology.config import write_toml
+
+    write_toml(path, {"crossval": asked[0].resolved(), "provenance": {"torch": "2"}})
+    assert run("crossval", "--config", path) == 0
+    assert asked[1].resolved() == asked[0].resolved()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "[crossval]\nepoch = 3",
+            "the key `epoch` of [crossval] is unknown. Did you mean `epochs`?",
+        ),
+        ("[crosval]\nepochs = 3", "the section [crosval] is unknown"),
+        ("[crossval]\nconfig = 'b.toml'", "the key `config` of [crossval] is unknown."),
+    ],
+)
+def test_a_wrong_config_file_is_wrong_use(tmp_path, capsys, text, words):
+    path = tmp_path / "a.toml"
+    path.write_text(text, encoding="utf-8")
+    assert run("crossval", *NEEDED, "--out", "run", "--config", path) == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["crossval"],
+        ["crossval", *NEEDED],
+        ["crossval", *NEEDED, "--out", "run", "--folds", "1"],
+        ["crossval", *NEEDED, "--out", "run", "--epochs", "many"],
+        ["crossval", *NEEDED, "--out", "run", "--schedule", "linear"],
+        ["crossval", *NEEDED, "--out", "run"],  # no such files
+        ["no-such-command"],
+        ["extract", "--slides", "no such folder", "--out", "x"],
+        ["report", "--run", "no such folder"],
+    ],
+)
+def test_wrong_use_is_2_without_a_traceback(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    shown = capsys.readouterr()
+    assert "Error" in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("No."), 2), (RunError("No."), 1)])
+def test_errors_become_exit_codes(monkeypatch, capsys, error, code):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(crossval, "run_crossval", fail)
+    assert run("crossval", *NEEDED, "--out", "run") == code
+    assert capsys.readouterr().err == "Error: No.\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def fail(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(crossval, "run_crossval", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["crossval", *NEEDED, "--out", "run"])
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_path, code):
+    asked = {}
+
+    class Summary:
+        exit_code = code
+
+    def extract(slides, out, **options):
+        asked.update(options, slides=slides, out=out)
+        return Summary()
+
+    monkeypatch.setattr(features, "extract", extract)
+    options = ["--default-mpp", "0.5", "--workers", "3", "--min-edge-share", "0.01"]
+    assert run("extract", "--slides", "s", "--out", "o", *options) == code
+    assert (asked["default_mpp"], asked["workers"], asked["weights"]) == (0.5, 3, None)
+    assert asked["tile_rules"].min_edge_share == 0.01
+    assert asked["tile_rules"].brightness_cutoff == 240.0
+
+
+def test_demo_and_report_print_where_the_page_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "run_demo", lambda out, **_: out / "page")
+    assert run("demo", "--out", tmp_path) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page'}\n"
+    monkeypatch.setattr(report, "write_report", lambda runs, out, **_: runs[1])
+    assert run("report", "--run", "a", "--run", "b") == 0
+    assert capsys.readouterr().out == "b\n"
+
+
+def test_logs_go_to_stderr(capsys):
+    cli.set_up_logging()
+    cli.set_up_logging()  # twice must not double the lines
+    import logging
+
+    logging.getLogger("examples.pathology.x").info("a line")
+    logging.getLogger("another.package").info("noise")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("a line") == 1
+    assert "noise" not in shown.err

@@ -1,0 +1,183 @@
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples.pathology.cohort import Cohort, Patient, Target
+from examples.pathology.config import CrossvalConfig
+from examples.pathology.errors import UserError
+from examples.pathology.splits import (
+    PARTS,
+    check_splits,
+    fold_seed,
+    load_or_make_splits,
+    make_splits,
+    splits_sha256,
+    stratified_share,
+)
+
+
+def cohort_of(labels: str) -> Cohort:
+    patients = [Patient(f"P{i:03d}", label, {}, (), 1) for i, label in enumerate(labels)]
+    target = Target("t", "classification", tuple(sorted(set(labels))), min(labels))
+    return Cohort(target, (), tuple(patients), (), (), "x", False, 768, "")
+
+
+def config_in(folder, **changes) -> CrossvalConfig:
+    return CrossvalConfig(
+        folder / "c.csv", folder / "s.csv", folder, "t", folder / "run", **changes
+    )
+
+
+COHORTS = st.tuples(st.integers(5, 40), st.integers(5, 40), st.integers(0, 1)).map(
+    lambda n: "a" * n[0] + "b" * n[1] + "c" * 9 * n[2]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(COHORTS, st.integers(2, 5), st.integers(0, 2**32 - 1))
+def test_no_patient_is_in_two_parts_and_all_are_tested_once(labels, folds, seed):
+    cohort = cohort_of(labels)
+    made = make_splits(cohort, folds, seed)
+    everyone = {p.name for p in cohort.patients}
+    assert Counter(name for fold in made for name in fold.test) == dict.fromkeys(everyone, 1)
+    for fold in made:
+        train, validation, test = (set(getattr(fold, part)) for part in PARTS[:3])
+        assert len(train) + len(validation) + len(test) == len(everyone)
+        assert train | validation | test == everyone
+        assert set(fold.lookahead) < train
+        assert len(validation) == max(1, round(0.2 * (len(everyone) - len(test))))
+    check_splits(made, cohort)
+
+
+@settings(max_examples=60, deadline=None)
+@given(COHORTS, st.integers(0, 1000))
+def test_folds_have_the_classes_in_their_shares(labels, seed):
+    cohort = cohort_of(labels)
+    label_of = {p.name: p.label for p in cohort.patients}
+    for fold in make_splits(cohort, 5, seed):
+        for part, share in (("test", 0.2), ("train", 0.64), ("validation", 0.16)):
+            counts = Counter(label_of[name] for name in getattr(fold, part))
+            for label, total in Counter(labels).items():
+                assert abs(counts[label] - share * total) <= 2
+
+
+@given(
+    st.lists(st.sampled_from("abc"), min_size=4, max_size=60).filter(
+        lambda x: len(set(x)) < len(x)
+    ),
+    st.floats(0.05, 0.5),
+    st.integers(0, 99),
+)
+def test_a_share_takes_as_much_of_every_class_and_never_all(labels, share, seed):
+    labels = np.array(labels)
+    drawn = stratified_share(labels, share, np.random.default_rng(seed))
+    assert len(set(drawn.tolist())) == len(drawn) <= max(1, round(share * len(labels)))
+    for label, total in Counter(labels.tolist()).items():
+        taken = (labels[drawn] == label).sum()
+        assert taken <= total - 1
+        assert abs(taken - min(share * total, total - 1)) <= 1
+
+
+def test_a_draw_depends_on_its_seed_alone():
+    cohort = cohort_of("a" * 15 + "b" * 15)
+    assert make_splits(cohort, 5, 1) == make_splits(cohort, 5, 1)
+    assert make_splits(cohort, 5, 1) != make_splits(cohort, 5, 2)
+    assert len({fold_seed(seed, fold) for seed in range(20) for fold in range(1, 6)}) == 100
+
+
+def test_splits_are_saved_and_used_again(tmp_path):
+    cohort = cohort_of("a" * 10 + "b" * 10)
+    made = load_or_make_splits(config_in(tmp_path), cohort)
+    stored = (tmp_path / "run/splits.json").read_bytes()
+    # Another seed would draw others: those of the folder hold.
+    assert load_or_make_splits(config_in(tmp_path, seed=9), cohort) == made
+    assert (tmp_path / "run/splits.json").read_bytes() == stored
+
+
+def test_splits_of_another_run_are_taken_over(tmp_path):
+    cohort = cohort_of("a" * 10 + "b" * 10)
+    made = load_or_make_splits(config_in(tmp_path), cohort)
+    other = config_in(tmp_path, seed=9, splits=tmp_path / "run/splits.json")
+    other = replace(other, out=tmp_path / "other")
+    assert load_or_make_splits(other, cohort) == made
+    assert splits_sha256(made) == splits_sha256(load_or_make_splits(other, cohort))
+
+
+def test_splits_of_the_folder_and_of_another_run_must_agree(tmp_path):
+    cohort = cohort_of("a" * 10 + "b" * 10)
+    load_or_make_splits(config_in(tmp_path), cohort)
+    other = replace(config_in(tmp_path, seed=9), out=tmp_path / "other")
+    load_or_make_splits(other, cohort)
+    with pytest.raises(
+        UserError, match=r"splits.json must hold the splits of .*, but holds others"
+    ):
+        load_or_make_splits(config_in(tmp_path, splits=other.out / "splits.json"), cohort)
+
+
+@pytest.mark.parametrize("labels", ["a" * 10 + "b" * 11, "b" * 10 + "a" * 10])
+def test_splits_of_other_patients_or_labels_are_refused(tmp_path, labels):
+    load_or_make_splits(config_in(tmp_path), cohort_of("a" * 10 + "b" * 10))
+    with pytest.raises(UserError, match="of the same patients and labels, but its hash is"):
+        load_or_make_splits(config_in(tmp_path), cohort_of(labels))
+
+
+def test_another_number_of_folds_is_refused(tmp_path):
+    cohort = cohort_of("a" * 10 + "b" * 10)
+    load_or_make_splits(config_in(tmp_path), cohort)
+    with pytest.raises(UserError, match=r"must have 4 folds, but has 5. Use --folds 5"):
+        load_or_make_splits(config_in(tmp_path, folds=4), cohort)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"folds": [{}], "cohort_sha256": ""}'])
+def test_a_file_that_holds_no_splits_is_refused(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/splits.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="must hold splits of ours"):
+        load_or_make_splits(config_in(tmp_path), cohort_of("a" * 10 + "b" * 10))
+
+
+def test_a_missing_file_of_splits_is_refused(tmp_path):
+    config = config_in(tmp_path, splits=tmp_path / "none.json")
+    with pytest.raises(UserError, match="must be a readable file, but No such file"):
+        load_or_make_splits(config, cohort_of("a" * 10 + "b" * 10))
+
+
+def leak_into_training(fold):
+    fold["train"].append(fold["test"][0])
+
+
+def lose_a_patient(fold):
+    fold["validation"].pop()
+
+
+def two_test_parts(fold):
+    fold["test"].append(fold["train"].pop())
+
+
+def look_ahead_on_the_test_part(fold):
+    fold["lookahead"] = fold["test"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (leak_into_training, "in one part of fold 1"),
+        (lose_a_patient, "in one part of fold 1"),
+        (two_test_parts, "in the test part of exactly one fold"),
+        (look_ahead_on_the_test_part, "look-ahead share of fold 1 must be part of its training"),
+    ],
+)
+def test_splits_that_leak_are_refused(tmp_path, spoil, words):
+    cohort = cohort_of("a" * 10 + "b" * 10)
+    load_or_make_splits(config_in(tmp_path), cohort)
+    path = tmp_path / "run/splits.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    spoil(value["folds"][0])
+    path.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        load_or_make_splits(config_in(tmp_path), cohort)

@@ -1,0 +1,370 @@
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from examples.pathology import training
+from examples.pathology.cohort import BagStore, Patient, Target
+from examples.pathology.errors import RunError, UserError
+from examples.pathology.model import JointTransformer
+from examples.pathology.training import (
+    Scaler,
+    TrainingConfig,
+    fit_fold,
+    fit_scalers,
+    needs_lookahead,
+    predict,
+    resolve_device,
+    task_losses,
+)
+from mtbalance import PAPER_COMBINATIONS
+from tests.pathology.tiny import make_tables, write_bag
+
+LABEL = Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")
+LF = Target("LF", "regression")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return make_tables(tmp_path_factory.mktemp("cohort")).load()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Replace the network by one that trains in a millisecond."""
+
+    def build(outputs, in_features):
+        return JointTransformer(
+            outputs, in_features=in_features, layers=1, d_model=16, heads=2, feedforward=16
+        )
+
+    monkeypatch.setattr(training, "JointTransformer", build)
+
+
+def fit(cohort, train=6, **changes):
+    patients = cohort.patients
+    config = TrainingConfig(**{"epochs": 2, "learning_rate": 1e-3, **changes})
+    return fit_fold(
+        cohort,
+        patients[:train],
+        patients[train : train + 3],
+        config,
+        lookahead=patients[9:12] if "autol" in config.balancer else (),
+    )
+
+
+def patient(label="MSIH", **known):
+    return Patient("P", label, known, (), 1)
+
+
+# --- losses and scalers ---------------------------------------------------------------------------
+
+
+def test_losses_worked_by_hand():
+    outputs = (torch.tensor([[2.0, 0.0]]), torch.tensor([[0.75]]))
+    losses = task_losses(outputs, patient(LF=30.0), [LABEL, LF], {"LF": Scaler(10.0, 50.0)})
+    assert float(losses["isMSIH"]) == pytest.approx(math.log(1 + math.exp(-2)))
+    assert float(losses["LF"]) == pytest.approx((0.75 - 0.5) ** 2)
+
+
+def test_a_task_without_a_value_is_absent():
+    outputs = (torch.zeros(1, 2), torch.zeros(1, 1))
+    assert set(task_losses(outputs, patient(), [LABEL, LF], {"LF": Scaler(0, 1)})) == {"isMSIH"}
+
+
+def test_an_auxiliary_class_has_a_cross_entropy():
+    grade = Target("grade", "classification", ("1", "2", "3"), "3")
+    outputs = (torch.zeros(1, 2), torch.zeros(1, 3))
+    losses = task_losses(outputs, patient(grade="2"), [LABEL, grade], {})
+    assert float(losses["grade"]) == pytest.approx(math.log(3))
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0.001, 1e6), st.floats(-1e6, 1e6))
+def test_a_scaler_goes_there_and_back(low, spread, value):
+    scaler = Scaler(low, low + spread)
+    assert scaler.unscale(scaler.scale(value)) == pytest.approx(value, rel=1e-6, abs=1e-4)
+    assert scaler.scale(scaler.low) == 0.0
+    assert scaler.scale(scaler.high) == 1.0
+
+
+def test_scalers_see_the_training_part_alone():
+    patients = [patient(LF=value) for value in (3.0, 1.0, 2.0)] + [patient()]
+    assert fit_scalers([LABEL, LF], patients) == {"LF": Scaler(1.0, 3.0)}
+    with pytest.raises(UserError, match="`LF` must have at least 2 values in every training part"):
+        fit_scalers([LABEL, LF], patients[:1])
+
+
+def test_the_look_ahead_share_is_training_part_to_the_scalers(cohort, small):
+    fitted = fit(cohort, train=4, balancer="autol", epochs=1)
+    known = [p.known["LF"] for p in (*cohort.patients[:4], *cohort.patients[9:12]) if p.known]
+    assert fitted.scalers == {"LF": Scaler(min(known), max(known))}
+
+
+# --- fitting --------------------------------------------------------------------------------------
+
+
+def test_naive_equals_a_plain_loop_over_the_sum_of_losses(cohort, small):
+    """The whole protocol written out once more, without the balancer."""
+    fitted = fit(cohort, balancer="naive", epochs=3, seed=5)
+    bags = BagStore()
+    scalers = fit_scalers(cohort.targets, cohort.patients[:6])
+    torch.manual_seed(5)
+    model = training.JointTransformer([2, 1], in_features=768)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    order = np.random.default_rng(5)
+    best, state = math.inf, None
+    for _ in range(3):
+        model.train()
+        for i in order.permutation(6):
+            one = cohort.patients[i]
+            optimizer.zero_grad()
+            outputs = model(torch.from_numpy(bags.load(one))).outputs
+            loss = F.cross_entropy(outputs[0], torch.tensor([int(one.label == "MSS")]))
+            if one.known:
+                truth = (one.known["LF"] - scalers["LF"].low) / (
+                    scalers["LF"].high - scalers["LF"].low
+                )
+                loss = loss + (outputs[1] - truth).square().mean()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            validation = np.mean(
+                [
+                    float(
+                        F.cross_entropy(
+                            model(torch.from_numpy(bags.load(one))).outputs[0],
+                            torch.tensor([int(one.label == "MSS")]),
+                        )
+                    )
+                    for one in cohort.patients[6:9]
+                ]
+            )
+        if validation < best:
+            best, state = validation, copy.deepcopy(model.state_dict())
+    for key, value in fitted.model.state_dict().items():
+        torch.testing.assert_close(value, state[key], atol=2e-5, rtol=1e-4)
+
+
+def test_the_baseline_is_naive_with_the_primary_target_alone(cohort, small, tmp_path):
+    alone = make_tables(tmp_path).load(auxiliary=())
+    ours, theirs = fit(cohort, balancer="baseline"), fit(alone, balancer="naive")
+    assert [target.name for target in ours.targets] == ["isMSIH"]
+    for key, value in ours.model.state_dict().items():
+        torch.testing.assert_close(value, theirs.model.state_dict()[key], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("patience", [1, 7])
+@pytest.mark.parametrize("best", [1, 3])
+def test_it_stops_exactly_patience_epochs_after_the_best(
+    cohort, small, monkeypatch, patience, best
+):
+    losses = [1.0 - 0.1 * min(epoch, best) for epoch in range(1, 40)]
+    script = iter(losses)
+    monkeypatch.setattr(
+        training._Learner, "validate", lambda *_: {"isMSIH": next(script), "LF": 0.0}
+    )
+    fitted = fit(cohort, balancer="baseline", epochs=32, patience=patience)
+    assert fitted.best_epoch == best
+    assert len(fitted.history) == best + patience
+
+
+def test_the_best_epoch_is_kept(cohort, small, monkeypatch):
+    script = iter([0.9, 0.5, 0.7, 0.6])
+    states = []
+
+    def validate(learner, *_):
+        states.append(learner.state())
+        return {"isMSIH": next(script)}
+
+    monkeypatch.setattr(training._Learner, "validate", validate)
+    fitted = fit(cohort, balancer="baseline", epochs=4)
+    assert fitted.best_epoch == 2
+    for key, value in fitted.model.state_dict().items():
+        assert torch.equal(value, states[1][key])
+    assert not torch.equal(states[1]["heads.0.weight"], states[3]["heads.0.weight"])
+
+
+def test_validation_is_the_mean_without_dropout(cohort, small):
+    fitted = fit(cohort, balancer="naive", epochs=1)
+    predictions = predict(fitted, cohort.patients[6:9])
+    chosen = [p.probabilities["isMSIH"][int(p.patient.label == "MSS")] for p in predictions]
+    assert fitted.history[0]["validation/isMSIH"] == pytest.approx(-np.log(chosen).mean(), rel=1e-5)
+
+
+def test_a_fold_depends_on_its_seed_and_on_nothing_before_it(cohort, small):
+    first = fit(cohort, balancer="pcgrad", seed=1)
+    fit(cohort, balancer="pcgrad", seed=2, epochs=1)
+    torch.rand(7)
+    again = fit(cohort, balancer="pcgrad", seed=1)
+    other = fit(cohort, balancer="pcgrad", seed=3)
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key])
+    assert not torch.equal(first.model.heads[0].weight, other.model.heads[0].weight)
+
+
+def test_the_callers_random_numbers_are_left_alone(cohort, small):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    fit(cohort, balancer="autol+graddrop", epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_cosine_schedule_moves_once_per_epoch(cohort, small):
+    rates = [r["learning_rate"] for r in fit(cohort, schedule="cosine", epochs=4).history]
+    expected = [1e-3 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert rates == pytest.approx(expected)
+    assert {r["learning_rate"] for r in fit(cohort, epochs=3).history} == {1e-3}
+
+
+def test_features_are_standardized_by_the_training_part_alone(cohort, small):
+    plain = fit(cohort, balancer="naive", epochs=1).model
+    assert not plain.mean.any()
+    assert (plain.scale == 1).all()
+    model = fit(cohort, train=4, balancer="autol", epochs=1, standardize=True).model
+    bags = [BagStore().load(p) for p in (*cohort.patients[:4], *cohort.patients[9:12])]
+    tiles = np.concatenate(bags).astype(np.float64)
+    np.testing.assert_allclose(model.mean, tiles.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(model.scale, tiles.std(axis=0), rtol=1e-5)
+
+
+def test_a_feature_that_does_not_vary_has_no_spread(tmp_path):
+    tables = make_tables(tmp_path)
+    for i in range(12):
+        write_bag(tables.features / f"P{i:02d}-1.h5", np.full((3, 768), 0.1))
+    _, deviation = training._mean_and_deviation(BagStore(), tables.load().patients)
+    assert not deviation.any()
+
+
+def test_learned_weights_move_and_are_not_decayed(cohort, small, monkeypatch):
+    caught = []
+    original = training._make
+
+    def catch(*arguments):
+        caught.append((arguments, original(*arguments)))
+        return caught[-1][1]
+
+    monkeypatch.setattr(training, "_make", catch)
+    fit(cohort, balancer="uncert", epochs=1)
+    ((_, _, _, optimizer, _), balancer) = caught[0]
+    learned = list(balancer.parameters())
+    group = next(g for g in optimizer.param_groups if any(p is learned[0] for p in g["params"]))
+    assert group["weight_decay"] == 0.0
+    assert all(optimizer.state[parameter] for parameter in learned)
+
+
+def test_a_loss_that_is_not_finite_names_fold_epoch_patient_and_target(tmp_path, small):
+    tables = make_tables(tmp_path)
+    write_bag(tables.features / "P02-1.h5", np.full((2, 768), 6e4))
+    cohort = tables.load()
+    with pytest.raises(RunError) as caught:
+        fit_fold(
+            cohort,
+            cohort.patients[:6],
+            cohort.patients[6:9],
+            TrainingConfig(balancer="naive", epochs=3, learning_rate=1e18),
+            name="fold 4",
+        )
+    assert str(caught.value).startswith("fold 4, epoch ")
+    assert "must be finite" in str(caught.value)
+    assert "patient P" in str(caught.value)
+
+
+@pytest.mark.parametrize("balancer", ["autol", "autol+cagrad"])
+def test_auto_lambda_looks_ahead_on_its_own_patients(cohort, small, monkeypatch, balancer):
+    seen = []
+    original = training._Learner._look_ahead
+
+    def spy(learner):
+        before = learner.bags.load
+        monkeypatch.setattr(
+            learner.bags, "load", lambda one: (seen.append(one.name), before(one))[1]
+        )
+        losses = original(learner)
+        monkeypatch.setattr(learner.bags, "load", before)
+        return losses
+
+    monkeypatch.setattr(training._Learner, "_look_ahead", spy)
+    fit(cohort, balancer=balancer, epochs=2)
+    assert len(seen) == 2 * 6
+    assert set(seen) == {p.name for p in cohort.patients[9:12]}
+
+
+def test_auto_lambda_without_patients_to_look_ahead_on_is_told(cohort, small):
+    with pytest.raises(ValueError, match="`lookahead` must hold patients for autol"):
+        fit_fold(
+            cohort, cohort.patients[:6], cohort.patients[6:9], TrainingConfig(balancer="autol")
+        )
+
+
+@pytest.mark.parametrize("balancer", PAPER_COMBINATIONS)
+def test_all_combinations_train_the_full_model(cohort, balancer):
+    fitted = fit(cohort, train=4, balancer=balancer, epochs=2, learning_rate=1e-4)
+    losses = [row["loss/isMSIH"] for row in fitted.history]
+    assert all(math.isfinite(value) for row in fitted.history for value in row.values())
+    assert losses[-1] < losses[0]
+    assert {"weight/isMSIH", "weight/LF"} <= set(fitted.history[0])
+    one = predict(fitted, cohort.patients[9:10])[0]
+    assert one.probabilities["isMSIH"].sum() == pytest.approx(1.0)
+    assert math.isfinite(one.numbers["LF"])
+    assert one.embedding.shape == (384,)
+
+
+def test_conflict_is_recorded_where_there_are_gradients_per_task(cohort, small):
+    (row, _) = fit(cohort, balancer="pcgrad").history
+    assert -1 <= row["cosine/isMSIH/LF"] <= 1
+
+
+def test_any_number_of_targets_with_any_names(tmp_path, small):
+    extra = {"a.b/c": [f"{i}.5" for i in range(12)], "grade": ["1", "2", "3"] * 4}
+    cohort = make_tables(tmp_path, extra={**extra, "kind": ["x", "y"] * 6}).load(
+        auxiliary=("LF", "a.b/c", "grade", "kind")
+    )
+    one = predict(fit(cohort, balancer="dwa+cagrad"), cohort.patients[:1])[0]
+    assert set(one.numbers) == {"LF", "a.b/c", "grade"}
+    assert set(one.probabilities) == {"isMSIH", "kind"}
+
+
+def test_predictions_are_in_the_targets_unit(cohort, small):
+    fitted = fit(cohort, balancer="naive", epochs=1)
+    one = cohort.patients[0]
+    with torch.inference_mode():
+        raw = float(fitted.model(torch.from_numpy(BagStore().load(one))).outputs[1])
+    known = [p.known["LF"] for p in cohort.patients[:6] if p.known]
+    expected = min(known) + raw * (max(known) - min(known))
+    assert predict(fitted, [one])[0].numbers["LF"] == pytest.approx(expected, rel=1e-5)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_only_auto_lambda_looks_ahead():
+    looking = {name for name in PAPER_COMBINATIONS if needs_lookahead(name, ["a", "b"])}
+    assert looking == {name for name in PAPER_COMBINATIONS if name.startswith("autol")}
+    assert not needs_lookahead("baseline", ["a"])
+
+
+def test_an_unknown_balancer_is_told_with_the_nearest():
+    with pytest.raises(UserError, match=r"`balancer` must be baseline or a name .*cagrad"):
+        needs_lookahead("cagrat", ["a", "b"])
+
+
+def test_devices_are_checked():
+    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("auto") in ("cpu", "cuda")
+    for name in ("gpu", "cuda:99", "meta"):
+        with pytest.raises(UserError, match=f"`device` must be .* but got '{name}'"):
+            resolve_device(name)
+
+
+def test_a_stream_goes_round_for_ever():
+    stream = training._stream([patient("a"), patient("b")], np.random.default_rng(0))
+    rounds = [{next(stream).label, next(stream).label} for _ in range(5)]
+    assert rounds == list(itertools.repeat({"a", "b"}, 5))

@@ -1,0 +1,73 @@
+"""Tiny cohorts on disk: real feature files and tables, with a signal a small model can find."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from examples.pathology.cohort import Cohort, load_cohort
+from examples.pathology.features import write_features
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where a tiny cohort lies."""
+
+    clini: Path
+    slides: Path
+    features: Path
+
+    def load(self, target: str = "isMSIH", auxiliary: tuple[str, ...] = ("LF",)) -> Cohort:
+        return load_cohort(self.clini, self.slides, self.features, target, auxiliary)
+
+    def options(self) -> list[str]:
+        """Return the options of the command line that name them."""
+        paths = {"clini": self.clini, "slide-table": self.slides, "features": self.features}
+        return [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+
+
+def write_bag(path: Path, feats: np.ndarray, *, extractor: str = "tiny", sha: str = "ab") -> None:
+    coords = np.stack([np.arange(len(feats)) * 256.0, np.zeros(len(feats))], axis=1)
+    write_features(
+        path, feats, coords, extractor=extractor, weights_sha256=sha, random_weights=False
+    )
+
+
+def write_table(path: Path, columns: list[str], rows: list[list[object]]) -> Path:
+    lines = [",".join(map(str, row)) for row in [columns, *rows]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def make_tables(
+    folder: Path,
+    *,
+    patients: int = 12,
+    tiles: int = 4,
+    missing: tuple[int, ...] = (3,),
+    extra: Mapping[str, list[object]] | None = None,
+    seed: int = 0,
+) -> Tables:
+    """Write patients P00, P01, ... of alternating label; LF is missing for some of them."""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    clinical: list[list[object]] = []
+    for i in range(patients):
+        positive = i % 2 == 0
+        fraction = round(float(positive + random.normal()), 3)
+        feats = random.normal(size=(tiles, 768)) * 0.5
+        feats[:, :16] += 2.0 * positive
+        feats[:, 16:32] += fraction
+        write_bag(folder / "features" / f"P{i:02d}-1.h5", feats)
+        row = [f"P{i:02d}", "MSIH" if positive else "MSS", "" if i in missing else fraction]
+        clinical.append([*row, *(column[i] for column in (extra or {}).values())])
+    return Tables(
+        write_table(folder / "clini.csv", ["PATIENT", "isMSIH", "LF", *(extra or {})], clinical),
+        write_table(
+            folder / "slides.csv",
+            ["PATIENT", "FILENAME"],
+            [[f"P{i:02d}", f"P{i:02d}-1"] for i in range(patients)],
+        ),
+        folder / "features",
+    )
