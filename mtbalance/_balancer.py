@@ -28,7 +28,7 @@ from mtbalance._jacobian import (
     reach_of,
     task_gradients,
 )
-from mtbalance._linalg import Rows, all_finite, combine, gramian_of, stacked, sum_of
+from mtbalance._linalg import Rows, all_finite, combine, gramian_of, is_finite, stacked, sum_of
 from mtbalance._record import EpochCounts, EpochSummary, Record
 from mtbalance._split import Explanation, ReachLog, Shared, named_groups
 from mtbalance._watch import OptimizerWatch
@@ -260,11 +260,13 @@ class Balancer(nn.Module):
                 self.weighting.before_step(Step(leaves, rows, scale or 1.0, validation))
         weights, learned = self._weigh(losses, active)
 
-        outcomes = []
-        for leaves, gramian in zip(groups, gramians, strict=True):
-            outcome = self._direct(pending.rows(names, leaves), gramian, weights, unscale)
+        outcomes = [
+            self._direct(pending.rows(names, leaves), gramian, weights, unscale)
+            for leaves, gramian in zip(groups, gramians, strict=True)
+        ]
+        # Nothing is written before everything is known: an error in a strategy leaves no trace.
+        for leaves, outcome in zip(groups, outcomes, strict=True):
             add_to_grad(leaves, outcome.direction)
-            outcomes.append(outcome)
         add_to_grad(rest, combine(pending.rows(names, rest), weights.tolist()))
         self._add_learned(learned, scale)
         return Record(
@@ -311,6 +313,11 @@ class Balancer(nn.Module):
                 )
             weights, *slopes = torch.autograd.grad(
                 weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
+            )
+        if not is_finite(weights):
+            raise FloatingPointError(
+                f"{type(self.weighting).__name__} must give finite weights, but gives "
+                f"{weights.tolist()} for the losses {raw.tolist()}."
             )
         return weights.to(losses.device), list(zip(learned, slopes, strict=True))
 

@@ -93,8 +93,11 @@ def gramian_of(rows: Rows) -> Tensor:
 
 def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
     """Return the inner product of each row with ``vector``, shape (m,), in float64."""
-    rows = [[g if v is not None else None for g, v in zip(r, vector, strict=True)] for r in rows]
-    return gramian_of([*rows, vector])[-1, :-1]
+    kept = [i for i, part in enumerate(vector) if part is not None]
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    for block in column_blocks([[row[i] for i in kept] for row in (*rows, vector)], torch.float64):
+        total = total.to(block.device) + block[:-1] @ block[-1]
+    return total
 
 
 def combine(rows: Rows, coefficients: Sequence[float]) -> list[Tensor | None]:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtbalance import PAPER_COMBINATIONS, Balancer, GradientStrategy, make_balancer
+from mtbalance import (
+    PAPER_COMBINATIONS,
+    Balancer,
+    GradientStrategy,
+    GramianStrategy,
+    Weighting,
+    make_balancer,
+)
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, AutoLambda, Equal, Uncertainty
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
@@ -588,6 +595,45 @@ def test_a_strategy_of_ones_own_gets_the_whole_matrix() -> None:
     rows = raw_rows(losses, shared)
     Balancer(Equal(), MaxCoordinate(), tasks=TASKS, shared=shared).backward(losses)
     assert_close(flat_grad(shared), rows.sum(0) * rows.abs().max())
+
+
+class WrongShapes:
+    """Strategies whose author forgot to reduce, or divided by zero."""
+
+    class Direction(GradientStrategy):
+        def forward(self, gradients: Tensor) -> Tensor:
+            return gradients
+
+    class Weights(GramianStrategy):
+        def weights(self, gramian: Tensor) -> Tensor:
+            return gramian
+
+    class Losses(Weighting):
+        def forward(self, losses: Tensor) -> Tensor:
+            return losses.sum()
+
+    class NotFinite(Weighting):
+        def forward(self, losses: Tensor) -> Tensor:
+            return losses / 0
+
+
+@pytest.mark.parametrize(
+    ("weighting", "strategy", "words"),
+    [
+        (Equal, WrongShapes.Direction, "Direction must return one direction, shape"),
+        (Equal, WrongShapes.Weights, "Weights.weights must return one weight per row, shape"),
+        (WrongShapes.Losses, CAGrad, "Losses must return one weighted loss per task, shape"),
+        (WrongShapes.NotFinite, CAGrad, "NotFinite must give finite weights, but gives"),
+    ],
+)
+def test_mistakes_in_strategies_of_ones_own_leave_no_trace(weighting, strategy, words) -> None:
+    """Two groups, so that the first could have been written before the second failed."""
+    model = Network()
+    groups = {"first": model.trunk[0], "last": model.trunk[3]}
+    balancer = Balancer(weighting(), strategy(), tasks=TASKS, shared=groups)
+    with pytest.raises((ValueError, FloatingPointError), match=words):
+        balancer.backward(model.losses(batch()))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_big_parameters_are_read_in_blocks() -> None:

@@ -36,6 +36,11 @@ class GradientStrategy(nn.Module, ABC):
         """Check the shape and the dtype of ``gradients``, then call :meth:`forward`."""
         check_gradients(gradients)
         direction: Tensor = super().__call__(gradients)
+        if direction.shape != gradients.shape[1:]:
+            raise ValueError(
+                f"{type(self).__name__} must return one direction, shape "
+                f"{tuple(gradients.shape[1:])}, but got shape {tuple(direction.shape)}."
+            )
         return direction
 
     @abstractmethod
@@ -81,4 +86,9 @@ class GramianStrategy(GradientStrategy):
         """Check the Gramian, and return the weights in float64 on its device."""
         check_gramian(gramian)
         weights = self.weights(gramian.double())
+        if weights.shape != (len(gramian),):
+            raise ValueError(
+                f"{type(self).__name__}.weights must return one weight per row, shape "
+                f"({len(gramian)},), but got shape {tuple(weights.shape)}."
+            )
         return weights.to(gramian.device)

@@ -134,17 +134,21 @@ class AutoLambda(Weighting):
         with torch.no_grad(), _restored(step.parameters):
             weights = (self.lambdas[self.active] / step.loss_scale).tolist()
             for i, (parameter, plan) in enumerate(zip(step.parameters, plans, strict=True)):
-                move = plan.offset(parameter)
+                parameter.mul_(1 - plan.lr * plan.decay)
+                if plan.buffer is not None:
+                    parameter.sub_(plan.buffer, alpha=plan.lr * plan.buffer_factor)
                 for weight, gradients in zip(weights, step.gradients, strict=True):
                     if (gradient := gradients[i]) is not None:
-                        move.add_(gradient, alpha=weight * plan.gain)
-                parameter.sub_(move, alpha=plan.lr)
+                        parameter.sub_(gradient, alpha=plan.lr * plan.gain * weight)
             slopes = self._validation_gradient(step)
-        scaled = [
-            None if slope is None else slope * (plan.lr * plan.gain)
-            for slope, plan in zip(slopes, plans, strict=True)
-        ]
-        return -inner_products(step.gradients, scaled) / step.loss_scale**2
+        total = torch.zeros(len(weights), dtype=torch.float64)
+        for speed in {plan.speed for plan in plans}:  # few: one per parameter group
+            moved = [
+                slope if plan.speed == speed else None
+                for slope, plan in zip(slopes, plans, strict=True)
+            ]
+            total = total - speed * inner_products(step.gradients, moved).to(total.device)
+        return total / step.loss_scale**2
 
     def _validation_gradient(self, step: Step) -> Sequence[Tensor | None]:
         """Return the gradient of the primary validation loss, times ``loss_scale``."""
@@ -195,7 +199,10 @@ class AutoLambda(Weighting):
 
 
 class _Plan:
-    """How the optimizer would move one parameter: by lr * (offset + gain * gradient), downwards."""
+    """How the optimizer would move one parameter.
+
+    theta <- theta - lr * (decay * theta + buffer_factor * buffer + gain * gradient)
+    """
 
     def __init__(self, group: Mapping[str, Any], buffer: Tensor | None) -> None:
         momentum = float(group.get("momentum", 0))
@@ -205,16 +212,10 @@ class _Plan:
         gain = damping * (1 + momentum) if nesterov else damping
         self.lr = float(group["lr"])
         self.gain = -gain if group.get("maximize") else gain
+        self.speed = self.lr * self.gain
         self.decay = float(group.get("weight_decay", 0)) * gain
         self.buffer = buffer if momentum else None
         self.buffer_factor = momentum * momentum if nesterov else momentum
-
-    def offset(self, parameter: Tensor) -> Tensor:
-        """Return the part of the step that does not depend on the gradient."""
-        offset = parameter * self.decay
-        if self.buffer is not None:
-            offset.add_(self.buffer, alpha=self.buffer_factor)
-        return offset
 
 
 def _plans(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[_Plan]:
