@@ -40,8 +40,14 @@ class RandomSource(nn.Module):
     @contextmanager
     def as_global_stream(self, devices: list[torch.device]) -> Iterator[None]:
         """Let PyTorch's global generators draw from this stream, and put them back afterwards."""
-        with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]):
-            torch.manual_seed(self.draw_seed())
+        seed = self.draw_seed()
+        cuda = [device for device in devices if device.type == "cuda"]
+        with torch.random.fork_rng(devices=cuda):
+            # torch.manual_seed would reach devices that nobody puts back.
+            torch.default_generator.manual_seed(seed)
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
 
     def reset(self) -> None:

@@ -1,0 +1,193 @@
+"""Every public strategy: how to build it, and what it claims.
+
+``test_contract.py`` crosses this table with the matrices of ``_samplers.py`` and holds every entry
+to its claims; it fails when a strategy that the package exports is not listed here. To add a
+strategy, add an entry per setting that behaves differently.
+"""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtbalance.gradient import CAGrad, GradDrop, GradientStrategy, PCGrad, Sum
+from mtbalance.weighting import DWA, AutoLambda, Equal, Step, Uncertainty, Weighting
+
+
+class Claim(enum.Enum):
+    """What may be true of a gradient strategy d(J); random ones with their draws held fixed."""
+
+    ORDER_FREE = "d(PJ) = d(J) for every permutation P of the tasks"
+    ROTATES = "d(JQ) = d(J) Q for every orthogonal Q"
+    ODD = "d(-J) = -d(J)"
+    HOMOGENEOUS = "d(sJ) = s d(J) for s > 0"
+    DOUBLES = "listing every task twice doubles d"
+    IGNORES_ZERO_ROWS = "a task whose gradient is zero changes nothing"
+    SUM_WITHOUT_CONFLICT = "d is the plain sum where no pair of rows conflicts"
+    NO_CONFLICT_LEFT = "<g_i, d> >= 0 for every task"
+    COORDINATEWISE = "each coordinate of d depends on its own column alone"
+
+
+ORDER_FREE = Claim.ORDER_FREE
+GEOMETRIC = {Claim.ROTATES, Claim.ODD, Claim.HOMOGENEOUS}
+
+
+@dataclass(frozen=True)
+class GradientCase:
+    """One setting of a gradient strategy."""
+
+    name: str
+    make: Callable[[], GradientStrategy]
+    claims: frozenset[Claim]
+    identical: float = 1.0
+    """m equal rows g give this times m g."""
+    max_tasks: int = 8
+
+
+def _gradient_case(
+    name: str, make: Callable[[], GradientStrategy], claims: set[Claim], **rest: float
+) -> GradientCase:
+    return GradientCase(name, make, frozenset(claims), **rest)  # type: ignore[arg-type]
+
+
+_CAGRAD = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
+_GRADDROP = {
+    ORDER_FREE,
+    Claim.HOMOGENEOUS,
+    Claim.DOUBLES,
+    Claim.IGNORES_ZERO_ROWS,
+    Claim.COORDINATEWISE,
+}
+
+GRADIENT_CASES = (
+    _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT}),
+    _gradient_case("GradDrop", GradDrop, _GRADDROP),
+    _gradient_case("GradDrop-leak", lambda: GradDrop(leak=0.3, seed=3), _GRADDROP),
+    _gradient_case("GradDrop-all-leaks", lambda: GradDrop(leak=1.0), _GRADDROP),
+    _gradient_case("PCGrad", PCGrad, {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT}),
+    _gradient_case(
+        "PCGrad-fixed",
+        lambda: PCGrad(order="fixed"),
+        {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
+    ),
+    _gradient_case(
+        "PCGrad-expectation",
+        lambda: PCGrad(expectation=True),
+        {*GEOMETRIC, ORDER_FREE, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
+        max_tasks=6,
+    ),
+    # m equal rows g: g_w = g0 = g for every w, so d = m (1 + c) g over the divisor.
+    _gradient_case("CAGrad", CAGrad, _CAGRAD, identical=1.4 / 1.16),
+    _gradient_case("CAGrad-raw", lambda: CAGrad(c=0.9, rescale=0), _CAGRAD, identical=1.9),
+    _gradient_case("CAGrad-divided", lambda: CAGrad(c=0.5, rescale=2), _CAGRAD, identical=1.0),
+    _gradient_case(
+        "CAGrad-wide",
+        lambda: CAGrad(c=1.5),
+        {*_CAGRAD, Claim.NO_CONFLICT_LEFT},
+        identical=2.5 / 3.25,
+    ),
+    _gradient_case("CAGrad-no-radius", lambda: CAGrad(c=0), {*_CAGRAD, Claim.SUM_WITHOUT_CONFLICT}),
+)
+
+
+class Trait(enum.Enum):
+    """What may be true of a weighting."""
+
+    SUMS_TO_M = "the weights sum to the number of active tasks"
+    POSITIVE = "the weights are positive"
+    LINEAR = "the weighted losses are the weights times the losses"
+    STARTS_EQUAL = "before it has seen anything, every task has the same weight"
+    STATELESS = "nothing is remembered"
+    LEARNS_BY_GRADIENT = "its parameters move with the optimizer of the model"
+
+
+@dataclass(frozen=True)
+class WeightingCase:
+    """One setting of a weighting."""
+
+    name: str
+    make: Callable[[], Weighting]
+    traits: frozenset[Trait]
+
+
+def _optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.tensor([1.0, -1.0]))], lr=0.1)
+
+
+WEIGHTING_CASES = (
+    WeightingCase("Equal", Equal, frozenset(set(Trait) - {Trait.LEARNS_BY_GRADIENT})),
+    WeightingCase(
+        "Uncertainty",
+        Uncertainty,
+        frozenset({Trait.POSITIVE, Trait.STARTS_EQUAL, Trait.LEARNS_BY_GRADIENT}),
+    ),
+    WeightingCase(
+        "Uncertainty-kinds",
+        lambda: Uncertainty(kind=["classification", "regression", "classification"], init=-0.5),
+        frozenset({Trait.POSITIVE, Trait.LEARNS_BY_GRADIENT}),
+    ),
+    WeightingCase(
+        "DWA",
+        DWA,
+        frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}),
+    ),
+    WeightingCase(
+        "AutoLambda",
+        lambda: AutoLambda(_optimizer(), lr=0.05),
+        frozenset({Trait.LINEAR, Trait.STARTS_EQUAL}),
+    ),
+    WeightingCase(
+        "AutoLambda-bounded",
+        lambda: AutoLambda(_optimizer(), lr=0.3, minimum=0.05),
+        frozenset({Trait.LINEAR, Trait.STARTS_EQUAL, Trait.POSITIVE}),
+    ),
+)
+TASKS_OF_CASES = 3  # for which "Uncertainty-kinds" is made
+
+
+def gradient_cases(*claims: Claim) -> pytest.MarkDecorator:
+    """Parametrize a test by the gradient cases that make all of these claims."""
+    chosen = [case for case in GRADIENT_CASES if case.claims.issuperset(claims)]
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
+
+
+def weighting_cases(*traits: Trait) -> pytest.MarkDecorator:
+    """Parametrize a test by the weighting cases that have all of these traits."""
+    chosen = [case for case in WEIGHTING_CASES if case.traits.issuperset(traits)]
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
+
+
+def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> Tensor:
+    """Take one training step with a weighting on its own, and return the weighted losses.
+
+    Whatever a weighting may do in a step happens: it looks ahead if it can, weighs, and its
+    parameters take a gradient step. The looking ahead is at two parameters (x, y) whose gradient
+    for task i is losses[i] * (1, i), and at a validation loss x + 2y of every task.
+    """
+    numbers = torch.arange(TASKS_OF_CASES) if active is None else active
+    if isinstance(weighting, AutoLambda):
+        weighting.bind([str(i) for i in range(TASKS_OF_CASES)])
+        (parameter,) = weighting.optimizer.param_groups[0]["params"]
+        rows = [
+            [loss.detach() * torch.tensor([1.0, i])]
+            for i, loss in zip(numbers, losses, strict=True)
+        ]
+        names = weighting.tasks or ()
+        step = Step(
+            parameters=[parameter],
+            gradients=rows,
+            loss_scale=1.0,
+            validation=lambda: dict.fromkeys(names, parameter[0] + 2 * parameter[1]),
+        )
+        weighting.before_step(step)
+    weighted = weighting(losses)
+    parameters = list(weighting.parameters())
+    if parameters:
+        slopes = torch.autograd.grad(weighted.sum(), parameters)
+        with torch.no_grad():
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.sub_(0.1 * slope)
+    return weighted.detach()
