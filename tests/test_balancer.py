@@ -637,8 +637,8 @@ def test_mistakes_in_strategies_of_ones_own_leave_no_trace(weighting, strategy, 
 
 
 def test_big_parameters_are_read_in_blocks() -> None:
-    """70,000 columns span several blocks; the result is that of the whole matrix."""
-    x = nn.Parameter(torch.randn(70_000, dtype=torch.float64))
+    """600,000 columns span several blocks; the result is that of the whole matrix."""
+    x = nn.Parameter(torch.randn(600_000, dtype=torch.float64))
     y = nn.Parameter(torch.randn(3, dtype=torch.float64))
 
     def losses() -> dict[str, Tensor]:

@@ -72,15 +72,19 @@ class GradDrop(GradientStrategy):
         g = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         positive, negative = g.clamp_min(0).sum(0), g.clamp_max(0).sum(0)
         total = positive - negative
-        purity = torch.where(total > 0, positive / total, 0.5)
-        generator = self.random.on(g.device)
-        draw = torch.rand(len(total), dtype=g.dtype, device=g.device, generator=generator)
+        draw = torch.rand(
+            len(total), dtype=g.dtype, device=g.device, generator=self.random.on(g.device)
+        )
+        # P > U without the quotient, which is 0/0 where all gradients are zero. Products with 0 and
+        # 1 are exact, several times faster than torch.where, and NaN for what is not finite.
+        up = torch.gt(positive, draw.mul_(total)).to(g.dtype)
         if any(self.leak):
             leak = g.new_tensor(self.leak)[:, None]
-            direction = (torch.where(torch.where(purity > draw, g > 0, g < 0), 1, leak) * g).sum(0)
+            kept = up * (g > 0) + (1 - up) * (g < 0)
+            direction = ((leak + (1 - leak) * kept) * g).sum(0)
         else:
-            direction = torch.where(purity > draw, positive, negative)
-        return torch.where(torch.isfinite(total), direction, torch.nan).to(gradients.dtype)
+            direction = up * positive + (1 - up) * negative
+        return direction.add_(total - total).to(gradients.dtype)
 
     def extra_repr(self) -> str:
         return f"leak={self.leak[0] if len(self.leak) == 1 else self.leak}"
