@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -26,18 +25,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from examples.pathology.config import write_text
-from examples.pathology.errors import UserError, listing, nearest
+from examples.pathology.errors import UserError, listing, nearest, one_line
+from examples.pathology.tables import FILENAME, PATIENT, read_table
 
 if TYPE_CHECKING:
     from examples.pathology.features import Bag
 
 logger = logging.getLogger(__name__)
 
-PATIENT, FILENAME = "PATIENT", "FILENAME"
-# What stands for "not known" in the tables of TCGA, CPTAC, Excel and pandas, in lower case.
-MISSING = frozenset(
-    {"", "na", "n/a", "#n/a", "nan", "none", "null", "missing", "not available", "[not available]"}
-)
 SLIDE_SUFFIXES = frozenset(
     "bif czi dcm mrxs ndpi qptiff scn svs svslide tif tiff vms vmu".split()  # noqa: SIM905
 )
@@ -149,64 +144,6 @@ class Cohort:
         writer.writerow(["item", "name", "patient", "status", "reason"])
         writer.writerows((r.item, r.name, r.patient, r.status, r.reason) for r in self.ledger)
         write_text(path, text.getvalue())
-
-
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a table as stripped strings, where whatever means "not known" becomes ``""``.
-
-    Args:
-        path: ``.csv``, ``.tsv`` or ``.xlsx`` (its first sheet).
-        columns: Columns that must be there.
-
-    Raises:
-        UserError: The file cannot be read, a column is missing or stands twice.
-    """
-    readers = {".csv": ",", ".tsv": "\t", ".xlsx": None}
-    if path.suffix.lower() not in readers:
-        raise UserError(
-            f"{path} must be one of {listing(readers)}, but its name ends in {path.suffix!r}."
-        )
-    try:
-        if (separator := readers[path.suffix.lower()]) is None:
-            cells = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
-        else:
-            cells = pd.read_csv(
-                path,
-                sep=separator,
-                header=None,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-            )
-    except OSError as error:
-        raise UserError(
-            f"{path} must be a readable file, but {error.strerror or error}."
-        ) from error
-    except (
-        ValueError,
-        KeyError,
-        BadZipFile,
-    ) as error:  # every parser complaint is one of them
-        raise UserError(
-            f"{path} must be a table, but it cannot be read: {_one_line(error)}."
-        ) from error
-    cells = cells.fillna("").astype(str).map(str.strip)
-    header = list(cells.iloc[0])
-    table = cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
-    for column in columns:
-        if column not in header:
-            hint = nearest(column, header)
-            if len(header) == 1 and ";" in header[0]:
-                hint = " It seems to use semicolons: save it with commas."
-            raise UserError(
-                f"{path} must have a column `{column}`, but has {listing(map(repr, header))}.{hint}"
-            )
-        if header.count(column) > 1:
-            raise UserError(
-                f"{path} must have one column `{column}`, but has {header.count(column)}."
-            )
-    cleaned: pd.DataFrame = table.map(lambda value: "" if value.lower() in MISSING else value)
-    return cleaned
 
 
 def read_clinical_table(path: Path, targets: Sequence[str]) -> pd.DataFrame:
@@ -529,7 +466,7 @@ class _Bags:
             ValueError,
             KeyError,
         ) as error:  # h5py's words for a broken or foreign file
-            return f"unreadable: {_one_line(error)}"
+            return f"unreadable: {one_line(error)}"
         if len(bag.feats) == 0:
             return "no tiles"
         if not np.isfinite(bag.feats).all():
@@ -648,10 +585,6 @@ def _auxiliary_target(
 
 def _reasons(ledger: Iterable[LedgerRow]) -> list[str]:
     return [f"{row.item}: {row.reason}" for row in ledger if row.status != "used"]
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _sha256(lines: Iterable[str]) -> str:

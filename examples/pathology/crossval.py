@@ -24,6 +24,7 @@ from examples.pathology.config import (
     write_json,
     write_toml,
 )
+from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError, listing
 from examples.pathology.results import (
     DONE,
@@ -39,7 +40,6 @@ from examples.pathology.training import (
     fit_fold,
     needs_lookahead,
     predict,
-    resolve_device,
 )
 
 logger = logging.getLogger(__name__)

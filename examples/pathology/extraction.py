@@ -21,15 +21,16 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from examples.pathology.ctranspath import Extractor, ctranspath_extractor
+from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
 from examples.pathology.features import ExtractSummary, LedgerRow, publish, write_features
 from examples.pathology.slides import LevelError, Slide, SlideFile, find_slides, open_slide
+from examples.pathology.tables import FILENAME, MPP, read_table
 from examples.pathology.tiling import (
     SlideExcludedError,
     TileBlock,
@@ -109,7 +110,7 @@ def run(
             raise UserError(f"`{name}` must be at least 1, but got {value}.")
     files = find_slides(slides, skip=out)
     table_mpp = {} if slide_table is None else read_mpp_table(slide_table)
-    place = _device(device)
+    place = torch.device(resolve_device(device))
     extractor = ctranspath_extractor(weights, seed)
     extractor.model.to(place)
     rows: list[LedgerRow] = []
@@ -139,18 +140,6 @@ def run(
     summary = ExtractSummary(rows=tuple(rows), ledger=ledger)
     logger.info("%s", summary)
     return summary
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-    except RuntimeError as error:
-        raise UserError(f"`device` must be auto, cpu or cuda, but got {name!r}.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"`device` must exist, but got {name!r} and there is no CUDA here.")
-    return device
 
 
 def _row(file: SlideFile, job: Job) -> LedgerRow:
@@ -380,7 +369,7 @@ def _finished_row(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Le
 
 
 def read_mpp_table(path: Path) -> dict[str, float]:
-    """Read the MPP column of a slide table (.csv or .xlsx).
+    """Read the MPP column of a slide table.
 
     Args:
         path: The table; FILENAME is needed, MPP may be missing or partly empty.
@@ -391,26 +380,20 @@ def read_mpp_table(path: Path) -> dict[str, float]:
     Raises:
         UserError: If the table cannot be read or a value is not a number.
     """
-    if not path.is_file():
-        raise UserError(f"The slide table must exist, but {path} does not.")
-    excel = path.suffix.lower() in (".xlsx", ".xls")
-    table = pd.read_excel(path, dtype=str) if excel else pd.read_csv(path, dtype=str)
-    if "FILENAME" not in table.columns:
-        raise UserError(
-            f"The slide table must have a column FILENAME, but {path} has "
-            f"{', '.join(map(str, table.columns))}."
-        )
+    table = read_table(path, [FILENAME])
     values: dict[str, float] = {}
-    if "MPP" not in table.columns:
+    if MPP not in table.columns:
         return values
-    for name, text in table[["FILENAME", "MPP"]].dropna().itertuples(index=False):
+    for name, text in zip(table[FILENAME], table[MPP], strict=True):
+        if not name or not text:
+            continue
         try:
             value = float(text)
         except ValueError as error:
             raise UserError(
                 f"Column MPP must hold numbers in um per pixel, but {path} has {text!r} for {name}."
             ) from error
-        if values.setdefault(_bare(str(name)), value) != value:
+        if values.setdefault(_bare(name), value) != value:
             raise UserError(
                 f"Column MPP must be unique per slide, but {path} has several values for {name}."
             )

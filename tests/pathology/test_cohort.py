@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from examples.pathology import cohort as module
-from examples.pathology.cohort import BagStore, load_cohort, match_files, read_table, slide_key
+from examples.pathology.cohort import BagStore, load_cohort, match_files, slide_key
 from examples.pathology.errors import UserError
 from examples.pathology.features import read_features
+from examples.pathology.tables import read_table
 from tests.pathology.tiny import make_tables, write_bag, write_table
 
 SHARED = Path(__file__).parents[2] / "../shared/data"

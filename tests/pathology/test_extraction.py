@@ -298,7 +298,7 @@ def test_a_tcga_name_without_its_uuid_finds_the_slide(tmp_path, network):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("NAME,MPP\na,0.5\n", "must have a column FILENAME"),
+        ("NAME,MPP\na,0.5\n", "must have a column `FILENAME`"),
         ("FILENAME,MPP\na,half\n", r"Column MPP must hold numbers .* 'half' for a"),
         ("FILENAME,MPP\na,0.5\na.h5,0.25\n", "several values for a"),
     ],
@@ -315,8 +315,8 @@ def test_broken_slide_tables_are_wrong_use(text, words, tmp_path, network):
     [
         ({"workers": 0}, "`workers` must be at least 1, but got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"device": "abacus"}, "`device` must be auto, cpu or cuda"),
-        ({"slide_table": "none.csv"}, "The slide table must exist"),
+        ({"device": "abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
+        ({"slide_table": "none.csv"}, "must be a readable file, but No such file"),
     ],
 )
 def test_wrong_use_is_told_before_any_work(options, words, tmp_path, network):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from examples.pathology import training
 from examples.pathology.cohort import BagStore, Patient, Target
+from examples.pathology.devices import resolve_device
 from examples.pathology.errors import RunError, UserError
 from examples.pathology.model import JointTransformer
 from examples.pathology.training import (
@@ -20,7 +21,6 @@ from examples.pathology.training import (
     fit_scalers,
     needs_lookahead,
     predict,
-    resolve_device,
     task_losses,
 )
 from mtbalance import PAPER_COMBINATIONS
