@@ -120,9 +120,11 @@ def test_micro_batches_add_up_to_the_whole_batch(name: str) -> None:
     balancer = pair(name, halves)
     for part in rows.chunk(2):
         balancer.accumulate({task: loss / 2 for task, loss in halves.losses(part).items()})
-    balancer.apply(validation=validation(halves))
+    record = balancer.apply(validation=validation(halves))
     for one, other in zip(halves.parameters(), whole.parameters(), strict=True):
         assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
+    for task, loss in whole.losses(rows).items():
+        assert_close(record.losses[task], loss.detach())
 
 
 def test_one_dataloader_per_task() -> None:
@@ -192,6 +194,24 @@ def test_graphs_are_freed_while_the_losses_live() -> None:
     assert len(alive) == 0
     with pytest.raises(RuntimeError, match="second time"):
         losses["c"].backward()
+
+
+def test_graphs_that_share_nothing_are_freed_one_by_one() -> None:
+    """A parameter may be the same; what the graphs have saved is each graph's own."""
+    model = Network()
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        losses = {task: model.losses(batch())[task] for task in TASKS}
+    pair("cagrad", model).backward(losses)
+    gc.collect()
+    assert len(alive) == 0
+    assert len(losses) == 3
 
 
 # --- any split ---------------------------------------------------------------------------------

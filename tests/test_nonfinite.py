@@ -109,6 +109,17 @@ def test_a_bad_micro_batch_spoils_its_task_for_the_step(policy: str) -> None:
     assert (model.heads["a"].weight.grad is None) == (policy == "skip")
 
 
+def test_a_bad_micro_batch_that_raises_ends_the_step() -> None:
+    """What came before it must not leak into the next step."""
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk)
+    balancer.accumulate(model.losses(batch()))
+    with pytest.raises(FloatingPointError, match="loss of task 'b'"):
+        balancer.accumulate(bad_losses(model, "loss"))
+    with pytest.raises(RuntimeError, match="nothing has been accumulated"):
+        balancer.apply()
+
+
 def test_all_tasks_dropped() -> None:
     model = Network(("a",))
     balancer = Balancer(Equal(), Sum(), tasks=("a",), shared=model.trunk, nonfinite="drop")
