@@ -106,7 +106,9 @@ class Explanation:
     tasks: tuple[str, ...]
 
     def __str__(self) -> str:
-        width = max(len("parameters are"), *(len(row.use) for row in self.rows))
+        if not self.rows:
+            return "No loss has been seen yet: take a step, or give explain() the losses."
+        width = max(len(use) for use in ("parameters are", *(row.use for row in self.rows)))
         lines = [f"{'parameters are':{width}}  {'tensors':>8}  {'numbers':>14}"]
         lines += [
             f"{row.use:{width}}  {row.tensors:>8}  {row.parameters:>14,}" for row in self.rows

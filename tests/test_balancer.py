@@ -598,6 +598,15 @@ def test_explain_infers_from_the_steps_so_far() -> None:
     assert uses["shared, reached by a, b only"] == ("branch.weight", "branch.bias")
 
 
+def test_explain_before_anything_is_known() -> None:
+    model = SubsetNetwork()
+    inferred = Balancer(Equal(), CAGrad(), tasks=TASKS)
+    assert "give explain() the losses" in str(inferred.explain())
+    given = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=[model.stem])
+    assert "shared, but reached by no loss yet" in str(given.explain())
+    assert given.explain().extra_bytes == 3 * 20 * 8
+
+
 # --- your own strategies -----------------------------------------------------------------------
 
 
