@@ -2,8 +2,8 @@
 
 *Rows* are per-task gradients as autograd returns them: one sequence per task with one tensor per
 parameter, in the same order for every task, None where the task does not reach the parameter. They
-are never concatenated: whatever needs more than one number per row reads them in blocks of columns
-that fit the processor's cache.
+are never concatenated: whatever needs more than one number per row reads them in blocks of columns,
+so that the memory on top of the rows is bounded.
 
 The solvers work in float64 on the CPU, on the Gramian of the *unit* rows, so that neither the scale
 of the gradients nor ratios between tasks (up to 1e12 and beyond) cost accuracy.
@@ -51,6 +51,7 @@ def column_blocks(rows: Rows, dtype: torch.dtype | None = None) -> Iterator[Tens
     """
     block: Tensor | None = None
     filled = 0
+    total = sum(max(0 if t is None else t.numel() for t in ts) for ts in zip(*rows, strict=True))
     for tensors in zip(*rows, strict=True):
         vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
         reached = next((vector for vector in vectors if vector is not None), None)
@@ -61,7 +62,7 @@ def column_blocks(rows: Rows, dtype: torch.dtype | None = None) -> Iterator[Tens
             yield block[:, :filled]
             block = None
         if block is None:
-            size = _BLOCK_COLUMNS.get(reached.device.type, 2**22)
+            size = min(total, _BLOCK_COLUMNS.get(reached.device.type, 2**22))
             block = torch.empty(len(rows), size, dtype=wanted, device=reached.device)
             filled = 0
         start = 0
