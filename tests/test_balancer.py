@@ -4,6 +4,8 @@ import copy
 import gc
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -175,9 +177,9 @@ class Saved:
         self.tensor = tensor
 
 
-def test_graphs_are_freed_while_the_losses_live() -> None:
-    """What the trunk has saved goes with the last task's pass, not with the last reference."""
-    model = Network()
+@contextmanager
+def watch_saved_tensors() -> Iterator["weakref.WeakSet[Saved]"]:
+    """Collect what graphs built inside save for their backward passes, as long as it lives."""
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> Saved:
@@ -186,6 +188,13 @@ def test_graphs_are_freed_while_the_losses_live() -> None:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        yield alive
+
+
+def test_graphs_are_freed_while_the_losses_live() -> None:
+    """What the trunk has saved goes with the last task's pass, not with the last reference."""
+    model = Network()
+    with watch_saved_tensors() as alive:
         hidden = model.trunk(batch())
     assert len(alive) > 0
     losses = {task: head(hidden).square().mean() for task, head in model.heads.items()}
@@ -199,14 +208,7 @@ def test_graphs_are_freed_while_the_losses_live() -> None:
 def test_graphs_that_share_nothing_are_freed_one_by_one() -> None:
     """A parameter may be the same; what the graphs have saved is each graph's own."""
     model = Network()
-    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> Saved:
-        saved = Saved(tensor)
-        alive.add(saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with watch_saved_tensors() as alive:
         losses = {task: model.losses(batch())[task] for task in TASKS}
     pair("cagrad", model).backward(losses)
     gc.collect()
