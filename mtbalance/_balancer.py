@@ -233,10 +233,12 @@ class Balancer(nn.Module):
             return Record((), {}, absent=self._absent(dropped), nonfinite=dropped, dropped=dropped)
         groups, rest = self._reach.divide(pending)
         unscale = 1.0 if scale is None else 1.0 / scale
-        gramians = [gramian_of(pending.rows(names, part)) * unscale**2 for part in groups]
+        rows_of_groups = [pending.rows(names, part) for part in groups]
+        gramians = [gramian_of(rows) * unscale**2 for rows in rows_of_groups]
         total = sum_of(gramians, (len(names), len(names)))
 
-        bad = _nonfinite_gradients(names, total, pending.rows(names, rest))
+        rows_of_rest = pending.rows(names, rest)
+        bad = _nonfinite_gradients(names, total, rows_of_rest)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             leaves = [leaf for part in (*groups, rest) for leaf in part]
@@ -261,13 +263,13 @@ class Balancer(nn.Module):
         weights, learned = self._weigh(losses, active)
 
         outcomes = [
-            self._direct(pending.rows(names, leaves), gramian, weights, unscale)
-            for leaves, gramian in zip(groups, gramians, strict=True)
+            self._direct(rows, gramian, weights, unscale)
+            for rows, gramian in zip(rows_of_groups, gramians, strict=True)
         ]
         # Nothing is written before everything is known: an error in a strategy leaves no trace.
         for leaves, outcome in zip(groups, outcomes, strict=True):
             add_to_grad(leaves, outcome.direction)
-        add_to_grad(rest, combine(pending.rows(names, rest), weights.tolist()))
+        add_to_grad(rest, combine(rows_of_rest, weights.tolist()))
         self._add_learned(learned, scale)
         return Record(
             names,

@@ -7,7 +7,7 @@ Transformer is trained on them (``model``, ``training``, ``crossval``), and what
 numbers, figures and a page (``results``, ``metrics``, ``plots``, ``report``). ``simulate`` draws
 slides whose truth is known, and ``demo`` runs all of it on them. ``cli`` is the only module that
 sees the command line, ``config`` checks settings, ``errors`` tells wrong use from failed work,
-``tables`` and ``devices`` read what both halves need.
+``tables``, ``files`` and ``devices`` read what both halves need.
 
 Run it with ``python -m examples.pathology --help``.
 """

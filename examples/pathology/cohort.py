@@ -24,8 +24,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from examples.pathology.config import write_text
 from examples.pathology.errors import UserError, listing, nearest, one_line
+from examples.pathology.files import write_text
 from examples.pathology.tables import FILENAME, PATIENT, read_table
 
 if TYPE_CHECKING:

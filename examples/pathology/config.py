@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from examples.pathology.errors import UserError, listing, nearest
+from examples.pathology.files import write_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -182,32 +181,6 @@ def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
         lines += [f"{_toml(key)} = {_toml(value)}" for key, value in values.items()]
         lines.append("")
     write_text(path, "\n".join(lines))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON (no NaN) atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0o600 would keep colleagues out
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _toml(value: Any) -> str:

@@ -21,11 +21,11 @@ from examples.pathology.config import (
     CrossvalConfig,
     read_toml,
     settings_that_differ,
-    write_json,
     write_toml,
 )
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError, listing
+from examples.pathology.files import write_json
 from examples.pathology.results import (
     DONE,
     draw_figures,

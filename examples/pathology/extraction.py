@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import logging
 import time
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from examples.pathology.ctranspath import Extractor, ctranspath_extractor
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
-from examples.pathology.features import ExtractSummary, LedgerRow, publish, write_features
+from examples.pathology.features import ExtractSummary, LedgerRow, write_features
+from examples.pathology.files import write_bytes, write_text
 from examples.pathology.slides import LevelError, Slide, SlideFile, find_slides, open_slide
 from examples.pathology.tables import FILENAME, MPP, read_table
 from examples.pathology.tiling import (
@@ -416,10 +418,9 @@ def _lookup(table: dict[str, float], file: SlideFile) -> float | None:
 
 
 def _save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(picture).save(temporary, format="JPEG", quality=88)
-    publish(temporary, path)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=88)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
@@ -429,12 +430,10 @@ def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
         path: Where to.
         rows: The rows; their order is kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(LEDGER_COLUMNS)
-        for row in rows:
-            values = [getattr(row, name) for name in LEDGER_COLUMNS]
-            writer.writerow(["" if value is None else value for value in values])
-    publish(temporary, path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(LEDGER_COLUMNS)
+    for row in rows:
+        values = [getattr(row, name) for name in LEDGER_COLUMNS]
+        writer.writerow(["" if value is None else value for value in values])
+    write_text(path, text.getvalue())

@@ -13,7 +13,6 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.pathology.errors import UserError
+from examples.pathology.files import publish
 
 if TYPE_CHECKING:
     from examples.pathology.tiling import TileRules
@@ -197,18 +197,6 @@ def write_features(
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a finished, closed file its name, so that a crash leaves the old file or the new one.
-
-    Args:
-        temporary: The finished file.
-        path: The name it gets; a file of that name is replaced.
-    """
-    with temporary.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from examples.pathology import metrics
-from examples.pathology.config import write_bytes
+from examples.pathology.files import write_bytes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")

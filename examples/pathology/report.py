@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology import metrics, plots
-from examples.pathology.config import write_text
 from examples.pathology.errors import UserError
+from examples.pathology.files import write_text
 from examples.pathology.results import FoldResult, caption_of, draw_figures, read_fold
 from examples.pathology.training import BASELINE
 from mtbalance import PAPER_COMBINATIONS
@@ -27,10 +27,9 @@ logger = logging.getLogger(__name__)
 
 CAUTION = (
     "Mean ± standard deviation over the folds of one cross-validation with one seed. The folds "
-    "share training "
-    "patients and are few and small, so a difference between rows that is not clearly larger than "
-    "their spread "
-    "says nothing, and no method is claimed to be better than another here."
+    "share training patients and are few and small, so a difference between rows that is not "
+    "clearly larger than their spread says nothing, and no method is claimed to be better than "
+    "another here."
 )
 
 

@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from examples.pathology import metrics, plots
-from examples.pathology.config import CrossvalConfig, write_bytes, write_json, write_text
 from examples.pathology.errors import UserError, listing
+from examples.pathology.files import write_bytes, write_json, write_text
 from examples.pathology.splits import Fold, splits_sha256
 from examples.pathology.training import BASELINE, Fitted, PatientPrediction
 
 if TYPE_CHECKING:
     from examples.pathology.cohort import Cohort, Target
+    from examples.pathology.config import CrossvalConfig
 
 DONE = "fold.json"  # written last: a fold that has it is finished
 

@@ -22,6 +22,7 @@ import tifffile
 from tqdm import tqdm
 
 from examples.pathology.errors import UserError
+from examples.pathology.files import publish
 
 logger = logging.getLogger(__name__)
 
@@ -331,4 +332,4 @@ def write_pyramid(path: Path, pixels: Image, *, mpp: float) -> None:
                 software="mtbalance",
                 metadata=None,
             )
-    temporary.replace(path)
+    publish(temporary, path)

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 
-from examples.pathology.config import CrossvalConfig, write_json
 from examples.pathology.errors import UserError
+from examples.pathology.files import write_json
 
 if TYPE_CHECKING:
     from examples.pathology.cohort import Cohort
+    from examples.pathology.config import CrossvalConfig
 
 logger = logging.getLogger(__name__)
 

@@ -98,25 +98,6 @@ def test_only_what_changes_the_result_counts_as_different():
     assert config.settings_that_differ(make(positive="a"), stored) == ["positive: None -> 'a'"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    config.write_text(path, "old")
-
-    def fail(_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(config.os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        config.write_text(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
-
-
-def test_json_refuses_nan(tmp_path):
-    with pytest.raises(ValueError, match="JSON compliant"):
-        config.write_json(tmp_path / "a.json", {"a": math.nan})
-
-
 def test_errors_help():
     assert nearest("crosval", ["crossval", "demo"]) == " Did you mean `crossval`?"
     assert nearest("xyz", ["crossval"]) == ""
