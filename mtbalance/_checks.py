@@ -3,7 +3,7 @@
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -166,8 +166,8 @@ def _checked_loss(task: str, loss: object) -> Tensor:
     return loss.reshape(()) if loss.ndim else loss
 
 
-def check_validation(owner: object, validation: object) -> None:
-    """Raise unless ``validation`` is a function."""
+def check_validation(owner: object, validation: object) -> Callable[[], Mapping[str, Tensor]]:
+    """Return ``validation`` if it is a function."""
     if not callable(validation):
         got = "None" if validation is None else type(validation).__name__
         raise ValueError(
@@ -175,6 +175,7 @@ def check_validation(owner: object, validation: object) -> None:
             f"validation batch, but got {got}. {type(owner).__name__} looks ahead at them: "
             "call backward(losses, validation=function)."
         )
+    return validation
 
 
 def check_one_process() -> None:

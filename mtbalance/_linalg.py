@@ -291,8 +291,9 @@ def minimize_linear_plus_norm(
         y, shape (k,); None if the minimum lies where the combination vanishes (to the resolution of
         the Gramian), where the objective has a kink and y decides nothing.
     """
-    y = _walk_over_faces(gramian, linear, radius, sizes, start, may_vanish=may_vanish)
-    if y is None or _excess(gramian, linear, radius, sizes, y) <= _SOLVER_TOLERANCE:
+    problem = _Problem(gramian, linear, radius, sizes, may_vanish)
+    y = _walk_over_faces(problem, start)
+    if y is None or _excess(problem, y) <= _SOLVER_TOLERANCE:
         return y
     # Faces whose rows are all but dependent blur their own minimum. Growing the face from the best
     # single row adds only rows that lie apart.
@@ -300,28 +301,32 @@ def minimize_linear_plus_norm(
     single = torch.zeros_like(start)
     best = int(vertices.argmin())
     single[best] = 1 / sizes[best]
-    again = _walk_over_faces(gramian, linear, radius, sizes, single, may_vanish=may_vanish)
+    again = _walk_over_faces(problem, single)
     if again is None:
         return None if may_vanish else y
-    return min(y, again, key=lambda end: _excess(gramian, linear, radius, sizes, end))
+    return min(y, again, key=lambda end: _excess(problem, end))
 
 
-def _excess(gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor, y: Tensor) -> float:
+class _Problem(NamedTuple):
+    """The arguments of :func:`minimize_linear_plus_norm` but for the start."""
+
+    gramian: Tensor
+    linear: Tensor
+    radius: float
+    sizes: Tensor
+    may_vanish: bool
+
+
+def _excess(problem: _Problem, y: Tensor) -> float:
     """Return by how much, relative to the problem's scale, y is not optimal (its duality gap)."""
+    gramian, linear, radius, sizes, _ = problem
     slope = linear + radius / norm_of(y, gramian) * (gramian @ y)
     least = (slope / sizes).min()
     return float((slope @ y - least) / ((float(linear.abs().max()) + radius) / sizes.max()))
 
 
-def _walk_over_faces(
-    gramian: Tensor,
-    linear: Tensor,
-    radius: float,
-    sizes: Tensor,
-    start: Tensor,
-    *,
-    may_vanish: bool,
-) -> Tensor | None:
+def _walk_over_faces(problem: _Problem, start: Tensor) -> Tensor | None:
+    gramian, linear, radius, sizes, may_vanish = problem
     count = len(gramian)
     y = start.clone()
     scale = float(linear.abs().max()) + radius

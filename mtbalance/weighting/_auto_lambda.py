@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from mtbalance._checks import check_at_least, check_finite, check_known_tasks, count_fallback
+from mtbalance._checks import (
+    check_at_least,
+    check_finite,
+    check_known_tasks,
+    check_validation,
+    count_fallback,
+)
 from mtbalance._linalg import inner_products, is_finite, stacked
 from mtbalance._random import RandomSource
 
@@ -158,7 +164,7 @@ class AutoLambda(Weighting):
             self.random.as_global_stream(devices),
             _restored_buffers(),
         ):
-            losses = (step.validation or dict)()
+            losses = check_validation(self, step.validation)()
             if not isinstance(losses, Mapping):
                 raise TypeError(
                     "`validation` must return a mapping from task name to loss, "
