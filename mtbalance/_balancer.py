@@ -28,8 +28,8 @@ from mtbalance._jacobian import (
     reach_of,
     task_gradients,
 )
-from mtbalance._linalg import Rows, all_finite, combine, gramian_of, is_finite, stacked, sum_of
 from mtbalance._record import EpochCounts, EpochSummary, Record
+from mtbalance._rows import Rows, all_finite, combine, gramian_of, is_finite, stacked, sum_of
 from mtbalance._split import Explanation, ReachLog, Shared, named_groups
 from mtbalance._watch import OptimizerWatch
 from mtbalance.gradient._base import GradientStrategy, GramianStrategy

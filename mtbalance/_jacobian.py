@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from mtbalance._linalg import Rows, all_finite, column_blocks, flat
+from mtbalance._rows import Rows, all_finite, column_blocks, flat
 
 
 class Reach(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mtbalance"
-HELPERS = {"mtbalance._checks", "mtbalance._linalg", "mtbalance._random"}
+HELPERS = {"mtbalance._checks", "mtbalance._linalg", "mtbalance._random", "mtbalance._rows"}
 THIRD_PARTY = {"torch", "typing_extensions"}  # the second is a dependency of the first
 
 

@@ -1,6 +1,4 @@
-"""The pure functions on rows and Gramians, and the convex solvers, against NumPy and SciPy."""
-
-import math
+"""The pure functions on Gramians and the convex solvers, against NumPy and SciPy."""
 
 import numpy as np
 import pytest
@@ -12,192 +10,15 @@ from torch.testing import assert_close
 
 from mtbalance import _linalg
 from mtbalance._linalg import (
-    all_finite,
-    column_blocks,
-    combine,
-    flat,
-    gramian_of,
-    inner_products,
     minimize_linear_plus_norm,
     minimize_on_segment,
     norm_of,
     project_on_dual_cone,
-    stacked,
-    sum_of,
     unit_rows,
 )
 from tests._oracles import array, least_norm_weights, nonnegative_least_squares
 from tests._oracles import project_on_dual_cone as projection_by_nnls
-from tests._samplers import DTYPES, gradients, matrix, random_gradients
-
-Rows = list[list[Tensor | None]]
-SHAPES = [(3,), (2, 4), (), (0,), (1, 2, 3)]
-
-
-def rows_with_gaps(m: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> Rows:
-    """Return rows of several parameters, some of which some tasks (one: all) do not reach."""
-    generator = torch.Generator().manual_seed(seed)
-    rows: Rows = [
-        [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES] for _ in range(m)
-    ]
-    rows[0][1] = None
-    rows[-1][2] = None
-    for row in rows:
-        row[3] = None
-    return rows
-
-
-def dense(rows: Rows) -> Tensor:
-    """Return the rows as one float64 matrix, zeros where a task does not reach."""
-    return torch.stack(
-        [
-            torch.cat(
-                [
-                    torch.zeros(math.prod(shape), dtype=torch.float64)
-                    if tensor is None
-                    else tensor.double().reshape(-1)
-                    for tensor, shape in zip(row, SHAPES, strict=True)
-                ]
-            )
-            for row in rows
-        ]
-    )
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 7, 2**15])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_are_the_columns_in_order(monkeypatch, size: int, dtype: torch.dtype) -> None:
-    """Whatever the block size, the blocks one after the other are the matrix."""
-    monkeypatch.setitem(_linalg._BLOCK_COLUMNS, "cpu", size)
-    rows = rows_with_gaps(dtype=dtype)
-    blocks = [block.clone() for block in column_blocks(rows)]
-    assert all(block.shape[1] <= size for block in blocks)
-    assert all(block.dtype == torch.promote_types(dtype, torch.float32) for block in blocks)
-    assert torch.equal(torch.cat(blocks, 1).double(), dense(rows))
-
-
-def test_blocks_of_mixed_dtypes_keep_each() -> None:
-    """A float64 parameter among float32 ones is not rounded."""
-    third = torch.full((2,), 1 / 3, dtype=torch.float64)
-    rows: Rows = [[torch.ones(2), third, torch.ones(1)]]
-    blocks = [block.clone() for block in column_blocks(rows)]
-    assert [block.dtype for block in blocks] == [torch.float32, torch.float64, torch.float32]
-    assert torch.equal(blocks[1][0], third)
-
-
-def test_blocks_of_nothing() -> None:
-    assert list(column_blocks([[None, None], [None, None]])) == []
-    assert torch.equal(gramian_of([[None], [None]]), torch.zeros(2, 2, dtype=torch.float64))
-    assert combine([[None], [None]], [1.0, 2.0]) == [None]
-
-
-@pytest.mark.parametrize("size", [1, 4, 2**15])
-def test_gramian_is_the_product(monkeypatch, size: int) -> None:
-    monkeypatch.setitem(_linalg._BLOCK_COLUMNS, "cpu", size)
-    rows = rows_with_gaps()
-    matrix_of = dense(rows)
-    gramian = gramian_of(rows)
-    assert gramian.dtype == torch.float64
-    assert_close(gramian, matrix_of @ matrix_of.T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gramian_neither_overflows_nor_underflows(dtype: torch.dtype) -> None:
-    """Squares of the largest and least normal numbers of a dtype are plain float64 numbers."""
-    for extreme in (torch.finfo(dtype).max, torch.finfo(dtype).tiny):
-        rows = [
-            [torch.tensor([extreme, 0.0], dtype=dtype)],
-            [torch.tensor([extreme, 0.0]).to(dtype)],
-        ]
-        expected = float(rows[0][0][0]) ** 2
-        assert torch.equal(gramian_of(rows), torch.full((2, 2), expected, dtype=torch.float64))
-
-
-def test_gramian_keeps_small_differences_of_large_rows() -> None:
-    """(g - h) of float32 rows that differ in the last bit: |g - h|^2 by hand is (2^-23)^2."""
-    g = torch.tensor([1.0, 1.0])
-    h = torch.tensor([1.0 + 2.0**-23, 1.0])
-    difference = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    gramian = gramian_of([[g], [h]])
-    # 1 + 2^-22 + 2^-46 is a float64 number, so the Gramian is exact.
-    assert float(difference @ gramian @ difference) == 2.0**-46
-
-
-def test_inner_products_with_a_vector() -> None:
-    rows = rows_with_gaps()
-    vector = rows_with_gaps(2, seed=1)[1]
-    vector[2] = None
-    expected = dense(rows) @ dense([vector])[0]
-    assert_close(inner_products(rows, vector), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_combination_of_rows(dtype: torch.dtype) -> None:
-    """Against the dense product, rounded once; None where no task reaches."""
-    rows = rows_with_gaps(dtype=dtype)
-    coefficients = [0.5, -2.0, 3.0]
-    directions = combine(rows, coefficients)
-    assert directions[3] is None
-    expected = torch.tensor(coefficients, dtype=torch.float64) @ dense(rows)
-    reached = [d for d in directions if d is not None]
-    assert all(d.dtype == dtype for d in reached)
-    assert [d.shape for d in reached] == [s for i, s in enumerate(SHAPES) if i != 3]
-    actual = torch.cat([d.reshape(-1) for d in reached]).double()
-    eps = max(torch.finfo(dtype).eps, 1e-15)
-    assert_close(actual, expected, rtol=eps, atol=16 * torch.finfo(torch.float32).eps)
-
-
-def test_combination_does_not_write_to_the_rows() -> None:
-    rows = rows_with_gaps()
-    before = dense(rows)
-    combine(rows, [1.0, 2.0, 3.0])
-    assert torch.equal(dense(rows), before)
-
-
-def test_low_precision_is_accumulated_in_float32() -> None:
-    """1 + 8 * 2^-9 is a bfloat16 number, but adding 2^-9 to 1 is lost in bfloat16 every time."""
-    rows: Rows = [[torch.ones(1, dtype=torch.bfloat16)]]
-    rows += [[torch.full((1,), 2.0**-9, dtype=torch.bfloat16)] for _ in range(8)]
-    (total,) = combine(rows, [1.0] * 9)
-    assert total is not None
-    assert float(total) == 1 + 2.0**-6
-
-
-def test_flat_of_sparse_and_complex() -> None:
-    sparse = torch.tensor([[0.0, 2.0], [0.0, 3.0]]).to_sparse()
-    assert torch.equal(flat(sparse), torch.tensor([0.0, 2.0, 0.0, 3.0]))
-    assert torch.equal(flat(torch.tensor([1 + 2j])), torch.tensor([1.0, 2.0]))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_all_finite_sees_one_bad_entry(bad: float) -> None:
-    good = torch.ones(1000)
-    spoiled = good.clone()
-    spoiled[577] = bad
-    assert all_finite([good, None, torch.ones(0), good.double()])
-    assert not all_finite([good, None, spoiled])
-    assert all_finite([])
-    assert all_finite([None])
-
-
-def test_all_finite_is_not_fooled_by_large_entries() -> None:
-    """The norm overflows float32, no entry does."""
-    assert all_finite([torch.full((100,), torch.finfo(torch.float32).max)])
-    assert all_finite([torch.full((100,), 1e300, dtype=torch.float64)])
-
-
-def test_stacked_takes_the_common_dtype() -> None:
-    assert stacked([torch.tensor(1.0).bfloat16(), torch.tensor(2.0).half()]).dtype == torch.float32
-    assert stacked([torch.tensor(1.0), torch.tensor(2.0).double()]).dtype == torch.float64
-
-
-def test_sum_of_nothing_is_zero() -> None:
-    assert torch.equal(sum_of([], (2, 2)), torch.zeros(2, 2, dtype=torch.float64))
-    assert torch.equal(sum_of([torch.ones(2), torch.ones(2)], (2,)), torch.tensor([2.0, 2.0]))
-
+from tests._samplers import gradients, matrix, random_gradients
 
 # --- Gramians -------------------------------------------------------------------------------------
 

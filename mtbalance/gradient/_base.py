@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mtbalance._checks import check_gradients, check_gramian
-from mtbalance._linalg import combine, gramian_of, is_finite
 from mtbalance._random import RandomSource
+from mtbalance._rows import combine, gramian_of, is_finite
 
 
 class GradientStrategy(nn.Module, ABC):

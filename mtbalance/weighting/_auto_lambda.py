@@ -14,8 +14,8 @@ from mtbalance._checks import (
     check_validation,
     count_fallback,
 )
-from mtbalance._linalg import inner_products, is_finite, stacked
 from mtbalance._random import RandomSource
+from mtbalance._rows import inner_products, is_finite, stacked
 
 from ._base import Step, Weighting, task_vector
 
