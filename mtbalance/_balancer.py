@@ -1,9 +1,10 @@
 """The one place where losses, weighting, task gradients, gradient strategy and ``.grad`` meet."""
 
+import functools
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, overload
 
@@ -14,22 +15,44 @@ from typing_extensions import Self
 
 from mtbalance._checks import (
     check_choice,
+    check_count,
+    check_features,
     check_kind,
     check_losses_by_task,
-    check_one_process,
+    check_process_group,
+    check_row_dtype,
     check_task_names,
     check_validation,
+    count_fallback,
 )
 from mtbalance._jacobian import (
+    BatchedPasses,
+    FreshGrad,
     TaskGradients,
     add_to_grad,
     direct_by_columns,
     fresh_grad,
+    gradient_of,
     reach_of,
+    sharded_task_gradients,
     task_gradients,
 )
+from mtbalance._kept import KeptWeights
+from mtbalance._random import RandomSource
+from mtbalance._ranks import Agreement, Exchange, Ranks, RankStep
 from mtbalance._record import EpochCounts, EpochSummary, Record
-from mtbalance._rows import Rows, all_finite, combine, gramian_of, is_finite, stacked, sum_of
+from mtbalance._rows import (
+    Rows,
+    all_finite,
+    columns_of,
+    combine,
+    gramian_of,
+    is_finite,
+    norms_of,
+    stacked,
+    sum_of,
+)
+from mtbalance._shards import is_sharded, like_sharded, local, offset_of, sum_over_shards
 from mtbalance._split import Explanation, ReachLog, Shared, named_groups
 from mtbalance._watch import OptimizerWatch
 from mtbalance.gradient._base import GradientStrategy, GramianStrategy
@@ -59,19 +82,34 @@ class Balancer(nn.Module):
         shared: What is balanced: modules or parameters, one or several, or a mapping from group
             name to these, each group being balanced on its own. None: whatever two or more losses
             reach.
-        process_group: Must be None in this release, which balances in one process only.
+        process_group: The processes that train together, each on its part of the batch; None for
+            all of ``torch.distributed``. Losses and per-task gradients are averaged over them
+            before they are balanced, inside ``DistributedDataParallel`` and without it; see "Many
+            devices" in docs/.
         nonfinite: What a non-finite loss or gradient does: ``"raise"`` an error that names the
-            task, ``"drop"`` the task from this step, or ``"skip"`` the step (no gradient is
-            written). Under a gradient scaler non-finite *gradients* are passed on, so that the
-            scaler skips the step. With one ordinary backward pass the gradients of single tasks are
-            not known: ``"drop"`` then makes per-task passes.
+            task, ``"drop"`` the task from this step, ``"skip"`` the step (no gradient is written),
+            or ``"propagate"`` it to ``.grad`` as ``Tensor.backward`` does. Under a gradient scaler
+            non-finite *gradients* are passed on, so that the scaler skips the step. With one
+            ordinary backward pass the gradients of single tasks are not known: ``"drop"`` then
+            makes per-task passes. Looking waits for the device twice in a step; only with
+            ``"propagate"`` may a step of a strategy with a closed form on the device (two tasks)
+            wait for nothing.
+        every: Solve for the weights of a Gramian strategy in every n-th step only, and use the last
+            ones in between, where one backward pass serves as for ``Sum``. 1 is exact.
+        dtype: What per-task gradients are kept in between their backward pass and the direction,
+            for instance ``torch.bfloat16`` for half the memory; None for their own. The Gramian is
+            accumulated in float64 from the kept numbers.
+        chunk: How many tasks share one vectorised backward pass (``is_grads_batched``); None for
+            one pass per task. It saves time where launching kernels is what takes it, on a GPU with
+            small batches; on a CPU, and where an operation has no vectorised form, it costs time.
+            What cannot be vectorised runs one by one, with one warning, counted in the record.
 
     Attributes:
         history: The last records; keeps none by default. Assign a ``deque(maxlen=n)`` to keep n.
 
     Raises:
-        ValueError: If names repeat, or ``shared`` holds no parameters or one parameter in two
-            groups.
+        ValueError: If names repeat, ``shared`` holds no parameters or one parameter in two groups,
+            or an option does not go with the strategies.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -96,29 +134,56 @@ class Balancer(nn.Module):
         *,
         tasks: Sequence[str],
         shared: Shared | Mapping[str, Shared] | None = None,
-        process_group: None = None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         nonfinite: str = "raise",
+        every: int = 1,
+        dtype: torch.dtype | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         check_kind("weighting", weighting, Weighting)
         check_kind("gradient", gradient, GradientStrategy)
-        if process_group is not None:
-            raise ValueError(
-                f"`process_group` must be None in this release, but got {process_group!r}. "
-                "Balancing over several processes is not supported yet."
-            )
-        check_choice("nonfinite", nonfinite, ["raise", "drop", "skip"])
+        check_choice("nonfinite", nonfinite, ["raise", "drop", "skip", "propagate"])
+        check_process_group(process_group)
+        check_row_dtype(dtype)
         self.tasks = check_task_names(tasks)
         self.weighting = weighting.bind(self.tasks)
         self.gradient = gradient
         self.nonfinite = nonfinite
+        self.process_group = process_group
         self.history: deque[Record] = deque(maxlen=0)
-        self._groups = None if shared is None else named_groups(shared)
-        self._reach = ReachLog(self.tasks, self._groups)
+        self.every = check_count("every", every)
+        self.dtype = dtype
+        self.chunk = None if chunk is None else check_count("chunk", chunk)
+        self.fallbacks = 0
+        """How often batched backward passes (``chunk``) ran one by one instead."""
+        groups = None if shared is None else named_groups(shared)
+        self._reach = ReachLog(self.tasks, groups)
+        self._ranks = Ranks(process_group, self.tasks, groups)
+        self._batched = None if self.chunk is None else BatchedPasses(self.chunk)
+        self._kept = KeptWeights(self.tasks, 1 if groups is None else len(groups))
         self._watch = OptimizerWatch()
-        self._pending = TaskGradients()
+        self._pending = TaskGradients(dtype)
         self._epoch = EpochCounts(self.tasks)
-        self._fallbacks = 0
+        self._counted = 0
+        self._draws_agree = False
+        self._index: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse options that would do nothing, or not what they promise."""
+        if self.every > 1:
+            if not isinstance(self.gradient, GramianStrategy) or self.weighting.needs_gradients:
+                raise ValueError(
+                    "`every` must be 1 unless a GramianStrategy meets a weighting that needs no "
+                    f"per-task gradients, but got {self.every} with "
+                    f"{type(self.weighting).__name__} and {type(self.gradient).__name__}."
+                )
+            if self._ranks.sharded:
+                raise ValueError(
+                    f"`every` must be 1 with sharded parameters, but got {self.every}. Their "
+                    "backward passes cannot be confined to some of the parameters."
+                )
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -128,16 +193,23 @@ class Balancer(nn.Module):
         *,
         validation: Validation | None = None,
         scaler: GradScaler | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
     ) -> Record:
         """Balance the losses and accumulate into ``.grad``, where ``loss.backward()`` would.
 
         Args:
-            losses: Scalar loss with a graph per task; tasks left out are absent.
+            losses: Scalar loss with a graph per task; tasks left out are absent. With several
+                processes, the losses of this one's part of the batch.
             validation: For weightings that look ahead (``needs_validation``): a function without
                 arguments that returns the losses of a validation batch at the parameters as they
                 are when called.
             scaler: The gradient scaler of mixed-precision training with float16. ``.grad`` is then
                 scaled, as after ``scaler.scale(loss).backward()``.
+            features: The output of the shared part of the network, through which all losses reach
+                it (one tensor or several). Tasks are then balanced by their gradients of the
+                *features*, and one backward pass goes through the shared part, whatever the number
+                of tasks. This is an approximation: gradients that conflict at the features need not
+                do so at the parameters, and the other way round.
 
         Returns:
             What the step did.
@@ -147,10 +219,21 @@ class Balancer(nn.Module):
                 shared parameter, or ``validation`` is missing.
             FloatingPointError: If a loss or gradient is not finite and ``nonfinite="raise"``;
                 nothing has been written then.
+            RuntimeError: If another process has stopped with an error.
         """
         self._check_call(validation)
-        if self._one_pass_serves and not self._pending:
-            return self._backward_in_one_pass(losses, scaler)
+        if features is not None:
+            return self._finish(self._at_features(losses, features, scaler))
+        if not self._pending:
+            if self._one_pass_serves:
+                return self._finish(self._in_one_pass(losses, scaler))
+            if self._kept.age < self.every:
+                record = self._with_kept_weights(losses, scaler)
+                if record is not None:
+                    return self._finish(record)
+            if self._ranks.several and not self._ranks.sharded:
+                self._pending = self._averaged_while_computed(losses, scaler)
+                return self._finish(self._balance_pending(validation, scaler))
         self.accumulate(losses, scaler=scaler)
         return self.apply(validation=validation, scaler=scaler)
 
@@ -165,23 +248,24 @@ class Balancer(nn.Module):
             losses: As in :meth:`backward`.
             scaler: As in :meth:`backward`; the same for all calls of a step.
         """
-        check_one_process()
-        named = check_losses_by_task(losses, self.tasks)
-        bad = _nonfinite_losses(named)
-        if bad and self.nonfinite == "raise":
-            self._pending = TaskGradients()
+        named, error = self._checked(losses)
+        bad = self._nonfinite_losses(named)
+        if self._ranks.sharded:
+            # Its backward passes are collective: all ranks must make the same ones.
+            agreement = self._ranks.agree(named, bad, {}, error)
+            self._ranks.check_same_tasks(agreement)
+            bad = list(agreement.nonfinite)
+        elif error is not None:
+            raise error
+        if bad and self.nonfinite == "raise" and not self._ranks.several:
+            self._pending = TaskGradients(self.dtype)
             raise FloatingPointError(_nonfinite_message("loss", bad))
         self._pending.mark_nonfinite(bad)
-        for name in bad:
-            del named[name]
-        if not named:
-            return
-        self._reach.note_graphs(named)
-        reach = reach_of(list(named.values()))
-        scaled = [loss if scaler is None else scaler.scale(loss) for loss in named.values()]
-        rows = list(task_gradients(scaled, reach))  # all of them, or an error and none
-        for (name, loss), row in zip(named.items(), rows, strict=True):
-            self._pending.add(name, loss.detach(), reach.leaves, row)
+        named = {name: loss for name, loss in named.items() if name not in bad}
+        if named:
+            rows = list(self._passes(named, scaler))  # all of them, or an error and none
+            for name, leaves, row in rows:
+                self._pending.add(name, named[name].detach(), leaves, row)
 
     @overload
     def apply(self, fn: Callable[[nn.Module], None]) -> Self: ...
@@ -215,34 +299,125 @@ class Balancer(nn.Module):
         if fn is not None:
             return super().apply(fn)
         self._check_call(validation)
+        if self._ranks.several:
+            pending, self._pending = self._pending, TaskGradients(self.dtype)
+            self._pending = self._averaged(pending)
         if not self._pending:
             raise RuntimeError(
                 "apply() must follow accumulate(), but nothing has been accumulated."
             )
-        pending, self._pending = self._pending, TaskGradients()
-        self._reach.note_gradients(pending)
-        return self._finish(self._balance(pending, validation, _scale_of(scaler)))
+        return self._finish(self._balance_pending(validation, scaler))
+
+    # --- losses -> per-task gradients -------------------------------------------------------------
+
+    def _checked(self, losses: Losses) -> tuple[dict[str, Tensor], Exception | None]:
+        """Return the losses in order; with several processes, the error is for all to hear of."""
+        try:
+            named = check_losses_by_task(losses, self.tasks, may_be_empty=self._ranks.several)
+            if not self._ranks.sharded:
+                self._reach.note_graphs(named)
+        except (TypeError, ValueError) as error:
+            if not self._ranks.several:
+                raise
+            return {}, error
+        return named, None
+
+    def _passes(
+        self, named: Losses, scaler: GradScaler | None
+    ) -> Iterator[tuple[str, list[Tensor], list[Tensor | None]]]:
+        """Yield, per task, its name, leaves, and its gradient for each."""
+        losses = [loss if scaler is None else scaler.scale(loss) for loss in named.values()]
+        reach = reach_of(list(named.values()))
+        if self._ranks.sharded:
+            inputs = [leaf for leaf in reach.leaves if not isinstance(leaf, nn.Parameter)]
+            leaves = [*self._ranks.parameters(), *inputs]
+            rows = sharded_task_gradients(losses, leaves, reach.shares_graph)
+        else:
+            leaves = reach.leaves
+            if self._batched is None:
+                rows = task_gradients(losses, leaves, reach.shares_graph)
+            else:
+                tell = functools.partial(count_fallback, self)
+                rows = self._batched(losses, leaves, reach.shares_graph, tell)
+        for name, row in zip(named, rows, strict=True):
+            yield name, leaves, row
+
+    def _averaged_while_computed(self, losses: Losses, scaler: GradScaler | None) -> TaskGradients:
+        """Return the gradients averaged over ranks, each on its way while the next is computed."""
+        named, error = self._checked(losses)
+        reached = {name: reach_of([loss]).leaves for name, loss in named.items()}
+        agreement = self._agreed(named, self._nonfinite_losses(named), reached, error)
+        exchange = Exchange(self.process_group, agreement, self.dtype)
+        named = {name: loss for name, loss in named.items() if name not in agreement.nonfinite}
+        for name, leaves, row in self._passes(named, scaler) if named else ():
+            exchange.add(name, leaves, row)
+        return exchange.finish()
+
+    def _averaged(self, pending: TaskGradients) -> TaskGradients:
+        """Return the accumulated gradients averaged over ranks."""
+        reached = {name: pending.leaves_of(name) for name in pending.losses}
+        agreement = self._agreed(pending.losses, pending.nonfinite, reached)
+        exchange = Exchange(self.process_group, agreement, self.dtype)
+        for name in self._ordered(pending.losses):
+            if name not in agreement.nonfinite:
+                (row,) = pending.rows([name], reached[name])
+                exchange.add(name, reached[name], row)
+        pending.forget()
+        return exchange.finish()
+
+    def _agreed(
+        self,
+        losses: Losses,
+        nonfinite: Collection[str],
+        reached: Mapping[str, Sequence[Tensor]],
+        error: Exception | None = None,
+    ) -> Agreement:
+        """Tell all ranks what this one has; non-finite losses of any raise in all."""
+        agreement = self._ranks.agree(losses, nonfinite, reached, error)
+        if agreement.nonfinite and self.nonfinite == "raise":
+            raise FloatingPointError(_nonfinite_message("loss", agreement.nonfinite))
+        return agreement
+
+    # --- per-task gradients -> weights -> direction -> .grad --------------------------------------
+
+    def _balance_pending(self, validation: Validation | None, scaler: GradScaler | None) -> Record:
+        pending, self._pending = self._pending, TaskGradients(self.dtype)
+        self._reach.note_gradients(pending, check=self._ranks.sharded)
+        return self._balance(pending, validation, _scale_of(scaler))
 
     def _balance(
-        self, pending: TaskGradients, validation: Validation | None, scale: float | None
+        self,
+        pending: TaskGradients,
+        validation: Validation | None,
+        scale: float | None,
+        features: "_Features | None" = None,
     ) -> Record:
         if pending.nonfinite and self.nonfinite == "skip":
             return self._skipped(pending.losses, pending.nonfinite)
         names, dropped = self._ordered(pending.losses), self._ordered(pending.nonfinite)
         if not names:
             return Record((), {}, absent=self._absent(dropped), nonfinite=dropped, dropped=dropped)
-        groups, rest = self._reach.divide(pending)
+        if features is None:
+            groups, rest = self._reach.divide(pending.leaves.values())
+            self._reach.check_inferred(pending, groups)
+        else:
+            groups, rest = features.divide(pending)
         unscale = 1.0 if scale is None else 1.0 / scale
-        rows_of_groups = [pending.rows(names, part) for part in groups]
-        gramians = [gramian_of(rows) * unscale**2 for rows in rows_of_groups]
-        total = sum_of(gramians, (len(names), len(names)))
-
+        rows_of_groups = {number: pending.rows(names, part) for number, part in groups.items()}
         rows_of_rest = pending.rows(names, rest)
-        bad = _nonfinite_gradients(names, total, rows_of_rest)
+        gramians = {
+            number: self._over_all(groups[number], rows, features) * unscale**2
+            for number, rows in rows_of_groups.items()
+        }
+        total = sum_of(list(gramians.values()), (len(names), len(names)))
+
+        bad = self._nonfinite_gradients(names, total, rows_of_rest)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
-            leaves = [leaf for part in (*groups, rest) for leaf in part]
-            add_to_grad(leaves, combine(pending.rows(names, leaves), [1.0] * len(names)))
+            ones = torch.ones(len(names))
+            for number, rows in rows_of_groups.items():
+                self._write(groups[number], combine(rows, ones), features)
+            self._write(rest, combine(rows_of_rest, ones))
             absent = self._absent(names + dropped)
             return Record(
                 names, pending.losses, absent=absent, nonfinite=self._ordered(bad), overflow=True
@@ -251,7 +426,9 @@ class Balancer(nn.Module):
             raise FloatingPointError(_nonfinite_message("gradient", bad))
         if bad:
             pending.mark_nonfinite(bad)
-            return self._balance(pending, validation, scale)  # skips, or goes on without them
+            return self._balance(
+                pending, validation, scale, features
+            )  # skips, or goes on without them
 
         losses = stacked([pending.losses[name] for name in names])
         active = self._numbers(names, losses.device)
@@ -259,43 +436,112 @@ class Balancer(nn.Module):
             leaves = list(pending.leaves.values())
             rows = pending.rows(names, leaves)
             with self.weighting.only(active):
-                self.weighting.before_step(Step(leaves, rows, scale or 1.0, validation))
+                step = Step if not self._ranks.several else functools.partial(RankStep, self._ranks)
+                self.weighting.before_step(step(leaves, rows, scale or 1.0, validation))
+            del rows
         weights, learned = self._weigh(losses, active)
 
-        outcomes = [
-            self._direct(rows, gramian, weights, unscale)
-            for rows, gramian in zip(rows_of_groups, gramians, strict=True)
-        ]
+        pending.forget()  # from here on a row is freed as soon as its direction is known
+        outcomes = {
+            number: self._direct(number, groups[number], rows, gramians[number], weights, unscale)
+            for number, rows in rows_of_groups.items()
+        }
+        if features is None:
+            self._kept.close_step(names)
         # Nothing is written before everything is known: an error in a strategy leaves no trace.
-        for leaves, outcome in zip(groups, outcomes, strict=True):
-            add_to_grad(leaves, outcome.direction)
-        add_to_grad(rest, combine(rows_of_rest, weights.tolist()))
+        for number, outcome in outcomes.items():
+            self._write(groups[number], outcome.direction, features)
+        self._write(rest, combine(rows_of_rest, weights, rest, release=True))
         self._add_learned(learned, scale)
+        progress = [outcome.progress for outcome in outcomes.values()]
+        combinations = [outcome.combination for outcome in outcomes.values()]
         return Record(
             names,
             dict(zip(names, losses.unbind(), strict=True)),
             dict(zip(names, weights.unbind(), strict=True)),
             gramian=total,
-            progress=sum_of([o.progress for o in outcomes], (len(names),)),
-            combination=outcomes[0].combination if len(outcomes) == 1 else None,
+            progress=sum_of(progress, (len(names),)),
+            combination=combinations[0] if len(combinations) == 1 else None,
             absent=self._absent(names + dropped),
             nonfinite=dropped,
             dropped=dropped,
         )
 
-    def _direct(self, rows: Rows, gramian: Tensor, weights: Tensor, unscale: float) -> "_Outcome":
+    def _direct(
+        self,
+        number: int,
+        leaves: Sequence[Tensor],
+        rows: Rows,
+        gramian: Tensor,
+        weights: Tensor,
+        unscale: float,
+    ) -> "_Outcome":
         """Ask the gradient strategy for the direction of one group of parameters."""
         weights = weights.to(gramian)
         if self.gradient.is_sum:
             combination = weights
         elif isinstance(self.gradient, GramianStrategy):
-            combination = weights * self.gradient.solve(gramian * weights * weights[:, None])
+            solution = self.gradient.solve(gramian * weights * weights[:, None])
+            self._kept.keep(number, solution)
+            combination = weights * solution
         else:
-            direction, progress = direct_by_columns(
-                self.gradient, rows, weights, coordinatewise=self.gradient.coordinatewise
-            )
+            direction, progress = self._direct_by_columns(leaves, rows, weights)
             return _Outcome(direction, progress * unscale**2, None)
-        return _Outcome(combine(rows, combination.tolist()), gramian @ combination, combination)
+        direction = combine(rows, combination, leaves, release=True)
+        return _Outcome(direction, gramian @ combination, combination)
+
+    def _direct_by_columns(
+        self, leaves: Sequence[Tensor], rows: Rows, weights: Tensor
+    ) -> tuple[list[Tensor | None], Tensor]:
+        strategy = self.gradient
+        strategy.start()
+        held = [local(leaf.detach()) for leaf in leaves]
+        if not any(map(is_sharded, leaves)):
+            return direct_by_columns(
+                strategy.on_columns, rows, weights, held, in_blocks=strategy.coordinatewise
+            )
+        if not strategy.coordinatewise:
+            raise TypeError(
+                "the gradient strategy must be coordinatewise or a GramianStrategy for sharded "
+                f"parameters, but {type(strategy).__name__} needs whole rows."
+            )
+        # Each leaf for itself: its columns here are a stretch of the columns of all processes.
+        direction: list[Tensor | None] = []
+        progress: list[Tensor] = []
+        first = 0
+        for place, leaf in enumerate(leaves):
+            part = [[row[place]] for row in rows]
+            (piece,), products = direct_by_columns(
+                strategy.on_columns, part, weights, [held[place]], first=first + offset_of(leaf)
+            )
+            direction.append(piece)
+            progress.append(sum_over_shards([leaf], part, functools.partial(_given, products)))
+            first += columns_of(leaf)
+        return direction, sum_of(progress, (len(weights),))
+
+    def _over_all(
+        self, leaves: Sequence[Tensor], rows: Rows, features: "_Features | None"
+    ) -> Tensor:
+        """Return the Gramian of rows over all their columns, wherever they are."""
+        if features is None:
+            return sum_over_shards(leaves, rows, gramian_of)
+        return self._ranks.sum(gramian_of(rows))
+
+    def _write(
+        self,
+        leaves: Sequence[Tensor],
+        directions: Sequence[Tensor | None],
+        features: "_Features | None" = None,
+    ) -> None:
+        """Accumulate directions into ``.grad``; those of features through what lies below them."""
+        if features is not None:
+            if not self._ranks.several:
+                torch.autograd.backward(list(leaves), directions)
+                return
+            below = self._ranks.ordered(features.below)
+            gradients = gradient_of(list(leaves), below, directions)
+            leaves, directions = below, self._ranks.add_up(below, gradients)
+        add_to_grad(leaves, [like_sharded(d, f) for d, f in zip(directions, leaves, strict=True)])
 
     def _weigh(self, losses: Tensor, active: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return d objective / d losses, shape (m,), and the derivatives by learned weights."""
@@ -316,7 +562,7 @@ class Balancer(nn.Module):
             weights, *slopes = torch.autograd.grad(
                 weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
             )
-        if not is_finite(weights):
+        if self.nonfinite != "propagate" and not is_finite(weights):
             raise FloatingPointError(
                 f"{type(self.weighting).__name__} must give finite weights, but gives "
                 f"{weights.tolist()} for the losses {raw.tolist()}."
@@ -327,54 +573,189 @@ class Balancer(nn.Module):
     def _add_learned(learned: list[tuple[Tensor, Tensor]], scale: float | None) -> None:
         add_to_grad([p for p, _ in learned], [s * (scale or 1.0) for _, s in learned])
 
-    # --- one ordinary backward pass ---------------------------------------------------------------
+    # --- passes whose coefficients are known beforehand -------------------------------------------
 
     @property
     def _one_pass_serves(self) -> bool:
         plain = self.gradient.is_sum and not self.weighting.needs_gradients
         return plain and self.nonfinite != "drop"  # to drop a task, its own gradient must be known
 
-    def _backward_in_one_pass(self, losses: Losses, scaler: GradScaler | None) -> Record:
-        named = check_losses_by_task(losses, self.tasks)
-        names = tuple(named)
-        values = {name: loss.detach() for name, loss in named.items()}
-        bad = _nonfinite_losses(named)
-        if bad and self.nonfinite == "raise":
-            raise FloatingPointError(_nonfinite_message("loss", bad))
-        if bad:
-            return self._finish(self._skipped(values, bad))
-        self._reach.note_graphs(named)
-        if scaler is not None:
-            scaler.scale(values[names[0]])  # makes the scaler set its scale up
-        scale = _scale_of(scaler)
+    def _in_one_pass(self, losses: Losses, scaler: GradScaler | None) -> Record:
+        """Make one ordinary backward pass of the weighted sum."""
+        facts = self._facts(losses)
+        if facts.nonfinite:
+            return self._skipped(facts.losses, facts.nonfinite)
+        scale = self._set_up(scaler, facts)
+        weights, learned = self._weights_of(facts)
+        with fresh_grad(facts.leaves) as fresh:
+            self._pass(facts, weights, scale, facts.leaves)
+            return self._kept_if_finite(fresh, facts, weights, learned, scale)
 
-        stack = stacked(list(values.values()))
-        weights, learned = self._weigh(stack, self._numbers(names, stack.device))
+    def _with_kept_weights(self, losses: Losses, scaler: GradScaler | None) -> Record | None:
+        """Make one pass per group with the weights of an earlier step; None if they do not fit."""
+        facts = self._facts(losses)
+        if facts.nonfinite or not self._kept.fits(facts.losses):
+            return None
+        scale = self._set_up(scaler, facts)
+        weights, learned = self._weights_of(facts)
+        groups, rest = self._reach.divide(facts.leaves)
+        combination = None
+        with fresh_grad(facts.leaves) as fresh:
+            self._pass(facts, weights, scale, rest, retain_graph=bool(groups))
+            for number, leaves in groups.items():
+                last = number == list(groups)[-1]
+                combination = weights * self._kept.solutions[number].to(weights)
+                self._pass(facts, combination, scale, leaves, retain_graph=not last)
+            record = self._kept_if_finite(fresh, facts, weights, learned, scale)
+        self._kept.age += 1
+        return replace(record, combination=combination if len(groups) == 1 else None, reused=True)
+
+    def _facts(self, losses: Losses) -> "_Facts":
+        """Return what is known before a pass, after telling the other ranks."""
+        named, error = self._checked(losses)
+        bad = self._nonfinite_losses(named)
+        values = {name: loss.detach() for name, loss in named.items()}
+        reach = reach_of(list(named.values()))
+        if not self._ranks.several:
+            if bad and self.nonfinite == "raise":
+                raise FloatingPointError(_nonfinite_message("loss", bad))
+            return _Facts(named, values, tuple(bad), dict.fromkeys(named, 1.0), reach.leaves)
+        reached = {name: reach_of([loss]).leaves for name, loss in named.items()}
+        agreement = self._agreed(named, bad, {} if self._ranks.sharded else reached, error)
+        inputs = [leaf for leaf in reach.leaves if not isinstance(leaf, nn.Parameter)]
+        if self._ranks.sharded:
+            self._ranks.check_same_tasks(agreement)
+            parameters = self._ranks.parameters()
+        else:
+            parameters = self._ranks.ordered(itertools.chain(*agreement.layouts.values()))
+        shares = {name: self._ranks.size / count for name, count in agreement.counts.items()}
+        return _Facts(named, agreement.losses, agreement.nonfinite, shares, [*parameters, *inputs])
+
+    def _weights_of(self, facts: "_Facts") -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        stack = stacked(list(facts.losses.values()))
+        return self._weigh(stack, self._numbers(tuple(facts.losses), stack.device))
+
+    def _pass(
+        self,
+        facts: "_Facts",
+        coefficients: Tensor,
+        scale: float | None,
+        leaves: Sequence[Tensor],
+        *,
+        retain_graph: bool = False,
+    ) -> None:
+        """Put the gradient of a combination of the losses, averaged over ranks, into ``.grad``."""
+        if not leaves:
+            return
+        factor_of = dict(zip(facts.losses, coefficients.unbind(), strict=True))
         factors = [
-            weight.to(loss) * (scale or 1.0)
-            for weight, loss in zip(weights, named.values(), strict=True)
+            factor_of[name].to(loss) * (facts.shares[name] * (scale or 1.0))
+            for name, loss in facts.here.items()
         ]
-        leaves = reach_of(list(named.values())).leaves
-        with fresh_grad(leaves) as fresh:
-            torch.autograd.backward(list(named.values()), factors)
-            if scale is None and not fresh.is_finite():
-                if self.nonfinite == "raise":
-                    raise FloatingPointError(
-                        f"the gradients of the tasks {', '.join(map(repr, names))} must be finite, "
-                        "but their sum holds NaN or infinity though the losses do not. "
-                        "nonfinite='drop' takes them one by one and tells which it is."
-                    )
-                return self._finish(self._skipped(values, ()))
-            fresh.keep()
+        here = list(facts.here.values())
+        if self._ranks.several and not self._ranks.sharded:
+            # Captured, not accumulated: no hook (of DistributedDataParallel) averages once more.
+            gradients: list[Tensor | None] = [None] * len(leaves)
+            if here:
+                gradients = gradient_of(here, leaves, factors, retain_graph=retain_graph)
+            add_to_grad(leaves, self._ranks.add_up(leaves, gradients, divisor=self._ranks.size))
+        elif len(leaves) == len(facts.leaves):
+            torch.autograd.backward(here, factors, retain_graph=retain_graph)
+        else:
+            torch.autograd.backward(here, factors, retain_graph=retain_graph, inputs=list(leaves))
+
+    def _kept_if_finite(
+        self,
+        fresh: FreshGrad,
+        facts: "_Facts",
+        weights: Tensor,
+        learned: list[tuple[Tensor, Tensor]],
+        scale: float | None,
+    ) -> Record:
+        names = tuple(facts.losses)
+        if scale is None and self.nonfinite != "propagate" and not self._all_agree(fresh):
+            if self.nonfinite == "raise":
+                raise FloatingPointError(
+                    f"the gradients of the tasks {', '.join(map(repr, names))} must be finite, "
+                    "but their sum holds NaN or infinity though the losses do not. "
+                    "nonfinite='drop' takes them one by one and tells which it is."
+                )
+            return self._skipped(facts.losses, ())
+        fresh.keep()
         self._add_learned(learned, scale)
-        return self._finish(
-            Record(
-                names,
-                values,
-                dict(zip(names, weights.unbind(), strict=True)),
-                absent=self._absent(names),
-            )
+        return Record(
+            names,
+            facts.losses,
+            dict(zip(names, weights.unbind(), strict=True)),
+            absent=self._absent(names),
         )
+
+    def _all_agree(self, fresh: FreshGrad) -> bool:
+        """Return whether what a pass has written is finite on all ranks."""
+        finite = fresh.is_finite()
+        if not self._ranks.several:
+            return finite
+        return float(self._ranks.sum(torch.tensor(float(not finite)))) == 0
+
+    @staticmethod
+    def _set_up(scaler: GradScaler | None, facts: "_Facts") -> float | None:
+        if scaler is not None:
+            scaler.scale(next(iter(facts.losses.values())))  # makes the scaler set its scale up
+        return _scale_of(scaler)
+
+    # --- balancing at features --------------------------------------------------------------------
+
+    def _at_features(
+        self,
+        losses: Losses,
+        features: Tensor | Sequence[Tensor],
+        scaler: GradScaler | None,
+    ) -> Record:
+        """Balance by gradients of the features; one pass goes on from there."""
+        parts = [features] if isinstance(features, Tensor) else list(features)
+        if self._pending:
+            raise RuntimeError(
+                "`features` must be None after accumulate(), but got tensors. Features belong to "
+                "one backward pass."
+            )
+        check_features(parts, self.weighting, sharded=self._ranks.sharded)
+        if self._one_pass_serves:
+            return self._in_one_pass(losses, scaler)
+        named, error = self._checked(losses)
+        below = reach_of(parts).leaves
+        above = reach_of(list(named.values()), until=parts)
+        if error is None:
+            error = _crossing(below, above.leaves)
+        if error is not None and not self._ranks.several:
+            raise error
+        bad = self._nonfinite_losses(named)
+        shares = dict.fromkeys(named, 1.0)
+        exchange: Exchange | None = None
+        if self._ranks.several:
+            reached = {name: reach_of([loss], until=parts).leaves for name, loss in named.items()}
+            agreement = self._agreed(named, bad, reached, error)
+            shares = {name: 1 / count for name, count in agreement.counts.items()}
+            exchange, bad = Exchange(self.process_group, agreement), list(agreement.nonfinite)
+        elif bad and self.nonfinite == "raise":
+            raise FloatingPointError(_nonfinite_message("loss", bad))
+        pending = TaskGradients()
+        pending.mark_nonfinite(bad)
+        named = {name: loss for name, loss in named.items() if name not in bad}
+        scaled = [loss if scaler is None else scaler.scale(loss) for loss in named.values()]
+        above = reach_of(list(named.values()), until=parts)
+        leaves = [*parts, *above.leaves]
+        for name, row in zip(
+            named, task_gradients(scaled, leaves, above.shares_graph), strict=True
+        ):
+            # Rows of the features are those of the whole batch, of which this rank has a part.
+            row[: len(parts)] = [None if g is None else g * shares[name] for g in row[: len(parts)]]
+            if exchange is None:
+                pending.add(name, named[name].detach(), leaves, row)
+            else:
+                exchange.add(name, leaves, row)
+        if exchange is not None:
+            pending = exchange.finish()
+        return self._balance(pending, None, _scale_of(scaler), _Features(parts, below))
 
     # --- around the steps -------------------------------------------------------------------------
 
@@ -402,8 +783,9 @@ class Balancer(nn.Module):
         """Forget everything learned, remembered and accumulated."""
         self.weighting.reset()
         self.gradient.reset()
-        self._pending = TaskGradients()
+        self._pending = TaskGradients(self.dtype)
         self._epoch = EpochCounts(self.tasks)
+        self._kept.reset()
 
     def explain(
         self, losses: Losses | None = None, *, model: nn.Module | None = None
@@ -424,26 +806,75 @@ class Balancer(nn.Module):
         return self._reach.explain(model)
 
     def get_extra_state(self) -> Tensor:
-        """Return the counts of the running epoch."""
-        return self._epoch.as_tensor()
+        """Return the number of tasks, the running epoch's counts, and weights kept for later."""
+        tasks = torch.tensor([float(len(self.tasks))], dtype=torch.float64)
+        return torch.cat([tasks, self._epoch.as_tensor().double(), self._kept.as_tensor()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue with saved counts."""
-        self._epoch = EpochCounts.from_tensor(self.tasks, state)
+        """Continue with a saved state."""
+        if int(state[0]) != len(self.tasks):
+            raise ValueError(
+                f"the saved state must belong to {len(self.tasks)} tasks, but has {int(state[0])}."
+            )
+        counts = len(self._epoch.as_tensor())
+        self._epoch = EpochCounts.from_tensor(self.tasks, state[1 : 1 + counts].long())
+        self._kept.load(state[1 + counts :])
 
     def extra_repr(self) -> str:
-        return f"tasks={self.tasks}, nonfinite={self.nonfinite!r}"
+        options = {"nonfinite": "raise", "every": 1, "dtype": None, "chunk": None}
+        changed = [
+            f", {k}={getattr(self, k)!r}" for k, v in options.items() if getattr(self, k) != v
+        ]
+        return f"tasks={self.tasks}" + "".join(changed)
 
     def _check_call(self, validation: Validation | None) -> None:
-        check_one_process()
+        if self._ranks.several and not self._draws_agree:
+            # Whatever the seeds and generators were: orders and masks must be the same everywhere.
+            self._ranks.same_draws([m for m in self.modules() if isinstance(m, RandomSource)])
+            self._draws_agree = True
         if self.weighting.needs_validation:
             check_validation(self.weighting, validation)
+
+    def _nonfinite_losses(self, losses: Losses) -> list[str]:
+        if self.nonfinite == "propagate" or not losses:
+            return []
+        finite = torch.isfinite(stacked([loss.detach() for loss in losses.values()])).tolist()
+        return [name for name, good in zip(losses, finite, strict=True) if not good]
+
+    def _nonfinite_gradients(self, names: Sequence[str], gramian: Tensor, rest: Rows) -> list[str]:
+        """Name the tasks whose gradient of a shared or of any other parameter is not finite."""
+        if self.nonfinite == "propagate":
+            return []
+        # All in one tensor, so that the device is waited for once.
+        sums = gramian.diagonal().clone()
+        for number, row in enumerate(rest):
+            norms = norms_of(row)
+            if norms is not None:
+                sums[number] += norms.sum()
+        if self._ranks.sharded:
+            sums = self._ranks.sum(sums)
+        bad = []
+        for name, good, row in zip(names, torch.isfinite(sums).tolist(), rest, strict=True):
+            # A norm may overflow where no entry does: look closer then.
+            if not good and not self._is_finite_after_all(gramian[names.index(name)], row):
+                bad.append(name)
+        return bad
+
+    def _is_finite_after_all(self, products: Tensor, row: Sequence[Tensor | None]) -> bool:
+        finite = bool(torch.isfinite(products).all()) and all_finite(row)
+        if self._ranks.sharded:
+            return float(self._ranks.sum(torch.tensor(float(not finite)))) == 0
+        return finite
 
     def _numbers(self, names: Sequence[str], device: torch.device) -> Tensor:
         """Return the tasks' numbers, on the device of the weighting's state if it has any."""
         for state in itertools.chain(self.weighting.parameters(), self.weighting.buffers()):
             device = state.device
-        return torch.tensor([self.tasks.index(name) for name in names], device=device)
+        key = (tuple(names), device)
+        if key not in self._index:  # made once: numbers that go to a device wait for it
+            numbers = [self.tasks.index(name) for name in names]
+            self._index[key] = torch.tensor(numbers, device=device)
+        return self._index[key]
 
     def _absent(self, present: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for name in self.tasks if name not in present)
@@ -462,12 +893,41 @@ class Balancer(nn.Module):
         return tuple(name for name in self.tasks if name in names)
 
     def _finish(self, record: Record) -> Record:
-        fallbacks = self.weighting.fallbacks + self.gradient.fallbacks
-        record = replace(record, fallbacks=fallbacks - self._fallbacks)
-        self._fallbacks = fallbacks
+        fallbacks = self.fallbacks + self.weighting.fallbacks + self.gradient.fallbacks
+        record = replace(record, fallbacks=fallbacks - self._counted)
+        self._counted = fallbacks
         self._epoch.add(record)
         self.history.append(record)
         return record
+
+
+class _Facts(NamedTuple):
+    """What is known before a pass whose coefficients do not depend on it."""
+
+    here: dict[str, Tensor]
+    """The losses of this process, with their graphs."""
+    losses: dict[str, Tensor]
+    """The losses of all processes: means over those that have the task."""
+    nonfinite: tuple[str, ...]
+    shares: dict[str, float]
+    """Per task, the number of processes over the number of those that have it."""
+    leaves: list[Tensor]
+
+
+class _Features(NamedTuple):
+    """The features that a step is balanced at."""
+
+    parts: list[Tensor]
+    below: list[Tensor]
+    """Leaves that the features depend on."""
+
+    def divide(self, pending: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+        """Return the features with gradients, as the only group, and all other leaves."""
+        own = {id(part) for part in self.parts}
+        found = [part for part in self.parts if id(part) in pending.leaves]
+        if not found:
+            raise ValueError("the losses must reach `features`, but none does.")
+        return {0: found}, [leaf for key, leaf in pending.leaves.items() if key not in own]
 
 
 class _Outcome(NamedTuple):
@@ -480,19 +940,21 @@ def _scale_of(scaler: GradScaler | None) -> float | None:
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
 
 
-def _nonfinite_losses(losses: Losses) -> list[str]:
-    finite = torch.isfinite(stacked([loss.detach() for loss in losses.values()])).tolist()
-    return [name for name, good in zip(losses, finite, strict=True) if not good]
+def _given(value: Tensor, _: Rows) -> Tensor:
+    return value
 
 
-def _nonfinite_gradients(names: Sequence[str], gramian: Tensor, rest: Rows) -> list[str]:
-    """Name the tasks whose gradient of a shared or of any other parameter is not finite."""
-    finite = torch.isfinite(gramian.diagonal()).tolist()
-    return [
-        name
-        for name, good, row in zip(names, finite, rest, strict=True)
-        if not (good and all_finite(row))
-    ]
+def _crossing(below: Sequence[Tensor], above: Sequence[Tensor]) -> ValueError | None:
+    """Return an error if parameters before the features are reached past them, too."""
+    known = {id(leaf) for leaf in below}
+    crossing = [leaf for leaf in above if id(leaf) in known]
+    if not crossing:
+        return None
+    return ValueError(
+        "`features` must be all that the losses get from the shared part of the network, but "
+        f"{len(crossing)} parameters that they depend on (one of shape "
+        f"{tuple(crossing[0].shape)}) are reached past them, too. Leave `features` out."
+    )
 
 
 def _nonfinite_message(what: str, names: Sequence[str]) -> str:

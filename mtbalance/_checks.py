@@ -120,14 +120,16 @@ def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def check_losses_by_task(losses: object, tasks: Sequence[str]) -> dict[str, Tensor]:
+def check_losses_by_task(
+    losses: object, tasks: Sequence[str], *, may_be_empty: bool = False
+) -> dict[str, Tensor]:
     """Return the losses in the order of the tasks, if each is named and fit to be balanced."""
     if not isinstance(losses, Mapping):
         raise TypeError(
             f"`losses` must map task names to scalar tensors, but got {type(losses).__name__}. "
             f"For instance {{{tasks[0]!r}: loss}}."
         )
-    if not losses:
+    if not losses and not may_be_empty:
         raise ValueError("`losses` must hold at least one task's loss, but got none.")
     check_known_tasks("losses", losses, tasks)
     return {name: _checked_loss(name, losses[name]) for name in tasks if name in losses}
@@ -178,15 +180,58 @@ def check_validation(owner: object, validation: object) -> Callable[[], Mapping[
     return validation
 
 
-def check_one_process() -> None:
-    """Raise if this process is one of several that train together."""
+def check_count(name: str, value: int) -> int:
+    """Return ``value`` if it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number, but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+    return value
+
+
+def check_row_dtype(dtype: object) -> None:
+    """Raise unless ``dtype`` is None or a real floating-point dtype."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    raise TypeError(
+        f"`dtype` must be None or a real floating-point dtype, but got {dtype!r}. "
+        "For instance torch.bfloat16."
+    )
+
+
+def check_process_group(group: object) -> None:
+    """Raise unless ``group`` is None or a process group that this process belongs to."""
+    if group is None:
+        return
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size()
-        if size > 1:
-            raise RuntimeError(
-                f"the Balancer must run in one process in this release, but there are {size}. "
-                "Per-task gradients would not be averaged over them."
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            "`process_group` must be None or a torch.distributed.ProcessGroup that holds this "
+            f"process, but got {group!r}."
+        )
+
+
+def check_features(features: Sequence[object], weighting: object, *, sharded: bool) -> None:
+    """Raise unless the features are tensors with a graph that this weighting can do with."""
+    if getattr(weighting, "needs_gradients", False):
+        raise ValueError(
+            f"`features` must be None with {type(weighting).__name__}, but got tensors. It reads "
+            "the gradients of all parameters."
+        )
+    if sharded:
+        raise ValueError(
+            "`features` must be None with sharded parameters, but got tensors. Balance at the "
+            "parameters, or use DistributedDataParallel."
+        )
+    if not features:
+        raise ValueError("`features` must hold at least one tensor, but got none.")
+    for feature in features:
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"`features` must be tensors, but got {type(feature).__name__}.")
+        if feature.grad_fn is None:
+            raise ValueError(
+                "`features` must be outputs of the shared part of the network, but got a tensor "
+                f"of shape {tuple(feature.shape)} that was not computed from its parameters."
             )
 
 

@@ -1,5 +1,7 @@
 """Per-task gradients of the parameters that losses reach, and writing directions to ``.grad``."""
 
+import functools
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -8,7 +10,24 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from mtbalance._rows import Rows, all_finite, column_blocks, flat
+from mtbalance._rows import (
+    Piece,
+    Rows,
+    all_finite,
+    at_least_float32,
+    column_blocks,
+    flat,
+    inner_products,
+    shaped,
+    sum_of,
+)
+from mtbalance._shards import local
+
+_COLUMNS_OF_STRATEGIES = {"cpu": 2**15}
+"""Columns per block for coordinatewise strategies, whose temporaries then stay in the cache."""
+
+
+# --- what the graphs hold -------------------------------------------------------------------------
 
 
 class Reach(NamedTuple):
@@ -20,11 +39,17 @@ class Reach(NamedTuple):
     """Per loss, whether a later loss needs a part of its graph."""
 
 
-def reach_of(losses: Sequence[Tensor]) -> Reach:
-    """Walk the graphs of the losses once."""
+def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
+    """Walk the graphs of the losses once.
+
+    Args:
+        losses: The losses.
+        until: Tensors in the graphs beyond which not to look.
+    """
     owner: dict[Node, int] = {}
     leaves: dict[int, Tensor] = {}
     shares_graph = [False] * len(losses)
+    ends = {tensor.grad_fn for tensor in until}
     for number in reversed(range(len(losses))):
         loss = losses[number]
         if loss.grad_fn is None:
@@ -32,7 +57,7 @@ def reach_of(losses: Sequence[Tensor]) -> Reach:
         stack = [loss.grad_fn]
         while stack:
             node = stack.pop()
-            if node is None:
+            if node is None or node in ends:
                 continue
             if node in owner:
                 is_leaf = hasattr(node, "variable")
@@ -45,26 +70,199 @@ def reach_of(losses: Sequence[Tensor]) -> Reach:
     return Reach(list(leaves.values()), shares_graph)
 
 
-def task_gradients(losses: Sequence[Tensor], reach: Reach) -> Iterator[Sequence[Tensor | None]]:
-    """Yield, per loss, its gradient for each leaf, and free its graph once nobody needs it."""
-    for loss, shares_graph in zip(losses, reach.shares_graph, strict=True):
-        yield torch.autograd.grad(loss, reach.leaves, retain_graph=shares_graph, allow_unused=True)
+# --- backward passes ------------------------------------------------------------------------------
+
+
+def gradient_of(
+    losses: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    factors: Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool = False,
+) -> list[Tensor | None]:
+    """Return the gradient of the sum of ``factors * losses`` for each input, in one pass."""
+    if not inputs:
+        return []
+    with _explained():
+        gradients = torch.autograd.grad(
+            losses, inputs, factors, retain_graph=retain_graph, allow_unused=True
+        )
+    return list(gradients)
+
+
+def task_gradients(
+    losses: Sequence[Tensor], inputs: Sequence[Tensor], shares_graph: Sequence[bool]
+) -> Iterator[list[Tensor | None]]:
+    """Yield, per loss, its gradient for each input, and free its graph once nobody needs it."""
+    for loss, shares in zip(losses, shares_graph, strict=True):
+        yield gradient_of([loss], inputs, retain_graph=shares)
+
+
+class BatchedPasses:
+    """Backward passes of several tasks at once, vectorised by ``torch.func.vmap``.
+
+    One pass over a chunk of tasks launches the kernels of one task: it saves time where launching
+    them is what takes it, on a GPU with small batches.
+
+    Args:
+        chunk: How many tasks go together.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self._works: bool | None = None
+
+    def __call__(
+        self,
+        losses: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        shares_graph: Sequence[bool],
+        on_fallback: Callable[[str], None],
+    ) -> Iterator[list[Tensor | None]]:
+        """Yield what :func:`task_gradients` does, in the same order.
+
+        ``on_fallback`` is told why, when an operation in the graph cannot be vectorised.
+        """
+        for start in range(0, len(losses), self.chunk):
+            part = slice(start, start + self.chunk)
+            batch = None
+            if self._works is not False and len(losses[part]) > 1:
+                batch = self._try(losses[part], inputs, on_fallback, any(shares_graph[part]))
+            if batch is None:
+                yield from task_gradients(losses[part], inputs, shares_graph[part])
+            else:
+                yield from batch
+
+    def _try(
+        self,
+        losses: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        on_fallback: Callable[[str], None],
+        shares_graph: bool,  # noqa: FBT001
+    ) -> list[list[Tensor | None]] | None:
+        unit = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
+        factors = [unit[i].to(loss) for i, loss in enumerate(losses)]
+        try:
+            with _explained():
+                gradients = torch.autograd.grad(
+                    losses,
+                    inputs,
+                    factors,
+                    # Until it has worked once, the graph must survive for the passes one by one.
+                    retain_graph=shares_graph or self._works is None,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+        except RuntimeError as error:
+            if self._works:
+                raise
+            self._works = False
+            on_fallback(
+                "the backward pass cannot be vectorised over tasks and runs one by one "
+                f"({str(error).splitlines()[0]})"
+            )
+            return None
+        self._works = True
+        # The batched pass gives zeros where a single one says that a loss does not reach an input.
+        reached = [{id(leaf) for leaf in reach_of([loss]).leaves} for loss in losses]
+        return [
+            [
+                gradient[i] if gradient is not None and id(leaf) in reached[i] else None
+                for leaf, gradient in zip(inputs, gradients, strict=True)
+            ]
+            for i in range(len(losses))
+        ]
+
+
+def sharded_task_gradients(
+    losses: Sequence[Tensor], leaves: Sequence[Tensor], shares_graph: Sequence[bool]
+) -> Iterator[list[Tensor | None]]:
+    """Yield, per loss, this process's part of its gradient for each sharded (or other) leaf.
+
+    Sharded parameters are not in the graph: what shards them (``fully_shard``) puts whole ones
+    there, and after a backward pass the averaged gradient's shard into ``.grad``, where this looks.
+    """
+    with fresh_grad(leaves) as fresh:
+        for loss, shares in zip(losses, shares_graph, strict=True):
+            torch.autograd.backward(loss, retain_graph=shares)
+            yield [None if g is None else local(g) for g in fresh.take()]
+
+
+def products_with_gradient(
+    loss: Tensor, leaves: Sequence[Tensor], rows: Rows, factors: Sequence[float]
+) -> Tensor:
+    """Return the inner product of each row with the gradient of a loss, shape (m,), float64.
+
+    Each leaf's gradient is multiplied as it arrives and let go, so that all of them never exist
+    together.
+
+    Args:
+        loss: The loss.
+        leaves: What the rows are gradients of.
+        rows: The rows, m of them.
+        factors: A factor for each leaf; leaves with 0 are left out.
+    """
+    products: list[Tensor] = []
+
+    def multiply(number: int, gradient: Tensor) -> Tensor | None:
+        part = inner_products([[row[number]] for row in rows], [gradient.detach()])
+        products.append(factors[number] * part)
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+    wanted = [number for number, factor in enumerate(factors) if factor != 0]
+    handles = [
+        leaves[number].register_hook(functools.partial(multiply, number))  # type: ignore[no-untyped-call]
+        for number in wanted
+    ]
+    try:
+        gradient_of([loss], [leaves[number] for number in wanted])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum_of(products, (len(rows),))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Name the setting where a compiled model has given its buffers away."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model is compiled with donated buffers, which allow one backward pass only, but "
+            "this combination of strategies makes one per task. Set "
+            "torch._functorch.config.donated_buffer = False before the compiled model's first call."
+        ) from error
+
+
+# --- rows of one step -----------------------------------------------------------------------------
 
 
 class TaskGradients:
-    """What has been accumulated for one step: per task, its loss and its gradient for each leaf."""
+    """What has been accumulated for one step: per task, its loss and its gradient for each leaf.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: What gradients are kept in; by default each in its own.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.losses: dict[str, Tensor] = {}
         self.leaves: dict[int, Tensor] = {}
         self.nonfinite: set[str] = set()
+        self._dtype = dtype
         self._gradients: dict[str, dict[int, Tensor]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.losses or self.nonfinite)
 
     def add(
-        self, task: str, loss: Tensor, leaves: Sequence[Tensor], row: Sequence[Tensor | None]
+        self,
+        task: str,
+        loss: Tensor,
+        leaves: Sequence[Tensor],
+        row: Sequence[Tensor | None],
     ) -> None:
         """Add a loss and its gradients. Tensors that come from autograd are never written to."""
         if task in self.nonfinite:
@@ -74,8 +272,13 @@ class TaskGradients:
         for leaf, gradient in zip(leaves, row, strict=True):
             if gradient is not None:
                 self.leaves.setdefault(id(leaf), leaf)
+                kept = (
+                    gradient
+                    if gradient.is_complex()
+                    else gradient.to(self._dtype or gradient.dtype)
+                )
                 earlier = gradients.get(id(leaf))
-                gradients[id(leaf)] = gradient if earlier is None else earlier + gradient
+                gradients[id(leaf)] = kept if earlier is None else earlier + kept
 
     def mark_nonfinite(self, tasks: Collection[str]) -> None:
         """Take tasks out of the step."""
@@ -88,51 +291,81 @@ class TaskGradients:
         """Return the leaves that a task reaches."""
         return [self.leaves[key] for key in self._gradients[task]]
 
-    def rows(self, tasks: Sequence[str], leaves: Sequence[Tensor]) -> Rows:
+    def rows(self, tasks: Sequence[str], leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """Return the gradients of these tasks for these leaves."""
         return [[self._gradients[task].get(id(leaf)) for leaf in leaves] for task in tasks]
 
+    def forget(self) -> None:
+        """Leave the gradients to the rows that have been asked for."""
+        self._gradients.clear()
+
+
+# --- directions -----------------------------------------------------------------------------------
+
 
 def direct_by_columns(
-    strategy: Callable[[Tensor], Tensor], rows: Rows, weights: Tensor, *, coordinatewise: bool
+    strategy: Callable[[Tensor, int], Tensor],
+    rows: Rows,
+    weights: Tensor,
+    like: Sequence[Tensor],
+    *,
+    in_blocks: bool = True,
+    first: int = 0,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Apply a strategy to the weighted rows as a matrix, or block by block of its columns.
 
     Args:
-        strategy: Maps a matrix (m, n) to a direction (n,).
+        strategy: Maps a matrix (m, n) and the number of its first column to a direction (n,).
         rows: The raw rows, m of them.
         weights: Their weights, shape (m,).
-        coordinatewise: Whether the strategy may be asked for blocks of columns.
+        like: Tensors of the shapes and dtypes of the result.
+        in_blocks: Whether the strategy may be asked for blocks of columns.
+        first: The number of the first column.
 
     Returns:
         The direction, one tensor per parameter, and its inner products with the raw rows, (m,).
     """
-    pieces, products = [], []
-    for block in column_blocks(rows) if coordinatewise else [_matrix(rows)]:
-        piece = strategy(block * weights.to(block)[:, None])
-        products.append(block @ piece.to(block.dtype))
-        pieces.append(piece)
-    device = pieces[0].device
-    direction = torch.cat([piece.to(device) for piece in pieces])
-    progress = torch.stack([product.to(device).double() for product in products]).sum(0)
-    reached = [next((g for g in gs if g is not None), None) for gs in zip(*rows, strict=True)]
-    sizes = [0 if g is None else flat(g).numel() for g in reached]
-    parts = zip(torch.split(direction, sizes), reached, strict=True)
-    return [None if like is None else _shaped(part, like) for part, like in parts], progress
+    parts: list[Tensor | None] = [None] * len(like)
+    progress = torch.zeros(len(rows), dtype=torch.float64)
+    unweighted = weights.device.type == "cpu" and bool((weights == 1).all())
+    for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
+        weighted = matrix if unweighted else matrix * weights.to(matrix)[:, None]
+        columns = strategy(weighted, first)
+        first += matrix.shape[1]
+        progress = progress.to(matrix.device) + (matrix @ columns.to(matrix)).double()
+        sizes = [stop - start for _, start, stop in pieces]
+        for (parameter, start, stop), values in zip(
+            pieces, torch.split(columns, sizes), strict=True
+        ):
+            part = parts[parameter]
+            if part is None:
+                # As real numbers in the sum's dtype, until all of it is there.
+                whole = flat(like[parameter].detach())
+                parts[parameter] = part = torch.empty_like(
+                    whole, dtype=at_least_float32(whole.dtype)
+                )
+            part[start:stop].copy_(values)
+    directions = [
+        None if part is None else shaped(part, tensor)
+        for part, tensor in zip(parts, like, strict=True)
+    ]
+    return directions, progress
 
 
-def _matrix(rows: Rows) -> Tensor:
-    """Return all rows as one matrix (m, p) on the first parameter's device."""
-    blocks = [block.clone() for block in column_blocks(rows)]
-    return torch.cat([block.to(blocks[0].device) for block in blocks], 1)
-
-
-def _shaped(vector: Tensor, like: Tensor) -> Tensor:
-    """Undo ``flat``."""
-    vector = vector.to(like.device)
-    if like.is_complex():
-        vector = torch.view_as_complex(vector.reshape(*like.shape, 2))
-    return vector.reshape(like.shape).to(like.dtype)
+def _blocks(rows: Rows, *, in_blocks: bool) -> Iterator[tuple[Tensor, list[Piece]]]:
+    """Yield blocks of columns, or all of them as one matrix on the first one's device."""
+    if in_blocks:
+        tensor = next((t for row in rows for t in row if t is not None), None)
+        kind = "cpu" if tensor is None else tensor.device.type
+        yield from column_blocks(rows, columns=_COLUMNS_OF_STRATEGIES.get(kind))
+        return
+    # One block per device and dtype, none of which is written to again.
+    blocks = list(column_blocks(rows, columns=sys.maxsize))
+    if blocks:
+        device = blocks[0].matrix.device
+        matrices = [block.matrix.to(device) for block in blocks]
+        matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+        yield matrix, [piece for block in blocks for piece in block.pieces]
 
 
 @torch.no_grad()
@@ -156,7 +389,15 @@ class FreshGrad:
 
     def is_finite(self) -> bool:
         """Return whether all of it is finite (waits for the device)."""
-        return all_finite([leaf.grad for leaf in self._leaves])
+        written = [leaf.grad for leaf in self._leaves]
+        return all_finite([None if grad is None else local(grad) for grad in written])
+
+    def take(self) -> list[Tensor | None]:
+        """Return what has been written since the last call, and empty ``.grad`` again."""
+        taken = [leaf.grad for leaf in self._leaves]
+        for leaf in self._leaves:
+            leaf.grad = None
+        return taken
 
     def keep(self) -> None:
         """Let it be accumulated; otherwise it is thrown away."""

@@ -1,5 +1,6 @@
 """Random numbers that belong to one strategy, and whose state is saved with it."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,20 @@ from torch import Tensor, nn
 
 from mtbalance._checks import check_generator
 
+# Knuth's multiplicative constant (2^32 over the golden ratio), the two multipliers of MurmurHash3's
+# 32-bit finalizer (A. Appleby), and the step of SplitMix64 (Steele, Lea and Flood 2014).
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+_STEP = 0x9E3779B97F4A7C15
+_TABLE_SIZE = 2**15
+_UNIT = 2.0**-31 * (1 - 2.0**-24)
+"""Brings 32-bit integers into (-1, 1); rounding to float32 cannot reach the ends."""
+
 
 class RandomSource(nn.Module):
     """A generator on the CPU that travels in ``state_dict``.
 
-    Draws for another device come from a generator there that is seeded from this one, so that the
-    state to save is always the same few bytes and no device has to be waited for.
+    Draws on other devices depend on a seed from this one, so that the state to save is always the
+    same few bytes and no device has to be waited for.
 
     Args:
         seed: Where the stream starts. The same on all ranks gives the same draws on all ranks.
@@ -26,12 +35,6 @@ class RandomSource(nn.Module):
         check_generator(generator)
         self.generator = torch.Generator().manual_seed(seed) if generator is None else generator
         self._start = self.generator.get_state()
-
-    def on(self, device: torch.device) -> torch.Generator:
-        """Return a generator for draws on ``device``."""
-        if device.type == "cpu":
-            return self.generator
-        return torch.Generator(device).manual_seed(self.draw_seed())
 
     def draw_seed(self) -> int:
         """Draw a seed for another generator."""
@@ -72,3 +75,53 @@ class RandomSource(nn.Module):
         generator = torch.Generator()
         generator.set_state(state["generator"])
         super().__setstate__({**state, "generator": generator})  # type: ignore[no-untyped-call]
+
+
+def numbered_draws(seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Return uniform draws in (-1, 1) for the columns ``first`` to ``first + count - 1``.
+
+    A draw is a function of the seed and the number of its column alone (a hash of both), so that
+    columns may be drawn in any order, in pieces, on any device and in any process. It has 32 random
+    bits, of which float32 keeps 24.
+
+    Args:
+        seed: A number from ``RandomSource.draw_seed``.
+        first: Number of the first column.
+        count: How many.
+        device: Where.
+
+    Returns:
+        Shape (count,), float32.
+    """
+    high, low = divmod(_mixed(seed + _STEP * (first >> 32)), 2**32)
+    x = _multiples(count, device) + _wrapped(first * _GOLDEN + low)
+    # With the first half of the seed alone, streams of two seeds would be one, shifted.
+    x.bitwise_xor_(_wrapped(high))
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 16).bitwise_and_(0xFFFF)).mul_(_wrapped(_FIRST))
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 13).bitwise_and_(0x7FFFF)).mul_(_wrapped(_SECOND))
+    return x.to(torch.float32).mul_(_UNIT)
+
+
+def _mixed(seed: int) -> int:
+    """Return a 64-bit number all of whose bits depend on all of the seed's (SplitMix64)."""
+    z = (seed + _STEP) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def _multiples(count: int, device: torch.device) -> Tensor:
+    """Return 0, 1, 2, ... times the first constant, modulo 2^32 as signed integers."""
+    if count <= _TABLE_SIZE and device.type == "cpu":
+        return _table()[:count]
+    return torch.arange(count, dtype=torch.int32, device=device).mul_(_wrapped(_GOLDEN))
+
+
+@functools.cache
+def _table() -> Tensor:
+    return torch.arange(_TABLE_SIZE, dtype=torch.int32).mul_(_wrapped(_GOLDEN))
+
+
+def _wrapped(number: int) -> int:
+    """Return the signed 32-bit integer that equals ``number`` modulo 2^32."""
+    return (number + 2**31) % 2**32 - 2**31

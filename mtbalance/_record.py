@@ -29,6 +29,7 @@ class Record:
         skipped: Whether nothing was written because of a non-finite loss or gradient.
         overflow: Whether non-finite gradients were passed on for the gradient scaler to see.
         fallbacks: How often strategies answered with their documented substitute in this step.
+        reused: Whether weights of an earlier step served (``every`` above 1).
     """
 
     tasks: tuple[str, ...]
@@ -43,6 +44,7 @@ class Record:
     skipped: bool = False
     overflow: bool = False
     fallbacks: int = 0
+    reused: bool = False
 
     @property
     def gradient_norms(self) -> dict[str, Tensor]:
@@ -112,6 +114,7 @@ class Record:
             skipped=float(self.skipped),
             overflow=float(self.overflow),
             fallbacks=float(self.fallbacks),
+            reused=float(self.reused),
         )
         return figures
 
@@ -168,10 +171,6 @@ class EpochCounts:
     @classmethod
     def from_tensor(cls, tasks: Sequence[str], state: Tensor) -> "EpochCounts":
         """Undo :meth:`as_tensor`."""
-        if len(state) != 2 + 2 * len(tasks):
-            raise ValueError(
-                f"the saved state must belong to {len(tasks)} tasks, but has {len(state) // 2 - 1}."
-            )
         counts = cls(tasks)
         counts.steps, counts.skipped, *rest = state.tolist()
         counts.active = dict(zip(tasks, rest[: len(tasks)], strict=True))

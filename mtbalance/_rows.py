@@ -7,14 +7,35 @@ bounded.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Rows = Sequence[Sequence[Tensor | None]]
 
-_BLOCK_COLUMNS = {"cpu": 2**18, "cuda": 2**22}
+_BLOCK_COLUMNS = {"cpu": 2**18}
 """Columns per block. On the CPU, fewer cost more in calls than they save in cache misses."""
+_BLOCK_COLUMNS_ELSEWHERE = 2**22
+_NARROW = 8
+"""Up to this many rows, the lower triangle row by row is faster than the whole product."""
+
+
+class Piece(NamedTuple):
+    """A stretch of one parameter's entries."""
+
+    parameter: int
+    start: int
+    stop: int
+
+
+class Block(NamedTuple):
+    """Consecutive columns of the matrix of all rows."""
+
+    matrix: Tensor
+    """Shape (m, n). Valid until the next block is asked for."""
+    pieces: list[Piece]
+    """Which entries of which parameters the columns are."""
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -23,45 +44,69 @@ def flat(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
-def column_blocks(rows: Rows, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """Yield the matrix of all rows as consecutive blocks of shape (m, n).
+def shaped(vector: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`flat`: give a vector the shape, dtype and device of ``like``."""
+    vector = vector.to(like.device)
+    if like.is_complex():
+        vector = torch.view_as_complex(vector.reshape(*like.shape, 2))
+    return vector.reshape(like.shape).to(like.dtype)
 
-    A block is only valid until the next one is asked for. A parameter that a task does not reach is
-    a stretch of zeros in its row. Blocks do not mix devices.
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that numbers of ``dtype`` are added up in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def column_blocks(
+    rows: Rows, dtype: torch.dtype | None = None, columns: int | None = None
+) -> Iterator[Block]:
+    """Yield the matrix of all rows as consecutive blocks of columns.
+
+    A parameter that a task does not reach is a stretch of zeros in its row; one that no task
+    reaches has no columns. Blocks do not mix devices.
 
     Args:
         rows: The rows, m of them.
         dtype: The blocks' dtype; by default that of the rows, and at least float32.
+        columns: The largest number of columns; by default one that suits the device.
     """
-    block: Tensor | None = None
+    matrix: Tensor | None = None
+    pieces: list[Piece] = []
     filled = 0
-    total = sum(max(0 if t is None else t.numel() for t in ts) for ts in zip(*rows, strict=True))
-    for tensors in zip(*rows, strict=True):
+    total = sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
+    for parameter, tensors in enumerate(zip(*rows, strict=True)):
         vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
         reached = next((vector for vector in vectors if vector is not None), None)
         if reached is None:
             continue
-        wanted = dtype or torch.promote_types(reached.dtype, torch.float32)
-        if block is not None and (block.device, block.dtype) != (reached.device, wanted):
-            yield block[:, :filled]
-            block = None
-        if block is None:
-            size = min(total, _BLOCK_COLUMNS.get(reached.device.type, 2**22))
-            block = torch.empty(len(rows), size, dtype=wanted, device=reached.device)
-            filled = 0
+        wanted = dtype or at_least_float32(reached.dtype)
+        if matrix is not None and (matrix.device, matrix.dtype) != (reached.device, wanted):
+            if filled:
+                yield Block(matrix[:, :filled], pieces)
+            matrix = None
+        if matrix is None:
+            most = columns or _BLOCK_COLUMNS.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
+            matrix = torch.empty(len(rows), min(total, most), dtype=wanted, device=reached.device)
+            pieces, filled = [], 0
         start = 0
         while start < len(reached):
-            stop = min(len(reached), start + block.shape[1] - filled)
-            for row, vector in zip(block, vectors, strict=True):
+            stop = min(len(reached), start + matrix.shape[1] - filled)
+            for row, vector in zip(matrix, vectors, strict=True):
                 target = row[filled : filled + stop - start]
                 target.zero_() if vector is None else target.copy_(vector[start:stop])
+            pieces.append(Piece(parameter, start, stop))
             filled += stop - start
             start = stop
-            if filled == block.shape[1]:
-                yield block
-                filled = 0
-    if block is not None and filled:
-        yield block[:, :filled]
+            if filled == matrix.shape[1]:
+                yield Block(matrix, pieces)
+                pieces, filled = [], 0
+    if matrix is not None and filled:
+        yield Block(matrix[:, :filled], pieces)
+
+
+def columns_of(tensor: Tensor | None) -> int:
+    """Return how many real numbers a tensor holds."""
+    return 0 if tensor is None else tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
 def gramian_of(rows: Rows) -> Tensor:
@@ -70,11 +115,24 @@ def gramian_of(rows: Rows) -> Tensor:
     float64 holds the squares of every float32 and bfloat16 number, so nothing over- or underflows,
     and small combinations of large rows keep their length.
     """
-    total = None
+    total: Tensor | None = None
     for block in column_blocks(rows, torch.float64):
-        product = block @ block.T
+        product = _inner_products_within(block.matrix)
         total = product if total is None else total + product.to(total.device)
-    return torch.zeros(len(rows), len(rows), dtype=torch.float64) if total is None else total
+    if total is None:
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    return torch.tril(total) + torch.tril(total, -1).T
+
+
+def _inner_products_within(matrix: Tensor) -> Tensor:
+    """Return matrix @ matrix.T, of which only the lower triangle counts."""
+    m = len(matrix)
+    if m > _NARROW or matrix.device.type != "cpu":
+        return matrix @ matrix.T
+    product = matrix.new_zeros(m, m)
+    for i in range(m):
+        torch.mv(matrix[: i + 1], matrix[i], out=product[i, : i + 1])
+    return product
 
 
 def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
@@ -83,29 +141,65 @@ def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
     total = torch.zeros(len(rows), dtype=torch.float64)
     parts = [[row[i] for i in kept] for row in (*rows, vector)]
     for block in column_blocks(parts, torch.float64):
-        total = total.to(block.device) + block[:-1] @ block[-1]
+        total = total.to(block.matrix.device) + block.matrix[:-1] @ block.matrix[-1]
     return total
 
 
-def combine(rows: Rows, coefficients: Sequence[float]) -> list[Tensor | None]:
-    """Return the combination of the rows, one new tensor per parameter, in the rows' dtype.
+def combine(
+    rows: Rows,
+    coefficients: Tensor,
+    like: Sequence[Tensor] | None = None,
+    *,
+    release: bool = False,
+) -> list[Tensor | None]:
+    """Return the combination of the rows, one new tensor per parameter.
 
-    Low precision is accumulated in float32. None where no row reaches the parameter.
+    Low precision is accumulated in float32. Waits for no device.
+
+    Args:
+        rows: The rows, m of them.
+        coefficients: Shape (m,), on the CPU or on the rows' device.
+        like: Tensors whose dtypes the result gets; by default that of the rows.
+        release: Whether to empty the rows, which are lists then, on the way: each parameter's make
+            room for its direction.
+
+    Returns:
+        One tensor per parameter; None where no row reaches it.
     """
-    directions = []
-    for tensors in zip(*rows, strict=True):
+    if coefficients.device.type == "cpu":
+        numbers: Sequence[float | Tensor] = coefficients.tolist()
+    else:
+        numbers = coefficients.unbind()
+    count = max((len(row) for row in rows), default=0)
+    directions: list[Tensor | None] = []
+    for parameter in range(count):
         total: Tensor | None = None
-        reached: Tensor | None = None
-        for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        dtype: torch.dtype | None = None
+        for row, number in zip(rows, numbers, strict=True):
+            tensor = row[parameter]
+            if release and isinstance(row, list):
+                row[parameter] = None
             if tensor is None:
                 continue
-            if total is None or reached is None:
-                reached = tensor
-                total = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * coefficient
-            else:
-                total.add_(tensor, alpha=coefficient)
-        directions.append(total if total is None or reached is None else total.to(reached.dtype))
+            dtype = dtype or tensor.dtype
+            total = _plus_multiple(total, tensor, number)
+        if total is not None:
+            total = total.to(dtype if like is None else like[parameter].dtype)
+        directions.append(total)
     return directions
+
+
+def _plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor) -> Tensor:
+    """Return total + number * tensor, into ``total`` where there is one."""
+    dtype = at_least_float32(tensor.dtype)
+    factor = number
+    if isinstance(number, Tensor):
+        factor = number.to(tensor.device, dtype)
+    if total is None:
+        return tensor.to(dtype) * factor
+    if isinstance(factor, Tensor):
+        return total.addcmul_(tensor.to(dtype), factor)
+    return total.add_(tensor, alpha=factor)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -113,14 +207,27 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def all_finite(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether every entry of every tensor is finite (waits for the device once)."""
+def norms_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Return a norm per tensor that is finite if its entries are and do not overflow a sum."""
     parts = [t._values() if t.is_sparse else t for t in tensors if t is not None and t.numel()]
     if not parts:
-        return True
-    norms = [torch.linalg.vector_norm(part).to(parts[0].device).float() for part in parts]
+        return None
+    return torch.stack([torch.linalg.vector_norm(p).to(parts[0].device).float() for p in parts])
+
+
+def all_finite(tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether every entry of every tensor is finite (waits for the device once)."""
+    norms = norms_of(tensors)
     # A norm may overflow where no entry does: look closer then.
-    return is_finite(torch.stack(norms)) or all(is_finite(part) for part in parts)
+    return (
+        norms is None
+        or is_finite(norms)
+        or all(
+            is_finite(t._values() if t.is_sparse else t)
+            for t in tensors
+            if t is not None and t.numel()
+        )
+    )
 
 
 def stacked(scalars: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Which parameters are shared: what the user says, what the graphs say, and a table of both."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,19 +162,32 @@ class ReachLog:
             return
         for task, loss in losses.items():
             leaves = reach_of([loss]).leaves
-            if self._groups is not None and not any(id(leaf) in self._group_of for leaf in leaves):
-                raise ValueError(
-                    f"the loss of task {task!r} must reach a shared parameter, but reaches none. "
-                    "Does it come from the modules given as `shared`?"
-                )
+            self._check_reaches_shared(task, leaves)
             self._note(task, leaves)
         self._seen.add(frozenset(losses))
         self._tell_unreached()
 
-    def note_gradients(self, gradients: TaskGradients) -> None:
-        """Note what the gradients of a step reach."""
+    def note_gradients(self, gradients: TaskGradients, *, check: bool = False) -> None:
+        """Note what the gradients of a step reach.
+
+        Args:
+            gradients: The gradients.
+            check: Whether to raise if a task's reach no shared parameter (where graphs do not
+                tell).
+        """
         for task in gradients.losses:
-            self._note(task, gradients.leaves_of(task))
+            leaves = gradients.leaves_of(task)
+            if check:
+                self._check_reaches_shared(task, leaves)
+            self._note(task, leaves)
+
+    def _check_reaches_shared(self, task: str, leaves: Sequence[Tensor]) -> None:
+        if self._groups is not None and not any(id(leaf) in self._group_of for leaf in leaves):
+            raise ValueError(
+                f"the loss of task {task!r} must reach a shared parameter, but reaches none. Does "
+                "it come from the modules given as `shared`, as they were when the Balancer was "
+                "made?"
+            )
 
     def _note(self, task: str, leaves: Iterable[Tensor]) -> None:
         for leaf in leaves:
@@ -207,26 +220,32 @@ class ReachLog:
                 stacklevel=4,
             )
 
-    def divide(self, gradients: TaskGradients) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Return the shared parameters of each group that have gradients, and all others."""
+    def divide(self, leaves: Iterable[Tensor]) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+        """Return the shared ones of these leaves by the number of their group, and all others."""
+        found = {id(leaf): leaf for leaf in leaves}
         if self._groups is None:
-            groups: list[list[Tensor]] = [[]]
-            rest: list[Tensor] = []
-            for key, leaf in gradients.leaves.items():
-                (groups[0] if len(self._by_id.get(key, ())) > 1 else rest).append(leaf)
-            self._check_inferred(gradients, groups[0])
+            # What two tasks have reached. In the order given, like everything else.
+            shared = [f for key, f in found.items() if len(self._by_id.get(key, ())) > 1]
+            groups = {0: shared}
         else:
-            # In the order given, which the graphs of a step cannot change.
-            groups = [
-                [p for p in parameters.values() if id(p) in gradients.leaves]
-                for parameters in self._groups.values()
-            ]
-            rest = [leaf for key, leaf in gradients.leaves.items() if key not in self._group_of]
-        return [group for group in groups if group], rest
+            # In the order given to the Balancer, which the graphs of a step cannot change.
+            groups = {
+                number: [p for p in parameters.values() if id(p) in found]
+                for number, parameters in enumerate(self._groups.values())
+            }
+        balanced = {id(leaf) for group in groups.values() for leaf in group}
+        rest = [leaf for key, leaf in found.items() if key not in balanced]
+        return {number: group for number, group in groups.items() if group}, rest
 
-    def _check_inferred(self, gradients: TaskGradients, shared: list[Tensor]) -> None:
-        if len(self._tasks) == 1 or set(gradients.losses) != set(self._tasks):
+    def check_inferred(
+        self, gradients: TaskGradients, groups: Mapping[int, Sequence[Tensor]]
+    ) -> None:
+        """Raise if what is shared was inferred, and some task has no part in it."""
+        if self._groups is not None or len(self._tasks) == 1:
             return
+        if set(gradients.losses) != set(self._tasks):
+            return
+        shared = list(groups.get(0, ()))
         for task, row in zip(
             gradients.losses, gradients.rows(list(gradients.losses), shared), strict=True
         ):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtbalance._shards import local
+
 _PATIENCE = 2
 _PROBED_TENSORS = 16
 _PROBED_ENTRIES = 16
@@ -34,7 +36,8 @@ class OptimizerWatch:
         """
         if self._settled or not learned:
             return
-        now = [p.detach().reshape(-1)[:_PROBED_ENTRIES].clone() for p in model[:_PROBED_TENSORS]]
+        probed = [local(p.detach()) for p in model[:_PROBED_TENSORS]]
+        now = [p.reshape(-1)[:_PROBED_ENTRIES].clone() for p in probed]
         values = [p.detach().clone() for p in learned]
         if self._learned:
             if not _equal(values, self._learned):

@@ -10,7 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mtbalance"
-HELPERS = {"mtbalance._checks", "mtbalance._linalg", "mtbalance._random", "mtbalance._rows"}
+HELPERS = {
+    "mtbalance._checks",
+    "mtbalance._linalg",
+    "mtbalance._random",
+    "mtbalance._rows",
+    "mtbalance._shards",
+}
 THIRD_PARTY = {"torch", "typing_extensions"}  # the second is a dependency of the first
 
 

@@ -170,7 +170,12 @@ def test_kinds_per_task(kind, words) -> None:
             ValueError,
             "`shared` must hold parameters, but got a tensor that was computed from others",
         ),
-        ({"process_group": object()}, ValueError, "`process_group` must be None in this release"),
+        ({"process_group": 3}, TypeError, "`process_group` must be None or a torch.distributed."),
+        ({"every": 0}, ValueError, "`every` must be at least 1, but got 0."),
+        ({"every": 1.5}, TypeError, "`every` must be a whole number, but got 1.5."),
+        ({"every": 2}, ValueError, "`every` must be 1 unless a GramianStrategy meets"),
+        ({"chunk": 0}, ValueError, "`chunk` must be at least 1, but got 0."),
+        ({"dtype": torch.int8}, TypeError, "`dtype` must be None or a real floating-point dtype"),
     ],
 )
 def test_balancer_arguments(options, kind, words) -> None:

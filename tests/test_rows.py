@@ -1,6 +1,7 @@
 """The arithmetic on rows, against dense matrices."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_blocks_are_the_columns_in_order(monkeypatch, size: int, dtype: torch.dt
     """Whatever the block size, the blocks one after the other are the matrix."""
     monkeypatch.setitem(_rows._BLOCK_COLUMNS, "cpu", size)
     rows = rows_with_gaps(dtype=dtype)
-    blocks = [block.clone() for block in column_blocks(rows)]
+    blocks = [block.matrix.clone() for block in column_blocks(rows)]
     assert all(block.shape[1] <= size for block in blocks)
     assert all(block.dtype == torch.promote_types(dtype, torch.float32) for block in blocks)
     assert torch.equal(torch.cat(blocks, 1).double(), dense(rows))
@@ -73,7 +74,7 @@ def test_blocks_of_mixed_dtypes_keep_each() -> None:
     """A float64 parameter among float32 ones is not rounded."""
     third = torch.full((2,), 1 / 3, dtype=torch.float64)
     rows: Rows = [[torch.ones(2), third, torch.ones(1)]]
-    blocks = [block.clone() for block in column_blocks(rows)]
+    blocks = [block.matrix.clone() for block in column_blocks(rows)]
     assert [block.dtype for block in blocks] == [torch.float32, torch.float64, torch.float32]
     assert torch.equal(blocks[1][0], third)
 
@@ -81,7 +82,7 @@ def test_blocks_of_mixed_dtypes_keep_each() -> None:
 def test_blocks_of_nothing() -> None:
     assert list(column_blocks([[None, None], [None, None]])) == []
     assert torch.equal(gramian_of([[None], [None]]), torch.zeros(2, 2, dtype=torch.float64))
-    assert combine([[None], [None]], [1.0, 2.0]) == [None]
+    assert combine([[None], [None]], torch.tensor([1.0, 2.0])) == [None]
 
 
 @pytest.mark.parametrize("size", [1, 4, 2**15])
@@ -128,10 +129,10 @@ def test_inner_products_with_a_vector() -> None:
 def test_combination_of_rows(dtype: torch.dtype) -> None:
     """Against the dense product, rounded once; None where no task reaches."""
     rows = rows_with_gaps(dtype=dtype)
-    coefficients = [0.5, -2.0, 3.0]
+    coefficients = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
     directions = combine(rows, coefficients)
     assert directions[3] is None
-    expected = torch.tensor(coefficients, dtype=torch.float64) @ dense(rows)
+    expected = coefficients @ dense(rows)
     reached = [d for d in directions if d is not None]
     assert all(d.dtype == dtype for d in reached)
     assert [d.shape for d in reached] == [s for i, s in enumerate(SHAPES) if i != 3]
@@ -143,15 +144,42 @@ def test_combination_of_rows(dtype: torch.dtype) -> None:
 def test_combination_does_not_write_to_the_rows() -> None:
     rows = rows_with_gaps()
     before = dense(rows)
-    combine(rows, [1.0, 2.0, 3.0])
+    combine(rows, torch.tensor([1.0, 2.0, 3.0]))
     assert torch.equal(dense(rows), before)
+
+
+def test_combination_may_release_the_rows() -> None:
+    """Each parameter's rows go before the next direction is made."""
+    rows = rows_with_gaps()
+    expected = combine(rows, torch.tensor([1.0, 2.0, 3.0]))
+    alive = [weakref.ref(tensor) for row in rows for tensor in row if tensor is not None]
+    released = combine(rows, torch.tensor([1.0, 2.0, 3.0]), release=True)
+    assert all(tensor() is None for tensor in alive)
+    for one, other in zip(released, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_combination_with_the_dtypes_of_other_tensors() -> None:
+    rows: Rows = [[torch.ones(2, dtype=torch.bfloat16)]]
+    (direction,) = combine(rows, torch.tensor([1 / 3]), [torch.zeros(2)])
+    assert direction is not None
+    assert direction.dtype == torch.float32
+    assert_close(direction, torch.full((2,), 1 / 3))  # not rounded to bfloat16
+
+
+def test_coefficients_on_a_device_are_not_read() -> None:
+    """On the meta device reading any value raises."""
+    rows: Rows = [[torch.ones(2, device="meta"), None], [torch.ones(2, device="meta"), None]]
+    direction, nothing = combine(rows, torch.ones(2, dtype=torch.float64, device="meta"))
+    assert direction is not None
+    assert (direction.shape, direction.dtype, nothing) == ((2,), torch.float32, None)
 
 
 def test_low_precision_is_accumulated_in_float32() -> None:
     """1 + 8 * 2^-9 is a bfloat16 number, but adding 2^-9 to 1 is lost in bfloat16 every time."""
     rows: Rows = [[torch.ones(1, dtype=torch.bfloat16)]]
     rows += [[torch.full((1,), 2.0**-9, dtype=torch.bfloat16)] for _ in range(8)]
-    (total,) = combine(rows, [1.0] * 9)
+    (total,) = combine(rows, torch.ones(9))
     assert total is not None
     assert float(total) == 1 + 2.0**-6
 

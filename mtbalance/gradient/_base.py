@@ -47,6 +47,22 @@ class GradientStrategy(nn.Module, ABC):
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the direction, of shape (p,), for ``gradients`` of shape (m, p)."""
 
+    def start(self) -> None:
+        """Draw what all columns of one direction share, before its blocks are asked for."""
+
+    def on_columns(self, gradients: Tensor, first: int) -> Tensor:
+        """Return the direction, shape (n,), of a block of columns, shape (m, n).
+
+        Only for coordinatewise strategies. Those that draw do so by the number of the column, so
+        that neither the size of the blocks nor their spread over processes changes anything.
+
+        Args:
+            gradients: The block.
+            first: The number of its first column.
+        """
+        del first
+        return self(gradients)
+
     def reset(self) -> None:
         """Forget everything remembered from earlier steps."""
         for child in self.children():
@@ -79,7 +95,7 @@ class GramianStrategy(GradientStrategy):
         gramian = gramian_of(rows)
         if not is_finite(gramian):
             return torch.full_like(gradients[0], torch.nan)
-        (direction,) = combine(rows, self.solve(gramian).tolist())
+        (direction,) = combine(rows, self.solve(gramian))
         return gradients[0] if direction is None else direction
 
     def solve(self, gramian: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_fraction
-from mtbalance._random import RandomSource
+from mtbalance._random import RandomSource, numbered_draws
 
 from ._base import GradientStrategy
 
@@ -62,29 +62,40 @@ class GradDrop(GradientStrategy):
             raise ValueError("`leak` must be one number or one per task, but got none.")
         self.leak = [check_fraction("leak", value) for value in leaks]
         self.random = RandomSource(seed, generator)
+        self._seed = 0
+
+    def start(self) -> None:
+        self._seed = self.random.draw_seed()
 
     def forward(self, gradients: Tensor) -> Tensor:
+        self.start()
+        return self.on_columns(gradients, 0)
+
+    def on_columns(self, gradients: Tensor, first: int) -> Tensor:
         if len(self.leak) not in (1, len(gradients)):
             raise ValueError(
                 f"`leak` must be one number or one per task ({len(gradients)}), "
                 f"but got {len(self.leak)}."
             )
         g = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
-        positive, negative = g.clamp_min(0).sum(0), g.clamp_max(0).sum(0)
-        total = positive - negative
-        draw = torch.rand(
-            len(total), dtype=g.dtype, device=g.device, generator=self.random.on(g.device)
-        )
-        # P > U without the quotient, which is 0/0 where all gradients are zero. Products with 0 and
-        # 1 are exact, several times faster than torch.where, and NaN for what is not finite.
-        up = torch.gt(positive, draw.mul_(total)).to(g.dtype)
+        draw = numbered_draws(self._seed, first, g.shape[1], g.device).to(g.dtype)
+        # Row by row into two vectors, which stay in the cache.
+        positive, negative = g[0].clamp_min(0), g[0].clamp_max(0)
+        for row in g[1:]:
+            positive.add_(row.clamp_min(0))
+            negative.add_(row.clamp_max(0))
+        # P > U without the quotient, which is 0/0 where all gradients are zero: the draw is 2U - 1.
+        up = torch.empty_like(positive)
+        torch.gt(positive + negative, draw.mul_(positive - negative), out=up)
+        # lerp is exact at both ends, faster than torch.where, and NaN for what is not finite.
+        direction = torch.lerp(negative, positive, up)
         if any(self.leak):
-            leak = g.new_tensor(self.leak)[:, None]
-            kept = up * (g > 0) + (1 - up) * (g < 0)
-            direction = ((leak + (1 - leak) * kept) * g).sum(0)
-        else:
-            direction = up * positive + (1 - up) * negative
-        return direction.add_(total - total).to(gradients.dtype)
+            leak = g.new_tensor(self.leak).expand(len(g))
+            down = 1 - up
+            for row, passes in zip(g, leak.unbind(), strict=True):
+                lost = row.clamp_min(0).mul_(down).add_(row.clamp_max(0).mul_(up))
+                direction.addcmul_(lost, passes)
+        return direction.to(gradients.dtype)
 
     def extra_repr(self) -> str:
         return f"leak={self.leak[0] if len(self.leak) == 1 else self.leak}"

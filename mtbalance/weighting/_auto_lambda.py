@@ -15,7 +15,8 @@ from mtbalance._checks import (
     count_fallback,
 )
 from mtbalance._random import RandomSource
-from mtbalance._rows import inner_products, is_finite, stacked
+from mtbalance._rows import is_finite, stacked
+from mtbalance._shards import local
 
 from ._base import Step, Weighting, task_vector
 
@@ -137,27 +138,22 @@ class AutoLambda(Weighting):
     def derivative(self, step: Step) -> Tensor:
         """Return d L_val(theta') / d lambda, shape (m,), float64. Leaves everything as it was."""
         plans = _plans(self.optimizer, step.parameters)
-        with torch.no_grad(), _restored(step.parameters):
+        held = [local(parameter.detach()) for parameter in step.parameters]
+        with torch.no_grad(), _restored(held):
             weights = (self.lambdas[self.active] / step.loss_scale).tolist()
-            for i, (parameter, plan) in enumerate(zip(step.parameters, plans, strict=True)):
-                parameter.mul_(1 - plan.lr * plan.decay)
+            for i, (parameter, plan) in enumerate(zip(held, plans, strict=True)):
+                if plan.lr * plan.decay != 0:
+                    parameter.mul_(1 - plan.lr * plan.decay)
                 if plan.buffer is not None:
-                    parameter.sub_(plan.buffer, alpha=plan.lr * plan.buffer_factor)
+                    parameter.sub_(local(plan.buffer), alpha=plan.lr * plan.buffer_factor)
                 for weight, gradients in zip(weights, step.gradients, strict=True):
                     if (gradient := gradients[i]) is not None:
-                        parameter.sub_(gradient, alpha=plan.lr * plan.gain * weight)
-            slopes = self._validation_gradient(step)
-        total = torch.zeros(len(weights), dtype=torch.float64)
-        for speed in {plan.speed for plan in plans}:  # few: one per parameter group
-            moved = [
-                slope if plan.speed == speed else None
-                for slope, plan in zip(slopes, plans, strict=True)
-            ]
-            total = total - speed * inner_products(step.gradients, moved).to(total.device)
-        return total / step.loss_scale**2
+                        parameter.sub_(gradient, alpha=plan.speed * weight)
+            products = self._products(step, [plan.speed for plan in plans])
+        return -products / step.loss_scale**2
 
-    def _validation_gradient(self, step: Step) -> Sequence[Tensor | None]:
-        """Return the gradient of the primary validation loss, times ``loss_scale``."""
+    def _products(self, step: Step, speeds: Sequence[float]) -> Tensor:
+        """Return the inner products of all rows with the validation loss's gradient, scaled."""
         devices = list({parameter.device for parameter in step.parameters})
         with (
             torch.enable_grad(),
@@ -172,16 +168,15 @@ class AutoLambda(Weighting):
                 )
             check_known_tasks("validation", losses, self.tasks or ())
             primary = self.primary or self.tasks or ()
-            counted = [losses[name] for name in primary if name in losses]
-            if not counted:
+            shares = step.shares([name for name in primary if name in losses])
+            if not shares:
                 raise ValueError(
                     "`validation` must return the loss of at least one primary task "
                     f"({', '.join(map(repr, primary))}), but got {tuple(losses)}."
                 )
-            total = stacked([loss.reshape(()) for loss in counted]).sum()
-            return torch.autograd.grad(
-                total * step.loss_scale, list(step.parameters), allow_unused=True
-            )
+            counted = [losses[n].reshape(()) * shares[n] for n in primary if n in losses]
+            total = stacked(counted).sum() * step.loss_scale if counted else None
+            return step.products(total, speeds)
 
     def _adam(self, slope: Tensor) -> None:
         slope = slope.to(self.lambdas.dtype)

@@ -1,7 +1,7 @@
 """What every weighting is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mtbalance._checks import check_losses
+from mtbalance._jacobian import products_with_gradient
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,38 @@ class Step:
     parameters: Sequence[Tensor]
     """Every parameter that some loss of this step reaches."""
     gradients: Sequence[Sequence[Tensor | None]]
-    """Per active task, the gradient of its raw loss for each parameter, times ``loss_scale``."""
+    """Per active task, the gradient of its raw loss for each parameter, times ``loss_scale``; for a
+    sharded parameter, this process's shard of it."""
     loss_scale: float
     """The factor that a gradient scaler has put on the losses; 1 without one."""
     validation: Callable[[], Mapping[str, Tensor]] | None
     """Returns the losses of a validation batch at the parameters of that moment."""
+
+    def shares(self, tasks: Collection[str]) -> dict[str, float]:
+        """Return, per task, the factor by which a validation loss of this process counts.
+
+        Args:
+            tasks: The tasks that this process has validation losses of.
+
+        Returns:
+            1 for each; of several processes, their number over the number of those that have the
+            task, for every task that any has.
+        """
+        return dict.fromkeys(tasks, 1.0)
+
+    def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:
+        """Return each task's inner product with the gradient of a loss, averaged over processes.
+
+        Args:
+            loss: A scalar with a graph; None where this process has none.
+            factors: A factor for each parameter, by which its part of the product counts.
+
+        Returns:
+            Shape (m,), float64.
+        """
+        if loss is None:
+            return torch.zeros(len(self.gradients), dtype=torch.float64)
+        return products_with_gradient(loss, self.parameters, self.gradients, factors)
 
 
 class Weighting(nn.Module, ABC):

@@ -1,0 +1,71 @@
+"""Gramian weights that are kept for the steps in which none are solved for."""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+_NEVER = 2**31
+
+
+class KeptWeights:
+    """The last weights that a Gramian strategy gave to the weighted rows of each group.
+
+    Args:
+        tasks: All tasks.
+        groups: The number of groups of shared parameters.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], groups: int) -> None:
+        self._tasks = tasks
+        self._groups = groups
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget them."""
+        self.age = _NEVER
+        """Steps since they were solved for, that one included."""
+        self.solutions: dict[int, Tensor] = {}
+        self._of: tuple[str, ...] = ()
+        self._next: dict[int, Tensor] = {}
+
+    def keep(self, group: int, solution: Tensor) -> None:
+        """Note the solution, shape (m,), for one group of the running step."""
+        self._next[group] = solution
+
+    def close_step(self, tasks: tuple[str, ...]) -> None:
+        """Note whose the solutions of this step are."""
+        self.solutions, self._next = self._next, {}
+        self._of = tasks
+        self.age = 1 if self.solutions else _NEVER
+
+    def fits(self, tasks: Collection[str]) -> bool:
+        """Return whether they belong to these tasks."""
+        return tuple(tasks) == self._of
+
+    def as_tensor(self) -> Tensor:
+        """Return everything as one tensor, shape (1 + groups * K,), infinity for nothing."""
+        state = torch.full((self._groups, len(self._tasks)), math.inf, dtype=torch.float64)
+        columns = [self._tasks.index(task) for task in self._of]
+        for group, solution in self.solutions.items():
+            state[group, columns] = solution.detach().to(state)
+        return torch.cat([torch.tensor([float(self.age)], dtype=torch.float64), state.reshape(-1)])
+
+    def load(self, state: Tensor) -> None:
+        """Undo :meth:`as_tensor`."""
+        self.reset()
+        state = state.cpu()
+        if len(state) != 1 + self._groups * len(self._tasks):
+            raise ValueError(
+                f"the saved state must belong to {self._groups} groups of shared parameters, but "
+                f"has {(len(state) - 1) // len(self._tasks)}."
+            )
+        self.age = int(state[0])
+        for group, row in enumerate(state[1:].reshape(self._groups, -1)):
+            found = torch.isfinite(row)
+            if bool(found.any()):
+                self.solutions[group] = row[found]
+                self._of = tuple(
+                    task for task, known in zip(self._tasks, found.tolist(), strict=True) if known
+                )

@@ -1,0 +1,527 @@
+"""Several processes that train together: who takes part in a step, and averages over them.
+
+Each process (*rank*) has losses of its own part of the batch. A task is active in a step if some
+rank has a loss of it; its loss and its gradient are the means over *those* ranks, as they would be
+if one process held the whole batch. In each step the ranks first tell each other, in one small
+collective, which tasks they have, what the losses are and what they reach; only then do gradients
+go round. So ranks whose tasks or whose used parameters differ neither wait for each other for ever
+nor add up gradients of different parameters.
+"""
+
+import gc
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mtbalance._jacobian import TaskGradients, sharded_task_gradients
+from mtbalance._random import RandomSource
+from mtbalance._rows import flat, inner_products, shaped
+from mtbalance._shards import is_sharded, sum_over_shards
+from mtbalance.weighting._base import Step
+
+_BUCKET_BYTES = 25 * 2**20
+"""Gradients go round in buckets of this size, as in DistributedDataParallel."""
+_ABSENT, _ACTIVE, _NONFINITE = 0, 1, 2
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step.
+
+    Attributes:
+        counts: In how many ranks each task is active, for tasks that are active in any.
+        losses: Their mean losses over those ranks.
+        nonfinite: Tasks whose loss is not finite in some rank.
+        layouts: Per task, the parameters that it reaches in some rank, in the same order in all.
+    """
+
+    counts: dict[str, int]
+    losses: dict[str, Tensor]
+    nonfinite: tuple[str, ...]
+    layouts: dict[str, list[Tensor]]
+
+
+@dataclass
+class Names:
+    """Names that all ranks give to the same parameter.
+
+    Parameters given to the Balancer go by their group, others by their place in the model that the
+    known ones belong to.
+    """
+
+    by_id: dict[int, str] = field(default_factory=dict)
+    by_name: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """Name a parameter that has no name yet."""
+        if id(parameter) not in self.by_id and name not in self.by_name:
+            self.by_id[id(parameter)] = name
+            self.by_name[name] = parameter
+
+    def of(self, leaves: Collection[Tensor]) -> list[str]:
+        """Return the leaves' names, sorted; leaves that are no parameters have none."""
+        if any(isinstance(leaf, nn.Parameter) and id(leaf) not in self.by_id for leaf in leaves):
+            for name, parameter in parameters_around([*self.by_name.values(), *leaves]).items():
+                self.add(name, parameter)
+            for number, leaf in enumerate(leaves):
+                if isinstance(leaf, nn.Parameter):  # in no module: by its place in the graph
+                    self.add(f"leaf {number} {tuple(leaf.shape)}", leaf)
+        return sorted(self.by_id[id(leaf)] for leaf in leaves if id(leaf) in self.by_id)
+
+
+def parameters_around(known: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return, by name, all parameters of the models that hold any of those known.
+
+    A head that no loss of this rank has reached yet is found by its name in the model.
+    """
+    wanted = {id(parameter) for parameter in known}
+    holders = [
+        candidate
+        for candidate in gc.get_objects()
+        if issubclass(type(candidate), nn.Module)
+        and "_parameters" in candidate.__dict__
+        and any(id(parameter) in wanted for parameter in candidate.parameters())
+    ]
+    inner = {id(child) for holder in holders for child in holder.modules() if child is not holder}
+    models = [holder for holder in holders if id(holder) not in inner]
+    models.sort(key=lambda model: (-sum(1 for _ in model.parameters()), type(model).__qualname__))
+    return {
+        f"model {number}: {name}": parameter
+        for number, model in enumerate(models)
+        for name, parameter in model.named_parameters()
+    }
+
+
+class Ranks:
+    """The processes that a Balancer averages over.
+
+    Args:
+        group: Their process group; None for all processes.
+        tasks: The tasks.
+        shared: The parameters of each group of shared ones, by name, if they are given.
+    """
+
+    def __init__(
+        self,
+        group: "torch.distributed.ProcessGroup | None",
+        tasks: tuple[str, ...],
+        shared: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> None:
+        self._group = group
+        self._tasks = tasks
+        self._shared = shared or {}
+        self._names: Names | None = None
+        self._layouts: dict[str, list[str]] = {}
+        if self.sharded:
+            # Now, before a forward pass: in between, the model holds whole parameters instead.
+            self._name_models()
+
+    # Process groups can be neither copied nor pickled; a copy belongs to the same one.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        shared = {
+            group: {name: memo.get(id(p), p) for name, p in parameters.items()}
+            for group, parameters in self._shared.items()
+        }
+        return Ranks(self._group, self._tasks, shared)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None, "_names": None}
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return False
+        return distributed.get_world_size(self._group) > 1
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return torch.distributed.get_world_size(self._group) if self.several else 1
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return torch.distributed.get_rank(self._group) if self.several else 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether shared parameters are sharded, so that their gradients arrive in ``.grad``."""
+        return any(is_sharded(p) for group in self._shared.values() for p in group.values())
+
+    def parameters(self) -> list[Tensor]:
+        """Return every parameter that has a name."""
+        return list(self._known_names().by_name.values())
+
+    def ordered(self, leaves: Iterable[Tensor]) -> list[Tensor]:
+        """Return the parameters among these leaves, each once, in the same order on all ranks."""
+        names = self._known_names()
+        return [names.by_name[name] for name in dict.fromkeys(names.of(list(leaves)))]
+
+    # --- agreement --------------------------------------------------------------------------------
+
+    def agree(
+        self,
+        losses: Mapping[str, Tensor],
+        nonfinite: Collection[str],
+        reached: Mapping[str, Sequence[Tensor]],
+        error: Exception | None = None,
+    ) -> Agreement:
+        """Tell all ranks what this one has, and return what all of them have together.
+
+        Args:
+            losses: This rank's losses of its active tasks.
+            nonfinite: Tasks whose loss is not finite here.
+            reached: Per active task, the leaves that its loss reaches. Sharded ones do not count.
+            error: What keeps this rank from taking part; all ranks stop then.
+
+        Raises:
+            RuntimeError: If another rank cannot take part.
+        """
+        names = self._known_names()
+        actual = {
+            task: names.of([leaf for leaf in reached.get(task, ()) if not is_sharded(leaf)])
+            for task in losses
+        }
+        for task, found in actual.items():
+            self._layouts[task] = sorted({*self._layouts.get(task, ()), *found})
+        told = self._gather(self._message(losses, nonfinite, actual, stops=error is not None))
+        if error is not None:
+            raise error
+        stop, *_ = (facts := told.cpu()).unbind(1)
+        if bool(stop.any()):
+            raise RuntimeError(
+                f"rank {int(stop.argmax())} stopped with an error in this step, so that rank "
+                f"{self.rank} cannot go on. Its own message says why."
+            )
+        states, _, hashes, complete = facts[:, 1:].reshape(len(facts), 4, -1).unbind(1)
+        counts = dict(zip(self._tasks, (states == _ACTIVE).sum(0).tolist(), strict=True))
+        active = [number for number, task in enumerate(self._tasks) if counts[task]]
+        if bool((hashes[:, active] != hashes[:1, active]).any()):
+            self._exchange_layouts()
+            complete = torch.zeros_like(complete)
+        layouts = {
+            self._tasks[number]: self._layout_of_step(
+                self._tasks[number], actual, complete=bool(complete[:, number].all())
+            )
+            for number in active
+        }
+        sums = told[:, 1:].reshape(len(told), 4, -1)[:, 1].sum(0)
+        return Agreement(
+            {self._tasks[number]: counts[self._tasks[number]] for number in active},
+            {
+                (task := self._tasks[number]): _like(sums[number] / counts[task], losses, task)
+                for number in active
+            },
+            tuple(
+                task
+                for task, bad in zip(
+                    self._tasks, (states == _NONFINITE).any(0).tolist(), strict=True
+                )
+                if bad
+            ),
+            {task: [names.by_name[name] for name in found] for task, found in layouts.items()},
+        )
+
+    def _known_names(self) -> Names:
+        if self._names is None:
+            self._names = Names()
+            for group, parameters in self._shared.items():
+                for name, parameter in parameters.items():
+                    self._names.add(f"{group}: {name}", parameter)
+        return self._names
+
+    def _name_models(self) -> None:
+        names = self._known_names()
+        for name, parameter in parameters_around(list(names.by_name.values())).items():
+            names.add(name, parameter)
+
+    def _message(
+        self,
+        losses: Mapping[str, Tensor],
+        nonfinite: Collection[str],
+        actual: Mapping[str, list[str]],
+        *,
+        stops: bool,
+    ) -> Tensor:
+        """Return what this rank tells the others, shape (1 + 4K,).
+
+        Whether it stops; then, each for all tasks: their states, their losses, a hash of all that
+        they are known to reach, and whether they reach all of that in this step.
+        """
+        rows: list[list[float]] = [
+            [
+                _NONFINITE if task in nonfinite else _ACTIVE if task in losses else _ABSENT
+                for task in self._tasks
+            ],
+            [0.0] * len(self._tasks),
+            [_hash(self._layouts.get(task)) for task in self._tasks],
+            [task not in actual or actual[task] == self._layouts[task] for task in self._tasks],
+        ]
+        device = self._device(losses.values())
+        table = torch.tensor(rows, dtype=torch.float64, device=device)
+        for number, task in enumerate(self._tasks):
+            if task in losses:
+                table[1, number] = losses[task].detach()
+        return torch.cat([table.new_full((1,), float(stops)), table.reshape(-1)])
+
+    def _exchange_layouts(self) -> None:
+        """Let every rank know what any rank's losses have reached."""
+        merged: dict[str, set[str]] = {}
+        for layouts in self._gather_objects(self._layouts):
+            for task, found in layouts.items():
+                merged.setdefault(task, set()).update(found)
+        self._layouts = {task: sorted(found) for task, found in merged.items()}
+        names = self._known_names()
+        wanted = set().union(*merged.values())
+        if wanted - names.by_name.keys():
+            self._name_models()
+        unknown = self._gather_objects(sorted(wanted - names.by_name.keys()))
+        for rank, missing in enumerate(unknown):
+            if missing:
+                raise RuntimeError(
+                    f"all ranks must hold the same parameters, but rank {rank} does not know "
+                    f"{missing[0]!r}, which a loss of another rank reaches. Build the same "
+                    "model in every process, as one module that holds the shared parameters and "
+                    "all heads."
+                )
+
+    def _layout_of_step(
+        self, task: str, actual: Mapping[str, list[str]], *, complete: bool
+    ) -> list[str]:
+        """Return what a task reaches in this step on any rank."""
+        known = self._layouts[task]
+        if complete or not known:
+            return known
+        here = set(actual.get(task, ()))
+        flags = torch.tensor([name in here for name in known], dtype=torch.int64)
+        flags = flags.to(self._device([]))
+        torch.distributed.all_reduce(flags, group=self._group)
+        return [name for name, count in zip(known, flags.tolist(), strict=True) if count]
+
+    # --- collectives ------------------------------------------------------------------------------
+
+    def _device(self, tensors: Iterable[Tensor]) -> torch.device:
+        """Return where the group's collectives work on tensors."""
+        if "gloo" in str(torch.distributed.get_backend(self._group)):
+            return torch.device("cpu")
+        known = [tensor.device for tensor in tensors if tensor.device.type != "cpu"]
+        return known[0] if known else torch.device("cuda")
+
+    def _gather(self, message: Tensor) -> Tensor:
+        """Return the message of every rank, shape (ranks, n)."""
+        messages = [torch.empty_like(message) for _ in range(self.size)]
+        torch.distributed.all_gather(messages, message, group=self._group)
+        return torch.stack(messages)
+
+    def _gather_objects(self, thing: T) -> list[T]:
+        things: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(things, thing, group=self._group)
+        return things
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a small tensor over all ranks."""
+        if not self.several:
+            return tensor
+        total = tensor.to(self._device([tensor]), copy=True)
+        torch.distributed.all_reduce(total, group=self._group)
+        return total.to(tensor.device)
+
+    def add_up(
+        self,
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        divisor: int = 1,
+    ) -> list[Tensor | None]:
+        """Return the sums of gradients over all ranks, divided; leaves without names keep theirs.
+
+        All ranks must have the same parameters in the same order among their leaves.
+        """
+        known = self._known_names().by_id
+        found = {id(leaf): g for leaf, g in zip(leaves, gradients, strict=True)}
+        buckets = [
+            _Bucket(part, [found[id(leaf)] for leaf in part])
+            for part in _buckets([leaf for leaf in leaves if id(leaf) in known])
+        ]
+        for bucket in buckets:
+            bucket.send(self._group)
+        for bucket in buckets:
+            found.update(zip(map(id, bucket.leaves), bucket.receive(divisor), strict=True))
+        return [found[id(leaf)] for leaf in leaves]
+
+    def check_same_tasks(self, agreement: Agreement) -> None:
+        """Raise, on all ranks, unless all have the same tasks."""
+        for task, count in agreement.counts.items():
+            if count != self.size:
+                raise ValueError(
+                    f"all ranks must have a loss of task {task!r} where parameters are sharded, "
+                    f"but {count} of {self.size} have. Their backward passes wait for each other: "
+                    "leave the task out in all of them."
+                )
+
+    def count(self, tasks: Collection[str]) -> dict[str, int]:
+        """Return on how many ranks each task is among those given."""
+        present = self.sum(torch.tensor([float(task in tasks) for task in self._tasks]))
+        return dict(zip(self._tasks, map(int, present.tolist()), strict=True))
+
+    def same_draws(self, sources: Sequence[RandomSource]) -> None:
+        """Let the random sources of all ranks go on from the state of the first one's."""
+        first, *_ = self._gather_objects([source.get_extra_state() for source in sources])
+        for source, state in zip(sources, first, strict=True):
+            source.set_extra_state(state)
+
+
+class RankStep(Step):
+    """A step that several ranks take together, each with its part of the validation batch."""
+
+    def __init__(self, ranks: Ranks, *rest: Any) -> None:
+        super().__init__(*rest)
+        object.__setattr__(self, "_ranks", ranks)  # frozen, but for its own constructor
+
+    _ranks: Ranks
+
+    def shares(self, tasks: Collection[str]) -> dict[str, float]:
+        """Return by how much each task's loss counts: see :class:`Step`."""
+        counts = self._ranks.count(tasks)
+        return {task: self._ranks.size / count for task, count in counts.items() if count}
+
+    def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:
+        """Return the products averaged over ranks: see :class:`Step`."""
+        if not self._ranks.sharded:
+            return self._ranks.sum(super().products(loss, factors)) / self._ranks.size
+        if loss is None:
+            raise ValueError(
+                "`validation` must return a loss on every rank where parameters are sharded, but "
+                f"got none on rank {self._ranks.rank}."
+            )
+        # Averaged already, in shards.
+        (slopes,) = sharded_task_gradients([loss], self.parameters, [False])
+        scaled = [None if s is None else s * f for s, f in zip(slopes, factors, strict=True)]
+        return sum_over_shards(
+            self.parameters,
+            [*self.gradients, scaled],
+            lambda rows: inner_products(rows[:-1], rows[-1]),
+        )
+
+
+class Exchange:
+    """Averages the task gradients of one step over the ranks, while further ones are computed.
+
+    Gradients come task by task, in the order of the tasks; each is sent off at once in buckets.
+
+    Args:
+        group: The process group.
+        agreement: What all ranks know of the step.
+        dtype: What gradients are kept in afterwards.
+    """
+
+    def __init__(
+        self,
+        group: "torch.distributed.ProcessGroup | None",
+        agreement: Agreement,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._group = group
+        self._agreement = agreement
+        self._gradients = TaskGradients(dtype)
+        self._gradients.mark_nonfinite(agreement.nonfinite)
+        self._waiting = [t for t in agreement.counts if t not in agreement.nonfinite]
+        self._sent: list[_Sent] = []
+
+    def add(self, task: str, leaves: Sequence[Tensor], row: Sequence[Tensor | None]) -> None:
+        """Send a task's gradients off; those of tasks before it that are absent here are zero."""
+        while self._waiting and self._waiting[0] != task:
+            self._send(self._waiting.pop(0), [], [])
+        if self._waiting:
+            self._send(self._waiting.pop(0), leaves, row)
+
+    def _send(self, task: str, leaves: Sequence[Tensor], row: Sequence[Tensor | None]) -> None:
+        here = {id(leaf): gradient for leaf, gradient in zip(leaves, row, strict=True)}
+        layout = self._agreement.layouts[task]
+        sent = _Sent(task)
+        for bucket in _buckets(layout):
+            sent.buckets.append(_Bucket(bucket, [here.pop(id(leaf), None) for leaf in bucket]))
+            sent.buckets[-1].send(self._group)
+        known = {id(leaf): leaf for leaf in leaves}
+        # Not averaged: shards, which are averaged already, and leaves of this rank alone (inputs).
+        sent.own = [(known[key], gradient) for key, gradient in here.items()]
+        self._sent.append(sent)
+
+    def finish(self) -> TaskGradients:
+        """Wait for everything, and return the averaged gradients, the same on all ranks."""
+        while self._waiting:
+            self._send(self._waiting.pop(0), [], [])
+        for sent in self._sent:
+            leaves: list[Tensor] = []
+            row: list[Tensor | None] = []
+            for bucket in sent.buckets:
+                leaves += bucket.leaves
+                row += bucket.receive(self._agreement.counts[sent.task])
+            leaves += [leaf for leaf, _ in sent.own]
+            row += [gradient for _, gradient in sent.own]
+            self._gradients.add(sent.task, self._agreement.losses[sent.task], leaves, row)
+        self._sent.clear()
+        return self._gradients
+
+
+@dataclass
+class _Sent:
+    task: str
+    buckets: list["_Bucket"] = field(default_factory=list)
+    own: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+
+class _Bucket:
+    """Gradients of one task that go round together, in one flat tensor."""
+
+    def __init__(self, leaves: list[Tensor], gradients: list[Tensor | None]) -> None:
+        self.leaves = leaves
+        self._sizes = [flat(leaf.detach()).numel() for leaf in leaves]
+        first = flat(leaves[0].detach())
+        self._flat = first.new_empty(sum(self._sizes))
+        for part, gradient in zip(torch.split(self._flat, self._sizes), gradients, strict=True):
+            part.zero_() if gradient is None else part.copy_(flat(gradient))
+
+    def send(self, group: "torch.distributed.ProcessGroup | None") -> None:
+        """Start to add it up over the ranks."""
+        self._work = torch.distributed.all_reduce(self._flat, group=group, async_op=True)
+
+    def receive(self, count: int) -> list[Tensor | None]:
+        """Wait, and return the means over ``count`` ranks, as views."""
+        self._work.wait()
+        self._flat.div_(count)
+        return [
+            shaped(part, leaf)
+            for part, leaf in zip(torch.split(self._flat, self._sizes), self.leaves, strict=True)
+        ]
+
+
+def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the leaves in groups of one device and dtype and about the same number of bytes."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for leaf in leaves:
+        bucket = kinds.setdefault((leaf.device, leaf.dtype), [])
+        bucket.append(leaf)
+        if sum(member.nbytes for member in bucket) >= _BUCKET_BYTES:
+            yield kinds.pop((leaf.device, leaf.dtype))
+    yield from kinds.values()
+
+
+def _like(mean: Tensor, losses: Mapping[str, Tensor], task: str) -> Tensor:
+    """Return a mean loss in the dtype and on the device of this rank's own."""
+    model = losses.get(task, next(iter(losses.values()), None))
+    return mean.to(torch.float32) if model is None else mean.to(model.device, model.dtype)
+
+
+def _hash(names: Sequence[str] | None) -> float:
+    """Return a whole number below 2^53, which float64 holds exactly; 0 where nothing is known."""
+    if names is None:
+        return 0.0
+    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=6).digest()
+    return float(int.from_bytes(digest, "big") + 1)
