@@ -25,12 +25,14 @@ from mtbalance._checks import (
     check_validation,
     count_fallback,
 )
+from mtbalance._direction import direction_of
+from mtbalance._finite import FiniteCheck
+from mtbalance._finite import message as nonfinite_message
 from mtbalance._jacobian import (
     BatchedPasses,
     FreshGrad,
     TaskGradients,
     add_to_grad,
-    direct_by_columns,
     fresh_grad,
     gradient_of,
     reach_of,
@@ -38,21 +40,11 @@ from mtbalance._jacobian import (
     task_gradients,
 )
 from mtbalance._kept import KeptWeights
+from mtbalance._places import AtFeatures, AtParameters, Place, check_below, write
 from mtbalance._random import RandomSource
 from mtbalance._ranks import Agreement, Exchange, Ranks, RankStep
 from mtbalance._record import EpochCounts, EpochSummary, Record
-from mtbalance._rows import (
-    Rows,
-    all_finite,
-    columns_of,
-    combine,
-    gramian_of,
-    is_finite,
-    norms_of,
-    stacked,
-    sum_of,
-)
-from mtbalance._shards import is_sharded, like_sharded, local, offset_of, sum_over_shards
+from mtbalance._rows import combine, is_finite, stacked, sum_of
 from mtbalance._split import Explanation, ReachLog, Shared, named_groups
 from mtbalance._watch import OptimizerWatch
 from mtbalance.gradient._base import GradientStrategy, GramianStrategy
@@ -161,6 +153,8 @@ class Balancer(nn.Module):
         self._reach = ReachLog(self.tasks, groups)
         self._ranks = Ranks(process_group, self.tasks, groups)
         self._batched = None if self.chunk is None else BatchedPasses(self.chunk)
+        self._finite = FiniteCheck(nonfinite, self._ranks)
+        self._at_parameters = AtParameters(self._reach)
         self._kept = KeptWeights(self.tasks, 1 if groups is None else len(groups))
         self._watch = OptimizerWatch()
         self._pending = TaskGradients(dtype)
@@ -249,7 +243,7 @@ class Balancer(nn.Module):
             scaler: As in :meth:`backward`; the same for all calls of a step.
         """
         named, error = self._checked(losses)
-        bad = self._nonfinite_losses(named)
+        bad = self._finite.bad_losses(named)
         if self._ranks.sharded:
             # Its backward passes are collective: all ranks must make the same ones.
             agreement = self._ranks.agree(named, bad, {}, error)
@@ -259,7 +253,7 @@ class Balancer(nn.Module):
             raise error
         if bad and self.nonfinite == "raise" and not self._ranks.several:
             self._pending = TaskGradients(self.dtype)
-            raise FloatingPointError(_nonfinite_message("loss", bad))
+            raise FloatingPointError(nonfinite_message("loss", bad))
         self._pending.mark_nonfinite(bad)
         named = {name: loss for name, loss in named.items() if name not in bad}
         if named:
@@ -310,10 +304,15 @@ class Balancer(nn.Module):
 
     # --- losses -> per-task gradients -------------------------------------------------------------
 
-    def _checked(self, losses: Losses) -> tuple[dict[str, Tensor], Exception | None]:
+    def _checked(
+        self, losses: Losses, features: Sequence[Tensor] = ()
+    ) -> tuple[dict[str, Tensor], Exception | None]:
         """Return the losses in order; with several processes, the error is for all to hear of."""
         try:
             named = check_losses_by_task(losses, self.tasks, may_be_empty=self._ranks.several)
+            if features:
+                above = reach_of(list(named.values()), until=features).leaves
+                check_below(reach_of(features).leaves, above)
             if not self._ranks.sharded:
                 self._reach.note_graphs(named)
         except (TypeError, ValueError) as error:
@@ -346,7 +345,7 @@ class Balancer(nn.Module):
         """Return the gradients averaged over ranks, each on its way while the next is computed."""
         named, error = self._checked(losses)
         reached = {name: reach_of([loss]).leaves for name, loss in named.items()}
-        agreement = self._agreed(named, self._nonfinite_losses(named), reached, error)
+        agreement = self._agreed(named, self._finite.bad_losses(named), reached, error)
         exchange = Exchange(self.process_group, agreement, self.dtype)
         named = {name: loss for name, loss in named.items() if name not in agreement.nonfinite}
         for name, leaves, row in self._passes(named, scaler) if named else ():
@@ -375,7 +374,7 @@ class Balancer(nn.Module):
         """Tell all ranks what this one has; non-finite losses of any raise in all."""
         agreement = self._ranks.agree(losses, nonfinite, reached, error)
         if agreement.nonfinite and self.nonfinite == "raise":
-            raise FloatingPointError(_nonfinite_message("loss", agreement.nonfinite))
+            raise FloatingPointError(nonfinite_message("loss", agreement.nonfinite))
         return agreement
 
     # --- per-task gradients -> weights -> direction -> .grad --------------------------------------
@@ -383,52 +382,47 @@ class Balancer(nn.Module):
     def _balance_pending(self, validation: Validation | None, scaler: GradScaler | None) -> Record:
         pending, self._pending = self._pending, TaskGradients(self.dtype)
         self._reach.note_gradients(pending, check=self._ranks.sharded)
-        return self._balance(pending, validation, _scale_of(scaler))
+        return self._balance(pending, validation, _scale_of(scaler), self._at_parameters)
 
     def _balance(
         self,
         pending: TaskGradients,
         validation: Validation | None,
         scale: float | None,
-        features: "_Features | None" = None,
+        place: Place,
     ) -> Record:
         if pending.nonfinite and self.nonfinite == "skip":
             return self._skipped(pending.losses, pending.nonfinite)
         names, dropped = self._ordered(pending.losses), self._ordered(pending.nonfinite)
         if not names:
             return Record((), {}, absent=self._absent(dropped), nonfinite=dropped, dropped=dropped)
-        if features is None:
-            groups, rest = self._reach.divide(pending.leaves.values())
-            self._reach.check_inferred(pending, groups)
-        else:
-            groups, rest = features.divide(pending)
+        groups, rest = place.divide(pending)
         unscale = 1.0 if scale is None else 1.0 / scale
         rows_of_groups = {number: pending.rows(names, part) for number, part in groups.items()}
         rows_of_rest = pending.rows(names, rest)
         gramians = {
-            number: self._over_all(groups[number], rows, features) * unscale**2
+            number: place.gramian(groups[number], rows) * unscale**2
             for number, rows in rows_of_groups.items()
         }
         total = sum_of(list(gramians.values()), (len(names), len(names)))
 
-        bad = self._nonfinite_gradients(names, total, rows_of_rest)
+        bad = self._finite.bad_gradients(names, total, rows_of_rest)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             ones = torch.ones(len(names))
             for number, rows in rows_of_groups.items():
-                self._write(groups[number], combine(rows, ones), features)
-            self._write(rest, combine(rows_of_rest, ones))
+                place.write(groups[number], combine(rows, ones))
+            write(rest, combine(rows_of_rest, ones))
             absent = self._absent(names + dropped)
             return Record(
                 names, pending.losses, absent=absent, nonfinite=self._ordered(bad), overflow=True
             )
         if bad and self.nonfinite == "raise":
-            raise FloatingPointError(_nonfinite_message("gradient", bad))
+            raise FloatingPointError(nonfinite_message("gradient", bad))
         if bad:
             pending.mark_nonfinite(bad)
-            return self._balance(
-                pending, validation, scale, features
-            )  # skips, or goes on without them
+            # Skips, or goes on without them.
+            return self._balance(pending, validation, scale, place)
 
         losses = stacked([pending.losses[name] for name in names])
         active = self._numbers(names, losses.device)
@@ -443,15 +437,17 @@ class Balancer(nn.Module):
 
         pending.forget()  # from here on a row is freed as soon as its direction is known
         outcomes = {
-            number: self._direct(number, groups[number], rows, gramians[number], weights, unscale)
+            number: direction_of(
+                self.gradient, groups[number], rows, gramians[number], weights, unscale
+            )
             for number, rows in rows_of_groups.items()
         }
-        if features is None:
-            self._kept.close_step(names)
+        if place is self._at_parameters:
+            self._kept.keep(names, {number: o.solution for number, o in outcomes.items()})
         # Nothing is written before everything is known: an error in a strategy leaves no trace.
         for number, outcome in outcomes.items():
-            self._write(groups[number], outcome.direction, features)
-        self._write(rest, combine(rows_of_rest, weights, rest, release=True))
+            place.write(groups[number], outcome.direction)
+        write(rest, combine(rows_of_rest, weights, rest, release=True))
         self._add_learned(learned, scale)
         progress = [outcome.progress for outcome in outcomes.values()]
         combinations = [outcome.combination for outcome in outcomes.values()]
@@ -466,82 +462,6 @@ class Balancer(nn.Module):
             nonfinite=dropped,
             dropped=dropped,
         )
-
-    def _direct(
-        self,
-        number: int,
-        leaves: Sequence[Tensor],
-        rows: Rows,
-        gramian: Tensor,
-        weights: Tensor,
-        unscale: float,
-    ) -> "_Outcome":
-        """Ask the gradient strategy for the direction of one group of parameters."""
-        weights = weights.to(gramian)
-        if self.gradient.is_sum:
-            combination = weights
-        elif isinstance(self.gradient, GramianStrategy):
-            solution = self.gradient.solve(gramian * weights * weights[:, None])
-            self._kept.keep(number, solution)
-            combination = weights * solution
-        else:
-            direction, progress = self._direct_by_columns(leaves, rows, weights)
-            return _Outcome(direction, progress * unscale**2, None)
-        direction = combine(rows, combination, leaves, release=True)
-        return _Outcome(direction, gramian @ combination, combination)
-
-    def _direct_by_columns(
-        self, leaves: Sequence[Tensor], rows: Rows, weights: Tensor
-    ) -> tuple[list[Tensor | None], Tensor]:
-        strategy = self.gradient
-        strategy.start()
-        held = [local(leaf.detach()) for leaf in leaves]
-        if not any(map(is_sharded, leaves)):
-            return direct_by_columns(
-                strategy.on_columns, rows, weights, held, in_blocks=strategy.coordinatewise
-            )
-        if not strategy.coordinatewise:
-            raise TypeError(
-                "the gradient strategy must be coordinatewise or a GramianStrategy for sharded "
-                f"parameters, but {type(strategy).__name__} needs whole rows."
-            )
-        # Each leaf for itself: its columns here are a stretch of the columns of all processes.
-        direction: list[Tensor | None] = []
-        progress: list[Tensor] = []
-        first = 0
-        for place, leaf in enumerate(leaves):
-            part = [[row[place]] for row in rows]
-            (piece,), products = direct_by_columns(
-                strategy.on_columns, part, weights, [held[place]], first=first + offset_of(leaf)
-            )
-            direction.append(piece)
-            progress.append(sum_over_shards([leaf], part, functools.partial(_given, products)))
-            first += columns_of(leaf)
-        return direction, sum_of(progress, (len(weights),))
-
-    def _over_all(
-        self, leaves: Sequence[Tensor], rows: Rows, features: "_Features | None"
-    ) -> Tensor:
-        """Return the Gramian of rows over all their columns, wherever they are."""
-        if features is None:
-            return sum_over_shards(leaves, rows, gramian_of)
-        return self._ranks.sum(gramian_of(rows))
-
-    def _write(
-        self,
-        leaves: Sequence[Tensor],
-        directions: Sequence[Tensor | None],
-        features: "_Features | None" = None,
-    ) -> None:
-        """Accumulate directions into ``.grad``; those of features through what lies below them."""
-        if features is not None:
-            if not self._ranks.several:
-                torch.autograd.backward(list(leaves), directions)
-                return
-            below = self._ranks.ordered(features.below)
-            gradients = gradient_of(list(leaves), below, directions)
-            leaves, directions = below, self._ranks.add_up(below, gradients)
-        add_to_grad(leaves, [like_sharded(d, f) for d, f in zip(directions, leaves, strict=True)])
 
     def _weigh(self, losses: Tensor, active: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return d objective / d losses, shape (m,), and the derivatives by learned weights."""
@@ -562,7 +482,7 @@ class Balancer(nn.Module):
             weights, *slopes = torch.autograd.grad(
                 weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
             )
-        if self.nonfinite != "propagate" and not is_finite(weights):
+        if self._finite.looks and not is_finite(weights):
             raise FloatingPointError(
                 f"{type(self.weighting).__name__} must give finite weights, but gives "
                 f"{weights.tolist()} for the losses {raw.tolist()}."
@@ -613,12 +533,12 @@ class Balancer(nn.Module):
     def _facts(self, losses: Losses) -> "_Facts":
         """Return what is known before a pass, after telling the other ranks."""
         named, error = self._checked(losses)
-        bad = self._nonfinite_losses(named)
+        bad = self._finite.bad_losses(named)
         values = {name: loss.detach() for name, loss in named.items()}
         reach = reach_of(list(named.values()))
         if not self._ranks.several:
             if bad and self.nonfinite == "raise":
-                raise FloatingPointError(_nonfinite_message("loss", bad))
+                raise FloatingPointError(nonfinite_message("loss", bad))
             return _Facts(named, values, tuple(bad), dict.fromkeys(named, 1.0), reach.leaves)
         reached = {name: reach_of([loss]).leaves for name, loss in named.items()}
         agreement = self._agreed(named, bad, {} if self._ranks.sharded else reached, error)
@@ -673,7 +593,8 @@ class Balancer(nn.Module):
         scale: float | None,
     ) -> Record:
         names = tuple(facts.losses)
-        if scale is None and self.nonfinite != "propagate" and not self._all_agree(fresh):
+        looks = scale is None and self._finite.looks
+        if looks and not self._finite.everywhere(fresh.is_finite()):
             if self.nonfinite == "raise":
                 raise FloatingPointError(
                     f"the gradients of the tasks {', '.join(map(repr, names))} must be finite, "
@@ -689,13 +610,6 @@ class Balancer(nn.Module):
             dict(zip(names, weights.unbind(), strict=True)),
             absent=self._absent(names),
         )
-
-    def _all_agree(self, fresh: FreshGrad) -> bool:
-        """Return whether what a pass has written is finite on all ranks."""
-        finite = fresh.is_finite()
-        if not self._ranks.several:
-            return finite
-        return float(self._ranks.sum(torch.tensor(float(not finite)))) == 0
 
     @staticmethod
     def _set_up(scaler: GradScaler | None, facts: "_Facts") -> float | None:
@@ -721,14 +635,8 @@ class Balancer(nn.Module):
         check_features(parts, self.weighting, sharded=self._ranks.sharded)
         if self._one_pass_serves:
             return self._in_one_pass(losses, scaler)
-        named, error = self._checked(losses)
-        below = reach_of(parts).leaves
-        above = reach_of(list(named.values()), until=parts)
-        if error is None:
-            error = _crossing(below, above.leaves)
-        if error is not None and not self._ranks.several:
-            raise error
-        bad = self._nonfinite_losses(named)
+        named, error = self._checked(losses, parts)
+        bad = self._finite.bad_losses(named)
         shares = dict.fromkeys(named, 1.0)
         exchange: Exchange | None = None
         if self._ranks.several:
@@ -737,7 +645,7 @@ class Balancer(nn.Module):
             shares = {name: 1 / count for name, count in agreement.counts.items()}
             exchange, bad = Exchange(self.process_group, agreement), list(agreement.nonfinite)
         elif bad and self.nonfinite == "raise":
-            raise FloatingPointError(_nonfinite_message("loss", bad))
+            raise FloatingPointError(nonfinite_message("loss", bad))
         pending = TaskGradients()
         pending.mark_nonfinite(bad)
         named = {name: loss for name, loss in named.items() if name not in bad}
@@ -755,7 +663,8 @@ class Balancer(nn.Module):
                 exchange.add(name, leaves, row)
         if exchange is not None:
             pending = exchange.finish()
-        return self._balance(pending, None, _scale_of(scaler), _Features(parts, below))
+        place = AtFeatures(parts, reach_of(parts).leaves, self._ranks)
+        return self._balance(pending, None, _scale_of(scaler), place)
 
     # --- around the steps -------------------------------------------------------------------------
 
@@ -835,37 +744,6 @@ class Balancer(nn.Module):
         if self.weighting.needs_validation:
             check_validation(self.weighting, validation)
 
-    def _nonfinite_losses(self, losses: Losses) -> list[str]:
-        if self.nonfinite == "propagate" or not losses:
-            return []
-        finite = torch.isfinite(stacked([loss.detach() for loss in losses.values()])).tolist()
-        return [name for name, good in zip(losses, finite, strict=True) if not good]
-
-    def _nonfinite_gradients(self, names: Sequence[str], gramian: Tensor, rest: Rows) -> list[str]:
-        """Name the tasks whose gradient of a shared or of any other parameter is not finite."""
-        if self.nonfinite == "propagate":
-            return []
-        # All in one tensor, so that the device is waited for once.
-        sums = gramian.diagonal().clone()
-        for number, row in enumerate(rest):
-            norms = norms_of(row)
-            if norms is not None:
-                sums[number] += norms.sum()
-        if self._ranks.sharded:
-            sums = self._ranks.sum(sums)
-        bad = []
-        for name, good, row in zip(names, torch.isfinite(sums).tolist(), rest, strict=True):
-            # A norm may overflow where no entry does: look closer then.
-            if not good and not self._is_finite_after_all(gramian[names.index(name)], row):
-                bad.append(name)
-        return bad
-
-    def _is_finite_after_all(self, products: Tensor, row: Sequence[Tensor | None]) -> bool:
-        finite = bool(torch.isfinite(products).all()) and all_finite(row)
-        if self._ranks.sharded:
-            return float(self._ranks.sum(torch.tensor(float(not finite)))) == 0
-        return finite
-
     def _numbers(self, names: Sequence[str], device: torch.device) -> Tensor:
         """Return the tasks' numbers, on the device of the weighting's state if it has any."""
         for state in itertools.chain(self.weighting.parameters(), self.weighting.buffers()):
@@ -914,51 +792,5 @@ class _Facts(NamedTuple):
     leaves: list[Tensor]
 
 
-class _Features(NamedTuple):
-    """The features that a step is balanced at."""
-
-    parts: list[Tensor]
-    below: list[Tensor]
-    """Leaves that the features depend on."""
-
-    def divide(self, pending: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
-        """Return the features with gradients, as the only group, and all other leaves."""
-        own = {id(part) for part in self.parts}
-        found = [part for part in self.parts if id(part) in pending.leaves]
-        if not found:
-            raise ValueError("the losses must reach `features`, but none does.")
-        return {0: found}, [leaf for key, leaf in pending.leaves.items() if key not in own]
-
-
-class _Outcome(NamedTuple):
-    direction: list[Tensor | None]
-    progress: Tensor
-    combination: Tensor | None
-
-
 def _scale_of(scaler: GradScaler | None) -> float | None:
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
-
-
-def _given(value: Tensor, _: Rows) -> Tensor:
-    return value
-
-
-def _crossing(below: Sequence[Tensor], above: Sequence[Tensor]) -> ValueError | None:
-    """Return an error if parameters before the features are reached past them, too."""
-    known = {id(leaf) for leaf in below}
-    crossing = [leaf for leaf in above if id(leaf) in known]
-    if not crossing:
-        return None
-    return ValueError(
-        "`features` must be all that the losses get from the shared part of the network, but "
-        f"{len(crossing)} parameters that they depend on (one of shape "
-        f"{tuple(crossing[0].shape)}) are reached past them, too. Leave `features` out."
-    )
-
-
-def _nonfinite_message(what: str, names: Sequence[str]) -> str:
-    return (
-        f"the {what} of task {', '.join(map(repr, names))} must be finite, but holds NaN or "
-        "infinity. nonfinite='drop' leaves the task out of such a step, 'skip' leaves the step out."
-    )

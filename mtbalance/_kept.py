@@ -1,7 +1,7 @@
 """Gramian weights that are kept for the steps in which none are solved for."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -28,15 +28,10 @@ class KeptWeights:
         """Steps since they were solved for, that one included."""
         self.solutions: dict[int, Tensor] = {}
         self._of: tuple[str, ...] = ()
-        self._next: dict[int, Tensor] = {}
 
-    def keep(self, group: int, solution: Tensor) -> None:
-        """Note the solution, shape (m,), for one group of the running step."""
-        self._next[group] = solution
-
-    def close_step(self, tasks: tuple[str, ...]) -> None:
-        """Note whose the solutions of this step are."""
-        self.solutions, self._next = self._next, {}
+    def keep(self, tasks: tuple[str, ...], solutions: Mapping[int, Tensor | None]) -> None:
+        """Keep the solutions of this step, each of shape (m,), by the number of their group."""
+        self.solutions = {group: s for group, s in solutions.items() if s is not None}
         self._of = tasks
         self.age = 1 if self.solutions else _NEVER
 
