@@ -1,0 +1,107 @@
+"""What the scripts have in common: options, the description of the machine, tables or JSON.
+
+A measurement depends on more than the code. Whatever else is known to matter stands above every
+table and in the JSON.
+"""
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mtbalance
+from tests.benchmarks.workloads import TINY, WORKLOADS
+
+Measure = Callable[[str, torch.device], dict[str, Any]]
+
+
+def parser_of(description: str | None, default: Iterable[str]) -> argparse.ArgumentParser:
+    """Return a parser with the options that all scripts have.
+
+    Args:
+        description: What the script does.
+        default: The workloads that it measures unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        metavar="NAME",
+        choices=[*WORKLOADS, *TINY],
+        default=list(default),
+        help=f"of {', '.join([*WORKLOADS, *TINY])}; by default {', '.join(default)}",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def report(
+    options: argparse.Namespace, measure: Measure, table: Callable[[str, dict[str, Any]], str]
+) -> None:
+    """Measure the workloads and print a table for each as soon as it is there, or JSON."""
+    device = torch.device(options.device)
+    environment = describe(device)
+    if not options.json:
+        sys.stdout.write(header(environment))
+    results = {}
+    for name in options.workload:
+        results[name] = measure(name, device)
+        if not options.json:
+            sys.stdout.write(table(name, results[name]))
+            sys.stdout.flush()
+    if options.json:
+        json.dump({"environment": environment, "workloads": results}, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return versions, machine, threads and load as plain values."""
+    return {
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "mtbalance": mtbalance.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "load": load(),
+    }
+
+
+def header(environment: dict[str, Any]) -> str:
+    """Return the description as two lines of text."""
+    e = environment
+    where = f"{e['gpu']}, CPU {e['cpu']}" if e["gpu"] else e["cpu"]
+    return (
+        f"mtbalance {e['mtbalance']}, torch {e['torch']}, Python {e['python']}, {e['date']}\n"
+        f"{where}, {e['cores']} cores, {e['threads']} threads, "
+        f"OMP_WAIT_POLICY={e['omp_wait_policy']}, load {e['load']}\n\n"
+    )
+
+
+def load() -> float | None:
+    """Return the load average of the last minute; above ``threads`` others are at work too."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _cpu_model() -> str:
+    """Return the processor's name, for which Python has no portable function."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,156 @@
+"""The benchmarks run, and count what they say they count. What they measure is nobody's test."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from tests.benchmarks import memory, step_cost
+from tests.benchmarks.peers import peers
+from tests.benchmarks.workloads import TINY, WORKLOADS
+
+CPU = torch.device("cpu")
+
+
+def report(script, capsys, *arguments: str) -> dict:
+    script.main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_step_cost_reports_every_variant_against_the_floors(capsys) -> None:
+    out = report(
+        step_cost,
+        capsys,
+        "--workload",
+        "tiny-mlp",
+        "tiny-transformer",
+        "--rounds",
+        "1",
+        "--no-peers",
+    )
+    assert set(out) == {"environment", "workloads"}
+    assert {"torch", "threads", "cpu", "load", "omp_wait_policy"} <= set(out["environment"])
+    assert set(out["workloads"]) == {"tiny-mlp", "tiny-transformer"}
+    for result in out["workloads"].values():
+        rows = result["variants"]
+        assert set(rows) == {*step_cost.FLOORS, *step_cost.VARIANTS}
+        for row in rows.values():
+            first, third = row["quartiles"]
+            assert 0 < first <= row["median"] <= third
+            assert set(row["ratios"]) == set(step_cost.FLOORS)
+        assert rows["floor 2"]["ratios"]["floor 2"] == 1
+        assert rows["equal+sum"]["limit"] == {"floor": "floor 1", "ratio": 1.03}
+
+
+def test_step_cost_measures_what_was_chosen_and_prints_a_table(capsys) -> None:
+    step_cost.main(
+        ["--workload", "tiny-resnet", "--rounds", "1", "--no-peers", "--variants", "equal+cagrad"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-5:-1]] == [*step_cost.FLOORS, "equal+cagrad"]
+
+
+def test_step_cost_measures_options_when_asked() -> None:
+    result = step_cost.measure("tiny-mlp", CPU, 1, with_peers=False, with_options=True)
+    assert set(step_cost.OPTIONAL) < set(result["variants"])
+
+
+def test_a_peer_that_fails_is_a_line_of_the_table(monkeypatch, capsys) -> None:
+    def fails() -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    steps = {"somebody cagrad": lambda: None, "somebody pcgrad": fails}
+    monkeypatch.setattr(step_cost, "peers", lambda workload: (steps, ["nobody is not installed."]))
+    chosen = ("equal+cagrad", *steps)
+    result = step_cost.measure("tiny-mlp", CPU, 1, chosen)
+    assert result["failures"] == {"somebody pcgrad": "RuntimeError: no such kernel"}
+    assert result["variants"]["somebody cagrad"]["to_ours"] < 1
+    text = step_cost.table("tiny-mlp", result)
+    assert "fails: RuntimeError: no such kernel\n" in text
+    assert "nobody is not installed.\n" in text
+
+
+@pytest.mark.parametrize("library", ["torchjd", "LibMTL"])
+def test_peers_fill_every_grad(library: str) -> None:
+    workload = TINY["tiny-mlp"](CPU)
+    steps, missing = peers(workload)
+    mine = {name: step for name, step in steps.items() if name.startswith(library)}
+    if not mine:
+        assert any(line.startswith(library) for line in missing)
+        pytest.skip(f"{library} is not installed")
+    for step in mine.values():
+        workload.model.zero_grad()
+        with warnings.catch_warnings():  # theirs
+            warnings.simplefilter("ignore")
+            step()
+        for parameter in workload.model.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_losses_reach_shared_parameters_and_heads(name: str) -> None:
+    workload = TINY[name](CPU)
+    losses = workload.losses()
+    assert tuple(losses) == workload.tasks
+    for task, loss in losses.items():
+        reached = [*workload.parameters, *workload.heads[task].parameters()]
+        torch.autograd.grad(loss, reached, retain_graph=True)  # an error if one is not reached
+    assert set(workload.validation_losses()) == set(losses)
+
+
+def test_the_transformer_makes_the_forward_pass_of_the_example() -> None:
+    workload = TINY["tiny-transformer"](CPU)
+    workload.model.eval()
+    bag = workload.training.inputs
+    features = workload.features(bag)
+    outputs = [head(features[:, i]) for i, head in enumerate(workload.heads.values())]
+    torch.testing.assert_close(tuple(outputs), workload.model(bag).outputs)
+
+
+def test_limits_are_those_of_measured_workloads() -> None:
+    families = {name.partition("-")[0] for name in WORKLOADS}
+    assert families == {"transformer", "mlp", "resnet"}
+    assert step_cost.limit_of("dwa+cagrad", "mlp", 8) == ("floor 2", 1.20)
+    assert step_cost.limit_of("dwa+cagrad", "mlp", 16) is None
+    assert step_cost.limit_of("autol+cagrad", "transformer", 2) == ("floor 3", 1.12)
+
+
+def test_memory_counts_the_peak_and_what_is_left() -> None:
+    before = torch.zeros(1000)
+
+    def run() -> None:
+        nonlocal before
+        first = torch.zeros(1000)  # 4000 bytes live
+        second = torch.zeros(2000)  # 12000
+        del first  # 8000
+        kept.append(torch.zeros(500))  # 10000
+        del second
+        before = None  # was there before: neither gain nor loss
+
+    kept: list[torch.Tensor] = []
+    use = memory.memory_of(run, CPU)
+    assert use == (12000, 2000)
+
+
+def test_memory_counts_what_a_backward_pass_holds() -> None:
+    weight = torch.zeros(256, 256, requires_grad=True)
+    use = memory.memory_of(lambda: (weight * 2).sum().backward(), CPU)
+    size = weight.numel() * 4
+    # The product is gone when its gradient is there; .grad stays.
+    assert size <= use.kept < 1.1 * size
+    assert use.kept <= use.peak < 2.2 * size
+
+
+def test_memory_reports_every_strategy(capsys) -> None:
+    out = report(memory, capsys, "--workload", "tiny-mlp")
+    result = out["workloads"]["tiny-mlp"]
+    assert set(result["variants"]) == {"floor 2", "floor 3", *memory.MEASURED}
+    assert result["plain"]["kept"] == pytest.approx(1, abs=0.1)
+    for row in result["variants"].values():
+        assert {"extra", "left"} <= set(row)
+    # A row for each task, instead of one gradient.
+    assert result["variants"]["equal+cagrad"]["extra"] > 0.5
+    memory.main(["--workload", "tiny-mlp"])
+    assert "equal+cagrad" in capsys.readouterr().out
