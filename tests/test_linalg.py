@@ -1,5 +1,7 @@
 """The pure functions on Gramians and the convex solvers, against NumPy and SciPy."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,16 @@ from torch.testing import assert_close
 
 from mtbalance import _linalg
 from mtbalance._linalg import (
+    FLOATS,
+    TENSORS,
+    minimize_by_pivoting,
+    minimize_for_few,
     minimize_linear_plus_norm,
-    minimize_on_segment,
     norm_of,
     project_on_dual_cone,
     unit_rows,
+    vanishes,
+    weights_of_pair,
 )
 from tests._oracles import array, least_norm_weights, nonnegative_least_squares
 from tests._oracles import project_on_dual_cone as projection_by_nnls
@@ -49,6 +56,58 @@ def test_norm_of_a_combination(rows: Tensor, seed: int) -> None:
     expected = float((coefficients @ rows).norm())
     size = float(rows.norm(dim=1).sum() * coefficients.abs().max())
     assert norm_of(coefficients, rows @ rows.T) == pytest.approx(expected, abs=1e-6 * size)
+
+
+@given(rows=gradients(scales=[1.0]))
+@settings(max_examples=50)
+def test_vanishing_combinations(rows: Tensor) -> None:
+    """A unit row is told from zero, and a row plus its opposite is not."""
+    units = unit_matrix(rows)
+    if not len(units):
+        return
+    both = torch.cat([units, -units[:1]])
+    gramian = both @ both.T
+    one = torch.zeros(len(both), dtype=torch.float64)
+    one[0] = 3.0
+    assert not vanishes(one, gramian)
+    one[-1] = 3.0
+    assert vanishes(one, gramian)
+    one[-1] = 3.0 - 1e-4  # a length of 1e-4 among weights of 6
+    assert not vanishes(one, gramian)
+
+
+# --- two rows -------------------------------------------------------------------------------------
+
+
+def test_arithmetic_of_floats_and_tensors_agrees() -> None:
+    """Each operation by hand, in both kinds of number."""
+    for x, y in [(4.0, 9.0), (-4.0, 0.0)]:
+        one, two = torch.tensor(x).double(), torch.tensor(y).double()
+        assert (
+            FLOATS.where(x > 0, y, 1.0) == TENSORS.where(one > 0, two, 1.0) == (y if x > 0 else 1)
+        )
+        assert FLOATS.positive(x) == TENSORS.positive(one) == (4 if x > 0 else 0)
+        assert FLOATS.larger(x, y) == TENSORS.larger(one, two) == y
+        assert FLOATS.sqrt(y) == TENSORS.sqrt(two) == (3 if y else 0)
+    assert TENSORS.where(torch.tensor(1.0).double() > 0, torch.tensor(2.0).double(), 1).dtype == (
+        torch.float64
+    )
+
+
+def test_weights_of_pair_stay_on_the_device() -> None:
+    """The meta device raises where a number is read, so that nothing here waits for a device."""
+    seen = []
+
+    def formula(a, h, b, of):
+        seen.append((a, h, b))
+        return a + 10 * h, b
+
+    gramian = torch.tensor([[1.0, 2.0], [2.0, 3.0]], dtype=torch.float64)
+    assert weights_of_pair(formula, gramian).tolist() == [21.0, 3.0]
+    assert seen == [(1.0, 2.0, 3.0)]
+    weights = weights_of_pair(formula, gramian.to("meta"))
+    assert weights.device.type == "meta"
+    assert (weights.shape, weights.dtype) == ((2,), torch.float64)
 
 
 # --- solvers --------------------------------------------------------------------------------------
@@ -105,31 +164,56 @@ def test_projection_by_hand() -> None:
     assert_close(multipliers, torch.tensor([0.6, 0.0]).double())
 
 
-@given(
+class Problem(NamedTuple):
+    """Minimise beta^T y + phi |U^T y| over y >= 0, a^T y = 1, with beta as CAGrad has it."""
+
+    units: Tensor
+    gramian: Tensor
+    linear: Tensor
+    radius: float
+    sizes: Tensor
+
+    def excess_of(self, y: Tensor) -> float:
+        """Return by how much y misses the first-order conditions, relative to the scale.
+
+        They are sufficient since the objective is convex: at the minimum, slope_i / a_i is the same
+        for every row in use and no smaller for the others, with slope = beta + phi C y / |U^T y|.
+        """
+        _, gramian, linear, radius, sizes = self
+        assert (y >= 0).all()
+        assert float(sizes @ y) == pytest.approx(1)
+        slope = (linear + radius * (gramian @ y) / norm_of(y, gramian)) / sizes
+        scale = float((linear.abs().max() + radius) / sizes.min())
+        return (float((sizes * y) @ slope) - float(slope.min())) / scale
+
+
+def problem(rows: Tensor, seed: int, radius: float) -> Problem | None:
+    units = unit_matrix(rows)
+    k = len(units)
+    rng = np.random.default_rng(seed)
+    mean = torch.from_numpy(rng.uniform(0.1, 1.0, k))
+    sizes = torch.from_numpy(10.0 ** rng.uniform(-3, 0, k))
+    gramian = units @ units.T
+    phi = radius * norm_of(mean, gramian)
+    if not k or phi < 1e-6:
+        return None
+    return Problem(units, gramian, gramian @ mean, phi, sizes / sizes.max())
+
+
+PROBLEMS = given(
     rows=gradients(scales=[1.0]),
     seed=st.integers(0, 2**16),
     radius=st.sampled_from([0.05, 0.4, 1.0, 3.0]),
 )
+
+
+@PROBLEMS
 @settings(max_examples=300)
 def test_minimum_of_linear_plus_norm(rows: Tensor, seed: int, radius: float) -> None:
-    """First-order conditions, sufficient since the objective is convex.
-
-    At the minimum, slope_i / a_i is the same for every row in use and no smaller for the others,
-    with slope = beta + phi C y / |U^T y|. The linear term is that of CAGrad: beta = C mean.
-    """
-    units = unit_matrix(rows)
-    if not len(units):
+    given_ = problem(rows, seed, radius)
+    if given_ is None:
         return
-    k = len(units)
-    gramian = units @ units.T
-    rng = np.random.default_rng(seed)
-    mean = torch.from_numpy(rng.uniform(0.1, 1.0, k))
-    sizes = torch.from_numpy(10.0 ** rng.uniform(-3, 0, k))
-    sizes = sizes / sizes.max()
-    linear = gramian @ mean
-    phi = radius * norm_of(mean, gramian)
-    if phi < 1e-6:
-        return
+    units, gramian, linear, phi, sizes = given_
     start = 1 / sizes
     start = start / (sizes @ start)
     y = minimize_linear_plus_norm(gramian, linear, phi, sizes, start, may_vanish=True)
@@ -137,11 +221,78 @@ def test_minimum_of_linear_plus_norm(rows: Tensor, seed: int, radius: float) -> 
         least = least_norm_weights(array(units), array(sizes)) @ array(units)
         assert np.linalg.norm(least) <= 1e-6 * np.linalg.norm(1 / array(sizes))
         return
-    assert (y >= 0).all()
-    assert float(sizes @ y) == pytest.approx(1)
-    slope = (linear + phi * (gramian @ y) / norm_of(y, gramian)) / sizes
-    value = float((sizes * y) @ slope)
-    assert float(slope.min()) >= value - 1e-9 * float((linear.abs().max() + phi) / sizes.min())
+    assert given_.excess_of(y) <= 1e-9
+
+
+@PROBLEMS
+@settings(max_examples=300)
+def test_pivoting_finds_the_minimum_or_says_that_it_did_not(rows, seed, radius) -> None:
+    given_ = problem(rows, seed, radius)
+    if given_ is None:
+        return
+    units, gramian, linear, phi, sizes = given_
+    y = minimize_by_pivoting(gramian, linear, phi, sizes)
+    if y is not None and vanishes(y, gramian):
+        assert (y >= 0).all()
+        assert np.linalg.norm(array(y) @ array(units)) <= 1e-6 * float(y.sum())
+    elif y is not None:
+        assert given_.excess_of(y) <= 1e-11
+
+    step = minimize_for_few(gramian.tolist(), linear.tolist(), phi, sizes.tolist())
+    if step is not None:
+        multipliers = torch.tensor(step, dtype=torch.float64)
+        assert norm_of(multipliers, gramian) == pytest.approx(phi, rel=1e-9)
+        assert given_.excess_of(multipliers / (sizes @ multipliers)) <= 1e-11
+
+
+@pytest.mark.parametrize("name", ["generic", "conflicting", "unequal_norms", "near_parallel"])
+@pytest.mark.parametrize("m", [3, 8, 40])
+def test_pivoting_usually_works(name: str, m: int) -> None:
+    """Otherwise the test above would be empty. Independent rows always get there."""
+    for seed in range(10):
+        given_ = problem(matrix(name, m, 3 * m, seed), seed, 0.4)
+        assert given_ is not None
+        _, gramian, linear, phi, sizes = given_
+        assert minimize_by_pivoting(gramian, linear, phi, sizes) is not None
+        if name != "near_parallel":  # closer than the pivots allowed
+            assert minimize_for_few(gramian.tolist(), linear.tolist(), phi, sizes.tolist())
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_elimination(size: int) -> None:
+    """Against NumPy; and a row that depends on others is left out, as if it were not there."""
+    rows = random_gradients(size, size + 3, seed=size)
+    matrix_ = array(rows @ rows.T)
+    right = array(random_gradients(size, 2, seed=9))
+    expected = np.linalg.solve(matrix_, right)
+    found = np.array(_linalg._eliminate(np.hstack([matrix_, right]).tolist())).T
+    assert np.allclose(found, expected, rtol=1e-9)
+    twice = np.arange(size + 1).clip(0, size - 1)  # the last row once more
+    repeated = np.hstack([matrix_[twice][:, twice], right[twice]])
+    found = np.array(_linalg._eliminate(repeated.tolist())).T
+    assert np.allclose(found[:-1], expected, rtol=1e-9)
+    assert not found[-1].any()
+
+
+def test_first_face_is_right_where_rows_are_orthogonal() -> None:
+    """beta = (1, 2, 4), a = 1, phi = 2: at height t the multipliers are max(t - beta, 0).
+
+    (t - 1)^2 + (t - 2)^2 = 4 has the root t = (3 + sqrt(7)) / 2 = 2.8, between 2 and 4. So the
+    first two count. And with beta = (1, 3), a = (1/2, 1) the second counts from t = 3 on, where the
+    first has a multiplier of 3/2 - 1 = 1/2.
+    """
+    assert _linalg._guess_face([1.0, 4.0, 2.0], 2.0, [1.0, 1.0, 1.0]) == ([0, 2, 1], 2)
+    assert _linalg._guess_face([3.0, 1.0], 0.49, [1.0, 0.5]) == ([1, 0], 1)
+    assert _linalg._guess_face([3.0, 1.0], 0.51, [1.0, 0.5]) == ([1, 0], 2)
+
+
+def test_a_duality_gap_is_noticed() -> None:
+    """Orthogonal rows, beta = 0, a = 1: by symmetry equal multipliers are best, others are not."""
+    for multipliers, right in [([1.0, 1.0], True), ([1.0, 1.0 + 1e-9], False), ([1.0, 0.0], False)]:
+        step = _linalg._scaled_to_optimum(multipliers, multipliers, [0.0, 0.0], 1.0, [1.0, 1.0])
+        assert (step is not None) == right
+        if step is not None:
+            assert step == pytest.approx([0.5**0.5] * 2)
 
 
 @given(m=st.integers(1, 8), extra=st.integers(0, 8), seed=st.integers(0, 2**16))
@@ -157,48 +308,6 @@ def test_without_a_linear_term_it_is_the_point_of_least_norm(m, extra, seed) -> 
     expected = least_norm_weights(array(units), array(sizes)) @ array(units)
     if np.linalg.norm(expected) > 1e-3:
         assert np.allclose(array(y) @ array(units), expected, rtol=0, atol=1e-9)
-
-
-@given(rows=gradients(m=(2, 2), scales=[1.0]), radius=st.sampled_from([0.1, 0.4, 0.99, 1.5, 9.0]))
-@settings(max_examples=200)
-def test_segment_against_a_fine_search(rows: Tensor, radius: float) -> None:
-    """The closed form for two rows is no worse than any of many points of the segment."""
-    if not rows.any(1).all():
-        return
-    rows = rows / rows.norm(dim=1).max()
-    mean = rows.mean(0)
-    phi = radius * float(mean.norm())
-    if phi < 1e-6:
-        return
-    (a, h), (_, b) = (rows @ rows.T).tolist()
-    found = minimize_on_segment(a, h, b, phi)
-
-    def objective(x: Tensor) -> Tensor:
-        g_w = torch.stack([x, 1 - x], 1) @ rows
-        return g_w @ mean + phi * g_w.norm(dim=1)
-
-    grid = torch.cat([torch.linspace(0, 1, 2001).double(), torch.logspace(-12, -3, 200).double()])
-    best = float(objective(torch.cat([grid, 1 - grid])).min())
-    if found is None:
-        assert best >= -1e-7  # where the combination vanishes the objective is zero
-        return
-    x, y = found
-    assert min(x, y) >= 0
-    assert x + y == pytest.approx(1)
-    # Rows closer than 1e-7 are one: whatever the weights, g_w points the same way to that squared.
-    apart = float((rows[0] - rows[1]).norm())
-    slack = 1e-12 if apart > 1e-7 else 1e-12 + (1 + radius) * apart
-    assert float(objective(torch.tensor([x]).double())) <= best + slack
-
-
-def test_segment_of_equal_rows() -> None:
-    assert minimize_on_segment(1.0, 1.0, 1.0, 0.4) == (0.5, 0.5)
-
-
-def test_segment_that_holds_zero() -> None:
-    """Rows 1 and -1/2 on a line: g_w = 0 for w = (1/3, 2/3), the minimum if phi > |g0|."""
-    assert minimize_on_segment(1.0, -0.5, 0.25, 0.3) is None
-    assert minimize_on_segment(1.0, -0.5, 0.25, 0.2) == (0.0, 1.0)
 
 
 @given(rows=gradients(m=(1, 6), scales=[1.0]), seed=st.integers(0, 99))

@@ -5,14 +5,27 @@ from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_choice
 from mtbalance._linalg import (
+    FEW,
+    RESOLUTION,
+    ZERO_ROW,
+    Arithmetic,
+    Number,
+    UnitRows,
+    dot,
+    minimize_by_pivoting,
+    minimize_for_few,
     minimize_linear_plus_norm,
-    minimize_on_segment,
     norm_of,
     project_on_dual_cone,
     unit_rows,
+    vanishes,
+    weights_of_pair,
 )
 
 from ._base import GramianStrategy
+
+_LEAST_SQUARED_SINE = 1e-20
+"""Below the resolution of a float64 Gramian (its square root is 1e-10), and not zero."""
 
 
 class CAGrad(GramianStrategy):
@@ -63,65 +76,150 @@ class CAGrad(GramianStrategy):
         self.rescale = rescale
 
     def weights(self, gramian: Tensor) -> Tensor:
-        m = len(gramian)
-        pull = self._pull_of_pair(gramian) if m == 2 else None
-        if pull is None:
-            pull = self._pull(gramian)
-        divisor = [1, 1 + self.c * self.c, 1 + self.c][self.rescale]
-        return (1 + m * pull) / divisor
+        if len(gramian) == 2:
+            return weights_of_pair(self._weights_of_pair, gramian)
+        gramian = gramian.detach().cpu()
+        if len(gramian) <= FEW:
+            weights = self._weights_of_few(gramian.tolist())
+            if weights is not None:
+                return torch.tensor(weights, dtype=torch.float64)
+        return (1 + len(gramian) * self._pull(gramian)) / self._divisor
 
-    def _pull_of_pair(self, gramian: Tensor) -> Tensor | None:
-        """Return what :meth:`_pull` does, for two tasks; None if the closed form does not hold."""
-        (a, h), (_, b) = gramian.tolist()
-        scale = max(a, b)
-        if min(a, b) <= 1e-24 * scale or self.c == 0:
-            return None
+    @property
+    def _divisor(self) -> float:
+        return [1, 1 + self.c * self.c, 1 + self.c][self.rescale]
+
+    def _weights_of_pair(
+        self, a: Number, h: Number, b: Number, of: Arithmetic[Number]
+    ) -> tuple[Number, Number]:
+        r"""Return the weights of two tasks in closed form, without branches.
+
+        Where both count, d points to the foot of the perpendicular from zero to the line through
+        both, :math:`(b - h, a - h) / D` with :math:`D = a + b - 2 h`; added to the mean is
+
+        .. math::
+            \frac{(\rho (b - h) - (a - b) / 2, \; \rho (a - h) + (a - b) / 2)}{D},
+            \qquad \rho^2 = c^2 + (c^2 - 1) \frac{(a - b)^2}{4 (a b - h^2)}.
+
+        If one of these is negative, or :math:`\rho^2` is, the task with the shorter gradient counts
+        alone.
+        """
+        where, positive, sqrt = of.where, of.positive, of.sqrt
+        scale = of.larger(a, b)
+        scale = where(scale > 0, scale, 1.0)
         a, h, b = a / scale, h / scale, b / scale
-        radius = self.c * math.sqrt(max(a + 2 * h + b, 0)) / 2
-        w = minimize_on_segment(a, h, b, radius) if radius > 0 else None
-        if w is None:
+        has_a, has_b = a > ZERO_ROW**2, b > ZERO_ROW**2
+        c_squared = self.c * self.c
+        radius = self.c / 2 * sqrt(positive(a + 2 * h + b))
+        half = (a - b) / 2
+        determinant = of.larger(a * b - h * h, _LEAST_SQUARED_SINE * a * b)
+        determinant = where(determinant > 0, determinant, 1.0)
+        rho = sqrt(positive(c_squared + (c_squared - 1) * half * half / determinant))
+        x, y = rho * (b - h) - half, rho * (a - h) + half
+        x, y = where(has_a, x, 0.0), where(has_a, y, 1.0)
+        x, y = where(has_b, x, 1.0), where(has_b, y, 0.0)
+        # Rows that are equal have neither positive: any weights will do.
+        x, y = where(y > 0, positive(x), 1.0), where(x > 0, positive(y), 1.0)
+
+        apart = x * x * a + y * y * b
+        squared_length = apart + 2 * x * y * h
+        pull = radius / sqrt(where(squared_length > 0, squared_length, 1.0))
+        # Opposite rows: the projection of the mean on the cone of directions without conflict.
+        kink = squared_length <= RESOLUTION * apart
+        x = where(kink, positive(-a - h) / (2 * where(has_a, a, 1.0)), pull * x)
+        y = where(kink, positive(-b - h) / (2 * where(has_b, b, 1.0)), pull * y)
+        return (1 + 2 * x) / self._divisor, (1 + 2 * y) / self._divisor
+
+    def _weights_of_few(self, gramian: list[list[float]]) -> list[float] | None:
+        """Return the weights of tasks that all have a gradient, if the fast way leads there."""
+        norms = [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(gramian)]
+        largest, smallest = max(norms), min(norms)
+        if smallest <= ZERO_ROW * largest:
             return None
-        length = math.sqrt(w[0] * w[0] * a + 2 * w[0] * w[1] * h + w[1] * w[1] * b)
-        return torch.tensor(w, dtype=torch.float64) * (radius / length)
+        cosines = [
+            [g / (n * x) for g, x in zip(row, norms, strict=True)]
+            for row, n in zip(gramian, norms, strict=True)
+        ]
+        mean = [n / largest for n in norms]
+        linear = [dot(row, mean) for row in cosines]
+        radius = self.c * math.sqrt(max(dot(mean, linear), 0.0))
+        sizes = [smallest / n for n in norms]
+        step = minimize_for_few(cosines, linear, radius, sizes) if radius else [0.0] * len(norms)
+        if step is None:
+            return None
+        return [(1 + s / x) / self._divisor for s, x in zip(step, mean, strict=True)]
 
     def _pull(self, gramian: Tensor) -> Tensor:
         """Return the coefficients, shape (m,), of what is added to the mean gradient."""
         m = len(gramian)
-        pull = torch.zeros(m, dtype=torch.float64)
         rows = unit_rows(gramian)
+        pull = torch.zeros(m, dtype=torch.float64)
         if len(rows.numbers) == 0:
             return pull
         mean = rows.norms / rows.norms.max()  # in units of the largest norm, times m
-        mean_length = norm_of(mean, rows.cosines)
-        radius = self.c * mean_length
+        linear = rows.cosines @ mean
+        radius = self.c * math.sqrt(max(float(mean @ linear), 0.0))
         if radius == 0:
             return pull
+        sizes = rows.norms.min() / rows.norms
+        y = minimize_by_pivoting(rows.cosines, linear, radius, sizes)
+        if y is None or vanishes(y, rows.cosines):
+            step = self._step_near_the_kink(rows, mean, linear, radius, sizes, y)
+        else:
+            step = y * (radius / norm_of(y, rows.cosines))
+        pull[rows.numbers] = step / (m * mean)
+        return pull
+
+    def _step_near_the_kink(
+        self,
+        rows: UnitRows,
+        mean: Tensor,
+        linear: Tensor,
+        radius: float,
+        sizes: Tensor,
+        vanishing: Tensor | None,
+    ) -> Tensor:
+        """Return the step from the mean where some combination vanishes, or the face was not found.
+
+        Args:
+            rows: The rows that are not zero.
+            mean: Their mean's coefficients; the step is in the same units.
+            linear: Inner products of the mean with the unit rows.
+            radius: Of the ball.
+            sizes: Inverse norms, the largest of which is 1.
+            vanishing: Weights of a combination that vanishes, if known.
+        """
         multipliers = project_on_dual_cone(rows.cosines, mean)
         distance = norm_of(multipliers, rows.cosines)
-        sizes = rows.norms.min() / rows.norms
         # If the ball does not reach the dual cone, the optimum is negative; starting from a
         # negative value keeps away from the kink, whose value is zero.
         reaches = distance <= radius
-        start = 1 / sizes if reaches else multipliers
+        if reaches:
+            if vanishing is None:
+                nearest = minimize_by_pivoting(rows.cosines, torch.zeros_like(linear), 1.0, sizes)
+                if nearest is not None and vanishes(nearest, rows.cosines):
+                    vanishing = nearest
+            if vanishing is not None:
+                return multipliers
+            step, start = multipliers, 1 / sizes
+        else:
+            face = multipliers.nonzero()[:, 0].tolist()
+            y = minimize_by_pivoting(rows.cosines, linear, radius, sizes, face)
+            if y is not None and not vanishes(y, rows.cosines):
+                return y * (radius / norm_of(y, rows.cosines))
+            step, start = multipliers * (radius / distance), multipliers
         y = minimize_linear_plus_norm(
-            rows.cosines,
-            rows.cosines @ mean,
-            radius,
-            sizes,
-            start / (sizes @ start),
-            may_vanish=reaches,
+            rows.cosines, linear, radius, sizes, start / (sizes @ start), may_vanish=reaches
         )
-        step = multipliers if reaches else multipliers * (radius / distance)
         if y is not None:
             # Near the kink rounding may hide it: take the better of its answer and the walk's.
             walked = y * (radius / norm_of(y, rows.cosines))
             worst = [
-                float((rows.norms * (rows.cosines @ (mean + s))).min()) for s in (walked, step)
+                float((rows.norms * (linear + rows.cosines @ s)).min()) for s in (walked, step)
             ]
-            if worst[0] >= worst[1] - 1e-12 * float(rows.norms.max()) * mean_length:
+            if worst[0] >= worst[1] - 1e-12 * float(rows.norms.max()) * radius / self.c:
                 step = walked
-        pull[rows.numbers] = step * rows.norms.max() / (m * rows.norms)
-        return pull
+        return step
 
     def extra_repr(self) -> str:
         return f"c={self.c}, rescale={self.rescale}"

@@ -5,12 +5,24 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_choice
-from mtbalance._linalg import ZERO_ROW
+from mtbalance._linalg import ZERO_ROW, Arithmetic, Number, weights_of_pair
 from mtbalance._random import RandomSource
 
 from ._base import GramianStrategy
 
 _MAX_TASKS_OF_EXPECTATION = 6
+
+
+def _weights_of_pair(
+    a: Number, h: Number, b: Number, of: Arithmetic[Number]
+) -> tuple[Number, Number]:
+    """Return 1 - min(h, 0) / a and 1 - min(h, 0) / b, but 1 for a zero row."""
+    conflict = of.positive(-h)
+    least = ZERO_ROW**2 * of.larger(a, b)
+    return (
+        1 + conflict / of.where(a > least, a, math.inf),
+        1 + conflict / of.where(b > least, b, math.inf),
+    )
 
 
 class PCGrad(GramianStrategy):
@@ -70,19 +82,26 @@ class PCGrad(GramianStrategy):
 
     def weights(self, gramian: Tensor) -> Tensor:
         m = len(gramian)
+        if m == 2:  # the order is free, and nothing is drawn
+            return weights_of_pair(_weights_of_pair, gramian)
+        gramian = gramian.detach().cpu()
         tasks, orders = self._walks(m)
-        tasks, orders = tasks.to(gramian.device), orders.to(gramian.device)
         squared_norms = gramian.diagonal()
         is_zero = squared_norms <= ZERO_ROW**2 * squared_norms.max()
         divisors = torch.where(is_zero, math.inf, squared_norms)
+        steps = (gramian / divisors[:, None])[orders]  # (walks, m - 1, m)
 
-        coefficients = torch.nn.functional.one_hot(tasks, m).to(gramian.dtype)  # (walks, m)
         products = gramian[tasks]  # (walks, m): with each row, kept up to date
-        for visited in orders.unbind(1):
-            excess = products.gather(1, visited[:, None])[:, 0].clamp_max(0) / divisors[visited]
-            coefficients.scatter_add_(1, visited[:, None], -excess[:, None])
-            products = products - excess[:, None] * gramian[visited]
-        return coefficients.sum(0) * (m / len(tasks))
+        conflicts = []
+        for visited, step in zip(orders[:, :, None].unbind(1), steps.unbind(1), strict=True):
+            conflict = products.gather(1, visited).clamp_max_(0)
+            products.addcmul_(conflict, step, value=-1)
+            conflicts.append(conflict)
+        weights = torch.ones_like(divisors)
+        if conflicts:  # none for a single task
+            lost = torch.cat(conflicts, 1) / divisors[orders]
+            weights.index_add_(0, orders.flatten(), lost.flatten(), alpha=-m / len(tasks))
+        return weights
 
     def _walks(self, m: int) -> tuple[Tensor, Tensor]:
         """Return which task each walk starts from, (walks,), and whom it visits, (walks, m - 1)."""

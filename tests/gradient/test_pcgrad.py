@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from mtbalance.gradient import PCGrad
+from mtbalance._linalg import TENSORS
+from mtbalance.gradient import PCGrad, _pcgrad
 from tests._oracles import (
     array,
     pcgrad_expectation,
@@ -224,6 +225,37 @@ def test_deterministic_settings_draw_nothing(strategy: PCGrad) -> None:
     rows = matrix("conflicting", 5, 20)
     assert torch.equal(strategy(rows), strategy(rows))
     assert torch.equal(strategy.random.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("m", range(1, 6))
+def test_what_is_drawn_depends_on_the_number_of_tasks_alone(m: int) -> None:
+    """So processes with different rows draw alike. Up to two tasks have one order: nothing."""
+    states = []
+    for name in ("non_conflicting", "zero_rows", "generic"):
+        strategy = PCGrad(seed=3)
+        strategy(matrix(name, m, 20, seed=m))
+        states.append(strategy.random.generator.get_state())
+    assert all(torch.equal(state, states[0]) for state in states)
+    drawn = not torch.equal(states[0], torch.Generator().manual_seed(3).get_state())
+    assert drawn == (m > 2)
+
+
+@given(rows=gradients(m=(2, 2)))
+@settings(max_examples=200)
+def test_two_tasks_on_a_device_get_the_same_weights(rows: Tensor) -> None:
+    """The formula carried by tensors, as on a GPU, and by Python's floats, as on the CPU."""
+    gramian = rows @ rows.T
+    a, h, _, b = gramian.flatten().unbind()
+    on_device = torch.stack(_pcgrad._weights_of_pair(a, h, b, TENSORS))
+    assert_close(on_device, PCGrad().weights(gramian), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("strategy", [PCGrad(), PCGrad("fixed"), PCGrad(expectation=True)])
+def test_two_tasks_on_a_device_wait_for_nothing(strategy: PCGrad) -> None:
+    """On the meta device, reading a number or copying it to the host raises."""
+    weights = strategy.weights(torch.empty(2, 2, dtype=torch.float64, device="meta"))
+    assert weights.device.type == "meta"
+    assert weights.shape == (2,)
 
 
 def test_expectation_has_a_limit() -> None:
