@@ -74,13 +74,21 @@ def extract(
             help="ctranspath.pth; without it, seeded RANDOM weights that carry no biology."
         ),
     ] = None,
+    extractor: Annotated[
+        str, typer.Option(help="ctranspath, or timm:NAME for one of timm's models.")
+    ] = "ctranspath",
     slide_table: Annotated[
         Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
     ] = None,
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of slides that do not tell theirs.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read tiles.")] = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Threads that read tiles; default: 2 on a CPU, one per core with a GPU."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")] = 64,
     brightness_cutoff: Annotated[
         float, typer.Option(help="Tiles at least this bright on average (0 to 255) are glass.")
@@ -88,8 +96,24 @@ def extract(
     min_edge_share: Annotated[
         float, typer.Option(help="Tiles with a smaller share of edge pixels are background.")
     ] = 0.02,
+    canny_low: Annotated[float, typer.Option(help="Lower threshold of the edges.")] = 40.0,
+    canny_high: Annotated[float, typer.Option(help="Upper threshold of the edges.")] = 100.0,
+    max_dark_share: Annotated[
+        float, typer.Option(help="Slides with a larger share of dark pixels are fluorescence.")
+    ] = 0.5,
+    precision: Annotated[
+        str, typer.Option(help="float32, or bfloat16: faster on a GPU, features differ by 0.03.")
+    ] = "float32",
+    layout: Annotated[
+        str, typer.Option(help="Of the feature files: stamp-v2, or stamp-v1 for its old readers.")
+    ] = "stamp-v2",
+    max_failures: Annotated[
+        int | None, typer.Option(min=0, help="End the run when more slides than this have failed.")
+    ] = None,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; several with commas share the slides.")
+    ] = "auto",
     config: Config = None,
     verbose: Verbose = False,
 ) -> None:
@@ -107,10 +131,34 @@ def extract(
         seed=seed,
         batch_size=batch_size,
         tile_rules=tiling.TileRules(
-            brightness_cutoff=brightness_cutoff, min_edge_share=min_edge_share
+            brightness_cutoff=brightness_cutoff,
+            min_edge_share=min_edge_share,
+            canny_low=canny_low,
+            canny_high=canny_high,
+            max_dark_share=max_dark_share,
         ),
+        extractor=extractor,
+        precision=precision,
+        layout=layout,
+        max_failures=max_failures,
     )
     raise typer.Exit(summary.exit_code)
+
+
+@app.command("verify-weights")
+def verify_weights(
+    weights: Annotated[Path, typer.Option(help="A CTransPath checkpoint.")],
+    seed: Annotated[int, typer.Option(min=0, help="Accepted as everywhere; not used.")] = 0,
+    device: Annotated[str, typer.Option(help="Accepted as everywhere; not used.")] = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say whether a file is the released CTransPath (0), another usable one (1) or unusable (2)."""
+    from examples.pathology import ctranspath
+
+    verdict = ctranspath.verify_weights(weights)
+    typer.echo(verdict.sentence)
+    raise typer.Exit(0 if verdict.released else 1)
 
 
 @app.command()

@@ -10,9 +10,7 @@ histopathological image classification", Medical Image Analysis 81, 2022.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import pickle
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,22 +23,34 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from examples.pathology.errors import UserError
+from examples.pathology.checkpoints import (
+    CheckpointError,
+    check_entries,
+    file_sha256,
+    read_checkpoint,
+)
+from examples.pathology.extractors import (
+    CTRANSPATH,
+    LoadedExtractor,
+    Normalise,
+    warn_of_random_weights,
+)
 
 logger = logging.getLogger(__name__)
 
 RELEASED_SHA256 = "7c998680060c8743551a412583fac689db43cec07053b72dfec6dcd810113539"
 """Checksum of the ``ctranspath.pth`` that the authors published."""
 
+CHIEF_SHA256 = "1646f23001214f74cf432ef0e80b808ee6605143802ae6ed53a87564ddc4924a"
+"""Checksum of the copy of this network that comes with CHIEF: another training, the same layout."""
+
 TILE_PX = 224
 FEATURES = 768
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be used; the message says why."""
+IMAGENET = Normalise(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size_px=(TILE_PX, TILE_PX)
+)
+"""What goes into the network: tiles scaled with the statistics of ImageNet."""
 
 
 class ConvStem(nn.Module):
@@ -87,36 +97,7 @@ class ConvStem(nn.Module):
         return tokens
 
 
-@dataclass(frozen=True)
-class Extractor:
-    """A network that turns tiles into features, and what is needed to tell it from others.
-
-    Attributes:
-        model: Takes (B, 3, 224, 224), gives (B, d); in eval mode.
-        transform: Takes RGB tiles (B, h, w, 3) uint8, gives what the model takes.
-        identifier: Name that goes into feature files; differs between released and random weights.
-        weights_sha256: Checksum of the weights file; None for random weights.
-    """
-
-    model: nn.Module
-    transform: Callable[[Tensor], Tensor]
-    identifier: str
-    weights_sha256: str | None
-
-    @property
-    def random_weights(self) -> bool:
-        """Whether the weights are random, so that the features carry no learned biology."""
-        return self.weights_sha256 is None
-
-
-def imagenet_transform(tiles: Tensor) -> Tensor:
-    """Scale RGB tiles (B, h, w, 3) uint8 to ImageNet's normalised (B, 3, h, w) float32."""
-    mean = torch.tensor(IMAGENET_MEAN, device=tiles.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=tiles.device).view(3, 1, 1)
-    return (tiles.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def ctranspath_extractor(weights: Path | None, seed: int = 0) -> Extractor:
+def ctranspath_extractor(weights: Path | None, seed: int = 0) -> LoadedExtractor:
     """Build CTransPath with everything that extraction needs.
 
     Args:
@@ -128,7 +109,7 @@ def ctranspath_extractor(weights: Path | None, seed: int = 0) -> Extractor:
     """
     model = ctranspath(weights, seed)
     if weights is None:
-        return Extractor(model, imagenet_transform, f"ctranspath-random-seed{seed}", None)
+        return LoadedExtractor(model, IMAGENET, f"{CTRANSPATH}-random-seed{seed}", None)
     sha256 = file_sha256(Path(weights))
     if sha256 != RELEASED_SHA256:
         logger.warning(
@@ -136,7 +117,41 @@ def ctranspath_extractor(weights: Path | None, seed: int = 0) -> Extractor:
             weights,
             sha256,
         )
-    return Extractor(model, imagenet_transform, "ctranspath", sha256)
+    return LoadedExtractor(model, IMAGENET, CTRANSPATH, sha256)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a usable weights file is.
+
+    Attributes:
+        released: Whether it is the file that the authors published, byte by byte.
+        sentence: What to tell the user.
+    """
+
+    released: bool
+    sentence: str
+
+
+def verify_weights(path: Path) -> Verdict:
+    """Say whether a file is the released CTransPath checkpoint or another one of its layout.
+
+    Args:
+        path: The file; it is loaded completely, as `ctranspath` would.
+
+    Raises:
+        CheckpointError: If it cannot be used; the message says why.
+    """
+    ctranspath(path)
+    sha256 = file_sha256(path)
+    if sha256 == RELEASED_SHA256:
+        return Verdict(True, f"{path} is the released CTransPath checkpoint (sha256 {sha256}).")
+    known = "; it is the copy that comes with CHIEF" if sha256 == CHIEF_SHA256 else ""
+    return Verdict(
+        False,
+        f"{path} has CTransPath's layout and can be used, but is not the released checkpoint: its "
+        f"sha256 is {sha256}{known}, that of the released one {RELEASED_SHA256}.",
+    )
 
 
 def ctranspath(weights: Path | None, seed: int = 0) -> nn.Module:
@@ -153,7 +168,7 @@ def ctranspath(weights: Path | None, seed: int = 0) -> nn.Module:
     Raises:
         CheckpointError: If the file is missing, damaged or not of CTransPath's layout.
     """
-    state = None if weights is None else _read_checkpoint(Path(weights))
+    state = None if weights is None else read_checkpoint(Path(weights))
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights that are replaced below
         model = SwinTransformer(
             img_size=TILE_PX,
@@ -165,25 +180,12 @@ def ctranspath(weights: Path | None, seed: int = 0) -> nn.Module:
             num_classes=0,
         )
     if state is None:
-        logger.warning(
-            "CTransPath has RANDOM weights (seed %d): its features carry no learned biology. "
-            "Pass the released checkpoint for real work.",
-            seed,
-        )
+        warn_of_random_weights("CTransPath", seed)
         model.load_state_dict(_random_state(model, seed), strict=True)
     else:
         model.load_state_dict(_translated(state, model, Path(str(weights))), strict=True)
     model.eval()
     return model
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -203,32 +205,6 @@ def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """Read a checkpoint without running code from it; return its tensors by name."""
-    if not path.is_file():
-        raise CheckpointError(f"The weights file must exist, but {path} does not.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"The weights file must hold tensors only, but {path} is not a checkpoint or would run "
-            "code when opened. It was not opened; download the released ctranspath.pth."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"The weights file must be a complete PyTorch checkpoint, but {path} is truncated or "
-            f"damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-            "Download it again."
-        ) from error
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(
-            f"The weights file must hold {{'model': tensors by name}}, but {path} holds "
-            f"{type(content).__name__}."
-        )
-    return state
-
-
 def _translated(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
     """Check a checkpoint against the model and rename its entries to the model's.
 
@@ -242,29 +218,13 @@ def _translated(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> di
             indices[name] = value
         elif not name.endswith("attn_mask") and not name.startswith("head."):
             renamed[re.sub(r"^layers\.(\d)\.downsample", _next_stage, name)] = (name, value)
-    missing = sorted(_checkpoint_name(name) for name in expected.keys() - renamed.keys())
-    unknown = sorted(renamed[name][0] for name in renamed.keys() - expected.keys())
-    if missing or unknown:
-        parts = [
-            f"{verb} {len(names)} ({_some(names)})"
-            for verb, names in (("lacks", missing), ("has other ones:", unknown))
-            if names
-        ]
-        raise CheckpointError(
-            "The weights file must have exactly the entries of CTransPath, but "
-            f"{path} {' and '.join(parts)}. Nothing was loaded."
-        )
-    for name, (original, value) in renamed.items():
-        if value.shape != expected[name].shape:
-            raise CheckpointError(
-                f"`{original}` must have the shape {tuple(expected[name].shape)}, but in {path} it "
-                f"has {tuple(value.shape)}. Nothing was loaded."
-            )
-        if not torch.isfinite(value).all():
-            raise CheckpointError(
-                f"`{original}` must be finite, but in {path} it has NaN or infinite values. "
-                "Nothing was loaded."
-            )
+    checked = check_entries(
+        renamed,
+        expected,
+        network="CTransPath",
+        path=path,
+        file_names={name: _checkpoint_name(name) for name in expected},
+    )
     buffers = dict(model.named_buffers())
     for name, value in indices.items():
         own = buffers.get(name)
@@ -273,7 +233,7 @@ def _translated(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> di
                 f"`{name}` must be that of a 7 x 7 window, but in {path} it is not: it is another "
                 "Swin Transformer. Nothing was loaded."
             )
-    return {name: value for name, (_, value) in renamed.items()}
+    return checked
 
 
 def _next_stage(match: re.Match[str]) -> str:
@@ -287,7 +247,3 @@ def _checkpoint_name(name: str) -> str:
         lambda match: f"layers.{int(match.group(1)) - 1}.downsample",
         name,
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,23 +1,24 @@
 """The extraction stage: every slide becomes a feature file, or a ledger row that says why not.
 
-Threads read and filter tiles while the network runs. A finished file is left alone as long as it
-was made with the same parameters. Use it through `features.extract`.
+Threads read and filter tiles while the network runs; the next slide is opened and its first tiles
+are read while the network is still busy with the one before. A finished file is left alone as long
+as it was made with the same parameters. Use it through `features.extract`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import logging
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,144 +27,240 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from examples.pathology.ctranspath import Extractor, ctranspath_extractor
-from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
-from examples.pathology.features import ExtractSummary, LedgerRow, write_features
-from examples.pathology.files import write_bytes, write_text
-from examples.pathology.slides import LevelError, Slide, SlideFile, find_slides, open_slide
+from examples.pathology.extractors import make_extractor
+from examples.pathology.features import LAYOUTS, write_features
+from examples.pathology.files import write_bytes
+from examples.pathology.inference import Clock, Network, check_settings, infer, place
+from examples.pathology.ledger import FEATURES, TILING, LedgerRow
+from examples.pathology.slides import LevelError, Slide, SlideFile, open_slide
 from examples.pathology.tables import FILENAME, MPP, read_table
 from examples.pathology.tiling import (
     SlideExcludedError,
-    TileBlock,
     TilePlan,
+    TileReader,
     TileRules,
     TileStatus,
     draw_overlay,
     plan_tiles,
-    read_tiles,
 )
 from examples.pathology.units import SlideError
 
 logger = logging.getLogger(__name__)
 
-LEDGER_COLUMNS = (
-    "slide",
-    "stage",
-    "status",
-    "reason",
-    "tiles_total",
-    "tiles_kept",
-    "mpp",
-    "mpp_source",
-    "seconds",
-)
-
-LEDGER_PERIOD_S = 10.0
-"""The ledger on disk is at most this old, so that a killed run leaves one too."""
-
-CPU_BATCH = 8
-"""On a CPU larger batches fall out of the cache: 64 tiles at once are a third slower than 8."""
-
 
 @dataclass(frozen=True)
-class Job:
-    """Everything that is the same for all slides of a run.
+class Settings:
+    """Everything that is the same for all slides of a run, before any network is built.
 
     Attributes:
         out: Output folder.
         rules: What a tile is.
-        extractor: The network.
-        device: Where it runs.
+        extractor: Name of the network, as `make_extractor` takes it.
+        weights: Its weights file; None for random weights.
+        seed: Seed of random weights.
+        precision: ``float32`` or ``bfloat16``.
         batch_size: Tiles per call of the network.
-        ahead: Blocks of tiles read ahead.
-        pool: Threads that read.
+        workers: Threads that read.
+        layout: Layout of the feature files.
         table_mpp: Microns per pixel by slide, from the slide table.
         default_mpp: What to assume for slides that do not say.
+        show_tiles: Whether a slide that takes long gets a progress bar of its own.
     """
 
     out: Path
     rules: TileRules
-    extractor: Extractor
-    device: torch.device
+    extractor: str
+    weights: Path | None
+    seed: int
+    precision: str
     batch_size: int
-    ahead: int
-    pool: ThreadPoolExecutor
+    workers: int
+    layout: str
     table_mpp: dict[str, float]
     default_mpp: float | None
+    show_tiles: bool = True
+
+    def __post_init__(self) -> None:
+        check_settings(self.precision, self.batch_size)
+        if self.workers < 1:
+            raise UserError(f"`workers` must be at least 1, but got {self.workers}.")
+        if self.layout not in LAYOUTS:
+            raise UserError(
+                f"`layout` must be one of {', '.join(LAYOUTS)}, but got {self.layout!r}."
+            )
 
 
-def run(
-    slides: Path,
-    out: Path,
-    *,
-    weights: Path | None,
-    slide_table: Path | None,
-    default_mpp: float | None,
-    workers: int,
-    device: str,
-    seed: int,
-    batch_size: int,
-    rules: TileRules,
-) -> ExtractSummary:
-    """Extract all slides of a folder; see `features.extract`, which documents the arguments."""
-    for name, value in (("workers", workers), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"`{name}` must be at least 1, but got {value}.")
-    files = find_slides(slides, skip=out)
-    table_mpp = {} if slide_table is None else read_mpp_table(slide_table)
-    place = torch.device(resolve_device(device))
-    extractor = ctranspath_extractor(weights, seed)
-    extractor.model.to(place)
-    rows: list[LedgerRow] = []
-    ledger = out / "ledger.csv"
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="tiles"))
-        stack.callback(write_ledger, ledger, rows)  # after Ctrl-C as well
-        job = Job(
-            out=out,
-            rules=rules,
-            extractor=extractor,
-            device=place,
-            batch_size=min(batch_size, CPU_BATCH) if place.type == "cpu" else batch_size,
-            ahead=2 * workers,
-            pool=pool,
-            table_mpp=table_mpp,
-            default_mpp=default_mpp,
-        )
-        written = time.monotonic()
-        bar = stack.enter_context(tqdm(files, desc="extracting", unit="slide"))
-        for file in bar:
-            bar.set_postfix_str(file.name, refresh=False)
-            rows.append(_row(file, job))
-            if time.monotonic() - written > LEDGER_PERIOD_S:
-                write_ledger(ledger, rows)
-                written = time.monotonic()
-    summary = ExtractSummary(rows=tuple(rows), ledger=ledger)
-    logger.info("%s", summary)
-    return summary
+@dataclass(frozen=True)
+class Job:
+    """The settings with the network on its device and the threads that read.
+
+    Attributes:
+        settings: What to do.
+        network: The network.
+        pool: Threads that read tiles.
+    """
+
+    settings: Settings
+    network: Network
+    pool: ThreadPoolExecutor
+
+    @property
+    def ahead(self) -> int:
+        """Blocks of tiles read ahead; together with their size they bound the memory."""
+        return 2 * self.settings.workers
 
 
-def _row(file: SlideFile, job: Job) -> LedgerRow:
-    """Extract one slide; whatever goes wrong with it becomes its row of the ledger."""
-    started = time.monotonic()
+def default_workers(device: torch.device) -> int:
+    """Return how many threads to read with: a GPU needs many, on a CPU the network needs them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, cores or 1) if device.type == "cuda" else 2
+
+
+def make_network(settings: Settings, device: torch.device) -> Network:
+    """Build the network of a run on its device."""
+    extractor = make_extractor(settings.extractor, settings.weights, settings.seed)
+    return place(extractor, device, settings.precision, settings.batch_size)
+
+
+def extract_slides(
+    files: Sequence[SlideFile], settings: Settings, network: Network
+) -> Generator[tuple[LedgerRow, ...], None, None]:
+    """Extract slides one after the other.
+
+    Args:
+        files: The slides.
+        settings: What to do.
+        network: The network on its device.
+
+    Yields:
+        The ledger rows of each slide, in the order of `files`.
+    """
+    with (
+        ThreadPoolExecutor(settings.workers, thread_name_prefix="tiles") as pool,
+        ThreadPoolExecutor(1, thread_name_prefix="opener") as opener,
+    ):
+        job = Job(settings, network, pool)
+        coming = opener.submit(_prepare, files[0], job) if files else None
+        try:
+            for number, file in enumerate(files):
+                assert coming is not None  # noqa: S101 - one was submitted for each slide
+                outcome = coming.result()
+                following = files[number + 1 : number + 2]
+                coming = opener.submit(_prepare, following[0], job) if following else None
+                yield _finish(file, outcome, job)
+        finally:  # stopped early: a slide may be open, with threads reading it
+            if coming is not None and not coming.cancel():
+                outcome = coming.result()
+                if isinstance(outcome, _Prepared):
+                    outcome.close()
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A slide that is open, planned and being read.
+
+    Attributes:
+        slide: The open slide.
+        path: Where its features go.
+        parameters: What they depend on.
+        plan: Its tiles.
+        reader: Reads them.
+        seconds: Time that opening and planning took.
+        broken: Levels of its pyramid that cannot be read.
+    """
+
+    slide: Slide
+    path: Path
+    parameters: dict[str, Any]
+    plan: TilePlan
+    reader: TileReader
+    seconds: float
+    broken: frozenset[int]
+
+    def close(self) -> None:
+        self.reader.close()
+        self.slide.close()
+
+
+_Outcome = _Prepared | tuple[LedgerRow, ...] | Exception
+"""A slide to work on, the rows of one that needs no work, or what went wrong."""
+
+
+def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) -> _Outcome:
+    """Open and plan a slide and begin to read it; a broken level is replaced by a finer one.
+
+    Errors are returned, not raised: they belong to this slide, whoever is working on another.
+    """
+    started = time.perf_counter()
     try:
-        row = _extract_slide(file, job)
+        if file.problem is not None:
+            raise SlideExcludedError(file.problem)
+        settings = job.settings
+        slide = open_slide(
+            file.path,
+            file.name,
+            table_mpp=_lookup(settings.table_mpp, file),
+            default_mpp=settings.default_mpp,
+            broken_levels=broken,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(slide.close)
+            path = settings.out / f"{file.stem}.h5"
+            parameters = _parameters(file, slide, job)
+            done = _finished_rows(path, file, parameters)
+            if done is not None:
+                return done
+            plan = plan_tiles(slide, settings.rules)
+            reader = TileReader(slide, plan, settings.rules, pool=job.pool, ahead=job.ahead)
+            stack.pop_all()
+            seconds = time.perf_counter() - started
+            return _Prepared(slide, path, parameters, plan, reader, seconds, broken)
+    except LevelError as error:
+        return error if error.level == 0 else _retry(file, job, broken, error)
+    except Exception as error:  # noqa: BLE001 - see `_finish`
+        return error
+
+
+def _retry(file: SlideFile, job: Job, broken: frozenset[int], error: LevelError) -> _Outcome:
+    logger.warning("%s It is read from a finer level instead.", error)
+    return _prepare(file, job, broken | {error.level})
+
+
+def _finish(file: SlideFile, outcome: _Outcome, job: Job) -> tuple[LedgerRow, ...]:
+    """Run the network over a prepared slide; whatever goes wrong becomes a row of the ledger."""
+    if isinstance(outcome, tuple):
+        return outcome
+    clock = Clock()
+    tiled: list[LedgerRow] = []
+    try:
+        if isinstance(outcome, Exception):
+            raise outcome
+        clock.seconds[TILING] = outcome.seconds
+        try:
+            with contextlib.closing(outcome):
+                rows = _extract(file, outcome, job, clock, tiled)
+        except LevelError as error:
+            if error.level == 0:
+                raise
+            return _finish(file, _retry(file, job, outcome.broken, error), job)
     except SlideExcludedError as error:
-        row = LedgerRow(file.name, "excluded", str(error))
+        rows = (LedgerRow(file.name, TILING, "excluded", str(error)),)
     except torch.cuda.OutOfMemoryError:
         raise  # the next slide would meet it too; a smaller batch_size helps
     except Exception as error:
         # The one broad net: thousands of slides must not be lost to one that nobody foresaw.
-        expected = isinstance(error, SlideError)
+        expected = isinstance(error, (SlideError, UserError))
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        logger.error("%s failed: %s", file.name, reason, exc_info=not expected)
-        row = LedgerRow(file.name, "failed", reason)
-    if row.status in ("empty", "excluded"):
-        logger.warning("%s: %s", file.name, row.reason)
-    if row.status != "ok":
-        _retire(job.out / f"{file.stem}.h5")
-    return row if row.skipped else row.with_seconds(time.monotonic() - started)
+        logger.error("%s failed: %s", file.name, reason, exc_info=None if expected else error)
+        rows = (*tiled, LedgerRow(file.name, clock.stage, "failed", reason))
+    clock.enter(clock.stage)
+    last = rows[-1]
+    if last.status in ("empty", "excluded"):
+        logger.warning("%s: %s", file.name, last.reason)
+    if last.status != "ok":
+        _retire(job.settings.out / f"{file.stem}.h5")
+    return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
 
 
 def _retire(path: Path) -> None:
@@ -174,99 +271,50 @@ def _retire(path: Path) -> None:
         logger.warning("%s is from an earlier run and no longer valid; it is now %s.", path, old)
 
 
-def _extract_slide(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) -> LedgerRow:
-    """Extract one slide; where a level of its pyramid is broken, a finer one takes its place."""
-    if file.problem is not None:
-        raise SlideExcludedError(file.problem)
-    try:
-        return _extract_levels(file, job, broken)
-    except LevelError as error:
-        if error.level == 0:
-            raise
-        logger.warning("%s It is read from a finer level instead.", error)
-        return _extract_slide(file, job, broken | {error.level})
+def _extract(
+    file: SlideFile, prepared: _Prepared, job: Job, clock: Clock, tiled: list[LedgerRow]
+) -> tuple[LedgerRow, ...]:
+    """Turn a prepared slide into a picture and, if it has tissue, a feature file.
 
-
-def _extract_levels(file: SlideFile, job: Job, broken: frozenset[int]) -> LedgerRow:
-    slide = open_slide(
-        file.path,
-        file.name,
-        table_mpp=_lookup(job.table_mpp, file),
-        default_mpp=job.default_mpp,
-        broken_levels=broken,
+    `tiled` gets the row of the tiling stage as soon as it is over.
+    """
+    settings, slide, plan = job.settings, prepared.slide, prepared.plan
+    total = plan.count(TileStatus.PENDING)
+    hidden = not settings.show_tiles
+    with tqdm(
+        total=total, desc=file.name, unit="tile", leave=False, delay=3, disable=hidden
+    ) as bar:
+        feats, positions = infer(prepared.reader, job.network, clock, bar.update)
+    clock.enter(TILING)
+    _save_picture(settings.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
+    row = _described(file, slide, plan, settings.rules.tile_size_um)
+    if prepared.broken:
+        levels = ", ".join(map(str, sorted(prepared.broken)))
+        note = f"levels {levels} cannot be read; finer ones were used"
+        row = replace(row, reason="; ".join(filter(None, (row.reason, note))))
+    tiled.append(row)
+    if row.status != "ok":
+        return (row,)
+    clock.enter(FEATURES)
+    extractor = job.network.extractor
+    write_features(
+        prepared.path,
+        feats,
+        positions[:, ::-1] * settings.rules.tile_size_um,
+        extractor=extractor.identifier,
+        weights_sha256=extractor.weights_sha256,
+        random_weights=extractor.weights_sha256 is None,
+        tile_size_um=settings.rules.tile_size_um,
+        tile_size_px=settings.rules.tile_size_px,
+        layout=settings.layout,
+        provenance={
+            **_provenance(slide, row, prepared.parameters),
+            "seconds_tiling": clock.seconds[TILING],
+            "seconds_features": clock.seconds[FEATURES],
+            "unreadable_levels": json.dumps(sorted(prepared.broken)),
+        },
     )
-    with contextlib.closing(slide):
-        path = job.out / f"{file.stem}.h5"
-        parameters = _parameters(file, slide, job)
-        done = _finished_row(path, file, parameters)
-        if done is not None:
-            return done
-        started = time.monotonic()
-        plan = plan_tiles(slide, job.rules)
-        blocks = read_tiles(slide, plan, job.rules, pool=job.pool, ahead=job.ahead)
-        total = plan.count(TileStatus.PENDING)
-        with (
-            contextlib.closing(blocks),
-            tqdm(total=total, desc=file.name, unit="tile", leave=False, delay=3) as bar,
-        ):
-            feats, positions = _infer(blocks, job, bar)
-        _save_picture(job.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
-        row = _described(file, slide, plan, job.rules.tile_size_um)
-        if broken:
-            levels = ", ".join(map(str, sorted(broken)))
-            note = f"levels {levels} cannot be read; finer ones were used"
-            row = replace(row, reason="; ".join(filter(None, (row.reason, note))))
-        if row.status == "ok":
-            order = np.lexsort((positions[:, 1], positions[:, 0]))  # row by row
-            corners_um = positions[order][:, ::-1] * job.rules.tile_size_um
-            write_features(
-                path,
-                feats[order],
-                corners_um,
-                extractor=job.extractor.identifier,
-                weights_sha256=job.extractor.weights_sha256,
-                random_weights=job.extractor.random_weights,
-                provenance={
-                    **_provenance(slide, row, parameters),
-                    "seconds": time.monotonic() - started,
-                    "unreadable_levels": json.dumps(sorted(broken)),
-                },
-            )
-        return row
-
-
-def _infer(
-    blocks: Iterable[TileBlock], job: Job, bar: tqdm[NoReturn]
-) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
-    """Run the network over the tiles; return features (n, d) and positions (n, 2)."""
-    feats: list[npt.NDArray[np.float16]] = []
-    positions: list[npt.NDArray[np.int64]] = [np.empty((0, 2), dtype=np.int64)]
-    # TensorFloat-32 would change the features in the third digit without being asked.
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for pixels, places in _batches(blocks, job.batch_size):
-            tiles = torch.from_numpy(pixels).to(job.device)
-            output = job.extractor.model(job.extractor.transform(tiles))
-            feats.append(output.float().cpu().numpy().astype(np.float16))
-            positions.append(places)
-            bar.update(len(places))
-    joined = np.concatenate(feats) if feats else np.empty((0, 0), dtype=np.float16)
-    return joined, np.concatenate(positions)
-
-
-def _batches(
-    blocks: Iterable[TileBlock], size: int
-) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
-    """Regroup blocks into batches of `size` tiles, the last one smaller."""
-    pixels: list[npt.NDArray[np.uint8]] = []
-    places: list[npt.NDArray[np.int64]] = []
-    for block in blocks:
-        pixels.extend(block.pixels)
-        places.extend(block.positions)
-        while len(pixels) >= size:
-            yield np.stack(pixels[:size]), np.stack(places[:size])
-            del pixels[:size], places[:size]
-    if pixels:
-        yield np.stack(pixels), np.stack(places)
+    return row, replace(row, stage=FEATURES)
 
 
 def _described(file: SlideFile, slide: Slide, plan: TilePlan, um: float) -> LedgerRow:
@@ -283,6 +331,7 @@ def _described(file: SlideFile, slide: Slide, plan: TilePlan, um: float) -> Ledg
         )
     return LedgerRow(
         slide=file.name,
+        stage=TILING,
         status="ok" if kept else "empty",
         reason=reason,
         tiles_total=plan.status.size,
@@ -295,10 +344,11 @@ def _described(file: SlideFile, slide: Slide, plan: TilePlan, um: float) -> Ledg
 def _parameters(file: SlideFile, slide: Slide, job: Job) -> dict[str, Any]:
     """Return all that decides what a slide's features are; a file made with others is redone."""
     return {
-        **asdict(job.rules),
-        "extractor": job.extractor.identifier,
-        "weights_sha256": job.extractor.weights_sha256,
-        "precision": "float32",
+        **asdict(job.settings.rules),
+        "extractor": job.network.extractor.identifier,
+        "weights_sha256": job.network.extractor.weights_sha256,
+        "precision": job.network.precision,
+        "layout": job.settings.layout,
         "slide_bytes": file.path.stat().st_size,
         "slide_quickhash": slide.quickhash,
         "slide_width_px": slide.width_px,
@@ -330,21 +380,42 @@ def _version() -> str:
         return "unknown"
 
 
-def _finished_row(path: Path, file: SlideFile, parameters: dict[str, Any]) -> LedgerRow | None:
-    """Return the row of a slide whose features exist already, or None if there is work to do."""
+def _finished_rows(
+    path: Path, file: SlideFile, parameters: dict[str, Any]
+) -> tuple[LedgerRow, ...] | None:
+    """Return the rows of a slide whose features exist already, or None if there is work to do."""
     if not path.is_file():
         return None
     try:
         with h5py.File(path, "r") as stored:
             attributes = dict(stored.attrs)
             kept = len(stored["feats"])
+            whole = kept == len(stored["coords"])
     except (OSError, KeyError) as error:
         logger.warning("%s is damaged (%s); %s is extracted again.", path, error, file.name)
         return None
     try:
-        old = json.loads(attributes.get("mtbalance_parameters", ""))
-    except json.JSONDecodeError:
-        logger.warning("%s was made by another program; %s is extracted again.", path, file.name)
+        old = dict(json.loads(attributes["mtbalance_parameters"]))
+        row = LedgerRow(
+            slide=file.name,
+            stage=TILING,
+            status="ok",
+            reason="finished before",
+            tiles_total=int(attributes["mtbalance_tiles_total"]),
+            tiles_kept=kept,
+            mpp=float(attributes["mtbalance_slide_mpp"]),
+            mpp_source=str(attributes["mtbalance_slide_mpp_source"]),
+            seconds=round(float(attributes["mtbalance_seconds_tiling"]), 3),
+            skipped=True,
+        )
+        seconds = round(float(attributes["mtbalance_seconds_features"]), 3)
+    except (KeyError, TypeError, ValueError):
+        logger.warning(
+            "%s was made by another program or release; %s is extracted again.", path, file.name
+        )
+        return None
+    if not whole:
+        logger.warning("%s is damaged; %s is extracted again.", path, file.name)
         return None
     changed = [
         key for key in sorted(old.keys() | parameters) if old.get(key) != parameters.get(key)
@@ -357,17 +428,7 @@ def _finished_row(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Le
             file.name,
         )
         return None
-    return LedgerRow(
-        slide=file.name,
-        status="ok",
-        reason="finished before",
-        tiles_total=int(attributes["mtbalance_tiles_total"]),
-        tiles_kept=kept,
-        mpp=float(attributes["mtbalance_slide_mpp"]),
-        mpp_source=str(attributes["mtbalance_slide_mpp_source"]),
-        seconds=float(attributes["mtbalance_seconds"]),
-        skipped=True,
-    )
+    return row, replace(row, stage=FEATURES, seconds=seconds)
 
 
 def read_mpp_table(path: Path) -> dict[str, float]:
@@ -421,19 +482,3 @@ def _save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="JPEG", quality=88)
     write_bytes(path, buffer.getvalue())
-
-
-def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
-    """Write one line per slide; the file on disk is always whole.
-
-    Args:
-        path: Where to.
-        rows: The rows; their order is kept.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(LEDGER_COLUMNS)
-    for row in rows:
-        values = [getattr(row, name) for name in LEDGER_COLUMNS]
-        writer.writerow(["" if value is None else value for value in values])
-    write_text(path, text.getvalue())

@@ -6,15 +6,17 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
   corner in um, ``augmented`` bool ``(n,)``, all False;
 - attributes ``extractor``, ``unit="um"``, ``tile_size=256.0``, ``tile_size_um=256.0``,
   ``tile_size_px=224``, ``feat_type="tile"``, ``stamp_version="2.0.0"``;
+- with ``layout="stamp-v1"`` instead ``coords`` int64 in pixels of which a tile has 224, and of
+  these attributes only ``extractor`` and ``tile_size=224.0``;
 - our provenance: ``mtbalance_version``, ``mtbalance_weights_sha256``, ``mtbalance_random_weights``,
   ``mtbalance_parameters`` (JSON) and more.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +28,8 @@ from examples.pathology.errors import UserError
 from examples.pathology.files import publish
 
 if TYPE_CHECKING:
+    from examples.pathology.ledger import ExtractSummary
     from examples.pathology.tiling import TileRules
-
-logger = logging.getLogger(__name__)
 
 FEATURE_NAMES = ("feats", "features", "patch_embeddings")
 """Names under which STAMP, TRIDENT/CLAM and others store the features."""
@@ -37,6 +38,9 @@ V1_TILE_PX = 224
 """STAMP v1 counts coordinates in pixels of which a tile of 256 um has 224."""
 
 TILE_SIZE_UM = 256.0
+
+LAYOUTS = ("stamp-v2", "stamp-v1")
+"""Layouts of feature files that can be written."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Bag:
         random_weights: Whether the network had seeded random weights, so that the features carry
             no learned biology.
         path: The file they came from.
+        tile_size_um: Edge of a tile on the slide in um; None if the file does not say.
+        tile_size_px: Edge of a tile in pixels as the network saw it; None if it does not say.
     """
 
     feats: npt.NDArray[np.float32]
@@ -60,13 +66,17 @@ class Bag:
     weights_sha256: str | None
     random_weights: bool
     path: Path
+    tile_size_um: float | None = None
+    tile_size_px: int | None = None
 
 
-def read_features(path: Path) -> Bag:
+def read_features(path: Path, *, mpp: float | None = None) -> Bag:
     """Read a feature file of ours, of STAMP (v1 and v2), of TRIDENT or of CLAM.
 
     Args:
         path: The ``.h5`` file.
+        mpp: Microns per pixel of the slide, where they are known from elsewhere: TRIDENT and CLAM
+            count coordinates in the slide's pixels and do not store how large these are.
 
     Returns:
         The slide's features with coordinates in um.
@@ -79,7 +89,7 @@ def read_features(path: Path) -> Bag:
         raise UserError(f"The feature file must exist, but {path} does not. Run `extract` first.")
     try:
         with h5py.File(path, "r") as file:
-            return _read_open(file, path)
+            return _read_open(file, path, mpp)
     except OSError as error:
         raise UserError(
             f"The feature file must be a complete HDF5 file, but {path} is not ({error}). "
@@ -87,7 +97,7 @@ def read_features(path: Path) -> Bag:
         ) from error
 
 
-def _read_open(file: h5py.File, path: Path) -> Bag:
+def _read_open(file: h5py.File, path: Path, mpp: float | None) -> Bag:
     name = next((name for name in FEATURE_NAMES if name in file), None)
     if name is None or "coords" not in file:
         raise UserError(
@@ -106,33 +116,45 @@ def _read_open(file: h5py.File, path: Path) -> Bag:
     attributes = dict(file.attrs)
     extractor = _text(attributes.get("extractor", file[name].attrs.get("encoder", "")))
     sha256 = _text(attributes.get("mtbalance_weights_sha256", "")) or None
+    um_per_unit, tile_um, tile_px = _geometry(file, name, coords, attributes, extractor, mpp)
     return Bag(
         feats=feats,
-        coords_um=_coords_in_um(coords, name, attributes, extractor, path),
+        coords_um=(coords * um_per_unit).astype(np.float32),
         extractor=extractor,
         weights_sha256=sha256,
         random_weights=bool(attributes.get("mtbalance_random_weights", False)),
         path=path,
+        tile_size_um=tile_um,
+        tile_size_px=tile_px,
     )
 
 
-def _coords_in_um(
-    coords: npt.NDArray[Any],
+def _geometry(
+    file: h5py.File,
     feature_name: str,
+    coords: npt.NDArray[Any],
     attributes: Mapping[str, Any],
     extractor: str,
-    path: Path,
-) -> npt.NDArray[np.float32]:
-    """Bring (n, 2) coordinates of any of the known layouts to um; NaN if that is impossible."""
+    mpp: float | None,
+) -> tuple[float, float | None, int | None]:
+    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edges."""
+    stored = attributes.get("tile_size_um", attributes.get("tile_size"))
+    pixels = attributes.get("tile_size_px")
+    tile_px = None if pixels is None else int(pixels)
     if "tile_size_um" in attributes or _text(attributes.get("unit", "")) == "um":
-        return np.asarray(coords, dtype=np.float32)
-    if feature_name == "feats" and _is_stamp_v1(coords, extractor):
-        return (coords / V1_TILE_PX * TILE_SIZE_UM).astype(np.float32)
-    logger.debug("%s gives coordinates in pixels of unknown size; they are left out.", path)
-    return np.full(coords.shape, np.nan, dtype=np.float32)
+        return 1.0, None if stored is None else float(stored), tile_px
+    if feature_name == "feats" and _is_stamp_v1(coords, attributes, extractor):
+        return TILE_SIZE_UM / V1_TILE_PX, TILE_SIZE_UM, V1_TILE_PX
+    notes = dict(file["coords"].attrs)  # TRIDENT's
+    size = notes.get("patch_size")
+    level0 = notes.get("patch_size_level0")
+    tile_um = None if level0 is None or mpp is None else float(level0) * mpp
+    return mpp or math.nan, tile_um, None if size is None else int(size)
 
 
-def _is_stamp_v1(coords: npt.NDArray[Any], extractor: str) -> bool:
+def _is_stamp_v1(coords: npt.NDArray[Any], attributes: Mapping[str, Any], extractor: str) -> bool:
+    if round(float(attributes.get("tile_size", 0))) == V1_TILE_PX:
+        return True
     if extractor.startswith(("STAMP-extract", "marugoto", "xiyuewang-ctranspath")):
         return True  # also right for a bag of one tile, which has no stride to measure
     strides = [step for axis in coords.T for step in np.diff(np.unique(axis))]
@@ -151,6 +173,9 @@ def write_features(
     extractor: str,
     weights_sha256: str | None,
     random_weights: bool,
+    tile_size_um: float = TILE_SIZE_UM,
+    tile_size_px: int = V1_TILE_PX,
+    layout: str = "stamp-v2",
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a feature file; it appears under its name only when complete and on disk.
@@ -162,11 +187,17 @@ def write_features(
         extractor: Name of the network.
         weights_sha256: Checksum of its weights, None for random ones.
         random_weights: Whether the weights are random.
+        tile_size_um: Edge of a tile on the slide in um.
+        tile_size_px: Edge of a tile in pixels.
+        layout: ``stamp-v2``, which all readers but the strictest take, or ``stamp-v1``: whole
+            pixels of which a tile has `tile_size_px`, and no word of microns.
         provenance: More attributes; their names get the prefix ``mtbalance_``.
 
     Raises:
         UserError: If the shapes do not belong together, or a feature is too large for float16.
     """
+    if layout not in LAYOUTS:
+        raise UserError(f"`layout` must be one of {', '.join(LAYOUTS)}, but got {layout!r}.")
     stored = np.asarray(feats).astype(np.float16)
     coords = np.asarray(coords_um, dtype=np.float32)
     if stored.ndim != 2 or coords.shape != (len(stored), 2):
@@ -181,15 +212,21 @@ def write_features(
     try:
         with h5py.File(temporary, "w") as file:
             file["feats"] = stored
-            file["coords"] = coords
             file["augmented"] = np.zeros(len(stored), dtype=bool)
             file.attrs["extractor"] = extractor
-            file.attrs["unit"] = "um"
-            file.attrs["tile_size"] = TILE_SIZE_UM
-            file.attrs["tile_size_um"] = TILE_SIZE_UM
-            file.attrs["tile_size_px"] = V1_TILE_PX
-            file.attrs["feat_type"] = "tile"
-            file.attrs["stamp_version"] = "2.0.0"
+            if layout == "stamp-v1":
+                pixels = np.rint(coords * (tile_size_px / tile_size_um))
+                file["coords"] = pixels.astype(np.int64)
+                # STAMP v1 writes no size. With it, v2 and we know the unit of a single tile too.
+                file.attrs["tile_size"] = float(tile_size_px)
+            else:
+                file["coords"] = coords
+                file.attrs["unit"] = "um"
+                file.attrs["tile_size"] = tile_size_um
+                file.attrs["tile_size_um"] = tile_size_um
+                file.attrs["tile_size_px"] = tile_size_px
+                file.attrs["feat_type"] = "tile"
+                file.attrs["stamp_version"] = "2.0.0"
             file.attrs["mtbalance_weights_sha256"] = weights_sha256 or ""
             file.attrs["mtbalance_random_weights"] = random_weights
             for name, value in (provenance or {}).items():
@@ -199,100 +236,6 @@ def write_features(
         temporary.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class LedgerRow:
-    """What became of one slide in one stage.
-
-    Attributes:
-        slide: Its path relative to the folder of slides.
-        status: ``ok``, ``empty`` (no tissue), ``failed`` or ``excluded`` (not a usable kind).
-        reason: Why, unless it is simply ok.
-        stage: Name of the stage.
-        tiles_total: Whole tiles that fit on the slide; None if it did not get that far.
-        tiles_kept: Tiles with features.
-        mpp: Microns per pixel of level 0 along x.
-        mpp_source: Where that came from.
-        seconds: Time spent on the slide; for a finished one, when it was made.
-        skipped: Whether an earlier run had finished it.
-    """
-
-    slide: str
-    status: str
-    reason: str = ""
-    stage: str = "extract"
-    tiles_total: int | None = None
-    tiles_kept: int | None = None
-    mpp: float | None = None
-    mpp_source: str = ""
-    seconds: float = 0.0
-    skipped: bool = False
-
-    def with_seconds(self, seconds: float) -> LedgerRow:
-        """Return the same row with the time rounded to milliseconds."""
-        return replace(self, seconds=round(seconds, 3))
-
-
-@dataclass(frozen=True)
-class ExtractSummary:
-    """What became of all slides.
-
-    Attributes:
-        rows: One row per slide.
-        ledger: The file with the same rows.
-    """
-
-    rows: tuple[LedgerRow, ...]
-    ledger: Path
-
-    def count(self, status: str) -> int:
-        """Return the number of slides with this status."""
-        return sum(row.status == status for row in self.rows)
-
-    @property
-    def slides(self) -> int:
-        """Slides and pictures that were found."""
-        return len(self.rows)
-
-    @property
-    def done(self) -> int:
-        """Slides with features, those that an earlier run had finished included."""
-        return self.count("ok")
-
-    @property
-    def empty(self) -> int:
-        """Slides without tissue."""
-        return self.count("empty")
-
-    @property
-    def excluded(self) -> int:
-        """Pictures and slides that the protocol does not cover."""
-        return self.count("excluded")
-
-    @property
-    def failed(self) -> int:
-        """Slides that could not be used."""
-        return self.count("failed")
-
-    @property
-    def skipped(self) -> int:
-        """Slides that an earlier run had finished; they count as done too."""
-        return sum(row.skipped for row in self.rows)
-
-    @property
-    def exit_code(self) -> int:
-        """0 if no slide failed, otherwise 1."""
-        return int(self.failed > 0)
-
-    def __str__(self) -> str:
-        tiles = sum(row.tiles_kept or 0 for row in self.rows)
-        return (
-            f"{self.slides} slides: {self.done} with features ({self.skipped} finished before, "
-            f"{tiles} tiles in all), {self.empty} empty, {self.excluded} excluded, "
-            f"{self.failed} failed. "
-            f"Each one is in {self.ledger}."
-        )
-
-
 def extract(
     slides: Path,
     out: Path,
@@ -300,11 +243,15 @@ def extract(
     weights: Path | None,
     slide_table: Path | None = None,
     default_mpp: float | None = None,
-    workers: int = 4,
+    workers: int | None = None,
     device: str = "auto",
     seed: int = 0,
     batch_size: int = 64,
     tile_rules: TileRules | None = None,
+    extractor: str = "ctranspath",
+    precision: str = "float32",
+    layout: str = "stamp-v2",
+    max_failures: int | None = None,
 ) -> ExtractSummary:
     """Turn a folder of slides into feature files, tile pictures and a ledger.
 
@@ -316,14 +263,19 @@ def extract(
     Args:
         slides: Folder of slides.
         out: Output folder; made if missing.
-        weights: CTransPath's checkpoint; None for random weights, which is said in every file.
+        weights: The extractor's checkpoint; None for random weights, which is said in every file.
         slide_table: Table (.csv, .xlsx) whose columns FILENAME and MPP give pixel sizes in um.
         default_mpp: Microns per pixel of slides that do not say.
-        workers: Threads that read while the network runs.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        workers: Threads that read while the network runs; None: 2 on a CPU, as many as there are
+            cores, 16 at most, with a GPU.
+        device: ``auto``, ``cpu`` or ``cuda``, or several with commas: ``cuda:0,cuda:1``.
         seed: Seed of the random weights.
         batch_size: Tiles per call of the network; at most 8 are used on a CPU.
         tile_rules: Tile size and tissue thresholds; None for the protocol's.
+        extractor: ``ctranspath``, or ``timm:`` and the name of one of timm's models.
+        precision: ``float32``, or ``bfloat16`` for autocast.
+        layout: ``stamp-v2`` or ``stamp-v1``; see `write_features`.
+        max_failures: End the run when more slides than this have failed; None: never.
 
     Returns:
         What became of every slide; its `exit_code` is 1 if some failed.
@@ -331,17 +283,22 @@ def extract(
     Raises:
         UserError: If the call is wrong: no slides, unusable weights, a broken table.
     """
-    from examples.pathology import extraction, tiling  # reading features needs no torch
+    from examples.pathology import dispatch, extraction, tiling  # reading needs no torch
+    from examples.pathology.slides import find_slides
 
-    return extraction.run(
-        slides,
-        out,
-        weights=weights,
-        slide_table=slide_table,
-        default_mpp=default_mpp,
-        workers=workers,
-        device=device,
-        seed=seed,
-        batch_size=batch_size,
+    devices = dispatch.resolve_devices(device)
+    settings = extraction.Settings(
+        out=out,
         rules=tile_rules if tile_rules is not None else tiling.TileRules(),
+        extractor=extractor,
+        weights=weights,
+        seed=seed,
+        precision=precision,
+        batch_size=batch_size,
+        workers=extraction.default_workers(devices[0]) if workers is None else workers,
+        layout=layout,
+        table_mpp={} if slide_table is None else extraction.read_mpp_table(slide_table),
+        default_mpp=default_mpp,
     )
+    files = find_slides(slides, skip=out)
+    return dispatch.run(files, settings, devices, max_failures=max_failures)

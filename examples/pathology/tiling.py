@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
@@ -188,12 +188,11 @@ def _read_overview(slide: Slide, tile_size_um: float, tile_px: int) -> Pixels:
     return overview
 
 
-def read_tiles(
-    slide: Slide, plan: TilePlan, rules: TileRules, *, pool: ThreadPoolExecutor, ahead: int
-) -> Generator[TileBlock, None, None]:
-    """Read the pending tiles in blocks of neighbours, ahead of their use.
+class TileReader(Iterator[TileBlock]):
+    """Reads the pending tiles of a slide in blocks of neighbours, ahead of their use.
 
-    Sets the status of every pending tile to kept or smooth.
+    Reading begins at once. Sets the status of every pending tile to kept or smooth; gives blocks
+    with the kept tiles only, and leaves out blocks without any. Close it before the slide.
 
     Args:
         slide: The open slide.
@@ -201,32 +200,55 @@ def read_tiles(
         rules: What makes a tile worth keeping.
         pool: Threads that read; the order of the blocks does not depend on them.
         ahead: How many blocks may be read before they are used; bounds the memory.
-
-    Yields:
-        Blocks with the kept tiles only; blocks without any are left out.
     """
-    target_mpp = rules.tile_size_um / rules.tile_size_px
-    level_mpp = slide.level_mpp(slide.level_for(target_mpp))
-    edge = min(8, max(1, int(READ_EDGE_PX * level_mpp // rules.tile_size_um)))
-    todo = _blocks(plan, edge)
-    waiting: deque[Future[TileBlock]] = deque()
-    try:
-        while True:
-            while len(waiting) < max(1, ahead) and (positions := next(todo, None)) is not None:
-                waiting.append(pool.submit(_read_block, slide, positions, rules))
-            if not waiting:
+
+    def __init__(
+        self,
+        slide: Slide,
+        plan: TilePlan,
+        rules: TileRules,
+        *,
+        pool: ThreadPoolExecutor,
+        ahead: int,
+    ) -> None:
+        target_mpp = rules.tile_size_um / rules.tile_size_px
+        level_mpp = slide.level_mpp(slide.level_for(target_mpp))
+        edge = min(8, max(1, int(READ_EDGE_PX * level_mpp // rules.tile_size_um)))
+        self._slide, self._plan, self._rules = slide, plan, rules
+        self._pool, self._ahead = pool, max(1, ahead)
+        self._todo = _blocks(plan, edge)
+        self._waiting: deque[Future[TileBlock]] = deque()
+        self._fill()
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self._ahead:
+            positions = next(self._todo, None)
+            if positions is None:
                 return
-            block = waiting.popleft().result()
-            keep = block.edge_share >= rules.min_edge_share
-            plan.status[tuple(block.positions.T)] = np.where(
+            self._waiting.append(
+                self._pool.submit(_read_block, self._slide, positions, self._rules)
+            )
+
+    def __next__(self) -> TileBlock:
+        """Return the next block, as soon as it has been read."""
+        while self._waiting:
+            block = self._waiting.popleft().result()
+            self._fill()
+            keep = block.edge_share >= self._rules.min_edge_share
+            self._plan.status[tuple(block.positions.T)] = np.where(
                 keep, TileStatus.KEPT, TileStatus.SMOOTH
             )
             if keep.any():
-                yield TileBlock(block.positions[keep], block.pixels[keep], block.edge_share[keep])
-    finally:
-        for future in waiting:  # the slide is closed next: nobody may still be reading it
+                return TileBlock(block.positions[keep], block.pixels[keep], block.edge_share[keep])
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop reading and wait until nobody is on the slide any more."""
+        self._todo = iter(())
+        for future in self._waiting:
             future.cancel()
-        for future in waiting:
+        while self._waiting:
+            future = self._waiting.popleft()
             if not future.cancelled():
                 future.exception()
 

@@ -9,7 +9,7 @@ from examples.pathology import cli, crossval, demo, features, report
 from examples.pathology.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["extract", "crossval", "demo", "report"]
+COMMANDS = ["extract", "verify-weights", "crossval", "demo", "report"]
 NEEDED = ["--clini", "c.csv", "--slide-table", "s.csv", "--features", "f", "--target", "isMSIH"]
 
 
@@ -166,6 +166,35 @@ def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_pat
     assert (asked["default_mpp"], asked["workers"], asked["weights"]) == (0.5, 3, None)
     assert asked["tile_rules"].min_edge_share == 0.01
     assert asked["tile_rules"].brightness_cutoff == 240.0
+    assert (asked["extractor"], asked["precision"], asked["layout"], asked["max_failures"]) == (
+        "ctranspath", "float32", "stamp-v2", None,
+    )  # fmt: skip
+    options = ["--extractor", "timm:x", "--precision", "bfloat16", "--max-failures", 0]
+    assert run("extract", "--slides", "s", "--out", "o", *options, "--canny-low", 30) == code
+    assert (asked["extractor"], asked["precision"], asked["layout"], asked["max_failures"]) == (
+        "timm:x", "bfloat16", "stamp-v2", 0,
+    )  # fmt: skip
+    assert (asked["tile_rules"].canny_low, asked["workers"]) == (30, None)
+
+
+@pytest.mark.parametrize(("released", "code"), [(True, 0), (False, 1)])
+def test_the_verdict_on_weights_is_printed_and_is_the_exit_code(
+    monkeypatch, capsys, released, code
+):
+    from examples.pathology import ctranspath
+
+    verdict = ctranspath.Verdict(released, "w.pth is so and so.")
+    monkeypatch.setattr(ctranspath, "verify_weights", lambda path: verdict)
+    assert run("verify-weights", "--weights", "w.pth") == code
+    assert capsys.readouterr().out == "w.pth is so and so.\n"
+
+
+def test_unusable_weights_are_wrong_use(tmp_path, capsys):
+    (tmp_path / "w.pth").write_text("<html>")
+    assert run("verify-weights", "--weights", tmp_path / "w.pth") == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert "w.pth is not a checkpoint" in shown.err
 
 
 def test_demo_and_report_print_where_the_page_is(monkeypatch, tmp_path, capsys):

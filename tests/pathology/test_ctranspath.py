@@ -1,4 +1,5 @@
 import logging
+import os
 import pickle
 import zlib
 from pathlib import Path
@@ -8,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from examples.pathology import ctranspath as module
+from examples.pathology.checkpoints import CheckpointError, file_sha256
 from examples.pathology.ctranspath import (
-    CheckpointError,
+    IMAGENET,
     ctranspath,
     ctranspath_extractor,
-    file_sha256,
-    imagenet_transform,
+    verify_weights,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -93,7 +95,7 @@ def test_features_equal_those_of_the_authors_network(model, state):
     golden = np.load(DATA / "golden_feats.npz")["feats"]
     assert len(state) == 200
     with torch.inference_mode():
-        feats = model(imagenet_transform(tiles()[:3])).numpy()
+        feats = model(IMAGENET(tiles()[:3])).numpy()
     assert feats.shape == golden.shape == (3, 768)
     np.testing.assert_allclose(feats, golden, rtol=0, atol=1e-5)
 
@@ -108,8 +110,9 @@ def test_the_model_is_ready_to_use(model):
 
 
 def test_the_transform_is_that_of_imagenet():
-    tile = np.random.default_rng(0).integers(0, 256, (1, 3, 5, 3)).astype(np.uint8)
-    done = imagenet_transform(torch.from_numpy(tile)).numpy()
+    tile = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3)).astype(np.uint8)
+    done = IMAGENET(torch.from_numpy(tile)).numpy()
+    assert done.shape == (1, 3, 224, 224)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     np.testing.assert_allclose(
         done[0, :, 1, 2], (tile[0, 1, 2] / 255 - mean) / std, rtol=1e-5, atol=1e-6
@@ -117,7 +120,7 @@ def test_the_transform_is_that_of_imagenet():
 
 
 def test_features_do_not_depend_on_the_batch(model):
-    batch = imagenet_transform(tiles()[:2])
+    batch = IMAGENET(tiles()[:2])
     with torch.inference_mode():
         torch.testing.assert_close(model(batch)[1:], model(batch[1:]), rtol=0, atol=1e-6)
 
@@ -184,30 +187,34 @@ def test_checkpoints_of_another_layout_are_refused(change, words, state, tmp_pat
 
 
 class Trap:
-    """Writes a file when unpickled."""
+    """Makes a folder when unpickled."""
 
     def __init__(self, path):
         self.path = path
 
     def __reduce__(self):
-        return Path.write_text, (self.path, "code ran")
+        return os.mkdir, (str(self.path),)
 
 
-def test_code_in_a_checkpoint_is_not_run(state, tmp_path):
-    torch.save({"model": {"norm.bias": Trap(tmp_path / "ran")}}, tmp_path / "trap.pth")
-    with pytest.raises(CheckpointError, match="would run code when opened"):
-        ctranspath(tmp_path / "trap.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap(tmp_path / "ran"), protocol=2))
-    with pytest.raises(CheckpointError, match="must hold tensors only"):
-        ctranspath(tmp_path / "plain.pth")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_checkpoint_is_named_and_not_run(protocol, tmp_path):
+    trap = {"norm.bias": torch.zeros(768), "z": Trap(tmp_path / "ran")}
+    torch.save({"model": trap}, tmp_path / "zip.pth", pickle_protocol=protocol)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(trap["z"], protocol=protocol))
+    for name in ("zip.pth", "plain.pth"):
+        words = rf"tensors only, but .*{name} would run code when opened \(`\w+\.mkdir`\)"
+        with pytest.raises(CheckpointError, match=words):
+            ctranspath(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "plain.pth").read_bytes())  # the trap does work
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9999])
 def test_truncated_checkpoints_are_refused(share, checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match=r"cut\.pth is (truncated|not a checkpoint)"):
+    with pytest.raises(CheckpointError, match=r"cut\.pth is truncated"):
         ctranspath(tmp_path / "cut.pth")
 
 
@@ -217,8 +224,13 @@ def test_files_that_hold_something_else_are_refused(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match=r"holds\s+list"):
         ctranspath(tmp_path / "list.pth")
+    torch.save({"model": {"norm.bias": 3}}, tmp_path / "number.pth")
+    with pytest.raises(CheckpointError, match=r"in .*number\.pth `norm\.bias` is int"):
+        ctranspath(tmp_path / "number.pth")
     (tmp_path / "page.pth").write_text("<html>Google Drive: quota exceeded</html>")
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"page\.pth is not a checkpoint: it begins with b'<h'"
+    ):
         ctranspath(tmp_path / "page.pth")
 
 
@@ -230,7 +242,7 @@ def test_random_weights_are_seeded_and_leave_the_callers_generator_alone(caplog)
     first = ctranspath(None, seed=5)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
     second, third = ctranspath(None, seed=5), ctranspath(None, seed=6)
-    x = imagenet_transform(tiles()[:1])
+    x = IMAGENET(tiles()[:1])
     with torch.inference_mode():
         torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
         assert (first(x) - third(x)).abs().max() > 0.1
@@ -241,10 +253,39 @@ def test_random_weights_can_not_be_mistaken_for_the_released_ones(checkpoint, ca
     random = ctranspath_extractor(None, seed=2)
     assert random.identifier == "ctranspath-random-seed2"
     assert random.weights_sha256 is None
-    assert random.random_weights
     caplog.set_level(logging.WARNING)
     loaded = ctranspath_extractor(checkpoint)
     assert loaded.identifier == "ctranspath"
     assert loaded.weights_sha256 == file_sha256(checkpoint)
-    assert not loaded.random_weights
     assert "is not the released checkpoint" in caplog.text
+
+
+def test_the_verdict_tells_the_released_checkpoint_from_others(checkpoint, monkeypatch):
+    # The released file cannot lie here: the checkpoint of the same layout takes its place.
+    verdict = verify_weights(checkpoint)
+    assert not verdict.released
+    assert "can be used, but is not the released checkpoint" in verdict.sentence
+    assert file_sha256(checkpoint) in verdict.sentence
+    monkeypatch.setattr(module, "CHIEF_SHA256", file_sha256(checkpoint))
+    assert "the copy that comes with CHIEF" in verify_weights(checkpoint).sentence
+    monkeypatch.setattr(module, "RELEASED_SHA256", file_sha256(checkpoint))
+    verdict = verify_weights(checkpoint)
+    assert verdict.released
+    assert "is the released CTransPath checkpoint" in verdict.sentence
+
+
+def test_no_verdict_on_what_cannot_be_loaded(state, tmp_path, monkeypatch):
+    wrong = dict(state)
+    del wrong["norm.bias"]
+    torch.save(wrong, tmp_path / "wrong.pth")
+    # Not even the right checksum makes an unusable file a good one.
+    monkeypatch.setattr(module, "RELEASED_SHA256", file_sha256(tmp_path / "wrong.pth"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 \(norm\.bias\)"):
+        verify_weights(tmp_path / "wrong.pth")
+
+
+def test_the_checksum_is_the_one_of_the_system(tmp_path):
+    # FIPS 180-2, appendix B.1
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(tmp_path / "abc") == expected

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from examples.pathology import extraction, slides
-from examples.pathology.ctranspath import Extractor
 from examples.pathology.errors import UserError
+from examples.pathology.extractors import LoadedExtractor
 from examples.pathology.features import extract, read_features
 from examples.pathology.tiling import TileRules
 from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain, save_slide
@@ -37,11 +37,11 @@ class Colours(nn.Module):
 def network(monkeypatch):
     model = Colours()
 
-    def build(weights, seed):
-        name = "colours" if weights else f"colours-random-seed{seed}"
-        return Extractor(model, lambda t: t.float() / 255, name, "ab" if weights else None)
+    def build(name, weights, seed):
+        name = name if weights else f"{name}-random-seed{seed}"
+        return LoadedExtractor(model, lambda t: t.float() / 255, name, "ab" if weights else None)
 
-    monkeypatch.setattr(extraction, "ctranspath_extractor", build)
+    monkeypatch.setattr(extraction, "make_extractor", build)
     return model
 
 
@@ -49,9 +49,15 @@ def run(folder, out, **options):
     return extract(folder, out, **({"weights": None, "workers": 2, "device": "cpu"} | options))
 
 
-def ledger(out):
+def rows_of(out):
+    """Return the ledger's rows by slide and stage."""
     with (out / "ledger.csv").open(encoding="utf-8") as file:
-        return {row["slide"]: row for row in csv.DictReader(file)}
+        return {(row["slide"], row["stage"]): row for row in csv.DictReader(file)}
+
+
+def ledger(out):
+    """Return the last row of each slide: the stage where it ended."""
+    return {slide: row for (slide, _), row in rows_of(out).items()}
 
 
 def test_a_slide_becomes_features_a_picture_and_a_ledger_row(tmp_path, network):
@@ -68,12 +74,15 @@ def test_a_slide_becomes_features_a_picture_and_a_ledger_row(tmp_path, network):
     assert (tmp_path / "out" / "thumbnails" / "sub" / "a.jpg").stat().st_size > 1000
     header = (tmp_path / "out" / "ledger.csv").read_text().splitlines()[0]
     assert header == "slide,stage,status,reason,tiles_total,tiles_kept,mpp,mpp_source,seconds"
-    row = ledger(tmp_path / "out")["sub/a.TIF"]
-    assert (row["stage"], row["status"], row["reason"]) == ("extract", "ok", "")
-    assert (row["tiles_total"], row["tiles_kept"], row["mpp"]) == ("12", "9", "0.5")
-    assert row["mpp_source"] == "openslide.mpp-x"
-    assert float(row["seconds"]) > 0
-    assert (summary.slides, summary.done, summary.exit_code) == (1, 1, 0)
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == [("sub/a.TIF", "tiling"), ("sub/a.TIF", "features")]
+    for row in rows.values():
+        assert (row["status"], row["reason"]) == ("ok", "")
+        assert (row["tiles_total"], row["tiles_kept"], row["mpp"]) == ("12", "9", "0.5")
+        assert row["mpp_source"] == "openslide.mpp-x"
+        assert float(row["seconds"]) > 0
+    assert (summary.slides, summary.tiled, summary.done, summary.exit_code) == (1, 1, 1, 0)
+    assert sum(float(row["seconds"]) for row in rows.values()) < summary.seconds + 0.01
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -82,7 +91,7 @@ def test_random_weights_are_written_all_over_the_file(tmp_path, network):
     run(tmp_path / "in", tmp_path / "out", seed=7)
     bag = read_features(tmp_path / "out" / "a.h5")
     assert bag.random_weights
-    assert bag.extractor == "colours-random-seed7"
+    assert bag.extractor == "ctranspath-random-seed7"
     with h5py.File(tmp_path / "out" / "a.h5") as file:
         attributes = dict(file.attrs)
     assert attributes["mtbalance_random_weights"]
@@ -152,6 +161,7 @@ def test_unforeseen_errors_are_logged_with_their_traceback(tmp_path, network, mo
     run(tmp_path / "in", tmp_path / "out")
     rows = ledger(tmp_path / "out")
     assert rows["a.tif"]["reason"] == "ZeroDivisionError: nobody thought of this"
+    assert rows["a.tif"]["stage"] == "tiling"
     assert rows["b.tif"]["status"] == "ok"
     assert "Traceback" in caplog.text
 
@@ -160,23 +170,28 @@ def test_finished_slides_are_left_alone(tmp_path, network):
     save_slide(tmp_path / "in" / "a.tif")
     run(tmp_path / "in", tmp_path / "out")
     path = tmp_path / "out" / "a.h5"
-    before, calls, row = path.stat(), len(network.batches), ledger(tmp_path / "out")["a.tif"]
+    before, calls, rows = path.stat(), len(network.batches), rows_of(tmp_path / "out")
     again = run(tmp_path / "in", tmp_path / "out", workers=1, batch_size=1)
     assert len(network.batches) == calls
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert (again.done, again.skipped) == (1, 1)
-    repeated = ledger(tmp_path / "out")["a.tif"]
-    assert repeated.pop("reason") == "finished before"
-    assert {key: repeated[key] for key in ("tiles_kept", "tiles_total", "mpp", "mpp_source")} == {
-        key: row[key] for key in ("tiles_kept", "tiles_total", "mpp", "mpp_source")
-    }
+    repeated = rows_of(tmp_path / "out")
+    assert {row.pop("reason") for row in repeated.values()} == {"finished before"}
+    for key, row in rows.items():
+        del row["reason"]
+        # When the file is written, the clock has not stopped yet.
+        assert 0 < float(repeated[key].pop("seconds")) <= float(row.pop("seconds"))
+    assert repeated == rows
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seed": 1}, "extractor colours-random-seed0 -> colours-random-seed1"),
+        ({"seed": 1}, "extractor ctranspath-random-seed0 -> ctranspath-random-seed1"),
         ({"weights": "w.pth"}, "weights_sha256 None -> ab"),
+        ({"extractor": "other"}, "extractor ctranspath-random-seed0 -> other-random-seed0"),
+        ({"precision": "bfloat16"}, "precision float32 -> bfloat16"),
+        ({"layout": "stamp-v1"}, "layout stamp-v2 -> stamp-v1"),
         ({"tile_rules": TileRules(min_edge_share=0.01)}, "min_edge_share 0.02 -> 0.01"),
         ({"slide_table": "mpp.csv"}, "slide_mpp_x 0.5 -> 0.48"),
     ],
@@ -315,6 +330,9 @@ def test_broken_slide_tables_are_wrong_use(text, words, tmp_path, network):
     [
         ({"workers": 0}, "`workers` must be at least 1, but got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"precision": "half"}, "`precision` must be one of float32, bfloat16, but got 'half'"),
+        ({"layout": "v3"}, "`layout` must be one of stamp-v2, stamp-v1, but got 'v3'"),
+        ({"device": "cpu,abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
         ({"device": "abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
         ({"slide_table": "none.csv"}, "must be a readable file, but No such file"),
     ],
@@ -349,7 +367,7 @@ def test_real_slides_give_features_or_a_clear_reason(tmp_path, network, caplog):
     names = ["cmu-1-small-region.svs", "derived_dicom"]
     names += [f"derived_pyramid_{unit}.tif" for unit in ("cm", "inch", "xml")]
     assert kept == dict.fromkeys(names, "15")
-    assert len(rows) == 14
+    assert len(rows) == 14  # one slide each
     assert all(row["reason"] for name, row in rows.items() if name not in kept)
     bags = [read_features(tmp_path / "out" / f"{name.partition('.')[0]}.h5") for name in names]
     for bag in bags[1:]:

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from examples.pathology import features
 from examples.pathology.errors import UserError
-from examples.pathology.features import ExtractSummary, LedgerRow, read_features, write_features
+from examples.pathology.features import read_features, write_features
 from tests.pathology.slide_helpers import SHARED
 
 BAGS = SHARED / "bags"
@@ -176,17 +176,3 @@ def test_the_file_is_closed_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "publish", look)
     write(tmp_path / "a.h5")
     assert seen == [("a.h5", (3, 768))]
-
-
-def test_the_summary_counts():
-    rows = [
-        LedgerRow("a", "ok", tiles_kept=5),
-        LedgerRow("b", "ok", tiles_kept=7, skipped=True),
-        LedgerRow("c", "empty", "glass", tiles_kept=0),
-        LedgerRow("d", "excluded", "flat"),
-    ]
-    good = ExtractSummary(tuple(rows), BAGS / "ledger.csv")
-    counts = (good.slides, good.done, good.skipped, good.empty, good.excluded, good.failed)
-    assert (*counts, good.exit_code) == (4, 2, 1, 1, 1, 0, 0)
-    assert "4 slides: 2 with features (1 finished before, 12 tiles in all)" in str(good)
-    assert ExtractSummary((*rows, LedgerRow("e", "failed")), BAGS).exit_code == 1

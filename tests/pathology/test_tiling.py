@@ -11,13 +11,13 @@ from examples.pathology.slides import Slide, open_slide
 from examples.pathology.tiling import (
     READ_EDGE_PX,
     SlideExcludedError,
+    TileReader,
     TileRules,
     TileStatus,
     draw_overlay,
     edge_share,
     grid_shape,
     plan_tiles,
-    read_tiles,
 )
 from examples.pathology.units import Mpp
 from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain
@@ -32,7 +32,7 @@ def make(paint, size, mpp=0.5, **options):
 
 def read_all(slide, plan, rules=RULES, workers=2):
     with ThreadPoolExecutor(workers) as pool:
-        return list(read_tiles(slide, plan, rules, pool=pool, ahead=2 * workers))
+        return list(TileReader(slide, plan, rules, pool=pool, ahead=2 * workers))
 
 
 def half_glass(x, y):
@@ -182,7 +182,7 @@ def test_abandoned_reading_leaves_nobody_on_the_slide():
     slide, handle = make(checkered, (5200, 2600))
     plan = plan_tiles(slide, RULES)
     with ThreadPoolExecutor(2) as pool:
-        blocks = read_tiles(slide, plan, RULES, pool=pool, ahead=4)
+        blocks = TileReader(slide, plan, RULES, pool=pool, ahead=4)
         next(blocks)
         blocks.close()
         slide.close()
