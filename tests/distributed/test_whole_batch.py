@@ -1,0 +1,58 @@
+"""Ranks with parts of a batch do what one process does with the whole batch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mtbalance import PAPER_COMBINATIONS
+from tests.distributed.harness import ALONE, Here, Pool
+from tests.distributed.runs import Outcome, assert_equal, ddp, plain, same_everywhere, train
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
+WRAPPERS: dict[str, dict[str, bool] | None] = {
+    "no wrapper": None,
+    "DDP": {},
+    "DDP, finding unused parameters": {"find_unused_parameters": True},
+    "DDP, gradients as views": {"gradient_as_bucket_view": True},
+    "DDP, static graph": {"static_graph": True},
+}
+
+
+def train_all(here: Here, wrapper: str, options: dict[str, Any]) -> dict[str, Outcome]:
+    """Train with every pair; one round trip for all of them."""
+    arguments = WRAPPERS[wrapper]
+    wrap = plain if arguments is None else ddp(**arguments)
+    return {name: train(here, name, wrap=wrap, **options) for name in PAPER_COMBINATIONS}
+
+
+def assert_all_equal(pool: Pool, wrapper: str, tolerance: float, **options: Any) -> None:
+    ranks = pool.run(train_all, wrapper, options)
+    alone = train_all(ALONE, wrapper, options)
+    for name in PAPER_COMBINATIONS:
+        outcomes = [outcomes[name] for outcomes in ranks]
+        assert_equal(outcomes, alone[name], tolerance, name)
+        same_everywhere(outcomes)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_pair_trains_as_one_process_would(two: Pool, wrapper: str) -> None:
+    """Several steps with momentum, learned weights, epochs and a look ahead, in float64."""
+    assert_all_equal(two, wrapper, 1e-12)
+
+
+@pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
+def test_every_pair_in_float32(two: Pool, wrapper: str) -> None:
+    """One step: further ones would measure how training magnifies what rounding differs by."""
+    assert_all_equal(two, wrapper, 1e-6, steps=1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
+def test_micro_batches(two: Pool, wrapper: str) -> None:
+    """Accumulated on every rank, averaged once."""
+    assert_all_equal(two, wrapper, 1e-12, micro=2)
+
+
+def test_what_is_shared_may_be_inferred(two: Pool) -> None:
+    """The order of inferred parameters must not depend on the number of processes either."""
+    assert_all_equal(two, "no wrapper", 1e-12, shared=None)
