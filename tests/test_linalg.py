@@ -258,6 +258,28 @@ def test_pivoting_usually_works(name: str, m: int) -> None:
             assert minimize_for_few(gramian.tolist(), linear.tolist(), phi, sizes.tolist())
 
 
+def test_parallel_rows_are_told_by_their_length() -> None:
+    """Of the first, the third and the last row the third counts: the shortest, and the earlier."""
+    rows = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]]).double()
+    norms = rows.norm(dim=1)
+    units = rows / norms[:, None]
+    assert _linalg._shortest_of_parallel(units @ units.T, 1 / norms).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("m", [20, 40])
+def test_pivoting_works_where_rows_are_parallel(m: int) -> None:
+    """Every second row is a multiple of its neighbour: no face that holds both has an inverse."""
+    for seed in range(10):
+        rows = random_gradients(m, 2 * m, seed)
+        rows[1::2] = rows[::2]
+        given_ = problem(rows, seed, 0.4)
+        assert given_ is not None
+        _, gramian, linear, phi, sizes = given_
+        y = minimize_by_pivoting(gramian, linear, phi, sizes)
+        assert y is not None
+        assert given_.excess_of(y) <= 1e-11
+
+
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_elimination(size: int) -> None:
     """Against NumPy; and a row that depends on others is left out, as if it were not there."""
