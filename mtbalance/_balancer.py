@@ -5,6 +5,7 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple, overload
 
@@ -33,6 +34,7 @@ from mtbalance._jacobian import (
     FreshGrad,
     TaskGradients,
     add_to_grad,
+    converted,
     fresh_grad,
     gradient_of,
     reach_of,
@@ -40,7 +42,7 @@ from mtbalance._jacobian import (
     task_gradients,
 )
 from mtbalance._kept import KeptWeights
-from mtbalance._places import AtFeatures, AtParameters, Place, check_below, write
+from mtbalance._places import AtFeatures, AtParameters, Place, check_between, write
 from mtbalance._random import RandomSource
 from mtbalance._ranks import Agreement, Exchange, Ranks, RankStep
 from mtbalance._record import EpochCounts, EpochSummary, Record
@@ -157,7 +159,7 @@ class Balancer(nn.Module):
         self._at_parameters = AtParameters(self._reach)
         self._kept = KeptWeights(self.tasks, 1 if groups is None else len(groups))
         self._watch = OptimizerWatch()
-        self._pending = TaskGradients(dtype)
+        self._pending = TaskGradients()
         self._epoch = EpochCounts(self.tasks)
         self._counted = 0
         self._draws_agree = False
@@ -252,7 +254,7 @@ class Balancer(nn.Module):
         elif error is not None:
             raise error
         if bad and self.nonfinite == "raise" and not self._ranks.several:
-            self._pending = TaskGradients(self.dtype)
+            self._pending = TaskGradients()
             raise FloatingPointError(nonfinite_message("loss", bad))
         self._pending.mark_nonfinite(bad)
         named = {name: loss for name, loss in named.items() if name not in bad}
@@ -294,7 +296,7 @@ class Balancer(nn.Module):
             return super().apply(fn)
         self._check_call(validation)
         if self._ranks.several:
-            pending, self._pending = self._pending, TaskGradients(self.dtype)
+            pending, self._pending = self._pending, TaskGradients()
             self._pending = self._averaged(pending)
         if not self._pending:
             raise RuntimeError(
@@ -311,10 +313,11 @@ class Balancer(nn.Module):
         try:
             named = check_losses_by_task(losses, self.tasks, may_be_empty=self._ranks.several)
             if features:
-                above = reach_of(list(named.values()), until=features).leaves
-                check_below(reach_of(features).leaves, above)
-            if not self._ranks.sharded:
+                check_between(features, named)
+            if not self._ranks.several:
                 self._reach.note_graphs(named)
+            elif not self._ranks.sharded:  # noted when all ranks have told what they reach
+                self._reach.check({task: reach_of([loss]).leaves for task, loss in named.items()})
         except (TypeError, ValueError) as error:
             if not self._ranks.several:
                 raise
@@ -339,7 +342,7 @@ class Balancer(nn.Module):
                 tell = functools.partial(count_fallback, self)
                 rows = self._batched(losses, leaves, reach.shares_graph, tell)
         for name, row in zip(named, rows, strict=True):
-            yield name, leaves, row
+            yield name, leaves, converted(row, self.dtype)
 
     def _averaged_while_computed(self, losses: Losses, scaler: GradScaler | None) -> TaskGradients:
         """Return the gradients averaged over ranks, each on its way while the next is computed."""
@@ -375,12 +378,14 @@ class Balancer(nn.Module):
         agreement = self._ranks.agree(losses, nonfinite, reached, error)
         if agreement.nonfinite and self.nonfinite == "raise":
             raise FloatingPointError(nonfinite_message("loss", agreement.nonfinite))
+        if not self._ranks.sharded:
+            self._reach.note(agreement.layouts)
         return agreement
 
     # --- per-task gradients -> weights -> direction -> .grad --------------------------------------
 
     def _balance_pending(self, validation: Validation | None, scaler: GradScaler | None) -> Record:
-        pending, self._pending = self._pending, TaskGradients(self.dtype)
+        pending, self._pending = self._pending, TaskGradients()
         self._reach.note_gradients(pending, check=self._ranks.sharded)
         return self._balance(pending, validation, _scale_of(scaler), self._at_parameters)
 
@@ -409,7 +414,7 @@ class Balancer(nn.Module):
         bad = self._finite.bad_gradients(names, total, rows_of_rest)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
-            ones = torch.ones(len(names))
+            ones = torch.ones(len(names), device="cpu")
             for number, rows in rows_of_groups.items():
                 place.write(groups[number], combine(rows, ones))
             write(rest, combine(rows_of_rest, ones))
@@ -470,7 +475,7 @@ class Balancer(nn.Module):
         raw = losses.detach().to(active.device).requires_grad_()
         with (
             torch.enable_grad(),
-            torch.autocast(raw.device.type, enabled=False),
+            _without_autocast(raw.device),
             self.weighting.only(active),
         ):
             weighted = self.weighting(raw)
@@ -505,11 +510,13 @@ class Balancer(nn.Module):
         facts = self._facts(losses)
         if facts.nonfinite:
             return self._skipped(facts.losses, facts.nonfinite)
+        if not facts.losses:  # on any rank
+            return Record((), {}, absent=self.tasks)
         scale = self._set_up(scaler, facts)
         weights, learned = self._weights_of(facts)
         with fresh_grad(facts.leaves) as fresh:
             self._pass(facts, weights, scale, facts.leaves)
-            return self._kept_if_finite(fresh, facts, weights, learned, scale)
+            return self._record_if_finite(fresh, facts, weights, learned, scale)
 
     def _with_kept_weights(self, losses: Losses, scaler: GradScaler | None) -> Record | None:
         """Make one pass per group with the weights of an earlier step; None if they do not fit."""
@@ -526,7 +533,7 @@ class Balancer(nn.Module):
                 last = number == list(groups)[-1]
                 combination = weights * self._kept.solutions[number].to(weights)
                 self._pass(facts, combination, scale, leaves, retain_graph=not last)
-            record = self._kept_if_finite(fresh, facts, weights, learned, scale)
+            record = self._record_if_finite(fresh, facts, weights, learned, scale)
         self._kept.age += 1
         return replace(record, combination=combination if len(groups) == 1 else None, reused=True)
 
@@ -584,7 +591,7 @@ class Balancer(nn.Module):
         else:
             torch.autograd.backward(here, factors, retain_graph=retain_graph, inputs=list(leaves))
 
-    def _kept_if_finite(
+    def _record_if_finite(
         self,
         fresh: FreshGrad,
         facts: "_Facts",
@@ -692,7 +699,7 @@ class Balancer(nn.Module):
         """Forget everything learned, remembered and accumulated."""
         self.weighting.reset()
         self.gradient.reset()
-        self._pending = TaskGradients(self.dtype)
+        self._pending = TaskGradients()
         self._epoch = EpochCounts(self.tasks)
         self._kept.reset()
 
@@ -716,7 +723,7 @@ class Balancer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the number of tasks, the running epoch's counts, and weights kept for later."""
-        tasks = torch.tensor([float(len(self.tasks))], dtype=torch.float64)
+        tasks = torch.tensor([float(len(self.tasks))], dtype=torch.float64, device="cpu")
         return torch.cat([tasks, self._epoch.as_tensor().double(), self._kept.as_tensor()])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -790,6 +797,12 @@ class _Facts(NamedTuple):
     shares: dict[str, float]
     """Per task, the number of processes over the number of those that have it."""
     leaves: list[Tensor]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _scale_of(scaler: GradScaler | None) -> float | None:

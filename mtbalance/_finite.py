@@ -53,7 +53,7 @@ class FiniteCheck:
         """Return whether the answer is yes in all processes."""
         if not self._ranks.several:
             return finite
-        return float(self._ranks.sum(torch.tensor(float(not finite)))) == 0
+        return float(self._ranks.sum(torch.tensor(float(not finite), device="cpu"))) == 0
 
 
 def message(what: str, names: Sequence[str]) -> str:

@@ -240,18 +240,22 @@ def _explained() -> Iterator[None]:
 # --- rows of one step -----------------------------------------------------------------------------
 
 
+def converted(row: list[Tensor | None], dtype: torch.dtype | None) -> list[Tensor | None]:
+    """Return gradients in the dtype that they are kept in, emptying the list of the others."""
+    if dtype is not None:
+        for number, gradient in enumerate(row):
+            if gradient is not None and not gradient.is_complex():
+                row[number] = gradient.to(dtype)
+    return row
+
+
 class TaskGradients:
-    """What has been accumulated for one step: per task, its loss and its gradient for each leaf.
+    """What has been accumulated for one step: per task, its loss and its gradient for each leaf."""
 
-    Args:
-        dtype: What gradients are kept in; by default each in its own.
-    """
-
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self) -> None:
         self.losses: dict[str, Tensor] = {}
         self.leaves: dict[int, Tensor] = {}
         self.nonfinite: set[str] = set()
-        self._dtype = dtype
         self._gradients: dict[str, dict[int, Tensor]] = {}
 
     def __bool__(self) -> bool:
@@ -272,13 +276,8 @@ class TaskGradients:
         for leaf, gradient in zip(leaves, row, strict=True):
             if gradient is not None:
                 self.leaves.setdefault(id(leaf), leaf)
-                kept = (
-                    gradient
-                    if gradient.is_complex()
-                    else gradient.to(self._dtype or gradient.dtype)
-                )
                 earlier = gradients.get(id(leaf))
-                gradients[id(leaf)] = kept if earlier is None else earlier + kept
+                gradients[id(leaf)] = gradient if earlier is None else earlier + gradient
 
     def mark_nonfinite(self, tasks: Collection[str]) -> None:
         """Take tasks out of the step."""
@@ -316,7 +315,7 @@ def direct_by_columns(
 
     Args:
         strategy: Maps a matrix (m, n) and the number of its first column to a direction (n,).
-        rows: The raw rows, m of them.
+        rows: The raw rows, m of them, lists that are emptied on the way.
         weights: Their weights, shape (m,).
         like: Tensors of the shapes and dtypes of the result.
         in_blocks: Whether the strategy may be asked for blocks of columns.
@@ -326,7 +325,7 @@ def direct_by_columns(
         The direction, one tensor per parameter, and its inner products with the raw rows, (m,).
     """
     parts: list[Tensor | None] = [None] * len(like)
-    progress = torch.zeros(len(rows), dtype=torch.float64)
+    progress = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     unweighted = weights.device.type == "cpu" and bool((weights == 1).all())
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
         weighted = matrix if unweighted else matrix * weights.to(matrix)[:, None]
@@ -357,10 +356,11 @@ def _blocks(rows: Rows, *, in_blocks: bool) -> Iterator[tuple[Tensor, list[Piece
     if in_blocks:
         tensor = next((t for row in rows for t in row if t is not None), None)
         kind = "cpu" if tensor is None else tensor.device.type
-        yield from column_blocks(rows, columns=_COLUMNS_OF_STRATEGIES.get(kind))
+        columns = _COLUMNS_OF_STRATEGIES.get(kind)
+        yield from column_blocks(rows, columns=columns, release=True)
         return
     # One block per device and dtype, none of which is written to again.
-    blocks = list(column_blocks(rows, columns=sys.maxsize))
+    blocks = list(column_blocks(rows, columns=sys.maxsize, release=True))
     if blocks:
         device = blocks[0].matrix.device
         matrices = [block.matrix.to(device) for block in blocks]

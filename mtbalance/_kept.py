@@ -41,11 +41,13 @@ class KeptWeights:
 
     def as_tensor(self) -> Tensor:
         """Return everything as one tensor, shape (1 + groups * K,), infinity for nothing."""
-        state = torch.full((self._groups, len(self._tasks)), math.inf, dtype=torch.float64)
+        state = torch.full(
+            (self._groups, len(self._tasks)), math.inf, dtype=torch.float64, device="cpu"
+        )
         columns = [self._tasks.index(task) for task in self._of]
         for group, solution in self.solutions.items():
             state[group, columns] = solution.detach().to(state)
-        return torch.cat([torch.tensor([float(self.age)], dtype=torch.float64), state.reshape(-1)])
+        return torch.cat([state.new_tensor([float(self.age)]), state.reshape(-1)])
 
     def load(self, state: Tensor) -> None:
         """Undo :meth:`as_tensor`."""

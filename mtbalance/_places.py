@@ -1,12 +1,12 @@
 """Where the tasks of a step are balanced: at the shared parameters, or at features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mtbalance._jacobian import TaskGradients, add_to_grad, gradient_of
+from mtbalance._jacobian import TaskGradients, add_to_grad, gradient_of, reach_of
 from mtbalance._ranks import Ranks
 from mtbalance._rows import Rows, gramian_of
 from mtbalance._shards import like_sharded, sum_over_shards
@@ -92,13 +92,16 @@ def write(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None
     add_to_grad(leaves, [like_sharded(d, f) for d, f in zip(directions, leaves, strict=True)])
 
 
-def check_below(below: Sequence[Tensor], above: Sequence[Tensor]) -> None:
-    """Raise if parameters before the features are reached past them, too."""
-    known = {id(leaf) for leaf in below}
-    crossing = [leaf for leaf in above if id(leaf) in known]
-    if crossing:
-        raise ValueError(
-            "`features` must be all that the losses get from the shared part of the network, but "
-            f"{len(crossing)} parameters that they depend on (one of shape "
-            f"{tuple(crossing[0].shape)}) are reached past them, too. Leave `features` out."
-        )
+def check_between(features: Sequence[Tensor], losses: Mapping[str, Tensor]) -> None:
+    """Raise unless each loss reaches what the features depend on, and only through them."""
+    below = {id(leaf) for leaf in reach_of(features).leaves}
+    for task, loss in losses.items():
+        if not any(id(leaf) in below for leaf in reach_of([loss]).leaves):
+            raise ValueError(f"the loss of task {task!r} must reach `features`, but does not.")
+        past = [leaf for leaf in reach_of([loss], until=features).leaves if id(leaf) in below]
+        if past:
+            raise ValueError(
+                "`features` must be all that the losses get from the shared part of the network, "
+                f"but the loss of task {task!r} reaches {len(past)} of its parameters (one of "
+                f"shape {tuple(past[0].shape)}) past them, too. Leave `features` out."
+            )

@@ -38,7 +38,7 @@ class RandomSource(nn.Module):
 
     def draw_seed(self) -> int:
         """Draw a seed for another generator."""
-        return int(torch.randint(2**62, (), generator=self.generator))
+        return int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
 
     @contextmanager
     def as_global_stream(self, devices: list[torch.device]) -> Iterator[None]:
@@ -119,7 +119,7 @@ def _multiples(count: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _table() -> Tensor:
-    return torch.arange(_TABLE_SIZE, dtype=torch.int32).mul_(_wrapped(_GOLDEN))
+    return torch.arange(_TABLE_SIZE, dtype=torch.int32, device="cpu").mul_(_wrapped(_GOLDEN))
 
 
 def _wrapped(number: int) -> int:

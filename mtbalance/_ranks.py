@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from mtbalance._jacobian import TaskGradients, sharded_task_gradients
 from mtbalance._random import RandomSource
-from mtbalance._rows import flat, inner_products, shaped
+from mtbalance._rows import columns_of, flat, inner_products, shaped
 from mtbalance._shards import is_sharded, sum_over_shards
 from mtbalance.weighting._base import Step
 
 _BUCKET_BYTES = 25 * 2**20
 """Gradients go round in buckets of this size, as in DistributedDataParallel."""
 _ABSENT, _ACTIVE, _NONFINITE = 0, 1, 2
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 T = TypeVar("T")
 
 
@@ -37,7 +38,8 @@ class Agreement:
         counts: In how many ranks each task is active, for tasks that are active in any.
         losses: Their mean losses over those ranks.
         nonfinite: Tasks whose loss is not finite in some rank.
-        layouts: Per task, the parameters that it reaches in some rank, in the same order in all.
+        layouts: Per task that some rank has a loss of, finite or not, the parameters that it
+            reaches in some rank, in the same order in all.
     """
 
     counts: dict[str, int]
@@ -46,55 +48,110 @@ class Agreement:
     layouts: dict[str, list[Tensor]]
 
 
-@dataclass
 class Names:
     """Names that all ranks give to the same parameter.
 
-    Parameters given to the Balancer go by their group, others by their place in the model that the
-    known ones belong to.
+    Parameters given to the Balancer go by their group; others by their place in the model that
+    holds the given ones, so that a head which no loss of this rank has reached yet is found, too.
+    What is in no such model goes by the task that reaches it first.
     """
 
-    by_id: dict[int, str] = field(default_factory=dict)
-    by_name: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.by_id: dict[int, str] = {}
+        self.by_name: dict[str, Tensor] = {}
+        self._given: set[int] = set()
 
-    def add(self, name: str, parameter: Tensor) -> None:
-        """Name a parameter that has no name yet."""
+    def give(self, group: str, parameters: Mapping[str, Tensor]) -> None:
+        """Name a group of parameters that all ranks have been given."""
+        for name, parameter in parameters.items():
+            self._add(f"{group}: {name}", parameter)
+            self._given.add(id(parameter))
+
+    def _add(self, name: str, parameter: Tensor) -> None:
         if id(parameter) not in self.by_id and name not in self.by_name:
             self.by_id[id(parameter)] = name
             self.by_name[name] = parameter
 
-    def of(self, leaves: Collection[Tensor]) -> list[str]:
-        """Return the leaves' names, sorted; leaves that are no parameters have none."""
-        if any(isinstance(leaf, nn.Parameter) and id(leaf) not in self.by_id for leaf in leaves):
-            for name, parameter in parameters_around([*self.by_name.values(), *leaves]).items():
-                self.add(name, parameter)
-            for number, leaf in enumerate(leaves):
-                if isinstance(leaf, nn.Parameter):  # in no module: by its place in the graph
-                    self.add(f"leaf {number} {tuple(leaf.shape)}", leaf)
-        return sorted(self.by_id[id(leaf)] for leaf in leaves if id(leaf) in self.by_id)
+    def of(self, task: str, leaves: Sequence[Tensor]) -> list[str]:
+        """Return the names of the leaves that a task reaches; what is no parameter has none."""
+        parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+        if any(id(parameter) not in self.by_id for parameter in parameters):
+            self.add_model(parameters)
+            for parameter in parameters:
+                number = sum(name.startswith(f"{task} reaches") for name in self.by_name)
+                shape = tuple(parameter.shape)
+                self._add(f"{task} reaches number {number}, of shape {shape}", parameter)
+        return [self.by_id[id(leaf)] for leaf in leaves if id(leaf) in self.by_id]
+
+    def add_model(self, reached: Sequence[Tensor] = ()) -> None:
+        """Name all parameters of the model.
+
+        Args:
+            reached: Parameters that a task reaches. Unless some have been given, the model is what
+                holds all of these, and with none of these, every model of this process.
+        """
+        roots = {root: {id(p) for p in root.parameters()} for root in _roots()}
+        wanted = self._given or {id(parameter) for parameter in reached}
+        if wanted:
+            model = _connected(roots, wanted if self._given else {id(reached[0])})
+            if not self._given and not wanted <= set().union(*(roots[root] for root in model)):
+                return  # which of several models there are differs from rank to rank
+            roots = {root: roots[root] for root in model}
+        for name, parameter in _unique_names(list(roots)).items():
+            self._add(name, parameter)
+            if wanted:
+                self._given.add(id(parameter))
 
 
-def parameters_around(known: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return, by name, all parameters of the models that hold any of those known.
-
-    A head that no loss of this rank has reached yet is found by its name in the model.
-    """
-    wanted = {id(parameter) for parameter in known}
-    holders = [
+def _roots() -> list[nn.Module]:
+    """Return every module of this process that no other holds."""
+    modules = [
         candidate
         for candidate in gc.get_objects()
-        if issubclass(type(candidate), nn.Module)
-        and "_parameters" in candidate.__dict__
-        and any(id(parameter) in wanted for parameter in candidate.parameters())
+        if issubclass(type(candidate), nn.Module) and "_modules" in candidate.__dict__
     ]
-    inner = {id(child) for holder in holders for child in holder.modules() if child is not holder}
-    models = [holder for holder in holders if id(holder) not in inner]
-    models.sort(key=lambda model: (-sum(1 for _ in model.parameters()), type(model).__qualname__))
-    return {
-        f"model {number}: {name}": parameter
-        for number, model in enumerate(models)
-        for name, parameter in model.named_parameters()
-    }
+    inner = {id(child) for module in modules for child in module.children()}
+    return [module for module in modules if id(module) not in inner]
+
+
+def _connected(roots: Mapping[nn.Module, set[int]], wanted: set[int]) -> list[nn.Module]:
+    """Return the modules that hold any of the parameters, and those that share any with these."""
+    found: list[nn.Module] = []
+    known = set(wanted)
+    while True:
+        more = [root for root, held in roots.items() if root not in found and held & known]
+        if not more:
+            return found
+        found += more
+        known = known.union(*(roots[root] for root in more))
+
+
+def _unique_names(roots: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return parameters by the class of a module that holds them and their name in it.
+
+    Of the modules that hold a parameter, the smallest serves that makes its name unique, so that
+    names depend neither on what a rank wraps around its model nor on the order of modules. Modules
+    that hold it directly come last: their class says little.
+    """
+    modules = {id(module): module for root in roots for module in root.modules()}
+    held = [(module, dict(module.named_parameters())) for module in modules.values()]
+    names: dict[str, set[int]] = {}
+    candidates: dict[int, list[tuple[bool, int, int, str]]] = {}
+    parameters: dict[int, Tensor] = {}
+    for module, members in held:
+        kind, inner = type(module).__qualname__, sum(1 for _ in module.modules())
+        for name, parameter in members.items():
+            full = f"{kind}: {name}"
+            names.setdefault(full, set()).add(id(parameter))
+            candidate = ("." not in name, len(members), inner, full)
+            candidates.setdefault(id(parameter), []).append(candidate)
+            parameters[id(parameter)] = parameter
+    chosen: dict[str, Tensor] = {}
+    for key, found in candidates.items():
+        unique = [full for *_, full in sorted(found) if len(names[full]) == 1]
+        if unique:
+            chosen[unique[0]] = parameters[key]
+    return chosen
 
 
 class Ranks:
@@ -119,7 +176,7 @@ class Ranks:
         self._layouts: dict[str, list[str]] = {}
         if self.sharded:
             # Now, before a forward pass: in between, the model holds whole parameters instead.
-            self._name_models()
+            self._known_names().add_model()
 
     # Process groups can be neither copied nor pickled; a copy belongs to the same one.
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
@@ -162,7 +219,7 @@ class Ranks:
     def ordered(self, leaves: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters among these leaves, each once, in the same order on all ranks."""
         names = self._known_names()
-        return [names.by_name[name] for name in dict.fromkeys(names.of(list(leaves)))]
+        return [names.by_name[name] for name in sorted({*names.of("all", list(leaves))})]
 
     # --- agreement --------------------------------------------------------------------------------
 
@@ -186,11 +243,12 @@ class Ranks:
         """
         names = self._known_names()
         actual = {
-            task: names.of([leaf for leaf in reached.get(task, ()) if not is_sharded(leaf)])
+            task: names.of(task, [leaf for leaf in reached.get(task, ()) if not is_sharded(leaf)])
             for task in losses
         }
         for task, found in actual.items():
-            self._layouts[task] = sorted({*self._layouts.get(task, ()), *found})
+            # In the order of the graph, as where there is one process, and not of names.
+            self._layouts[task] = list(dict.fromkeys([*self._layouts.get(task, ()), *found]))
         told = self._gather(self._message(losses, nonfinite, actual, stops=error is not None))
         if error is not None:
             raise error
@@ -200,23 +258,29 @@ class Ranks:
                 f"rank {int(stop.argmax())} stopped with an error in this step, so that rank "
                 f"{self.rank} cannot go on. Its own message says why."
             )
-        states, _, hashes, complete = facts[:, 1:].reshape(len(facts), 4, -1).unbind(1)
+        states, _, dtypes, hashes, complete = facts[:, 1:].reshape(len(facts), 5, -1).unbind(1)
         counts = dict(zip(self._tasks, (states == _ACTIVE).sum(0).tolist(), strict=True))
         active = [number for number, task in enumerate(self._tasks) if counts[task]]
-        if bool((hashes[:, active] != hashes[:1, active]).any()):
+        known = (states != _ABSENT).any(0).nonzero().flatten().tolist()
+        if bool((hashes[:, known] != hashes[:1, known]).any()):
             self._exchange_layouts()
             complete = torch.zeros_like(complete)
         layouts = {
             self._tasks[number]: self._layout_of_step(
                 self._tasks[number], actual, complete=bool(complete[:, number].all())
             )
-            for number in active
+            for number in known
         }
-        sums = told[:, 1:].reshape(len(told), 4, -1)[:, 1].sum(0)
+        sums = told[:, 1:].reshape(len(told), 5, -1)[:, 1].sum(0)
+        # The widest on any rank: what is computed from the means must not differ by rounding.
+        widest = [_DTYPES[int(code)] for code in dtypes.max(0).values.tolist()]
+        home = next(iter(losses.values()), sums).device
         return Agreement(
             {self._tasks[number]: counts[self._tasks[number]] for number in active},
             {
-                (task := self._tasks[number]): _like(sums[number] / counts[task], losses, task)
+                (task := self._tasks[number]): (sums[number] / counts[task]).to(
+                    losses[task].device if task in losses else home, widest[number]
+                )
                 for number in active
             },
             tuple(
@@ -233,14 +297,8 @@ class Ranks:
         if self._names is None:
             self._names = Names()
             for group, parameters in self._shared.items():
-                for name, parameter in parameters.items():
-                    self._names.add(f"{group}: {name}", parameter)
+                self._names.give(group, parameters)
         return self._names
-
-    def _name_models(self) -> None:
-        names = self._known_names()
-        for name, parameter in parameters_around(list(names.by_name.values())).items():
-            names.add(name, parameter)
 
     def _message(
         self,
@@ -250,10 +308,11 @@ class Ranks:
         *,
         stops: bool,
     ) -> Tensor:
-        """Return what this rank tells the others, shape (1 + 4K,).
+        """Return what this rank tells the others, shape (1 + 5K,).
 
-        Whether it stops; then, each for all tasks: their states, their losses, a hash of all that
-        they are known to reach, and whether they reach all of that in this step.
+        Whether it stops; then, each for all tasks: their states, their losses and the dtypes of
+        these, a hash of all that they are known to reach, and whether they reach all of that in
+        this step.
         """
         rows: list[list[float]] = [
             [
@@ -261,8 +320,12 @@ class Ranks:
                 for task in self._tasks
             ],
             [0.0] * len(self._tasks),
+            [_DTYPES.index(losses[task].dtype) if task in losses else 0.0 for task in self._tasks],
             [_hash(self._layouts.get(task)) for task in self._tasks],
-            [task not in actual or actual[task] == self._layouts[task] for task in self._tasks],
+            [
+                task not in actual or len({*actual[task]}) == len(self._layouts[task])
+                for task in self._tasks
+            ],
         ]
         device = self._device(losses.values())
         table = torch.tensor(rows, dtype=torch.float64, device=device)
@@ -273,15 +336,15 @@ class Ranks:
 
     def _exchange_layouts(self) -> None:
         """Let every rank know what any rank's losses have reached."""
-        merged: dict[str, set[str]] = {}
+        merged: dict[str, dict[str, None]] = {}
         for layouts in self._gather_objects(self._layouts):
             for task, found in layouts.items():
-                merged.setdefault(task, set()).update(found)
-        self._layouts = {task: sorted(found) for task, found in merged.items()}
+                merged.setdefault(task, {}).update(dict.fromkeys(found))
+        self._layouts = {task: list(found) for task, found in merged.items()}
         names = self._known_names()
         wanted = set().union(*merged.values())
         if wanted - names.by_name.keys():
-            self._name_models()
+            self._known_names().add_model()
         unknown = self._gather_objects(sorted(wanted - names.by_name.keys()))
         for rank, missing in enumerate(unknown):
             if missing:
@@ -296,11 +359,11 @@ class Ranks:
         self, task: str, actual: Mapping[str, list[str]], *, complete: bool
     ) -> list[str]:
         """Return what a task reaches in this step on any rank."""
-        known = self._layouts[task]
+        known = self._layouts.get(task, [])
         if complete or not known:
             return known
         here = set(actual.get(task, ()))
-        flags = torch.tensor([name in here for name in known], dtype=torch.int64)
+        flags = torch.tensor([name in here for name in known], dtype=torch.int64, device="cpu")
         flags = flags.to(self._device([]))
         torch.distributed.all_reduce(flags, group=self._group)
         return [name for name, count in zip(known, flags.tolist(), strict=True) if count]
@@ -367,7 +430,7 @@ class Ranks:
 
     def count(self, tasks: Collection[str]) -> dict[str, int]:
         """Return on how many ranks each task is among those given."""
-        present = self.sum(torch.tensor([float(task in tasks) for task in self._tasks]))
+        present = self.sum(torch.tensor([float(t in tasks) for t in self._tasks], device="cpu"))
         return dict(zip(self._tasks, map(int, present.tolist()), strict=True))
 
     def same_draws(self, sources: Sequence[RandomSource]) -> None:
@@ -418,7 +481,7 @@ class Exchange:
     Args:
         group: The process group.
         agreement: What all ranks know of the step.
-        dtype: What gradients are kept in afterwards.
+        dtype: What gradients are kept in, and sent in; by default that of their leaf.
     """
 
     def __init__(
@@ -429,7 +492,8 @@ class Exchange:
     ) -> None:
         self._group = group
         self._agreement = agreement
-        self._gradients = TaskGradients(dtype)
+        self._dtype = dtype
+        self._gradients = TaskGradients()
         self._gradients.mark_nonfinite(agreement.nonfinite)
         self._waiting = [t for t in agreement.counts if t not in agreement.nonfinite]
         self._sent: list[_Sent] = []
@@ -446,7 +510,8 @@ class Exchange:
         layout = self._agreement.layouts[task]
         sent = _Sent(task)
         for bucket in _buckets(layout):
-            sent.buckets.append(_Bucket(bucket, [here.pop(id(leaf), None) for leaf in bucket]))
+            gradients = [here.pop(id(leaf), None) for leaf in bucket]
+            sent.buckets.append(_Bucket(bucket, gradients, self._dtype))
             sent.buckets[-1].send(self._group)
         known = {id(leaf): leaf for leaf in leaves}
         # Not averaged: shards, which are averaged already, and leaves of this rank alone (inputs).
@@ -480,11 +545,18 @@ class _Sent:
 class _Bucket:
     """Gradients of one task that go round together, in one flat tensor."""
 
-    def __init__(self, leaves: list[Tensor], gradients: list[Tensor | None]) -> None:
+    def __init__(
+        self,
+        leaves: list[Tensor],
+        gradients: list[Tensor | None],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.leaves = leaves
-        self._sizes = [flat(leaf.detach()).numel() for leaf in leaves]
-        first = flat(leaves[0].detach())
-        self._flat = first.new_empty(sum(self._sizes))
+        self._dtype = None if leaves[0].is_complex() else dtype
+        self._sizes = [columns_of(leaf) for leaf in leaves]
+        first = leaves[0].detach()
+        real = torch.view_as_real(first) if first.is_complex() else first
+        self._flat = real.new_empty(sum(self._sizes), dtype=self._dtype or real.dtype)
         for part, gradient in zip(torch.split(self._flat, self._sizes), gradients, strict=True):
             part.zero_() if gradient is None else part.copy_(flat(gradient))
 
@@ -497,7 +569,7 @@ class _Bucket:
         self._work.wait()
         self._flat.div_(count)
         return [
-            shaped(part, leaf)
+            shaped(part, leaf, self._dtype)
             for part, leaf in zip(torch.split(self._flat, self._sizes), self.leaves, strict=True)
         ]
 
@@ -505,18 +577,15 @@ class _Bucket:
 def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the leaves in groups of one device and dtype and about the same number of bytes."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    filled: dict[tuple[torch.device, torch.dtype], int] = {}
     for leaf in leaves:
-        bucket = kinds.setdefault((leaf.device, leaf.dtype), [])
-        bucket.append(leaf)
-        if sum(member.nbytes for member in bucket) >= _BUCKET_BYTES:
-            yield kinds.pop((leaf.device, leaf.dtype))
+        kind = leaf.device, leaf.dtype
+        kinds.setdefault(kind, []).append(leaf)
+        filled[kind] = filled.get(kind, 0) + leaf.nbytes
+        if filled[kind] >= _BUCKET_BYTES:
+            del filled[kind]
+            yield kinds.pop(kind)
     yield from kinds.values()
-
-
-def _like(mean: Tensor, losses: Mapping[str, Tensor], task: str) -> Tensor:
-    """Return a mean loss in the dtype and on the device of this rank's own."""
-    model = losses.get(task, next(iter(losses.values()), None))
-    return mean.to(torch.float32) if model is None else mean.to(model.device, model.dtype)
 
 
 def _hash(names: Sequence[str] | None) -> float:

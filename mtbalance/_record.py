@@ -166,7 +166,7 @@ class EpochCounts:
     def as_tensor(self) -> Tensor:
         """Return the counts as one tensor, shape (2 + 2K,)."""
         counts = [self.steps, self.skipped, *self.active.values(), *self.dropped.values()]
-        return torch.tensor(counts)
+        return torch.tensor(counts, device="cpu")
 
     @classmethod
     def from_tensor(cls, tasks: Sequence[str], state: Tensor) -> "EpochCounts":

@@ -44,12 +44,12 @@ def flat(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
-def shaped(vector: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`flat`: give a vector the shape, dtype and device of ``like``."""
+def shaped(vector: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Undo :func:`flat`: give a vector the shape, dtype (unless given) and device of ``like``."""
     vector = vector.to(like.device)
     if like.is_complex():
         vector = torch.view_as_complex(vector.reshape(*like.shape, 2))
-    return vector.reshape(like.shape).to(like.dtype)
+    return vector.reshape(like.shape).to(dtype or like.dtype)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -58,7 +58,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def column_blocks(
-    rows: Rows, dtype: torch.dtype | None = None, columns: int | None = None
+    rows: Rows,
+    dtype: torch.dtype | None = None,
+    columns: int | None = None,
+    *,
+    release: bool = False,
 ) -> Iterator[Block]:
     """Yield the matrix of all rows as consecutive blocks of columns.
 
@@ -69,6 +73,7 @@ def column_blocks(
         rows: The rows, m of them.
         dtype: The blocks' dtype; by default that of the rows, and at least float32.
         columns: The largest number of columns; by default one that suits the device.
+        release: Whether to empty the rows, which are lists then, as they have been read.
     """
     matrix: Tensor | None = None
     pieces: list[Piece] = []
@@ -76,6 +81,10 @@ def column_blocks(
     total = sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
     for parameter, tensors in enumerate(zip(*rows, strict=True)):
         vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
+        del tensors
+        if release:
+            for row in rows:
+                row[parameter] = None  # type: ignore[index]
         reached = next((vector for vector in vectors if vector is not None), None)
         if reached is None:
             continue
@@ -120,7 +129,7 @@ def gramian_of(rows: Rows) -> Tensor:
         product = _inner_products_within(block.matrix)
         total = product if total is None else total + product.to(total.device)
     if total is None:
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
     return torch.tril(total) + torch.tril(total, -1).T
 
 
@@ -138,7 +147,7 @@ def _inner_products_within(matrix: Tensor) -> Tensor:
 def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
     """Return the inner product of each row with ``vector``, shape (m,), in float64."""
     kept = [i for i, part in enumerate(vector) if part is not None]
-    total = torch.zeros(len(rows), dtype=torch.float64)
+    total = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     parts = [[row[i] for i in kept] for row in (*rows, vector)]
     for block in column_blocks(parts, torch.float64):
         total = total.to(block.matrix.device) + block.matrix[:-1] @ block.matrix[-1]
@@ -241,5 +250,5 @@ def stacked(scalars: Sequence[Tensor]) -> Tensor:
 def sum_of(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Add float64 tensors up on the first one's device; zeros of ``shape`` if there are none."""
     if not tensors:
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).sum(0)

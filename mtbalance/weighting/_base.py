@@ -51,7 +51,7 @@ class Step:
             Shape (m,), float64.
         """
         if loss is None:
-            return torch.zeros(len(self.gradients), dtype=torch.float64)
+            return torch.zeros(len(self.gradients), dtype=torch.float64, device="cpu")
         return products_with_gradient(loss, self.parameters, self.gradients, factors)
 
 
