@@ -160,11 +160,20 @@ class ReachLog:
         """Look at the graphs of a set of tasks that has not been seen together before."""
         if frozenset(losses) in self._seen:
             return
-        for task, loss in losses.items():
-            leaves = reach_of([loss]).leaves
+        reached = {task: reach_of([loss]).leaves for task, loss in losses.items()}
+        self.check(reached)
+        self.note(reached)
+
+    def check(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
+        """Raise unless each task reaches a shared parameter."""
+        for task, leaves in reached.items():
             self._check_reaches_shared(task, leaves)
+
+    def note(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
+        """Note what tasks reach, on any rank: what is shared must be the same on all."""
+        for task, leaves in reached.items():
             self._note(task, leaves)
-        self._seen.add(frozenset(losses))
+        self._seen.add(frozenset(reached))
         self._tell_unreached()
 
     def note_gradients(self, gradients: TaskGradients, *, check: bool = False) -> None:

@@ -82,7 +82,7 @@ class CAGrad(GramianStrategy):
         if len(gramian) <= FEW:
             weights = self._weights_of_few(gramian.tolist())
             if weights is not None:
-                return torch.tensor(weights, dtype=torch.float64)
+                return torch.tensor(weights, dtype=torch.float64, device="cpu")
         return (1 + len(gramian) * self._pull(gramian)) / self._divisor
 
     @property
@@ -153,7 +153,7 @@ class CAGrad(GramianStrategy):
         """Return the coefficients, shape (m,), of what is added to the mean gradient."""
         m = len(gramian)
         rows = unit_rows(gramian)
-        pull = torch.zeros(m, dtype=torch.float64)
+        pull = torch.zeros(m, dtype=torch.float64, device="cpu")
         if len(rows.numbers) == 0:
             return pull
         mean = rows.norms / rows.norms.max()  # in units of the largest norm, times m

@@ -111,13 +111,15 @@ class PCGrad(GramianStrategy):
                     f"`expectation` must be False with more than {_MAX_TASKS_OF_EXPECTATION} "
                     f"tasks, but got True with {m}. The number of orders grows as the factorial."
                 )
-            positions = torch.tensor(list(itertools.permutations(range(m - 1))))
+            positions = torch.tensor(list(itertools.permutations(range(m - 1))), device="cpu")
             positions = positions.repeat(m, 1).long()
         elif self.order == "fixed":
-            positions = torch.arange(m - 1).repeat(m, 1)
+            positions = torch.arange(m - 1, device="cpu").repeat(m, 1)
         else:
-            positions = torch.rand(m, m - 1, generator=self.random.generator).argsort(1)
-        tasks = torch.arange(m).repeat_interleave(len(positions) // m)
+            positions = torch.rand(m, m - 1, generator=self.random.generator, device="cpu").argsort(
+                1
+            )
+        tasks = torch.arange(m, device="cpu").repeat_interleave(len(positions) // m)
         return tasks, positions + (positions >= tasks[:, None])
 
     def extra_repr(self) -> str:
