@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 LEDGER_PERIOD_S = 10.0
 """The ledger on disk is at most this old, so that a killed run leaves one too."""
 
+START_METHOD = "spawn"
+"""CUDA does not survive a fork."""
+
 SlideRows = tuple[LedgerRow, ...]
 
 
@@ -124,7 +127,7 @@ class _Workers:
     ) -> None:
         workers = max(1, settings.workers // len(devices))
         settings = replace(settings, workers=workers, show_tiles=False)
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        context = multiprocessing.get_context(START_METHOD)
         self._running: dict[Connection, tuple[BaseProcess, torch.device]] = {}
         for device, shard in zip(devices, deal(files, len(devices)), strict=True):
             receiver, sender = context.Pipe(duplex=False)

@@ -93,6 +93,128 @@ def test_files_of_other_programs_are_read(name, extractor, first_um, tiles):
     np.testing.assert_allclose(bag.coords_um[0, 0], first_um, rtol=1e-5)
 
 
+# Three tiles of 256 um at (256, 0), (512, 0) and (256, 512) um on a slide of 0.5 um per pixel, as
+# each program would write them.
+CORNERS_UM = np.array([[256.0, 0.0], [512.0, 0.0], [256.0, 512.0]])
+V1_NAME = "STAMP-extract-001_01-10-2023_xiyuewang-ctranspath-7c998680"
+V2 = {"extractor": "ctranspath", "unit": "um", "stamp_version": "2.0.0"}
+HALF = np.arange(24, dtype=np.float16).reshape(3, 8)
+
+
+def stamp_v1(path, rows=slice(None)):
+    coords = (CORNERS_UM / 256 * 224).astype(np.int64)[rows]
+    flags = np.zeros(len(coords), dtype=bool)
+    store(path, {"extractor": V1_NAME}, feats=HALF[rows], coords=coords, augmented=flags)
+
+
+def stamp_v1_of_one_tile(path):
+    stamp_v1(path, slice(1))
+
+
+def stamp_v20(path):
+    coords = CORNERS_UM.astype(np.float32)
+    store(path, V2 | {"tile_size": 256.0}, feats=HALF, coords=coords)
+
+
+def stamp_v25(path):
+    sizes = {"tile_size_um": 256.0, "tile_size_px": 224, "feat_type": "tile", "code_hash": "1a2b"}
+    store(path, V2 | {"stamp_version": "2.5.0"} | sizes, feats=HALF, coords=CORNERS_UM)
+
+
+def trident(path):
+    coords = (CORNERS_UM / 0.5).astype(np.int64)
+    store(path, features=HALF.astype(np.float32), coords=coords)
+    with h5py.File(path, "a") as file:
+        file["features"].attrs["encoder"] = "ctranspath"
+        file["coords"].attrs.update(
+            {"patch_size": 224, "patch_size_level0": 512, "level0_magnification": 20, "overlap": 0}
+        )
+
+
+def clam(path):
+    coords = (CORNERS_UM / 0.5).astype(np.int32)
+    store(path, features=HALF.astype(np.float32), coords=coords)
+
+
+@pytest.mark.parametrize(
+    ("layout", "extractor", "um", "px"),
+    [
+        (stamp_v1, V1_NAME, 256.0, 224),
+        (stamp_v1_of_one_tile, V1_NAME, 256.0, 224),
+        (stamp_v20, "ctranspath", 256.0, None),
+        (stamp_v25, "ctranspath", 256.0, 224),
+        (trident, "ctranspath", 256.0, 224),
+        (clam, "", None, None),
+    ],
+)
+def test_every_known_layout_is_read(layout, extractor, um, px, tmp_path):
+    layout(tmp_path / "a.h5")
+    bag = read_features(tmp_path / "a.h5", mpp=0.5)
+    np.testing.assert_array_equal(bag.coords_um, CORNERS_UM[: len(bag.feats)])
+    np.testing.assert_array_equal(bag.feats, HALF[: len(bag.feats)])
+    assert (bag.extractor, bag.tile_size_um, bag.tile_size_px) == (extractor, um, px)
+    assert bag.weights_sha256 is None
+    assert not bag.random_weights
+
+
+@pytest.mark.parametrize("layout", [trident, clam])
+def test_pixels_of_a_slide_are_no_microns_until_somebody_says_how_large_they_are(layout, tmp_path):
+    layout(tmp_path / "a.h5")
+    bag = read_features(tmp_path / "a.h5")
+    assert np.isnan(bag.coords_um).all()
+    assert bag.tile_size_um is None
+
+
+def coords_as_stamp_v2_reads(path):
+    """The rule of STAMP 2's reader, in its order; it refuses files of a newer release."""
+    with h5py.File(path) as file:
+        attributes, coords = dict(file.attrs), file["coords"][:]
+        assert file["feats"].dtype == np.float16
+        assert tuple(map(int, attributes.get("stamp_version", "0").split("."))) <= (2, 0, 0)
+        if "tile_size" in attributes and attributes.get("unit") == "um":
+            return coords, attributes["tile_size"]
+        if "tile_size_um" in attributes:
+            return coords, attributes["tile_size_um"]
+        size = attributes.get("tile_size") or min(
+            step for axis in coords.T for step in np.diff(np.unique(axis))
+        )
+        assert round(size) == 224
+        return coords / 224 * 256, 256.0
+
+
+@pytest.mark.parametrize("layout", ["stamp-v2", "stamp-v1"])
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_stamp_2_reads_what_we_write(layout, tiles, tmp_path):
+    write(tmp_path / "a.h5", HALF[:tiles], CORNERS_UM[:tiles], layout=layout)
+    coords, size = coords_as_stamp_v2_reads(tmp_path / "a.h5")
+    np.testing.assert_allclose(coords, CORNERS_UM[:tiles])
+    assert size == 256.0
+    bag = read_features(tmp_path / "a.h5")
+    np.testing.assert_array_equal(bag.coords_um, CORNERS_UM[:tiles])
+    assert (bag.tile_size_um, bag.tile_size_px) == (256.0, 224)
+    assert bag.weights_sha256 == "ab12"  # our own attributes are there in every layout
+
+
+def test_the_old_layout_is_what_stamp_1_writes(tmp_path):
+    write(tmp_path / "ours.h5", HALF, CORNERS_UM, layout="stamp-v1", extractor=V1_NAME)
+    stamp_v1(tmp_path / "theirs.h5")
+    with h5py.File(tmp_path / "ours.h5") as ours, h5py.File(tmp_path / "theirs.h5") as theirs:
+        assert set(ours) == set(theirs)
+        for name in theirs:
+            assert ours[name].dtype == theirs[name].dtype
+            np.testing.assert_array_equal(ours[name], theirs[name])
+        more = {name for name in ours.attrs if not name.startswith("mtbalance_")}
+        assert more == {"extractor", "tile_size"}
+    with pytest.raises(UserError, match="`layout` must be one of stamp-v2, stamp-v1"):
+        write(tmp_path / "a.h5", layout="v1")
+
+
+def test_other_tile_sizes_are_written_and_read(tmp_path):
+    write(tmp_path / "a.h5", tile_size_um=128.0, tile_size_px=256)
+    bag = read_features(tmp_path / "a.h5")
+    assert (bag.tile_size_um, bag.tile_size_px) == (128.0, 256)
+
+
 @pytest.mark.parametrize("name", ["feats", "features", "patch_embeddings"])
 def test_all_names_of_the_features_are_known(name, tmp_path):
     store(tmp_path / "a.h5", {"unit": "um"}, coords=np.zeros((2, 2)), **{name: np.ones((2, 4))})
@@ -104,6 +226,7 @@ def test_all_names_of_the_features_are_known(name, tmp_path):
     [
         ([[224, 448]], {"extractor": "STAMP-extract-001_x"}, [[256, 512]]),  # one tile, no stride
         ([[0, 0], [448, 0], [672, 224]], {}, [[0, 0], [512, 0], [768, 256]]),
+        ([[224, 448]], {"tile_size": 224.0}, [[256, 512]]),
         ([[0, 0], [512, 512]], {}, [[np.nan] * 2] * 2),  # pixels of who knows what size
         ([[0, 0], [224, 0]], {"unit": "um"}, [[0, 0], [224, 0]]),
         ([[0, 0], [224, 0]], {"tile_size_um": 256.0}, [[0, 0], [224, 0]]),
