@@ -29,6 +29,7 @@ _RIDGES = (0.0, 1e-11)
 """What pivoting adds to the diagonal, in turn; the second tells dependent rows apart."""
 _MOST_PIVOTS = 30
 """Pivoting takes 2 or 3 steps as a rule."""
+_MOST_PIVOTS_OF_FEW = 12
 _PATIENCE = 3
 """How often pivoting may go on without an improvement."""
 _LEAST_PIVOT = 1e-12
@@ -110,7 +111,7 @@ def weights_of_pair(formula: PairFormula, gramian: Tensor) -> Tensor:
     """
     if gramian.is_cpu:
         (a, h), (_, b) = gramian.tolist()
-        return torch.tensor(formula(a, h, b, FLOATS), dtype=torch.float64, device="cpu")
+        return torch.tensor(formula(a, h, b, FLOATS), dtype=torch.float64)
     one, both, _, other = gramian.detach().double().flatten().unbind()
     return torch.stack(formula(one, both, other, TENSORS))
 
@@ -155,8 +156,8 @@ def _add_rows_one_by_one(gramian: Tensor, linear: Tensor, tolerance: float) -> T
     size = len(gramian)
     target = -linear
     multipliers = torch.zeros_like(linear)
-    free = torch.zeros(size, dtype=torch.bool, device="cpu")
-    refused = torch.zeros(size, dtype=torch.bool, device="cpu")
+    free = torch.zeros(size, dtype=torch.bool)
+    refused = torch.zeros(size, dtype=torch.bool)
     for _ in range(30 * size):
         slope = target - gramian @ multipliers
         slope[free | refused] = -math.inf
@@ -245,11 +246,11 @@ def _pivot_to_face(
     right = torch.stack([sizes, -linear])
     a, b = right.unbind()
     sums = torch.cat([right, torch.ones_like(right[:1])])
-    identity = torch.eye(count, dtype=gramian.dtype, device="cpu")
+    identity = torch.eye(count, dtype=gramian.dtype)
     ridged = gramian + ridge * identity if ridge else gramian
     least = 0.0 if ridge else _LEAST_PIVOT
     tolerance = _SOLVER_TOLERANCE * (float(linear.abs().max()) + radius)
-    mask = torch.zeros(count, dtype=torch.bool, device="cpu")
+    mask = torch.zeros(count, dtype=torch.bool)
     mask[start] = True
     fewest, patience = count + 1, _PATIENCE
     for _ in range(_MOST_PIVOTS):
@@ -356,40 +357,54 @@ def minimize_by_pivoting(
         y, shape (k,), which is optimal: its duality gap was checked. Or a y whose combination
         vanishes, which is optimal if the minimum is not negative. None if neither was found.
     """
-    scale = _SOLVER_TOLERANCE * (float(linear.abs().max()) + radius)
     if face is None:
         order, number = _guess_face(linear.tolist(), radius, sizes.tolist())
         face = order[:number]
-    few = len(linear) <= FEW
-    for ridge in _RIDGES[few:]:  # without a ridge, few rows have been tried already
+    for ridge in _RIDGES:
         found = _pivot_to_face(gramian, sizes, linear, radius, face, ridge)
-        if found is None:
-            if (
-                not ridge
-                and float((gramian - torch.eye(len(linear), device="cpu")).max()) > 1 - RESOLUTION
-            ):
-                # The ridge does not part parallel rows of unequal length well.
-                step = minimize_for_few(gramian.tolist(), linear.tolist(), radius, sizes.tolist())
-                if step is not None:
-                    return torch.tensor(step, dtype=gramian.dtype, device="cpu")
-            continue
-        y = found.multipliers.clamp_min(0)
-        y /= torch.dot(sizes, y)
-        image = gramian @ y
-        length = math.sqrt(max(float(torch.dot(y, image)), 0.0))
-        weight = float(y.sum())
-        if not length * _SUSPICION > weight:
-            nearest = found.nearest.clamp_min(0)
-            nearest /= torch.dot(sizes, nearest)
-            if vanishes(nearest, gramian):
-                return nearest
-            if not length > 0:
+        if found is not None:
+            y = found.multipliers.clamp_min(0)
+            y /= torch.dot(sizes, y)
+            if not norm_of(y, gramian) * _SUSPICION > float(y.sum()):
+                nearest = found.nearest.clamp_min(0)
+                nearest /= torch.dot(sizes, nearest)
+                if vanishes(nearest, gramian):
+                    return nearest
+            if _is_optimal(y, gramian, linear, radius, sizes):
+                return y
+        elif not ridge:
+            kept = _shortest_of_parallel(gramian, sizes)
+            if len(kept) == len(linear):
                 continue
-        slope = torch.add(linear, image, alpha=radius / length)
-        beyond = torch.sub(sizes * torch.dot(slope, y), slope).max()
-        if float(beyond) <= scale + RESOLUTION * radius * weight / length:
-            return y
+            part = minimize_by_pivoting(gramian[kept][:, kept], linear[kept], radius, sizes[kept])
+            if part is not None:
+                y = torch.zeros_like(linear)
+                y[kept] = part
+                if vanishes(y, gramian) or _is_optimal(y, gramian, linear, radius, sizes):
+                    return y
     return None
+
+
+def _is_optimal(y: Tensor, gramian: Tensor, linear: Tensor, radius: float, sizes: Tensor) -> bool:
+    """Whether y has no duality gap but what rounding leaves."""
+    image = gramian @ y
+    length = math.sqrt(max(float(torch.dot(y, image)), 0.0))
+    if not length > 0:
+        return False
+    slope = torch.add(linear, image, alpha=radius / length)
+    beyond = torch.sub(sizes * torch.dot(slope, y), slope).max()
+    scale = float(linear.abs().max()) + radius
+    rounding = RESOLUTION * radius * float(y.sum()) / length
+    return float(beyond) <= _SOLVER_TOLERANCE * scale + rounding
+
+
+def _shortest_of_parallel(gramian: Tensor, sizes: Tensor) -> Tensor:
+    """Return the numbers of the rows without a shorter (or an equal, earlier) parallel one."""
+    parallel = gramian > 1 - RESOLUTION
+    earlier = torch.ones_like(parallel).tril(-1)
+    same = sizes == sizes[:, None]
+    beaten = parallel & ((sizes > sizes[:, None]) | (same & earlier))
+    return (~beaten.any(1)).nonzero()[:, 0]
 
 
 def minimize_for_few(
@@ -406,8 +421,9 @@ def minimize_for_few(
     tolerance = _SOLVER_TOLERANCE * (max(map(abs, linear)) + radius)
     order, number = _guess_face(linear, radius, sizes)
     face = order[:number]
-    seen = set()
-    while face and tuple(face) not in seen:
+    seen: set[tuple[int, ...]] = set()
+    # Faces may come back in another order, as often as there are orders: so both bounds are needed.
+    while face and tuple(face) not in seen and len(seen) < _MOST_PIVOTS_OF_FEW:
         seen.add(tuple(face))
         a, b = [sizes[i] for i in face], [-linear[i] for i in face]
         p, q = _eliminate(

@@ -23,7 +23,8 @@ from mtbalance._linalg import (
     vanishes,
     weights_of_pair,
 )
-from tests._oracles import array, least_norm_weights, nonnegative_least_squares
+from mtbalance.gradient import CAGrad
+from tests._oracles import array, judge_cagrad, least_norm_weights, nonnegative_least_squares
 from tests._oracles import project_on_dual_cone as projection_by_nnls
 from tests._samplers import gradients, matrix, random_gradients
 
@@ -278,6 +279,22 @@ def test_pivoting_works_where_rows_are_parallel(m: int) -> None:
         y = minimize_by_pivoting(gramian, linear, phi, sizes)
         assert y is not None
         assert given_.excess_of(y) <= 1e-11
+
+
+@pytest.mark.parametrize("seed", [38, 76, 112])
+def test_pivoting_gives_up_soon(seed: int, monkeypatch) -> None:
+    """Rows that depend on each other may take turns in any order, and 16 have 2e13 orders.
+
+    These do for hundreds of steps if nothing stops them; found by search. Counted are solutions
+    of linear systems.
+    """
+    calls = []
+    eliminate = _linalg._eliminate
+    monkeypatch.setattr(_linalg, "_eliminate", lambda rows: calls.append(1) or eliminate(rows))
+    rows = matrix("stationary", 16, 9, seed)
+    verdict = judge_cagrad(array(rows), array(CAGrad(c=1.5)(rows)), 1.5)
+    assert max(verdict.outside, verdict.gap) <= 1e-10
+    assert 1 < len(calls) <= 20
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
