@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from mtbalance._rows import (
+    CACHED_COLUMNS,
     Piece,
     Rows,
     all_finite,
@@ -22,10 +23,6 @@ from mtbalance._rows import (
     sum_of,
 )
 from mtbalance._shards import local
-
-_COLUMNS_OF_STRATEGIES = {"cpu": 2**15}
-"""Columns per block for coordinatewise strategies, whose temporaries then stay in the cache."""
-
 
 # --- what the graphs hold -------------------------------------------------------------------------
 
@@ -354,13 +351,11 @@ def direct_by_columns(
 def _blocks(rows: Rows, *, in_blocks: bool) -> Iterator[tuple[Tensor, list[Piece]]]:
     """Yield blocks of columns, or all of them as one matrix on the first one's device."""
     if in_blocks:
-        tensor = next((t for row in rows for t in row if t is not None), None)
-        kind = "cpu" if tensor is None else tensor.device.type
-        columns = _COLUMNS_OF_STRATEGIES.get(kind)
-        yield from column_blocks(rows, columns=columns, release=True)
+        yield from column_blocks(rows, columns=CACHED_COLUMNS, release=True)
         return
     # One block per device and dtype, none of which is written to again.
-    blocks = list(column_blocks(rows, columns=sys.maxsize, release=True))
+    devices = {t.device.type for row in rows for t in row if t is not None}
+    blocks = list(column_blocks(rows, columns=dict.fromkeys(devices, sys.maxsize), release=True))
     if blocks:
         device = blocks[0].matrix.device
         matrices = [block.matrix.to(device) for block in blocks]

@@ -6,7 +6,7 @@ than one number per row reads them in blocks of columns, so that the memory on t
 bounded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ Rows = Sequence[Sequence[Tensor | None]]
 _BLOCK_COLUMNS = {"cpu": 2**18}
 """Columns per block. On the CPU, fewer cost more in calls than they save in cache misses."""
 _BLOCK_COLUMNS_ELSEWHERE = 2**22
+CACHED_COLUMNS = {"cpu": 2**15}
+"""Columns per block for what makes temporaries of a block's size, which then stay in the cache, or
+should take little memory. (Up to this many entries PyTorch uses one thread, and none is woken.)"""
 _NARROW = 8
 """Up to this many rows, the lower triangle row by row is faster than the whole product."""
 
@@ -60,7 +63,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def column_blocks(
     rows: Rows,
     dtype: torch.dtype | None = None,
-    columns: int | None = None,
+    columns: Mapping[str, int] = _BLOCK_COLUMNS,
     *,
     release: bool = False,
 ) -> Iterator[Block]:
@@ -72,7 +75,7 @@ def column_blocks(
     Args:
         rows: The rows, m of them.
         dtype: The blocks' dtype; by default that of the rows, and at least float32.
-        columns: The largest number of columns; by default one that suits the device.
+        columns: The largest number of columns by kind of device.
         release: Whether to empty the rows, which are lists then, as they have been read.
     """
     matrix: Tensor | None = None
@@ -94,7 +97,7 @@ def column_blocks(
                 yield Block(matrix[:, :filled], pieces)
             matrix = None
         if matrix is None:
-            most = columns or _BLOCK_COLUMNS.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
+            most = columns.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
             matrix = torch.empty(len(rows), min(total, most), dtype=wanted, device=reached.device)
             pieces, filled = [], 0
         start = 0
@@ -149,7 +152,7 @@ def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
     kept = [i for i, part in enumerate(vector) if part is not None]
     total = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     parts = [[row[i] for i in kept] for row in (*rows, vector)]
-    for block in column_blocks(parts, torch.float64):
+    for block in column_blocks(parts, torch.float64, CACHED_COLUMNS):
         total = total.to(block.matrix.device) + block.matrix[:-1] @ block.matrix[-1]
     return total
 

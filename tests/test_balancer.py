@@ -359,26 +359,6 @@ def test_complex_parameters_are_pairs_of_real_ones() -> None:
         assert_close(torch.view_as_real(z.grad).reshape(-1), strategy(rows))
 
 
-@pytest.mark.parametrize("recurrent", [True, False])
-def test_networks_with_special_backward_passes(recurrent: bool) -> None:
-    """An LSTM, and attention under activation checkpointing."""
-    from torch.utils.checkpoint import checkpoint
-
-    trunk: nn.Module = (
-        nn.LSTM(4, 6, batch_first=True)
-        if recurrent
-        else nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    )
-    trunk.double()
-    rows = batch(12).reshape(3, 4, 4)
-    h = trunk(rows)[0] if recurrent else checkpoint(trunk, rows, use_reentrant=False)
-    losses = {"a": h.square().mean(), "b": (h - 1).abs().mean()}
-    shared = list(trunk.parameters())
-    expected = CAGrad()(raw_rows(losses, shared))
-    Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=trunk).backward(losses)
-    assert_close(flat_grad(shared), expected, rtol=1e-10, atol=1e-13)
-
-
 @st.composite
 def linear_problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], list[int]]:
     """Slopes and curvatures (tasks, parameters); 0 where a task does not reach a parameter.
