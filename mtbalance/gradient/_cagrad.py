@@ -42,7 +42,7 @@ class CAGrad(GramianStrategy):
     .. math:: d = \frac{m}{s} \Bigl( g_0 + c |g_0| \frac{g_w}{|g_w|} \Bigr),
 
     with the divisor s chosen by ``rescale``. Solved exactly: in closed form for two tasks, else by
-    an active-set method.
+    pivoting between sets of tasks that count, until the duality gap is closed.
 
     Args:
         c: Radius of the ball as a fraction of the mean gradient's length, at least 0; 0 gives the

@@ -36,7 +36,7 @@ class PCGrad(GramianStrategy):
         \qquad d = \sum_i g_i^{PC}
 
     Every :math:`g_i^{PC}` is a combination of rows, so the walk takes place in m numbers per task,
-    not in p.
+    not in p. With two tasks there is one order, and nothing is drawn.
 
     Args:
         order: ``"random"`` as in the paper, or ``"fixed"`` to visit tasks by their number.
