@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tests._device import randn
+
 TASKS = ("a", "b", "c")
 
 
@@ -31,7 +33,7 @@ class Network(nn.Module):
 
 def batch(rows: int = 8, seed: int = 0) -> Tensor:
     """Return a random batch, shape (rows, 4), float64."""
-    return torch.randn(rows, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return randn(rows, 4, seed=seed, dtype=torch.float64)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -14,6 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests._device import on_device
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SCALES = tuple(2.0**k for k in (-67, -20, 0, 20, 67))  # 6.8e-21, 9.5e-7, 1, 1.0e6, 1.5e20
 
@@ -174,7 +176,7 @@ def matrix(
 ) -> Tensor:
     """Return one matrix of a family, of shape (m, p)."""
     rows = BY_NAME[name].make(np.random.default_rng(seed), m, p)
-    return torch.from_numpy(rows * scale).to(dtype)
+    return on_device(rows * scale).to(dtype)
 
 
 @st.composite
@@ -206,4 +208,4 @@ def random_gradients(m: int, p: int, seed: int = 0) -> Tensor:
 
 def orthogonal(p: int, seed: int = 0) -> Tensor:
     """Return an orthogonal matrix of shape (p, p), float64."""
-    return torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).standard_normal((p, p)))[0])
+    return on_device(np.linalg.qr(np.random.default_rng(seed).standard_normal((p, p)))[0])

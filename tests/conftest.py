@@ -9,8 +9,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests._device import DEVICE
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
+
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)

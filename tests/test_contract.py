@@ -31,6 +31,7 @@ from tests._catalogue import (
     live,
     weighting_cases,
 )
+from tests._device import on_device
 from tests._oracles import array, least_norm_weights
 from tests._samplers import BY_NAME, DTYPES, FAMILIES, SCALES, gradients, matrix, orthogonal
 
@@ -46,7 +47,7 @@ def size_of(rows: Tensor) -> float:
 
 def bits(tensor: Tensor) -> bytes:
     """Return a tensor's bytes, so that NaN equals NaN and 0 does not equal -0."""
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def state_of(module: nn.Module) -> dict[str, bytes]:
@@ -481,7 +482,8 @@ def run(
     rng = torch.Generator().manual_seed(seed)
     seen = []
     for step in range(steps):
-        losses = torch.rand(TASKS_OF_CASES, generator=rng, dtype=dtype) + 0.1
+        drawn = torch.rand(TASKS_OF_CASES, generator=rng, dtype=dtype, device="cpu")
+        losses = on_device(drawn) + 0.1
         seen.append(bits(live(weighting, losses)))
         if step % 2:
             weighting.end_epoch()

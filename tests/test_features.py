@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from mtbalance import Balancer, GradientStrategy, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import AutoLambda, Equal, Uncertainty
+from tests._device import DEVICE
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
 STRATEGIES = pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_with_a_scaler_everything_is_scaled() -> None:
     for scale in (None, 8.0):
         torch.manual_seed(0)
         model = Split().float()
-        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = None if scale is None else torch.amp.GradScaler(DEVICE.type, init_scale=scale)
         hidden = model.features(batch().float())
         make_balancer("cagrad", tasks=TASKS, shared=model.trunk).backward(
             model.losses_of(hidden, batch().float()), features=hidden, scaler=scaler

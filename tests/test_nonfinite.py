@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from mtbalance import Balancer, GradientStrategy, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal, Uncertainty
+from tests._device import DEVICE
 from tests._networks import TASKS, Network, batch
 
 STRATEGIES = [Sum, CAGrad, PCGrad, GradDrop]
@@ -153,7 +154,7 @@ def test_gradients_are_scaled_for_the_scaler(name: str) -> None:
     """.grad holds scale times what it holds without a scaler, learned weights included."""
     model = single(Network())
     plain = copy.deepcopy(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
     rows = batch().float()
     one = make_balancer(name, tasks=TASKS, shared=model.trunk)
     two = make_balancer(name, tasks=TASKS, shared=plain.trunk)
@@ -174,7 +175,7 @@ def test_infinities_reach_the_scaler_which_skips(name: str) -> None:
     model = single(Network())
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**120)
     balancer = make_balancer(name, tasks=TASKS, shared=model.trunk, optimizer=optimizer)
     record = balancer.backward(
         {task: loss * 1e6 for task, loss in model.losses(batch().float()).items()},
@@ -195,7 +196,7 @@ def test_training_with_a_scaler_is_training_without(name: str) -> None:
     """The scale is a power of two, so that only the order of rounding could differ."""
     models = [single(Network()), None]
     models[1] = copy.deepcopy(models[0])
-    for model, scaler in zip(models, [torch.amp.GradScaler("cpu"), None], strict=True):
+    for model, scaler in zip(models, [torch.amp.GradScaler(DEVICE.type), None], strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         balancer = make_balancer(name, tasks=TASKS, shared=model.trunk, optimizer=optimizer)
         for seed in range(5):
@@ -215,7 +216,7 @@ def test_training_with_a_scaler_is_training_without(name: str) -> None:
 
 def test_a_disabled_scaler_is_none() -> None:
     model = single(Network())
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     balancer = make_balancer("cagrad", tasks=TASKS, shared=model.trunk)
     losses = model.losses(batch().float())
     losses["b"] = losses["b"] + (losses["b"] - losses["b"].detach()).abs().sqrt()
@@ -229,7 +230,7 @@ def test_under_autocast_to_bfloat16(strategy: GradientStrategy) -> None:
     model = single(Network())
     inside, outside = model, copy.deepcopy(model)
     rows = batch().float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         one = Balancer(Uncertainty(), copy.deepcopy(strategy), tasks=TASKS, shared=inside.trunk)
         one.backward(inside.losses(rows))
         losses = outside.losses(rows)

@@ -19,6 +19,7 @@ from mtbalance._rows import (
     stacked,
     sum_of,
 )
+from tests._device import on_device
 from tests._samplers import DTYPES
 
 Rows = list[list[Tensor | None]]
@@ -29,7 +30,11 @@ def rows_with_gaps(m: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
     """Return rows of several parameters, some of which some tasks (one: all) do not reach."""
     generator = torch.Generator().manual_seed(seed)
     rows: Rows = [
-        [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES] for _ in range(m)
+        [
+            on_device(torch.randn(shape, generator=generator, device="cpu")).to(dtype)
+            for shape in SHAPES
+        ]
+        for _ in range(m)
     ]
     rows[0][1] = None
     rows[-1][2] = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance.gradient import GradDrop
+from tests._device import on_device
 from tests._oracles import array, graddrop, numbered_draw
 from tests._samplers import BY_NAME, DTYPES, SCALES, gradients, matrix
 
@@ -20,8 +21,10 @@ LEAKS = st.floats(0, 1)
 
 
 def draws_of(seed: int, p: int) -> Tensor:
-    """Return the draws U in (0) that GradDrop makes from this seed in its first step."""
-    drawn = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+    """Return the draws U in (0, 1) that GradDrop makes from this seed in its first step."""
+    drawn = int(
+        torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed), device="cpu")
+    )
     return torch.tensor([(1 + numbered_draw(drawn, k)) / 2 for k in range(p)], dtype=torch.float64)
 
 
@@ -46,7 +49,7 @@ def test_value_by_hand() -> None:
 @settings(max_examples=150)
 def test_is_the_loop_over_the_definition(rows: Tensor, seed: int) -> None:
     expected = graddrop(array(rows), array(draws_of(seed, rows.shape[1])), [0] * 8)
-    error = (GradDrop(seed=seed)(rows).double() - torch.from_numpy(expected)).abs()
+    error = (GradDrop(seed=seed)(rows).double() - on_device(expected)).abs()
     assert (error <= bounds(rows)).all()
 
 
@@ -61,7 +64,7 @@ def test_is_the_loop_over_the_definition_with_leaks_by_task(
 ) -> None:
     expected = graddrop(array(rows), array(draws_of(seed, rows.shape[1])), leaks)
     direction = GradDrop(leak=leaks[: len(rows)], seed=seed)(rows).double()
-    assert ((direction - torch.from_numpy(expected)).abs() <= bounds(rows)).all()
+    assert ((direction - on_device(expected)).abs() <= bounds(rows)).all()
 
 
 @given(rows=gradients(dtypes=[torch.float64]), seed=st.integers(0, 2**16))
@@ -149,7 +152,7 @@ def test_turning_the_signs_mirrors_the_draws(rows: Tensor, seed: int) -> None:
     """d(-J; 1 - U) = -d(J; U), with the draws replayed through the slow loop."""
     draws = array(draws_of(seed, rows.shape[1]))
     mirrored = -graddrop(-array(rows), np.nextafter(1 - draws, 2), [0] * 8)
-    error = (GradDrop(seed=seed)(rows) - torch.from_numpy(mirrored)).abs()
+    error = (GradDrop(seed=seed)(rows) - on_device(mirrored)).abs()
     assert (error <= bounds(rows)).all()
 
 

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from mtbalance.weighting import AutoLambda, Step
+from tests._device import on_device, randn
 
 TASKS = ("a", "b", "c")
 WEIGHTS = [0.3, -0.2, 0.5]
@@ -53,7 +54,7 @@ class Network(nn.Module):
 
 
 def batch_of(seed: int, rows: int = 6) -> Tensor:
-    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+    return randn(rows, 4, seed=seed)
 
 
 TRAIN, VALIDATE = 1, 2
@@ -360,7 +361,7 @@ def test_orthogonal_gradients_give_zero() -> None:
 
 def snapshot(*modules: nn.Module) -> list[bytes]:
     return [
-        value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        value.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()
         for module in modules
         for value in module.state_dict().values()
     ]
@@ -520,8 +521,8 @@ def feed(weighting: AutoLambda, slopes: Sequence[Tensor], monkeypatch) -> list[T
 def random_slopes(count: int = 50) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(3, generator=generator)
-        * 10.0 ** float(torch.randint(-6, 3, (), generator=generator))
+        on_device(torch.randn(3, generator=generator, device="cpu"))
+        * 10.0 ** float(torch.randint(-6, 3, (), generator=generator, device="cpu"))
         for _ in range(count)
     ]
 

@@ -1,0 +1,20 @@
+"""Where the tests compute: on the CPU, or on what MTBALANCE_TEST_DEVICE says (``cuda``)."""
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEVICE = torch.device(os.environ.get("MTBALANCE_TEST_DEVICE", "cpu"))
+
+
+def on_device(numbers: "Tensor | np.ndarray") -> Tensor:
+    """Return a tensor on the default device, where tensors made without a word are."""
+    return torch.as_tensor(numbers).to(torch.get_default_device())
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    """Return normal numbers that are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return on_device(torch.randn(*shape, generator=generator, dtype=dtype, device="cpu"))
