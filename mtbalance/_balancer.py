@@ -248,11 +248,12 @@ class Balancer(nn.Module):
         bad = self._finite.bad_losses(named)
         if self._ranks.sharded:
             # Its backward passes are collective: all ranks must make the same ones.
-            agreement = self._ranks.agree(named, bad, {}, error)
+            agreement = self._told(named, bad, {}, error)
             self._ranks.check_same_tasks(agreement)
             bad = list(agreement.nonfinite)
         elif error is not None:
-            raise error
+            self._pending = TaskGradients()
+            self._told({}, (), {}, error)  # the others wait in apply()
         if bad and self.nonfinite == "raise" and not self._ranks.several:
             self._pending = TaskGradients()
             raise FloatingPointError(nonfinite_message("loss", bad))
@@ -375,12 +376,26 @@ class Balancer(nn.Module):
         error: Exception | None = None,
     ) -> Agreement:
         """Tell all ranks what this one has; non-finite losses of any raise in all."""
-        agreement = self._ranks.agree(losses, nonfinite, reached, error)
+        agreement = self._told(losses, nonfinite, reached, error)
         if agreement.nonfinite and self.nonfinite == "raise":
             raise FloatingPointError(nonfinite_message("loss", agreement.nonfinite))
         if not self._ranks.sharded:
             self._reach.note(agreement.layouts)
         return agreement
+
+    def _told(
+        self,
+        losses: Losses,
+        nonfinite: Collection[str],
+        reached: Mapping[str, Sequence[Tensor]],
+        error: Exception | None,
+    ) -> Agreement:
+        """Tell all ranks what this one has, or that it stops with an error."""
+        if not self._draws_agree:
+            # Whatever the seeds and generators were: orders and masks must be the same everywhere.
+            self._ranks.same_draws([m for m in self.modules() if isinstance(m, RandomSource)])
+            self._draws_agree = True
+        return self._ranks.agree(losses, nonfinite, reached, error)
 
     # --- per-task gradients -> weights -> direction -> .grad --------------------------------------
 
@@ -744,12 +759,14 @@ class Balancer(nn.Module):
         return f"tasks={self.tasks}" + "".join(changed)
 
     def _check_call(self, validation: Validation | None) -> None:
-        if self._ranks.several and not self._draws_agree:
-            # Whatever the seeds and generators were: orders and masks must be the same everywhere.
-            self._ranks.same_draws([m for m in self.modules() if isinstance(m, RandomSource)])
-            self._draws_agree = True
-        if self.weighting.needs_validation:
+        if not self.weighting.needs_validation:
+            return
+        try:
             check_validation(self.weighting, validation)
+        except ValueError as error:
+            if self._ranks.several:
+                self._told({}, (), {}, error)
+            raise
 
     def _numbers(self, names: Sequence[str], device: torch.device) -> Tensor:
         """Return the tasks' numbers, on the device of the weighting's state if it has any."""

@@ -250,14 +250,8 @@ class Ranks:
             # In the order of the graph, as where there is one process, and not of names.
             self._layouts[task] = list(dict.fromkeys([*self._layouts.get(task, ()), *found]))
         told = self._gather(self._message(losses, nonfinite, actual, stops=error is not None))
-        if error is not None:
-            raise error
-        stop, *_ = (facts := told.cpu()).unbind(1)
-        if bool(stop.any()):
-            raise RuntimeError(
-                f"rank {int(stop.argmax())} stopped with an error in this step, so that rank "
-                f"{self.rank} cannot go on. Its own message says why."
-            )
+        facts = told.cpu()
+        self._stop_together(facts[:, 0], error)
         states, _, dtypes, hashes, complete = facts[:, 1:].reshape(len(facts), 5, -1).unbind(1)
         counts = dict(zip(self._tasks, (states == _ACTIVE).sum(0).tolist(), strict=True))
         active = [number for number, task in enumerate(self._tasks) if counts[task]]
@@ -428,10 +422,22 @@ class Ranks:
                     "leave the task out in all of them."
                 )
 
-    def count(self, tasks: Collection[str]) -> dict[str, int]:
-        """Return on how many ranks each task is among those given."""
-        present = self.sum(torch.tensor([float(t in tasks) for t in self._tasks], device="cpu"))
-        return dict(zip(self._tasks, map(int, present.tolist()), strict=True))
+    def count(self, tasks: Collection[str], error: Exception | None = None) -> dict[str, int]:
+        """Return on how many ranks each task is among those given; all stop if one has an error."""
+        own = [error is not None, *(task in tasks for task in self._tasks)]
+        told = self._gather(torch.tensor(own, dtype=torch.int64, device=self._device([])))
+        self._stop_together(told[:, 0], error)
+        return dict(zip(self._tasks, told[:, 1:].sum(0).tolist(), strict=True))
+
+    def _stop_together(self, stop: Tensor, error: Exception | None) -> None:
+        """Raise this rank's own error, or one that names the first rank which has one."""
+        if error is not None:
+            raise error
+        if bool(stop.any()):
+            raise RuntimeError(
+                f"rank {stop.tolist().index(1)} stopped with an error in this step, so that rank "
+                f"{self.rank} cannot go on. Its own message says why."
+            )
 
     def same_draws(self, sources: Sequence[RandomSource]) -> None:
         """Let the random sources of all ranks go on from the state of the first one's."""
@@ -449,9 +455,9 @@ class RankStep(Step):
 
     _ranks: Ranks
 
-    def shares(self, tasks: Collection[str]) -> dict[str, float]:
+    def shares(self, tasks: Collection[str], error: Exception | None = None) -> dict[str, float]:
         """Return by how much each task's loss counts: see :class:`Step`."""
-        counts = self._ranks.count(tasks)
+        counts = self._ranks.count(tasks, error)
         return {task: self._ranks.size / count for task, count in counts.items() if count}
 
     def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:

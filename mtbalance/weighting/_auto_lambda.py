@@ -160,15 +160,14 @@ class AutoLambda(Weighting):
             self.random.as_global_stream(devices),
             _restored_buffers(),
         ):
-            losses = check_validation(self, step.validation)()
-            if not isinstance(losses, Mapping):
-                raise TypeError(
-                    "`validation` must return a mapping from task name to loss, "
-                    f"but got {type(losses).__name__}."
-                )
-            check_known_tasks("validation", losses, self.tasks or ())
+            losses: Mapping[str, Tensor] = {}
+            error: Exception | None = None
+            try:
+                losses = self._validation_losses(step)
+            except Exception as caught:  # noqa: BLE001  # raised in shares(), on all ranks
+                error = caught
             primary = self.primary or self.tasks or ()
-            shares = step.shares([name for name in primary if name in losses])
+            shares = step.shares([name for name in primary if name in losses], error)
             if not shares:
                 raise ValueError(
                     "`validation` must return the loss of at least one primary task "
@@ -177,6 +176,16 @@ class AutoLambda(Weighting):
             counted = [losses[n].reshape(()) * shares[n] for n in primary if n in losses]
             total = stacked(counted).sum() * step.loss_scale if counted else None
             return step.products(total, speeds)
+
+    def _validation_losses(self, step: Step) -> Mapping[str, Tensor]:
+        losses = check_validation(self, step.validation)()
+        if not isinstance(losses, Mapping):
+            raise TypeError(
+                "`validation` must return a mapping from task name to loss, "
+                f"but got {type(losses).__name__}."
+            )
+        check_known_tasks("validation", losses, self.tasks or ())
+        return losses
 
     def _adam(self, slope: Tensor) -> None:
         slope = slope.to(self.lambdas.dtype)

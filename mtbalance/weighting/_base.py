@@ -28,16 +28,19 @@ class Step:
     validation: Callable[[], Mapping[str, Tensor]] | None
     """Returns the losses of a validation batch at the parameters of that moment."""
 
-    def shares(self, tasks: Collection[str]) -> dict[str, float]:
+    def shares(self, tasks: Collection[str], error: Exception | None = None) -> dict[str, float]:
         """Return, per task, the factor by which a validation loss of this process counts.
 
         Args:
             tasks: The tasks that this process has validation losses of.
+            error: What kept it from having any. It is raised, and all other processes raise, too.
 
         Returns:
             1 for each; of several processes, their number over the number of those that have the
             task, for every task that any has.
         """
+        if error is not None:
+            raise error
         return dict.fromkeys(tasks, 1.0)
 
     def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:
