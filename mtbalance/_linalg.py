@@ -111,7 +111,7 @@ def weights_of_pair(formula: PairFormula, gramian: Tensor) -> Tensor:
     """
     if gramian.is_cpu:
         (a, h), (_, b) = gramian.tolist()
-        return torch.tensor(formula(a, h, b, FLOATS), dtype=torch.float64)
+        return torch.tensor(formula(a, h, b, FLOATS), dtype=torch.float64, device="cpu")
     one, both, _, other = gramian.detach().double().flatten().unbind()
     return torch.stack(formula(one, both, other, TENSORS))
 
@@ -156,8 +156,8 @@ def _add_rows_one_by_one(gramian: Tensor, linear: Tensor, tolerance: float) -> T
     size = len(gramian)
     target = -linear
     multipliers = torch.zeros_like(linear)
-    free = torch.zeros(size, dtype=torch.bool)
-    refused = torch.zeros(size, dtype=torch.bool)
+    free = torch.zeros(size, dtype=torch.bool, device="cpu")
+    refused = torch.zeros(size, dtype=torch.bool, device="cpu")
     for _ in range(30 * size):
         slope = target - gramian @ multipliers
         slope[free | refused] = -math.inf
@@ -246,11 +246,11 @@ def _pivot_to_face(
     right = torch.stack([sizes, -linear])
     a, b = right.unbind()
     sums = torch.cat([right, torch.ones_like(right[:1])])
-    identity = torch.eye(count, dtype=gramian.dtype)
+    identity = torch.eye(count, dtype=gramian.dtype, device="cpu")
     ridged = gramian + ridge * identity if ridge else gramian
     least = 0.0 if ridge else _LEAST_PIVOT
     tolerance = _SOLVER_TOLERANCE * (float(linear.abs().max()) + radius)
-    mask = torch.zeros(count, dtype=torch.bool)
+    mask = torch.zeros(count, dtype=torch.bool, device="cpu")
     mask[start] = True
     fewest, patience = count + 1, _PATIENCE
     for _ in range(_MOST_PIVOTS):

@@ -17,7 +17,7 @@ Array = np.ndarray
 
 def array(tensor: Tensor) -> Array:
     """Return a tensor's numbers as a float64 array."""
-    return tensor.detach().double().numpy()
+    return tensor.detach().double().cpu().numpy()
 
 
 # --- PCGrad ---------------------------------------------------------------------------------------

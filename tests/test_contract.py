@@ -343,6 +343,18 @@ def test_claim_to_work_by_coordinates_agrees_with_the_class(case: GradientCase) 
 
 
 @gradient_cases()
+@pytest.mark.parametrize("family", ["generic", "conflicting", "stationary", "zero_rows"])
+def test_the_default_device_is_not_taken_for_the_rows(case: GradientCase, family: str) -> None:
+    """As after torch.set_default_device("cuda") with rows on the CPU: "meta" has no numbers."""
+    for m in (2, 5) if "expectation" in case.name else (2, 5, 20):
+        rows = matrix(family, m, 30)
+        expected = case.make()(rows)
+        strategy = case.make()
+        with torch.device("meta"):
+            assert torch.equal(strategy(rows), expected)
+
+
+@gradient_cases()
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bad_numbers_come_out_bad(case: GradientCase, bad: float, dtype: torch.dtype) -> None:

@@ -1,5 +1,6 @@
 """The pure functions on Gramians and the convex solvers, against NumPy and SciPy."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,14 @@ from mtbalance.gradient import CAGrad
 from tests._oracles import array, judge_cagrad, least_norm_weights, nonnegative_least_squares
 from tests._oracles import project_on_dual_cone as projection_by_nnls
 from tests._samplers import gradients, matrix, random_gradients
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """The solvers work there, whatever the device of the other tests."""
+    with torch.device("cpu"):
+        yield
+
 
 # --- Gramians -------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from tests.benchmarks import memory, step_cost
+from tests.benchmarks import memory, solvers, step_cost
 from tests.benchmarks.peers import peers
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
@@ -154,3 +154,12 @@ def test_memory_reports_every_strategy(capsys) -> None:
     assert result["variants"]["equal+cagrad"]["extra"] > 0.5
     memory.main(["--workload", "tiny-mlp"])
     assert "equal+cagrad" in capsys.readouterr().out
+
+
+def test_solvers_reports_times_and_gaps(capsys) -> None:
+    out = report(solvers, capsys, "--sizes", "2", "--rounds", "1")
+    ours = [cell for cell in out["cells"] if cell["solver"] == "ours"]
+    assert {cell["m"] for cell in ours} == {2}
+    for cell in ours:
+        assert cell["seconds"] > 0
+        assert cell["gap"] < 1e-10

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from mtbalance._linalg import FEW, TENSORS
 from mtbalance.gradient import CAGrad, _cagrad
+from tests._device import on_device
 from tests._oracles import (
     array,
     cagrad_by_slsqp,
@@ -227,7 +228,7 @@ def test_scipy_finds_the_same_direction(c: float, seed: int) -> None:
     m = 2 + seed % 4
     rows = random_gradients(m, m + 3, seed)
     rows = rows / rows.norm(dim=1, keepdim=True)
-    expected = torch.from_numpy(cagrad_by_slsqp(array(rows), c))
+    expected = on_device(cagrad_by_slsqp(array(rows), c))
     # Its own accuracy: the constraint is quadratic, so 1e-15 in it is 3e-8 in d.
     assert_close(mean_scaled(rows, c), expected, rtol=0, atol=2e-6)
 
@@ -409,7 +410,7 @@ def test_two_tasks_of_any_ratio_of_norms(exponent: int, c: float) -> None:
     """Up to thirty decades between squared norms, orthogonal, at an acute and an obtuse angle."""
     for angle in (0.3, 1.5707963, 2.8):
         rows = np.array([[1.0, 0.0], [np.cos(angle), np.sin(angle)]]) * [[1.0], [10.0**exponent]]
-        verdict = judge_cagrad(rows, array(CAGrad(c)(torch.from_numpy(rows))), c, rounding=0.0)
+        verdict = judge_cagrad(rows, array(CAGrad(c)(on_device(rows))), c, rounding=0.0)
         assert verdict.outside <= 1e-12
         assert verdict.gap_of_largest <= 1e-14
 

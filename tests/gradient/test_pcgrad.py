@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from mtbalance._linalg import TENSORS
 from mtbalance.gradient import PCGrad, _pcgrad
+from tests._device import on_device
 from tests._oracles import (
     array,
     pcgrad_expectation,
@@ -195,7 +196,7 @@ def test_linear_in_the_norms_of_the_rows(rows: Tensor, factors: list[float]) -> 
             for i in range(len(rows))
         ]
     )
-    scaled = rows * torch.from_numpy(f)[:, None]
+    scaled = rows * on_device(f)[:, None]
     assert near(PCGrad(order="fixed")(scaled), f @ parts, scaled)
 
 
@@ -215,7 +216,7 @@ def test_seeds_and_generators() -> None:
     assert torch.equal(stream(PCGrad(generator=generator)), stream(PCGrad(seed=5)))
     assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
     first, moved = PCGrad(generator=torch.Generator().manual_seed(5)), PCGrad(seed=5)
-    torch.rand(3, generator=first.random.generator)
+    torch.rand(3, generator=first.random.generator, device="cpu")
     assert not torch.equal(stream(first), stream(moved))
 
 
