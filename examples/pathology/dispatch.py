@@ -10,19 +10,20 @@ import contextlib
 import logging
 import multiprocessing
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from tqdm import tqdm
 
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import RunError, UserError
-from examples.pathology.extraction import Settings, extract_slides, make_network
+from examples.pathology.extraction import Report, Rows, Settings, extract_slides, make_network
 from examples.pathology.ledger import ExtractSummary, LedgerRow, write_ledger
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ logger = logging.getLogger(__name__)
 LEDGER_PERIOD_S = 10.0
 """The ledger on disk is at most this old, so that a killed run leaves one too."""
 
-START_METHOD = "spawn"
+START_METHOD: Final = "spawn"
 """CUDA does not survive a fork."""
-
-SlideRows = tuple[LedgerRow, ...]
 
 
 def resolve_devices(names: str) -> list[torch.device]:
@@ -67,36 +66,37 @@ def run(
         UserError: If the network cannot be built as asked for.
     """
     if len(devices) == 1:
-        results = extract_slides(files, settings, make_network(settings, devices[0]))
+        network = make_network(settings, devices[0])
+        work: Callable[[Report], None] = partial(extract_slides, files, settings, network)
     else:
-        results = _Workers(files, settings, devices).results()
-    rows: dict[str, SlideRows] = {}
+        work = _Workers(files, settings, devices).collect
+    rows: dict[str, Rows] = {}
     ledger = settings.out / "ledger.csv"
     stopped, failed = "", 0
+    started = written = time.monotonic()
 
     def ordered() -> list[LedgerRow]:
         return [row for file in files for row in rows.get(file.name, ())]
 
-    started = written = time.monotonic()
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: write_ledger(ledger, ordered()))  # after Ctrl-C as well
-        stack.enter_context(contextlib.closing(results))
         bar = stack.enter_context(tqdm(total=len(files), desc="extracting", unit="slide"))
+
+        def report(found: Rows) -> bool:
+            nonlocal failed, stopped, written
+            rows[found[0].slide] = found
+            failed += found[-1].status == "failed"
+            bar.update()
+            bar.set_postfix_str(found[0].slide, refresh=False)
+            if time.monotonic() - written > LEDGER_PERIOD_S:
+                write_ledger(ledger, ordered())
+                written = time.monotonic()
+            if max_failures is not None and failed > max_failures:
+                stopped = f"more than {max_failures} slides failed."
+            return not stopped
+
         try:
-            for found in results:
-                rows[found[0].slide] = found
-                bar.update()
-                bar.set_postfix_str(found[0].slide, refresh=False)
-                failed += found[-1].status == "failed"
-                if max_failures is not None and failed > max_failures:
-                    stopped = (
-                        f"more than {max_failures} slides failed; {len(files) - len(rows)} were "
-                        "not looked at."
-                    )
-                    break
-                if time.monotonic() - written > LEDGER_PERIOD_S:
-                    write_ledger(ledger, ordered())
-                    written = time.monotonic()
+            work(report)
         except RunError as error:
             stopped = str(error)
     summary = ExtractSummary(
@@ -139,8 +139,12 @@ class _Workers:
             sender.close()  # ours; once the process has closed its own, the pipe is at its end
             self._running[receiver] = process, device
 
-    def results(self) -> Generator[SlideRows, None, None]:
-        """Yield the rows of each slide as they come."""
+    def collect(self, report: Report) -> None:
+        """Report the rows of each slide as they come; end the processes when told to.
+
+        Raises:
+            RunError: If a process died; only after the others have finished.
+        """
         lost: list[str] = []
         try:
             while self._running:
@@ -157,8 +161,8 @@ class _Workers:
                         del self._running[connection]
                     elif isinstance(message, Exception):
                         raise message
-                    else:
-                        yield message
+                    elif not report(message):
+                        return
         finally:
             for process, _ in self._running.values():
                 process.terminate()
@@ -201,8 +205,12 @@ def _work(
     try:
         torch.set_num_threads(threads)
         network = make_network(settings, torch.device(device))
-        for rows in extract_slides(files, settings, network):
+
+        def report(rows: Rows) -> bool:
             connection.send(rows)
+            return True
+
+        extract_slides(files, settings, network, report)
         connection.send(None)
     except UserError as error:
         connection.send(error)

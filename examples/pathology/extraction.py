@@ -1,8 +1,7 @@
 """The extraction stage: every slide becomes a feature file, or a ledger row that says why not.
 
-Threads read and filter tiles while the network runs; the next slide is opened and its first tiles
-are read while the network is still busy with the one before. A finished file is left alone as long
-as it was made with the same parameters. Use it through `features.extract`.
+Threads read and filter tiles while the network runs. A finished file is left alone as long as it
+was made with the same parameters. Use it through `features.extract`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +47,9 @@ from examples.pathology.tiling import (
 from examples.pathology.units import SlideError
 
 logger = logging.getLogger(__name__)
+
+Rows = tuple[LedgerRow, ...]
+Report = Callable[[Rows], bool]
 
 
 @dataclass(frozen=True)
@@ -124,35 +127,48 @@ def make_network(settings: Settings, device: torch.device) -> Network:
 
 
 def extract_slides(
-    files: Sequence[SlideFile], settings: Settings, network: Network
-) -> Generator[tuple[LedgerRow, ...], None, None]:
-    """Extract slides one after the other.
+    files: Sequence[SlideFile], settings: Settings, network: Network, report: Report
+) -> None:
+    """Extract slides one after the other; the network hardly ever waits for the rest.
+
+    While it works on a slide, the next one is opened and its first tiles are read, and the files
+    of the one before are written.
 
     Args:
         files: The slides.
         settings: What to do.
         network: The network on its device.
-
-    Yields:
-        The ledger rows of each slide, in the order of `files`.
+        report: Called with the ledger rows of each slide, in the order of `files`; returns whether
+            to go on.
     """
     with (
         ThreadPoolExecutor(settings.workers, thread_name_prefix="tiles") as pool,
         ThreadPoolExecutor(1, thread_name_prefix="opener") as opener,
+        ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
     ):
         job = Job(settings, network, pool)
-        coming = opener.submit(_prepare, files[0], job) if files else None
+        coming = deque(opener.submit(_prepare, file, job) for file in files[:1])
+        ending: deque[Future[Rows]] = deque()
         try:
             for number, file in enumerate(files):
-                assert coming is not None  # noqa: S101 - one was submitted for each slide
-                outcome = coming.result()
-                following = files[number + 1 : number + 2]
-                coming = opener.submit(_prepare, following[0], job) if following else None
-                yield _finish(file, outcome, job)
-        finally:  # stopped early: a slide may be open, with threads reading it
-            if coming is not None and not coming.cancel():
-                outcome = coming.result()
-                if isinstance(outcome, _Prepared):
+                outcome = coming.popleft().result()
+                coming.extend(
+                    opener.submit(_prepare, following, job)
+                    for following in files[number + 1 : number + 2]
+                )
+                result = _compute(file, outcome, job)
+                if ending and not report(ending.popleft().result()):
+                    break
+                if isinstance(result, _Computed):
+                    ending.append(writer.submit(_conclude, file, result, job))
+                elif not report(result):
+                    break
+        finally:  # also after Ctrl-C: files that are there have their rows, and no slide stays open
+            while ending:
+                report(ending.popleft().result())
+            while coming:
+                future = coming.popleft()
+                if not future.cancel() and isinstance(outcome := future.result(), _Prepared):
                     outcome.close()
 
 
@@ -183,8 +199,25 @@ class _Prepared:
         self.slide.close()
 
 
-_Outcome = _Prepared | tuple[LedgerRow, ...] | Exception
+_Outcome = _Prepared | Rows | Exception
 """A slide to work on, the rows of one that needs no work, or what went wrong."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A slide whose tiles the network has seen; it is closed.
+
+    Attributes:
+        prepared: The slide as it was.
+        feats: Features (n, d) of its tiles.
+        positions: Row and column of each (n, 2).
+        clock: The time it took so far.
+    """
+
+    prepared: _Prepared
+    feats: npt.NDArray[np.float16]
+    positions: npt.NDArray[np.int64]
+    clock: Clock
 
 
 def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) -> _Outcome:
@@ -218,7 +251,7 @@ def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) ->
             return _Prepared(slide, path, parameters, plan, reader, seconds, broken)
     except LevelError as error:
         return error if error.level == 0 else _retry(file, job, broken, error)
-    except Exception as error:  # noqa: BLE001 - see `_finish`
+    except Exception as error:  # noqa: BLE001 - see `_failure`
         return error
 
 
@@ -227,39 +260,80 @@ def _retry(file: SlideFile, job: Job, broken: frozenset[int], error: LevelError)
     return _prepare(file, job, broken | {error.level})
 
 
-def _finish(file: SlideFile, outcome: _Outcome, job: Job) -> tuple[LedgerRow, ...]:
+def _compute(file: SlideFile, outcome: _Outcome, job: Job) -> _Computed | Rows:
     """Run the network over a prepared slide; whatever goes wrong becomes a row of the ledger."""
     if isinstance(outcome, tuple):
         return outcome
     clock = Clock()
-    tiled: list[LedgerRow] = []
     try:
         if isinstance(outcome, Exception):
             raise outcome
         clock.seconds[TILING] = outcome.seconds
-        try:
-            with contextlib.closing(outcome):
-                rows = _extract(file, outcome, job, clock, tiled)
-        except LevelError as error:
-            if error.level == 0:
-                raise
-            return _finish(file, _retry(file, job, outcome.broken, error), job)
-    except SlideExcludedError as error:
-        rows = (LedgerRow(file.name, TILING, "excluded", str(error)),)
-    except torch.cuda.OutOfMemoryError:
-        raise  # the next slide would meet it too; a smaller batch_size helps
-    except Exception as error:
-        # The one broad net: thousands of slides must not be lost to one that nobody foresaw.
-        expected = isinstance(error, (SlideError, UserError))
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        with (
+            contextlib.closing(outcome),
+            tqdm(
+                total=outcome.plan.count(TileStatus.PENDING),
+                desc=file.name,
+                unit="tile",
+                leave=False,
+                delay=3,
+                disable=not job.settings.show_tiles,
+            ) as bar,
+        ):
+            feats, positions = infer(outcome.reader, job.network, clock, bar.update)
+        clock.enter(clock.stage)
+        return _Computed(outcome, feats, positions, clock)
+    except LevelError as error:
+        if error.level > 0 and isinstance(outcome, _Prepared):
+            return _compute(file, _retry(file, job, outcome.broken, error), job)
+        return _failure(file, error, clock, job)
+    except Exception as error:  # noqa: BLE001 - see `_failure`
+        return _failure(file, error, clock, job)
+
+
+def _conclude(file: SlideFile, computed: _Computed, job: Job) -> Rows:
+    """Write the picture of a slide and, if it has tissue, its feature file."""
+    clock, prepared = computed.clock, computed.prepared
+    clock.resume(TILING)
+    rows: Rows = ()
+    try:
+        plan = prepared.plan
+        _save_picture(job.settings.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
+        row = _described(file, prepared, job.settings.rules.tile_size_um)
+        rows = (row,)
+        if row.status == "ok":
+            clock.enter(FEATURES)
+            _write(computed, row, job)
+            rows = (row, replace(row, stage=FEATURES))
+        else:
+            logger.warning("%s: %s", file.name, row.reason)
+            _retire(job.settings.out / f"{file.stem}.h5")
+    except Exception as error:  # noqa: BLE001 - see `_failure`
+        return _failure(file, error, clock, job, rows)
+    return _timed(rows, clock)
+
+
+def _failure(file: SlideFile, error: Exception, clock: Clock, job: Job, rows: Rows = ()) -> Rows:
+    """Turn what went wrong with a slide into its last row of the ledger.
+
+    The one broad net: thousands of slides must not be lost to one that nobody foresaw.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error  # the next slide would meet it too; a smaller batch_size helps
+    expected = isinstance(error, (SlideError, UserError))
+    reason = str(error) if expected else f"{type(error).__name__}: {error}"
+    if isinstance(error, SlideExcludedError):
+        logger.warning("%s: %s", file.name, reason)
+        status = "excluded"
+    else:
         logger.error("%s failed: %s", file.name, reason, exc_info=None if expected else error)
-        rows = (*tiled, LedgerRow(file.name, clock.stage, "failed", reason))
+        status = "failed"
+    _retire(job.settings.out / f"{file.stem}.h5")
+    return _timed((*rows, LedgerRow(file.name, clock.stage, status, reason)), clock)
+
+
+def _timed(rows: Rows, clock: Clock) -> Rows:
     clock.enter(clock.stage)
-    last = rows[-1]
-    if last.status in ("empty", "excluded"):
-        logger.warning("%s: %s", file.name, last.reason)
-    if last.status != "ok":
-        _retire(job.settings.out / f"{file.stem}.h5")
     return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
 
 
@@ -271,36 +345,12 @@ def _retire(path: Path) -> None:
         logger.warning("%s is from an earlier run and no longer valid; it is now %s.", path, old)
 
 
-def _extract(
-    file: SlideFile, prepared: _Prepared, job: Job, clock: Clock, tiled: list[LedgerRow]
-) -> tuple[LedgerRow, ...]:
-    """Turn a prepared slide into a picture and, if it has tissue, a feature file.
-
-    `tiled` gets the row of the tiling stage as soon as it is over.
-    """
-    settings, slide, plan = job.settings, prepared.slide, prepared.plan
-    total = plan.count(TileStatus.PENDING)
-    hidden = not settings.show_tiles
-    with tqdm(
-        total=total, desc=file.name, unit="tile", leave=False, delay=3, disable=hidden
-    ) as bar:
-        feats, positions = infer(prepared.reader, job.network, clock, bar.update)
-    clock.enter(TILING)
-    _save_picture(settings.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
-    row = _described(file, slide, plan, settings.rules.tile_size_um)
-    if prepared.broken:
-        levels = ", ".join(map(str, sorted(prepared.broken)))
-        note = f"levels {levels} cannot be read; finer ones were used"
-        row = replace(row, reason="; ".join(filter(None, (row.reason, note))))
-    tiled.append(row)
-    if row.status != "ok":
-        return (row,)
-    clock.enter(FEATURES)
-    extractor = job.network.extractor
+def _write(computed: _Computed, row: LedgerRow, job: Job) -> None:
+    settings, extractor, prepared = job.settings, job.network.extractor, computed.prepared
     write_features(
         prepared.path,
-        feats,
-        positions[:, ::-1] * settings.rules.tile_size_um,
+        computed.feats,
+        computed.positions[:, ::-1] * settings.rules.tile_size_um,
         extractor=extractor.identifier,
         weights_sha256=extractor.weights_sha256,
         random_weights=extractor.weights_sha256 is None,
@@ -308,32 +358,35 @@ def _extract(
         tile_size_px=settings.rules.tile_size_px,
         layout=settings.layout,
         provenance={
-            **_provenance(slide, row, prepared.parameters),
-            "seconds_tiling": clock.seconds[TILING],
-            "seconds_features": clock.seconds[FEATURES],
+            **_provenance(prepared.slide, row, prepared.parameters),
+            "seconds_tiling": computed.clock.seconds[TILING],
+            "seconds_features": computed.clock.seconds[FEATURES],
             "unreadable_levels": json.dumps(sorted(prepared.broken)),
         },
     )
-    return row, replace(row, stage=FEATURES)
 
 
-def _described(file: SlideFile, slide: Slide, plan: TilePlan, um: float) -> LedgerRow:
+def _described(file: SlideFile, prepared: _Prepared, um: float) -> LedgerRow:
+    """Say in a row what tiling found."""
+    slide, plan = prepared.slide, prepared.plan
     kept = plan.count(TileStatus.KEPT)
-    if kept:
-        reason = ""
-    elif plan.status.size == 0:
+    reasons = []
+    if plan.status.size == 0:
         size = f"{slide.width_um:.0f} x {slide.height_um:.0f} um"
-        reason = f"no tile: the slide is {size}, and a tile is {um:g} um wide"
-    else:
-        reason = (
+        reasons.append(f"no tile: the slide is {size}, and a tile is {um:g} um wide")
+    elif not kept:
+        reasons.append(
             f"no tile left: {plan.count(TileStatus.BRIGHT)} of {plan.status.size} are glass, "
             f"{plan.count(TileStatus.SMOOTH)} have too few edges"
         )
+    if prepared.broken:
+        levels = ", ".join(map(str, sorted(prepared.broken)))
+        reasons.append(f"levels {levels} cannot be read; finer ones were used")
     return LedgerRow(
         slide=file.name,
         stage=TILING,
         status="ok" if kept else "empty",
-        reason=reason,
+        reason="; ".join(reasons),
         tiles_total=plan.status.size,
         tiles_kept=kept,
         mpp=slide.mpp.x,

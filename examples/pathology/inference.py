@@ -48,6 +48,10 @@ class Clock:
         self.seconds[self.stage] += now - self._since
         self.stage, self._since = stage, now
 
+    def resume(self, stage: str) -> None:
+        """Begin a stage after a time that counts for none."""
+        self.stage, self._since = stage, time.perf_counter()
+
 
 @dataclass(frozen=True)
 class Network:

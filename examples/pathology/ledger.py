@@ -129,7 +129,8 @@ class ExtractSummary:
             stage: sum(row.seconds for row in self.rows if row.stage == stage and not row.skipped)
             for stage in (TILING, FEATURES)
         }
-        stopped = f" Stopped early: {self.stopped}" if self.stopped else ""
+        left = self.found - self.slides
+        stopped = f" Stopped early, {left} not looked at: {self.stopped}" if self.stopped else ""
         return (
             f"{self.funnel} ({self.skipped} finished before, {tiles} tiles in all); "
             f"{self.empty} empty, {self.excluded} excluded, {self.failed} failed; "

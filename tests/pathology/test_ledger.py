@@ -32,7 +32,7 @@ def test_failures_and_an_early_end_are_seen_by_the_exit_code(tmp_path):
     early = ExtractSummary(ROWS, tmp_path, found=9, seconds=5, stopped="it rained.")
     assert early.exit_code == 1
     assert early.funnel == "9 slides -> 2 tiled -> 2 with features"
-    assert str(early).endswith("Stopped early: it rained.")
+    assert str(early).endswith("Stopped early, 5 not looked at: it rained.")
 
 
 def test_the_ledger_is_a_table_that_others_can_read(tmp_path):
