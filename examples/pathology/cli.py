@@ -61,6 +61,15 @@ Config = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+CompleteCases = Annotated[
+    bool,
+    typer.Option(
+        "--complete-cases",
+        help="Leave out patients who lack a value of any target, as the paper does.",
+    ),
+]
+PatientColumn = Annotated[str, typer.Option(help="Column of the patient in both tables.")]
+FilenameColumn = Annotated[str, typer.Option(help="Column of the file name in the slide table.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)]
 
 
@@ -190,7 +199,9 @@ def crossval(
     ] = 7,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
-    schedule: Annotated[str, typer.Option(help="constant, or cosine per epoch.")] = "constant",
+    schedule: Annotated[
+        str, typer.Option(help="constant, cosine (per epoch) or cosine-per-step.")
+    ] = "constant",
     standardize: Annotated[
         bool,
         typer.Option(
@@ -206,6 +217,24 @@ def crossval(
     splits: Annotated[
         Path | None, typer.Option(help="splits.json of another run, to compare on equal folds.")
     ] = None,
+    complete_cases: CompleteCases = False,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tiles per patient and step, drawn anew in every epoch."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32; on a GPU also tf32 or bfloat16 (autocast).")
+    ] = "float32",
+    cache_gb: Annotated[float, typer.Option(min=0, help="Memory for tiles, in GB.")] = 4.0,
+    reference_protocol: Annotated[
+        bool,
+        typer.Option(
+            "--reference-protocol",
+            help="Splits, complete cases, schedule and patience of the paper's published code.",
+        ),
+    ] = False,
+    patient_column: PatientColumn = "PATIENT",
+    filename_column: FilenameColumn = "FILENAME",
     note: Annotated[str, typer.Option(help="A sentence for figures and report.")] = "",
     seed: Seed = 0,
     device: Device = "auto",
@@ -235,6 +264,13 @@ def crossval(
             standardize=standardize,
             lookahead_data=lookahead_data,
             splits=splits,
+            complete_cases=complete_cases,
+            max_tiles=max_tiles,
+            precision=precision,
+            cache_gb=cache_gb,
+            reference_protocol=reference_protocol,
+            patient_column=patient_column,
+            filename_column=filename_column,
             note=note,
             seed=seed,
             device=device,

@@ -1,7 +1,9 @@
 """Tables and feature files joined to labelled bags of tiles, and a ledger of who was left out.
 
-A patient with the primary label and at least one readable feature file is used. A missing auxiliary
-value makes that task absent for that patient: it is not in `Patient.known`, never NaN, never 0.
+A patient with a readable feature file is used for every target that is known. A missing auxiliary
+value makes that task absent: it is not in `Patient.known`, never NaN, never 0. Patients without the
+primary label but with an auxiliary value are trained on and never tested: they stand apart, in
+`Cohort.training_only`.
 """
 
 from __future__ import annotations
@@ -9,36 +11,28 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import itertools
 import logging
 import math
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from examples.pathology.errors import UserError, listing, nearest, one_line
+from examples.pathology.bags import Inspection
+from examples.pathology.errors import UserError, listing, nearest
 from examples.pathology.files import write_text
-from examples.pathology.tables import FILENAME, PATIENT, read_table
-
-if TYPE_CHECKING:
-    from examples.pathology.features import Bag
+from examples.pathology.joining import Joined, join
+from examples.pathology.tables import FILENAME, PATIENT
 
 logger = logging.getLogger(__name__)
 
-SLIDE_SUFFIXES = frozenset(
-    "bif czi dcm mrxs ndpi qptiff scn svs svslide tif tiff vms vmu".split()  # noqa: SIM905
-)
 # A numeric primary target with more values than this is a measurement, not a set of classes.
 MAX_CLASSES = 20
-DEFAULT_CACHE_BYTES = 4 * 2**30
+TRAINING_ONLY = "training only"
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Patient:
 
     Args:
         name: The identifier in the clinical table.
-        label: Value of the primary target.
+        label: Value of the primary target; empty if it is not known.
         known: Auxiliary values that are known, by target: a class label, or a number in its own
             unit.
         files: Feature files, in a stable order.
@@ -91,8 +85,8 @@ class LedgerRow:
         item: ``patient``, ``slide`` or ``feature file``.
         name: Which one.
         patient: Whose it is, as far as known.
-        status: ``used``, ``excluded`` or ``unclaimed``.
-        reason: Why it is not used.
+        status: ``used``, ``training only``, ``excluded`` or ``unclaimed``.
+        reason: Why it is not used, or not for all.
     """
 
     item: str
@@ -109,10 +103,14 @@ class Cohort:
     Args:
         target: The primary target.
         auxiliary: Further targets.
-        patients: Whom to train and test on, sorted by name.
+        patients: Whom to train and test on, sorted by name: all have the primary label.
+        training_only: Those without it but with an auxiliary value: a part of every training part,
+            and of no other.
         ledger: One row per patient, slide and unclaimed feature file.
         funnel: ``(stage, number of patients)`` from the clinical table to the patients used.
         extractor: What made the features.
+        weights_sha256: Checksum of its weights; ``None`` if the files do not say.
+        tile_size_um: Edge of a tile; ``None`` if the files do not say.
         random_weights: Whether the extractor had random weights: its features carry no biology.
         in_features: Length of a tile's feature vector.
         digest: sha256 over names, labels, values and the content of the features.
@@ -121,9 +119,12 @@ class Cohort:
     target: Target
     auxiliary: tuple[Target, ...]
     patients: tuple[Patient, ...]
+    training_only: tuple[Patient, ...]
     ledger: tuple[LedgerRow, ...]
     funnel: tuple[tuple[str, int], ...]
     extractor: str
+    weights_sha256: str | None
+    tile_size_um: float | None
     random_weights: bool
     in_features: int
     digest: str
@@ -146,85 +147,6 @@ class Cohort:
         write_text(path, text.getvalue())
 
 
-def read_clinical_table(path: Path, targets: Sequence[str]) -> pd.DataFrame:
-    """Read the clinical table: one row per patient, indexed by patient.
-
-    Raises:
-        UserError: A patient is unnamed or stands in more than one row.
-    """
-    table = read_table(path, [PATIENT, *targets])
-    _refuse_unnamed(table, path, PATIENT)
-    twice = [name for name, count in Counter(table[PATIENT]).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"{path} must have one row per patient, but has several for {listing(sorted(twice))}."
-        )
-    indexed: pd.DataFrame = table.set_index(PATIENT)
-    return indexed
-
-
-def read_slide_table(path: Path) -> list[tuple[str, str]]:
-    """Read the slide table as ``(patient, key)``: a key is a relative path without suffix.
-
-    Raises:
-        UserError: A cell is empty, or a file name would lead out of the feature folder.
-    """
-    table = read_table(path, [PATIENT, FILENAME])
-    _refuse_unnamed(table, path, PATIENT)
-    _refuse_unnamed(table, path, FILENAME)
-    rows = zip(table[PATIENT], table[FILENAME], strict=True)
-    return [(patient, slide_key(name, path)) for patient, name in rows]
-
-
-def slide_key(name: str, table: Path) -> str:
-    """Return the relative path of a slide without the suffix of a slide or feature file.
-
-    Raises:
-        UserError: The name is absolute or climbs out of its folder.
-    """
-    relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts:
-        raise UserError(
-            f"{table}: `{FILENAME}` must be a path inside the feature folder, but got {name!r}."
-        )
-    if relative.suffix.lower().lstrip(".") in {*SLIDE_SUFFIXES, "h5"}:
-        relative = relative.with_suffix("")
-    return str(relative)
-
-
-def match_files(keys: Iterable[str], files: Iterable[str]) -> dict[str, list[str]]:
-    """Find the feature files that each key of the slide table may mean.
-
-    Tried in turn: the same relative path; the same stem in any folder; and the same stem but for
-    what follows a dot, on either side, which is how TCGA names differ with and without their UUID.
-    The first that finds anything decides; more than one file is ambiguous, and for the caller to
-    refuse.
-
-    Args:
-        keys: Relative paths without suffix.
-        files: Relative paths of feature files without suffix.
-
-    Returns:
-        The sorted candidates of every key.
-    """
-    paths = set(files)
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    by_prefix: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(paths):
-        stem = PurePosixPath(path).name
-        by_stem[stem].append(path)
-        for prefix in _prefixes(stem):
-            by_prefix[prefix].append(path)
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        stem = PurePosixPath(key).name
-        shorter = (by_stem[prefix] for prefix in _prefixes(stem) if prefix in by_stem)
-        found[key] = (
-            [key] if key in paths else by_stem.get(stem) or by_prefix.get(stem) or next(shorter, [])
-        )
-    return found
-
-
 def load_cohort(
     clini: Path,
     slide_table: Path,
@@ -233,17 +155,24 @@ def load_cohort(
     auxiliary: Sequence[str] = (),
     *,
     positive: str | None = None,
+    complete_cases: bool = False,
+    patient_column: str = PATIENT,
+    filename_column: str = FILENAME,
 ) -> Cohort:
     """Join the clinical table, the slide table and the feature files.
 
     Args:
-        clini: Clinical table: ``PATIENT`` and the targets.
-        slide_table: ``PATIENT`` and ``FILENAME``, one row per slide.
+        clini: Clinical table: the patient and the targets.
+        slide_table: The patient and the file name, one row per slide.
         features: Folder of ``.h5`` files, searched with its sub-folders.
         target: The primary, categorical target.
         auxiliary: Further targets: numbers with more than two values make a regression, anything
             else a classification.
         positive: The class of ``target`` whose AUROC is reported; ``None``: the rarer one.
+        complete_cases: Whether to leave out whoever lacks a value of any target (the paper's rule),
+            instead of using every value that is known.
+        patient_column: Column of the patient in both tables.
+        filename_column: Column of the file name in the slide table.
 
     Returns:
         The patients to use, and the ledger of the others.
@@ -252,79 +181,186 @@ def load_cohort(
         UserError: The tables contradict themselves or each other, features of several extractors
             are mixed, or nobody is left.
     """
-    clinical = read_clinical_table(clini, [target, *auxiliary])
-    slides = read_slide_table(slide_table)
-    files = find_feature_files(features)
-    found = match_files((key for _, key in slides), files)
-    _refuse_shared_files(slides, found, slide_table)
-    kinds = {name: _column_kind(clinical[name]) for name in auxiliary}
-    bags = _Bags()
-    ledger: list[LedgerRow] = []
-    patients: list[Patient] = []
-    funnel = {
-        "in the clinical table": 0,
-        f"with a label ({target})": 0,
-        "and a slide in the slide table": 0,
-        "and usable features: used": 0,
-    }
-    slides_of: dict[str, list[str]] = defaultdict(list)
-    for name, key in slides:
-        slides_of[name].append(key)
-    for name in sorted(set(slides_of) - set(clinical.index)):
-        ledger += [
-            LedgerRow("slide", key, name, "excluded", "its patient is not in the clinical table")
-            for key in slides_of[name]
-        ]
-    for name in tqdm(sorted(clinical.index), desc="features", unit="patient", leave=False):
-        label = str(clinical.loc[name, target])
-        used, rows = _usable_files(name, slides_of[name], found, files, bags if label else None)
-        steps = [
-            (True, ""),
-            (bool(label), f"no {target} label"),
-            (bool(slides_of[name]), "no slide in the slide table"),
-            (bool(used), "none of its slides has usable features"),
-        ]
-        passed = list(itertools.takewhile(lambda step: step[0], steps))
-        for stage in list(funnel)[: len(passed)]:
-            funnel[stage] += 1
-        reason = steps[len(passed)][1] if len(passed) < len(steps) else ""
-        status = "excluded" if reason else "used"
-        ledger += [LedgerRow("patient", name, name, status, reason), *rows]
-        if not reason:
-            known = {
-                other: float(value) if kinds[other] == "regression" else value
-                for other in auxiliary
-                if (value := str(clinical.loc[name, other]))
-            }
-            tiles = sum(bags.tiles[path] for path in used)
-            patients.append(Patient(name, label, known, used, tiles))
-    claimed = {name for candidates in found.values() for name in candidates}
-    ledger += [
-        LedgerRow("feature file", f"{name}.h5", "", "unclaimed", "not in the slide table")
-        for name in files
-        if name not in claimed
+    joined = join(
+        clini,
+        slide_table,
+        features,
+        [target, *auxiliary],
+        patient_column=patient_column,
+        filename_column=filename_column,
+    )
+    kinds = {name: _column_kind(joined.clinical[name]) for name in auxiliary}
+    labels = {}
+    for name, row in joined.clinical.iterrows():
+        known = {
+            other: float(row[other]) if kinds[other] == "regression" else row[other]
+            for other in auxiliary
+            if row[other]
+        }
+        missing = [column for column in (target, *auxiliary) if not row[column]]
+        refused = ""
+        if complete_cases and missing:
+            refused = f"no {missing[0]} value, and only complete cases are used"
+        elif not row[target] and not known:
+            refused = f"no {target} label"
+        labels[str(name)] = _Labels(row[target], known, refused)
+    patients, ledger, bags, reached = _gather(joined, labels, target)
+    labelled = [p for p in patients if p.label]
+    training_only = [p for p in patients if not p.label]
+    usable = {name for name, label in labels.items() if label.label and not label.refused}
+    stages = [
+        ("in the clinical table", len(labels)),
+        (f"with a label ({target})" + " and all other values" * complete_cases, len(usable)),
+        ("and a slide in the slide table", len(usable & reached)),
+        ("and usable features: used", len(labelled)),
     ]
-    if not patients:
+    if not labelled:
         raise UserError(
             "At least one patient must have a label, a slide and features, but nobody has: "
-            + "; ".join(f"{count} {stage}" for stage, count in funnel.items())
-            + f". Reasons: {listing(dict.fromkeys(_reasons(ledger)), 3)}."
+            + "; ".join(f"{count} {stage}" for stage, count in stages)
+            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
         )
-    bags.refuse_mixture()
-    return Cohort(
-        target=_classification(target, [p.label for p in patients], clini, positive),
-        auxiliary=tuple(
+    if training_only:
+        stages.append(("without a label but with another value: trained on", len(training_only)))
+    return _cohort(
+        _classification(target, [p.label for p in labelled], clini, positive),
+        [
             _auxiliary_target(
                 other, kinds[other], [p.known[other] for p in patients if other in p.known], clini
             )
             for other in auxiliary
-        ),
-        patients=tuple(patients),
+        ],
+        patients,
+        ledger,
+        stages,
+        bags,
+    )
+
+
+def load_external(
+    clini: Path,
+    slide_table: Path,
+    features: Path,
+    targets: Sequence[Target],
+    *,
+    patient_column: str = PATIENT,
+    filename_column: str = FILENAME,
+) -> Cohort:
+    """Join the tables and files of a cohort to predict for: no label is needed, some may be there.
+
+    Args:
+        clini: Clinical table; columns of targets that it lacks are not known for anybody.
+        slide_table: The patient and the file name, one row per slide.
+        features: Folder of ``.h5`` files.
+        targets: What was trained, the primary target first.
+        patient_column: Column of the patient in both tables.
+        filename_column: Column of the file name in the slide table.
+
+    Returns:
+        Everybody with usable features as ``patients``; a label that is not known is empty.
+
+    Raises:
+        UserError: The tables contradict themselves or the targets, or nobody is left.
+    """
+    options = {"patient_column": patient_column, "filename_column": filename_column}
+    joined = join(clini, slide_table, features, [], **options)
+    here = [target for target in targets if target.name in joined.clinical]
+    for target in here:
+        _refuse_foreign_values(target, joined.clinical[target.name], clini)
+    labels = {}
+    for name, row in joined.clinical.iterrows():
+        known = {
+            t.name: float(row[t.name]) if t.kind == "regression" else row[t.name]
+            for t in here
+            if t is not targets[0] and row[t.name]
+        }
+        labels[str(name)] = _Labels(row[targets[0].name] if targets[0] in here else "", known, "")
+    patients, ledger, bags, reached = _gather(joined, labels, targets[0].name)
+    stages = [
+        ("in the clinical table", len(labels)),
+        ("and a slide in the slide table", len(reached)),
+        ("and usable features: used", len(patients)),
+    ]
+    if not patients:
+        raise UserError(
+            "At least one patient must have a slide and features, but nobody has: "
+            + "; ".join(f"{count} {stage}" for stage, count in stages)
+            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
+        )
+    ledger = [
+        replace(r, status="used", reason="") if r.status == TRAINING_ONLY else r for r in ledger
+    ]
+    cohort = _cohort(targets[0], targets[1:], patients, ledger, stages, bags)
+    return replace(cohort, patients=tuple(patients), training_only=())
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the clinical table says of a patient, and why that is not enough."""
+
+    label: str
+    known: Mapping[str, str | float]
+    refused: str
+
+
+def _gather(
+    joined: Joined, labels: Mapping[str, _Labels], target: str
+) -> tuple[list[Patient], list[LedgerRow], Inspection, set[str]]:
+    """Return patients with features, the ledger, what their files are, and who has slides."""
+    bags = Inspection()
+    slides_of = joined.slides_of
+    ledger = [
+        LedgerRow("slide", key, name, "excluded", "its patient is not in the clinical table")
+        for name in sorted(set(slides_of) - set(labels))
+        for key in slides_of[name]
+    ]
+    patients = []
+    for name in tqdm(sorted(labels), desc="features", unit="patient", leave=False):
+        label = labels[name]
+        keys = slides_of.get(name, [])
+        used, rows = _usable_files(name, keys, joined, None if label.refused else bags)
+        reason = label.refused
+        if not reason and not keys:
+            reason = "no slide in the slide table"
+        elif not reason and not used:
+            reason = "none of its slides has usable features"
+        status = "excluded" if reason else "used"
+        if not reason:
+            tiles = sum(bags.tiles[path] for path in used)
+            patients.append(Patient(name, label.label, label.known, used, tiles))
+            if not label.label:
+                status = TRAINING_ONLY
+                reason = f"no {target} label: trained on for {listing(label.known)}, never tested"
+        ledger += [LedgerRow("patient", name, name, status, reason), *rows]
+    ledger += [
+        LedgerRow("feature file", f"{name}.h5", "", "unclaimed", "not in the slide table")
+        for name in joined.unclaimed
+    ]
+    return patients, ledger, bags, set(slides_of) & set(labels)
+
+
+def _cohort(
+    target: Target,
+    auxiliary: Sequence[Target],
+    patients: Sequence[Patient],
+    ledger: Sequence[LedgerRow],
+    stages: Sequence[tuple[str, int]],
+    bags: Inspection,
+) -> Cohort:
+    bags.refuse_mixture()
+    maker = bags.maker()
+    return Cohort(
+        target=target,
+        auxiliary=tuple(auxiliary),
+        patients=tuple(p for p in patients if p.label),
+        training_only=tuple(p for p in patients if not p.label),
         ledger=tuple(sorted(ledger, key=lambda row: (row.item, row.patient, row.name))),
-        funnel=tuple(funnel.items()),
-        extractor=bags.extractor,
-        random_weights=bags.random_weights,
-        in_features=bags.in_features,
+        funnel=tuple(stages),
+        extractor=maker.extractor,
+        weights_sha256=maker.weights_sha256,
+        tile_size_um=maker.tile_size_um,
+        random_weights=maker.random_weights,
+        in_features=maker.width,
         digest=_sha256(
             f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[bags.crc[f] for f in p.files]}"
             for p in patients
@@ -332,42 +368,11 @@ def load_cohort(
     )
 
 
-def find_feature_files(folder: Path) -> dict[str, Path]:
-    """Return the ``.h5`` files of a folder and its sub-folders by relative path without suffix.
-
-    Raises:
-        UserError: There are none.
-    """
-    files = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.h5"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-    if not files:
-        what = "holds none" if folder.is_dir() else "is no folder"
-        raise UserError(f"`features` must be a folder of .h5 files, but {folder} {what}.")
-    return files
-
-
-def _refuse_shared_files(
-    slides: Sequence[tuple[str, str]], found: Mapping[str, list[str]], table: Path
-) -> None:
-    """Raise if a feature file belongs to two patients, which would leak between folds."""
-    owners: dict[str, str] = {}
-    for patient, key in slides:
-        if len(found[key]) == 1 and (owner := owners.setdefault(found[key][0], patient)) != patient:
-            raise UserError(
-                f"{table}: each feature file must belong to one patient, but {found[key][0]}.h5 "
-                f"is claimed by {owner} and {patient}."
-            )
-
-
 def _usable_files(
     patient: str,
     keys: Sequence[str],
-    found: Mapping[str, list[str]],
-    files: Mapping[str, Path],
-    bags: _Bags | None,
+    joined: Joined,
+    bags: Inspection | None,
 ) -> tuple[tuple[Path, ...], list[LedgerRow]]:
     """Return the usable feature files of one patient by name, and a ledger row for every slide.
 
@@ -376,10 +381,10 @@ def _usable_files(
     rows = []
     used: dict[str, Path] = {}
     for key in keys:
-        candidates = found[key]
+        candidates = joined.found[key]
         reason = ""
         if bags is None:
-            reason = "its patient has no label"
+            reason = "its patient is left out"
         elif not candidates:
             reason = "no feature file"
         elif len(candidates) > 1:
@@ -387,9 +392,9 @@ def _usable_files(
         elif candidates[0] in used:
             reason = f"listed more than once ({candidates[0]}.h5)"
         else:
-            reason = bags.problem(files[candidates[0]])
+            reason = bags.problem(joined.files[candidates[0]])
         if not reason:
-            used[candidates[0]] = files[candidates[0]]
+            used[candidates[0]] = joined.files[candidates[0]]
         rows.append(LedgerRow("slide", key, patient, "excluded" if reason else "used", reason))
     return tuple(used[name] for name in sorted(used)), rows
 
@@ -398,10 +403,13 @@ def log_cohort(cohort: Cohort) -> None:
     """Log the funnel, the reasons for exclusion and what the targets look like."""
     stages = [f"{count} {stage}" for stage, count in cohort.funnel]
     logger.info("Patients: %s", " -> ".join(stages))
-    for reason, count in Counter(_reasons(cohort.ledger)).most_common():
+    for reason, count in Counter(left_out(cohort.ledger)).most_common():
         logger.warning("Left out: %d x %s", count, reason)
+    everybody = [*cohort.patients, *cohort.training_only]
     for target in cohort.targets:
-        known = [p for p in cohort.patients if target is cohort.target or target.name in p.known]
+        known = [
+            p for p in everybody if (p.label if target is cohort.target else target.name in p.known)
+        ]
         if target.kind == "classification":
             labels = Counter(
                 p.label if target is cohort.target else str(p.known[target.name]) for p in known
@@ -412,123 +420,18 @@ def log_cohort(cohort: Cohort) -> None:
                 ", ".join(f"{label} ({labels[label]})" for label in target.classes),
                 target.positive,
                 len(known),
-                len(cohort.patients),
+                len(everybody),
             )
         else:
             logger.info(
                 "%s: regression; known for %d of %d patients, absent for the others",
                 target.name,
                 len(known),
-                len(cohort.patients),
+                len(everybody),
             )
     logger.info(
         "Features: %s%s", cohort.extractor, " (RANDOM WEIGHTS)" if cohort.random_weights else ""
     )
-
-
-@dataclass
-class BagStore:
-    """Reads the tiles of a patient, and keeps what fits in memory.
-
-    Args:
-        cache_bytes: Memory to spend; what does not fit is read again each time.
-    """
-
-    cache_bytes: int = DEFAULT_CACHE_BYTES
-    _cache: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
-    _used: int = 0
-
-    def load(self, patient: Patient) -> NDArray[np.float32]:
-        """Return the features ``(n, f)`` of all slides of a patient, in the order of its files."""
-        if patient.name in self._cache:
-            return self._cache[patient.name]
-        bag = np.concatenate([_read(path).feats for path in patient.files])
-        if self._used + bag.nbytes <= self.cache_bytes:
-            self._cache[patient.name] = bag
-            self._used += bag.nbytes
-        return bag
-
-
-class _Bags:
-    """Looks at every feature file once: is it usable, and does it fit the others?"""
-
-    def __init__(self) -> None:
-        self.tiles: dict[Path, int] = {}
-        self.crc: dict[Path, int] = {}
-        self._makers: dict[tuple[str, str | None, bool, int], Path] = {}
-
-    def problem(self, path: Path) -> str:
-        """Return why a file cannot be used, or an empty string."""
-        try:
-            bag = _read(path)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-        ) as error:  # h5py's words for a broken or foreign file
-            return f"unreadable: {one_line(error)}"
-        if len(bag.feats) == 0:
-            return "no tiles"
-        if not np.isfinite(bag.feats).all():
-            return "unreadable: features that are not finite"
-        self.tiles[path] = len(bag.feats)
-        self.crc[path] = zlib.crc32(bag.feats.tobytes())
-        maker = (bag.extractor, bag.weights_sha256, bag.random_weights, bag.feats.shape[1])
-        self._makers.setdefault(maker, path)
-        return ""
-
-    def refuse_mixture(self) -> None:
-        """Raise if the usable files do not come from one extractor with one set of weights."""
-        # A file of another tool may not know the hash of its weights: that alone is no difference.
-        unknown = {maker for maker in self._makers if maker[1] is None}
-        known = {maker for maker in self._makers if maker[1] is not None}
-        distinct = known | {
-            m for m in unknown if not any((m[0], *m[2:]) == (k[0], *k[2:]) for k in known)
-        }
-        if len(distinct) > 1:
-            first, second = sorted(distinct, key=lambda maker: str(self._makers[maker]))[:2]
-            raise UserError(
-                "All feature files must come from one extractor with the same weights, but "
-                f"{self._makers[first].name} is of {_describe(first)} and "
-                f"{self._makers[second].name} of {_describe(second)}."
-            )
-
-    @property
-    def extractor(self) -> str:
-        return next(iter(self._makers))[0]
-
-    @property
-    def random_weights(self) -> bool:
-        return any(maker[2] for maker in self._makers)
-
-    @property
-    def in_features(self) -> int:
-        return next(iter(self._makers))[3]
-
-
-def _read(path: Path) -> Bag:
-    from examples.pathology.features import read_features
-
-    return read_features(path)
-
-
-def _describe(maker: tuple[str, str | None, bool, int]) -> str:
-    extractor, sha256, random, width = maker
-    weights = "random weights" if random else "weights"
-    return f"{extractor} ({width}-d, {weights} {sha256[:8] if sha256 else 'not named'})"
-
-
-def _prefixes(stem: str) -> list[str]:
-    """Return the parts of a stem before each of its dots, longest first."""
-    return [stem[:i] for i in range(len(stem) - 1, 0, -1) if stem[i] == "."]
-
-
-def _refuse_unnamed(table: pd.DataFrame, path: Path, column: str) -> None:
-    rows = [str(row + 2) for row in np.flatnonzero(table[column] == "")]
-    if rows:
-        raise UserError(
-            f"{path}: `{column}` must be filled in, but is empty in row {listing(rows)}."
-        )
 
 
 def _is_number(value: str) -> bool:
@@ -567,6 +470,23 @@ def _classification(name: str, labels: Sequence[str], table: Path, positive: str
     return Target(name, "classification", classes, positive or rarer)
 
 
+def _refuse_foreign_values(target: Target, column: pd.Series[str], table: Path) -> None:
+    """Raise if an external table has values of a target that was not trained on them."""
+    values = sorted({value for value in column if value})
+    if target.kind == "regression":
+        if strange := [value for value in values if not _is_number(value)]:
+            raise UserError(
+                f"{table}: `{target.name}` must hold numbers, but has "
+                f"{listing(map(repr, strange))}."
+            )
+        return
+    if strange := [value for value in values if value not in target.classes]:
+        raise UserError(
+            f"{table}: `{target.name}` must be one of {listing(target.classes)}, as in training, "
+            f"but has {listing(map(repr, strange))}.{nearest(strange[0], target.classes)}"
+        )
+
+
 def _auxiliary_target(
     name: str,
     kind: Literal["classification", "regression"],
@@ -583,8 +503,10 @@ def _auxiliary_target(
     return Target(name, "regression")
 
 
-def _reasons(ledger: Iterable[LedgerRow]) -> list[str]:
-    return [f"{row.item}: {row.reason}" for row in ledger if row.status != "used"]
+def left_out(ledger: Iterable[LedgerRow]) -> list[str]:
+    """Return the item and the reason of every row that is not used at all."""
+    kept = ("used", TRAINING_ONLY)
+    return [f"{row.item}: {row.reason}" for row in ledger if row.status not in kept]
 
 
 def _sha256(lines: Iterable[str]) -> str:

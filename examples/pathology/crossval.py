@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from examples.pathology.cohort import BagStore, Cohort, load_cohort, log_cohort
+from examples.pathology.bags import BagStore
+from examples.pathology.cohort import Cohort, load_cohort, log_cohort
 from examples.pathology.config import (
     CrossvalConfig,
     read_toml,
     settings_that_differ,
+    with_reference_protocol,
     write_toml,
 )
 from examples.pathology.devices import resolve_device
@@ -29,13 +31,16 @@ from examples.pathology.files import write_json
 from examples.pathology.results import (
     DONE,
     draw_figures,
+    features_of,
     prediction_columns,
     read_fold,
     summarise,
     write_fold,
 )
+from examples.pathology.resume import CHECKPOINT, clean, sole_writer
 from examples.pathology.splits import Fold, fold_seed, load_or_make_splits
 from examples.pathology.training import (
+    BASELINE,
     TrainingConfig,
     fit_fold,
     needs_lookahead,
@@ -60,6 +65,7 @@ def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
         UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
         RunError: A loss is not finite.
     """
+    config = with_reference_protocol(config)
     device = resolve_device(config.device)
     lookahead = needs_lookahead(config.balancer, [config.target, *config.auxiliary])
     cohort = load_cohort(
@@ -69,58 +75,95 @@ def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
         config.target,
         config.auxiliary,
         positive=config.positive,
+        complete_cases=config.complete_cases,
+        patient_column=config.patient_column,
+        filename_column=config.filename_column,
     )
     log_cohort(cohort)
-    _check_class_sizes(cohort, config.folds)
+    check_class_sizes(cohort, config.folds)
     prediction_columns(cohort.targets)  # a clash is told before the first fold, not after
+    with sole_writer(config.out):
+        return _run_folds(config, cohort, device, lookahead=lookahead)
+
+
+def _run_folds(
+    config: CrossvalConfig, cohort: Cohort, device: str, *, lookahead: bool
+) -> dict[str, Any]:
+    clean(config.out)
+    clean(config.out / "figures")
     _claim_run_folder(config, cohort)
     cohort.write_ledger(config.out / "ledger.csv")
     folds = load_or_make_splits(config, cohort)
-    bags = BagStore()
-    by_name = {patient.name: patient for patient in cohort.patients}
+    bags = BagStore(round(config.cache_gb * 2**30))
     for k, fold in enumerate(folds, start=1):
         log_fold(k, fold)
-        folder = config.out / f"fold-{k}"
-        if (folder / DONE).exists():
+        if (config.out / f"fold-{k}" / DONE).exists():
             logger.info("Fold %d is finished already", k)
-            continue
-        started = time.perf_counter()
-        fitted = fit_fold(
-            cohort,
-            [by_name[name] for name in _train_names(fold, lookahead, config.lookahead_data)],
-            [by_name[name] for name in fold.validation],
-            TrainingConfig(
-                config.balancer,
-                config.epochs,
-                config.patience,
-                config.learning_rate,
-                config.weight_decay,
-                config.schedule,
-                config.standardize,
-                fold_seed(config.seed, k),
-                device,
-            ),
-            lookahead=[
-                by_name[name] for name in _lookahead_names(fold, lookahead, config.lookahead_data)
-            ],
-            bags=bags,
-            name=f"fold {k}",
-        )
-        tested = predict(fitted, [by_name[name] for name in fold.test], bags=bags, device=device)
-        write_fold(folder, fitted, tested, cohort, time.perf_counter() - started)
-        logger.info(
-            "Fold %d: %d epochs, the best was %d; %.0f s",
-            k,
-            len(fitted.history),
-            fitted.best_epoch,
-            time.perf_counter() - started,
-        )
+        else:
+            _run_fold(config, cohort, k, fold, bags, device, lookahead=lookahead)
+        clean(config.out / f"fold-{k}", finished=True)
     results = [read_fold(config.out / f"fold-{k}") for k in range(1, len(folds) + 1)]
     summary = summarise(config, cohort, folds, results)
-    write_json(config.out / "metrics.json", summary)
     draw_figures(config.out / "figures", summary, results, seed=config.seed)
+    write_json(config.out / "metrics.json", summary)  # last: a run that has it is finished
     _log_summary(summary)
     return summary
+
+
+def _run_fold(
+    config: CrossvalConfig,
+    cohort: Cohort,
+    k: int,
+    fold: Fold,
+    bags: BagStore,
+    device: str,
+    *,
+    lookahead: bool,
+) -> None:
+    started = time.perf_counter()
+    folder = config.out / f"fold-{k}"
+    by_name = {patient.name: patient for patient in cohort.patients}
+    train = [by_name[name] for name in _train_names(fold, lookahead, config.lookahead_data)]
+    if config.balancer != BASELINE:  # it knows the primary target alone
+        train += cohort.training_only
+    fitted = fit_fold(
+        cohort,
+        train,
+        [by_name[name] for name in fold.validation],
+        TrainingConfig(
+            balancer=config.balancer,
+            epochs=config.epochs,
+            patience=config.patience,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            schedule=config.schedule,
+            standardize=config.standardize,
+            max_tiles=config.max_tiles,
+            precision=config.precision,
+            seed=fold_seed(config.seed, k),
+            device=device,
+        ),
+        lookahead=[
+            by_name[name] for name in _lookahead_names(fold, lookahead, config.lookahead_data)
+        ],
+        bags=bags,
+        name=f"fold {k}",
+        checkpoint=folder / CHECKPOINT,
+    )
+    validated, tested = (
+        predict(fitted, [by_name[name] for name in names], bags=bags, device=device)
+        for names in (fold.validation, fold.test)
+    )
+    seconds = sum(row["seconds"] for row in fitted.history)
+    write_fold(folder, fitted, tested, validated, cohort, seconds)
+    logger.info(
+        "Fold %d: %d epochs, the best was %d; %.0f s, %.1f %% of training spent waiting for tiles",
+        k,
+        len(fitted.history),
+        fitted.best_epoch,
+        time.perf_counter() - started,
+        100 * sum(r["seconds_waiting_for_data"] for r in fitted.history) / max(seconds, 1e-9),
+    )
 
 
 def log_fold(k: int, fold: Fold) -> None:
@@ -145,7 +188,12 @@ def _lookahead_names(fold: Fold, lookahead: bool, source: str) -> tuple[str, ...
     return fold.lookahead if source == "heldout" else fold.train
 
 
-def _check_class_sizes(cohort: Cohort, folds: int) -> None:
+def check_class_sizes(cohort: Cohort, folds: int) -> None:
+    """Check that every class can be in every part of every fold.
+
+    Raises:
+        UserError: A class is too small.
+    """
     needed = max(folds, MIN_PER_CLASS)
     counts = Counter(patient.label for patient in cohort.patients)
     for label in cohort.target.classes:
@@ -180,8 +228,7 @@ def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
     provenance = {
         "mtbalance": own,
         "torch": torch.__version__,
-        "extractor": cohort.extractor,
-        "random_weights": cohort.random_weights,
+        **{name: value for name, value in features_of(cohort).items() if value is not None},
         "data_sha256": cohort.digest,
     }
     write_toml(path, {"crossval": config.resolved(), "provenance": provenance})
@@ -192,6 +239,8 @@ def _log_summary(summary: Mapping[str, Any]) -> None:
         mean, sd = value["mean"], value["sd"]
         shown = "undefined" if mean is None else f"{mean:.3f}"
         spread = "" if sd is None else f" +/- {sd:.3f} (sd over {value['folds_with_value']} folds)"
-        logger.info("%s %s: %s%s", summary["method"], name, shown, spread)
+        low, high = value["ci95_over_patients"]
+        interval = "" if low is None else f", 95 % interval over patients {low:.3f} to {high:.3f}"
+        logger.info("%s %s: %s%s%s", summary["method"], name, shown, spread, interval)
         for fold, reason in value["undefined"].items():
             logger.warning("%s is not defined in fold %s: %s", name, fold, reason)

@@ -74,6 +74,37 @@ def auprc(positive: ArrayLike, score: ArrayLike) -> Score:
     )
 
 
+def f1(positive: ArrayLike, score: ArrayLike, threshold: float) -> Score:
+    """F1 of the positive class, called where the score is at least the threshold.
+
+    Args:
+        positive: ``(n,)``, true for patients of the positive class.
+        score: ``(n,)``, higher means more likely positive.
+        threshold: From `best_threshold` on other patients; NaN if there was none.
+    """
+    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
+    if math.isnan(threshold):
+        return Score(math.nan, "no threshold: the validation part has one class only")
+    return _needs_both_classes(truth) or Score(
+        float(sklearn_metrics.f1_score(truth, scores >= threshold))
+    )
+
+
+def best_threshold(positive: ArrayLike, score: ArrayLike) -> float:
+    """Return the lowest score whose use as a threshold gives the highest F1; NaN for one class.
+
+    Args:
+        positive: ``(n,)``, true for patients of the positive class.
+        score: ``(n,)``, higher means more likely positive.
+    """
+    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
+    if _needs_both_classes(truth):
+        return math.nan
+    candidates = np.unique(scores)
+    reached = [sklearn_metrics.f1_score(truth, scores >= c) for c in candidates]
+    return float(candidates[int(np.argmax(reached))])
+
+
 def prevalence(positive: ArrayLike) -> Score:
     """Share of positive patients: what a random score reaches in AUPRC."""
     truth = np.asarray(positive, dtype=bool)
@@ -87,13 +118,24 @@ def silhouette(embedding: ArrayLike, label: ArrayLike) -> Score:
         embedding: ``(n, d)``, the [cls] embedding of each patient.
         label: ``(n,)``, the true class.
     """
+    each = silhouettes(embedding, label)
+    return each if isinstance(each, Score) else Score(float(each.mean()))
+
+
+def silhouettes(embedding: ArrayLike, label: ArrayLike) -> NDArray[np.float64] | Score:
+    """Return the silhouette of each patient ``(n,)``, or why there is none.
+
+    Args:
+        embedding: ``(n, d)``.
+        label: ``(n,)``, the true class.
+    """
     points, labels = np.asarray(embedding, dtype=float), np.asarray(label)
     classes = len(np.unique(labels))
     if classes < 2:
         return Score(math.nan, "one class only")
     if classes >= len(labels):
         return Score(math.nan, "every patient is a class of its own")
-    return Score(float(sklearn_metrics.silhouette_score(points, labels)))
+    return np.asarray(sklearn_metrics.silhouette_samples(points, labels), dtype=float)
 
 
 def pearson(truth: ArrayLike, predicted: ArrayLike) -> Score:

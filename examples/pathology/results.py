@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import math
+import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,20 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology import metrics, plots
-from examples.pathology.errors import UserError, listing
+from examples.pathology import metrics, plots, resampling
+from examples.pathology.cohort import Target
+from examples.pathology.errors import UserError, listing, one_line
 from examples.pathology.files import write_bytes, write_json, write_text
 from examples.pathology.splits import Fold, splits_sha256
-from examples.pathology.training import BASELINE, Fitted, PatientPrediction
+from examples.pathology.training import BASELINE, Fitted, PatientPrediction, Scaler, new_model
 
 if TYPE_CHECKING:
-    from examples.pathology.cohort import Cohort, Target
+    from examples.pathology.cohort import Cohort
     from examples.pathology.config import CrossvalConfig
+    from examples.pathology.resampling import Resampled
 
 DONE = "fold.json"  # written last: a fold that has it is finished
+FEATURE_KEYS = ("in_features", "extractor", "weights_sha256", "tile_size_um", "random_weights")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class FoldResult:
         best_epoch: The epoch whose parameters were kept.
         epochs: How many were run.
         seconds: How long it took.
+        threshold: The probability from which a patient is called positive; NaN without one.
+        history: One row per epoch.
     """
 
     predictions: pd.DataFrame
@@ -47,6 +53,8 @@ class FoldResult:
     best_epoch: int
     epochs: int
     seconds: float
+    threshold: float = math.nan
+    history: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def prediction_columns(targets: Sequence[Target]) -> list[str]:
@@ -73,15 +81,24 @@ def write_fold(
     folder: Path,
     fitted: Fitted,
     tested: Sequence[PatientPrediction],
+    validated: Sequence[PatientPrediction],
     cohort: Cohort,
     seconds: float,
 ) -> None:
-    """Write what a fold leaves behind; the file that says it is finished comes last."""
-    write_text(folder / "predictions.csv", _predictions_csv(fitted.targets, tested))
+    """Write what a fold leaves behind; the file that says it is finished comes last.
+
+    Args:
+        folder: Of the fold.
+        fitted: The trained fold.
+        tested: Its predictions for the test part.
+        validated: Its predictions for the validation part, which set the threshold of F1.
+        cohort: What the features are.
+        seconds: How long it took.
+    """
+    write_predictions(folder / "predictions.csv", fitted.targets, tested)
+    write_predictions(folder / "validation.csv", fitted.targets, validated)
     write_text(folder / "history.csv", _csv_of(fitted.history))
-    buffer = io.BytesIO()
-    np.save(buffer, np.stack([p.embedding for p in tested]), allow_pickle=False)
-    write_bytes(folder / "embeddings.npy", buffer.getvalue())
+    write_embeddings(folder / "embeddings.npy", tested)
     buffer = io.BytesIO()
     torch.save(
         {
@@ -91,21 +108,91 @@ def write_fold(
                 for t in fitted.targets
             ],
             "scalers": {name: [s.low, s.high] for name, s in fitted.scalers.items()},
-            "in_features": cohort.in_features,
-            "extractor": cohort.extractor,
-            "random_weights": cohort.random_weights,
+            "precision": fitted.precision,
+            "best_epoch": fitted.best_epoch,
+            **features_of(cohort),
         },
         buffer,
     )
     write_bytes(folder / "model.pt", buffer.getvalue())
+    threshold = threshold_of(fitted.targets[0], validated)
     write_json(
         folder / DONE,
         {
             "best_epoch": fitted.best_epoch,
             "epochs": len(fitted.history),
+            "threshold": _or_none(threshold),
             "seconds": round(seconds, 3),
         },
     )
+
+
+def features_of(cohort: Cohort) -> dict[str, Any]:
+    """Return what a model must be told about the features that it was trained on."""
+    return {
+        "in_features": cohort.in_features,
+        "extractor": cohort.extractor,
+        "weights_sha256": cohort.weights_sha256,
+        "tile_size_um": cohort.tile_size_um,
+        "random_weights": cohort.random_weights,
+    }
+
+
+def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
+    """Read a trained fold and what it says about the features it was trained on.
+
+    Args:
+        path: ``model.pt`` of a fold.
+        device: Where the model goes.
+
+    Raises:
+        UserError: The file is missing or holds no model of ours.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        targets = tuple(
+            Target(t["name"], t["kind"], tuple(t["classes"]), t["positive"])
+            for t in saved["targets"]
+        )
+        model = new_model(targets, saved["in_features"])
+        model.load_state_dict(saved["state_dict"])
+        scalers = {name: Scaler(*ends) for name, ends in saved["scalers"].items()}
+        fitted = Fitted(
+            model.to(device).eval(), targets, scalers, (), saved["best_epoch"], saved["precision"]
+        )
+        about = {name: saved[name] for name in FEATURE_KEYS}
+    except OSError as error:
+        raise UserError(
+            f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
+    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} must hold a model of this release, but does not: {one_line(error)}."
+        ) from error
+    return fitted, about
+
+
+def threshold_of(target: Target, validated: Sequence[PatientPrediction]) -> float:
+    """Return the probability of the positive class from which F1 is highest on these patients."""
+    column = target.classes.index(target.positive)
+    return metrics.best_threshold(
+        [p.patient.label == target.positive for p in validated],
+        [p.probabilities[target.name][column] for p in validated],
+    )
+
+
+def write_embeddings(path: Path, predictions: Sequence[PatientPrediction]) -> None:
+    """Write the [cls] embeddings ``(n, d)`` as ``.npy``."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack([p.embedding for p in predictions]), allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def write_predictions(
+    path: Path, targets: Sequence[Target], predictions: Sequence[PatientPrediction]
+) -> None:
+    """Write one row per patient: what is known, and what is predicted."""
+    write_text(path, _predictions_csv(targets, predictions))
 
 
 def _predictions_csv(targets: Sequence[Target], tested: Sequence[PatientPrediction]) -> str:
@@ -146,12 +233,15 @@ def read_fold(folder: Path) -> FoldResult:
     if not (folder / DONE).exists():
         raise UserError(f"{folder} must be a finished fold, but is not. Run `crossval` again.")
     done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    threshold = done.get("threshold")
     return FoldResult(
         pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False),
         np.load(folder / "embeddings.npy", allow_pickle=False),
         int(done["best_epoch"]),
         int(done["epochs"]),
         float(done["seconds"]),
+        math.nan if threshold is None else float(threshold),
+        pd.read_csv(folder / "history.csv"),
     )
 
 
@@ -160,7 +250,6 @@ def summarise(
 ) -> dict[str, Any]:
     """Turn the predictions of all folds into what ``metrics.json`` holds."""
     targets = cohort.targets[:1] if config.balancer == BASELINE else cohort.targets
-    scored = [fold_scores(result, targets) for result in results]
     counts = Counter(patient.label for patient in cohort.patients)
     return {
         "format": 1,
@@ -170,6 +259,10 @@ def summarise(
         "positive": cohort.target.positive,
         "auxiliary": [{"name": t.name, "kind": t.kind} for t in targets[1:]],
         "patients": len(cohort.patients),
+        "training_only": 0 if config.balancer == BASELINE else len(cohort.training_only),
+        "complete_cases": config.complete_cases,
+        "max_tiles": config.max_tiles,
+        "precision": config.precision,
         "positives": counts[cohort.target.positive],
         "tiles": sum(patient.tiles for patient in cohort.patients),
         "funnel": [list(stage) for stage in cohort.funnel],
@@ -181,48 +274,141 @@ def summarise(
         "best_epochs": [result.best_epoch for result in results],
         "epochs": [result.epochs for result in results],
         "seconds": [result.seconds for result in results],
-        "metrics": {name: _summary_json([fold[name] for fold in scored]) for name in scored[0]},
+        "thresholds": [_or_none(result.threshold) for result in results],
+        "share_waiting_for_data": _share_waiting(results),
+        "metrics": summary_of_metrics(results, targets, config.seed),
     }
+
+
+def _share_waiting(results: Sequence[FoldResult]) -> float | None:
+    """Return the share of training time spent waiting for tiles, all folds together."""
+    histories = [r.history for r in results if "seconds_waiting_for_data" in r.history]
+    spent = sum(float(history["seconds"].sum()) for history in histories)
+    waited = sum(float(history["seconds_waiting_for_data"].sum()) for history in histories)
+    return round(waited / spent, 4) if spent else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of one fold, and how to get it of resampled patients.
+
+    Args:
+        score: The figure.
+        strata: The primary class of each patient that it is of ``(n,)``.
+        resampled: Computes it for resamples of them; ``None`` where it is not defined.
+    """
+
+    score: metrics.Score
+    strata: NDArray[np.str_]
+    resampled: Resampled | None
+
+
+def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[str, Measured]:
+    """Return every figure of one fold by name, the primary target's first."""
+    primary = targets[0]
+    known = result.predictions[primary.name] != ""
+    table = result.predictions[known]
+    strata = table[primary.name].to_numpy(dtype=str)
+    measured = _ranking(table, primary, primary.positive, strata, "auroc", "auprc")
+    positive = strata == primary.positive
+    score = table[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)
+    called = score >= result.threshold
+    measured["f1"] = _measured(
+        metrics.f1(positive, score, result.threshold),
+        strata,
+        lambda weights: resampling.f1(positive, called, weights),
+    )
+    measured["prevalence"] = Measured(metrics.prevalence(positive), strata, None)
+    each = metrics.silhouettes(result.embeddings[known.to_numpy()], strata)
+    measured["silhouette"] = (
+        Measured(each, strata, None)
+        if isinstance(each, metrics.Score)
+        else Measured(
+            metrics.Score(float(each.mean())),
+            strata,
+            lambda weights: resampling.mean(each, weights),
+        )
+    )
+    if len(primary.classes) > 2:
+        for label in primary.classes:
+            measured |= _ranking(table, primary, label, strata, f"auroc of {label}")
+    for target in targets[1:]:
+        measured |= _measure_auxiliary(result.predictions, target, primary)
+    return measured
+
+
+def _measure_auxiliary(table: pd.DataFrame, target: Target, primary: Target) -> dict[str, Measured]:
+    known = table[table[target.name] != ""]
+    strata = known[primary.name].to_numpy(dtype=str)
+    if target.kind == "classification":
+        return _ranking(known, target, target.positive, strata, f"auroc/{target.name}")
+    truth = known[target.name].to_numpy(dtype=float)
+    predicted = known[f"{target.name}_pred"].to_numpy(dtype=float)
+    return {
+        f"pearson/{target.name}": _measured(
+            metrics.pearson(truth, predicted),
+            strata,
+            lambda weights: resampling.pearson(truth, predicted, weights),
+        )
+    }
+
+
+def _ranking(
+    table: pd.DataFrame,
+    target: Target,
+    label: str,
+    strata: NDArray[np.str_],
+    auroc: str,
+    auprc: str | None = None,
+) -> dict[str, Measured]:
+    """Return the areas of one class against the others, under the names given."""
+    positive = (table[target.name] == label).to_numpy()
+    score = table[f"{target.name}_{label}"].to_numpy(dtype=float)
+    measured = {
+        auroc: _measured(
+            metrics.auroc(positive, score),
+            strata,
+            lambda weights: resampling.auroc(positive, score, weights),
+        )
+    }
+    if auprc is not None:
+        measured[auprc] = _measured(
+            metrics.auprc(positive, score),
+            strata,
+            lambda weights: resampling.auprc(positive, score, weights),
+        )
+    return measured
+
+
+def _measured(score: metrics.Score, strata: NDArray[np.str_], resampled: Resampled) -> Measured:
+    return Measured(score, strata, None if score.reason else resampled)
 
 
 def fold_scores(result: FoldResult, targets: Sequence[Target]) -> dict[str, metrics.Score]:
-    """Return every figure of one fold by name, the primary target's first."""
-    primary = targets[0]
-    truth = result.predictions[primary.name]
-    positive = truth == primary.positive
-    score = result.predictions[f"{primary.name}_{primary.positive}"].astype(float)
-    scores = {
-        "auroc": metrics.auroc(positive, score),
-        "auprc": metrics.auprc(positive, score),
-        "prevalence": metrics.prevalence(positive),
-        "silhouette": metrics.silhouette(result.embeddings, truth),
-    }
-    if len(primary.classes) > 2:
-        for label in primary.classes:
-            score = result.predictions[f"{primary.name}_{label}"].astype(float)
-            scores[f"auroc of {label}"] = metrics.auroc(truth == label, score)
-    for target in targets[1:]:
-        known = result.predictions[result.predictions[target.name] != ""]
-        if target.kind == "regression":
-            measured, predicted = known[target.name], known[f"{target.name}_pred"]
-            scores[f"pearson/{target.name}"] = metrics.pearson(
-                measured.astype(float), predicted.astype(float)
-            )
-        else:
-            score = known[f"{target.name}_{target.positive}"].astype(float)
-            scores[f"auroc/{target.name}"] = metrics.auroc(
-                known[target.name] == target.positive, score
-            )
-    return scores
+    """Return every figure of one fold by name, without its uncertainty."""
+    return {name: measured.score for name, measured in measure_fold(result, targets).items()}
 
 
-def _summary_json(scores: Sequence[metrics.Score]) -> dict[str, Any]:
+def summary_of_metrics(
+    results: Sequence[FoldResult], targets: Sequence[Target], seed: int
+) -> dict[str, Any]:
+    """Return every figure in every fold, its mean, spread and intervals, ready for JSON."""
+    folds = [measure_fold(result, targets) for result in results]
+    return {name: _summary_json([fold[name] for fold in folds], seed) for name in folds[0]}
+
+
+def _summary_json(measured: Sequence[Measured], seed: int) -> dict[str, Any]:
+    scores = [m.score for m in measured]
     summary = metrics.over_folds(scores)
+    interval = resampling.interval(
+        [(m.strata, m.resampled) for m in measured if m.resampled is not None], seed=seed
+    )
     return {
         "folds": [_or_none(score.value) for score in scores],
         "undefined": {str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
         "mean": _or_none(summary.mean),
         "sd": _or_none(summary.sd),
+        "ci95_over_patients": [_or_none(end) for end in interval],
         "ci95_over_folds": [_or_none(summary.low), _or_none(summary.high)],
         "folds_with_value": summary.folds,
     }

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
+from examples.pathology.config import REFERENCE_SEED
 from examples.pathology.errors import UserError
 from examples.pathology.files import write_json
 
@@ -75,6 +76,30 @@ def make_splits(cohort: Cohort, folds: int, seed: int) -> list[Fold]:
                 tuple(map(str, names[np.sort(train[ahead])])),
             )
         )
+    return drawn
+
+
+def make_reference_splits(cohort: Cohort, folds: int) -> list[Fold]:
+    """Draw folds as the paper's published code does: by scikit-learn alone, with its seed.
+
+    The look-ahead share is not used there; one is drawn so that all splits look alike.
+
+    Args:
+        cohort: Whose patients, in order of their names.
+        folds: How many.
+    """
+    names = np.array([p.name for p in cohort.patients])
+    labels = np.array([p.label for p in cohort.patients])
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=REFERENCE_SEED)
+    drawn = []
+    for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
+        train, held = train_test_split(
+            rest, test_size=VALIDATION_SHARE, stratify=labels[rest], random_state=REFERENCE_SEED
+        )
+        random = np.random.default_rng(fold_seed(REFERENCE_SEED, k))
+        ahead = stratified_share(labels[train], LOOKAHEAD_SHARE, random)
+        parts = (train, held, test, train[ahead])
+        drawn.append(Fold(*(tuple(map(str, names[np.sort(part)])) for part in parts)))
     return drawn
 
 
@@ -138,7 +163,12 @@ def load_or_make_splits(config: CrossvalConfig, cohort: Cohort) -> list[Fold]:
     stored = [_read_splits(path, cohort, config.folds) for path in sources]
     if len(stored) == 2 and stored[0] != stored[1]:
         raise UserError(f"{own} must hold the splits of {config.splits}, but holds others.")
-    folds = stored[0] if stored else make_splits(cohort, config.folds, config.seed)
+    if stored:
+        folds = stored[0]
+    elif config.reference_protocol:
+        folds = make_reference_splits(cohort, config.folds)
+    else:
+        folds = make_splits(cohort, config.folds, config.seed)
     check_splits(folds, cohort)
     if sources:
         logger.info("Splits taken from %s", sources[0])

@@ -15,7 +15,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,10 +28,14 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from examples.pathology.cohort import BagStore, Cohort, Patient, Target
+from examples.pathology.bags import BagStore
 from examples.pathology.errors import RunError, UserError
-from examples.pathology.model import JointTransformer
+from examples.pathology.model import JointTransformer, Prediction
+from examples.pathology.resume import Checkpoint, random_state, set_random_state
 from mtbalance import Balancer, make_balancer
+
+if TYPE_CHECKING:
+    from examples.pathology.cohort import Cohort, Patient, Target
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +52,12 @@ class TrainingConfig:
         patience: Epochs without a lower validation loss after which the fold stops, exactly.
         learning_rate: Of AdamW.
         weight_decay: Of AdamW; learned task weights are not decayed.
-        schedule: ``constant`` or ``cosine`` (one step per epoch, to 0 after `epochs`).
+        schedule: ``constant``, ``cosine`` (to 0 after `epochs`), or ``cosine-per-step`` (to 0 and
+            back every `epochs` steps).
         standardize: Whether features are brought to mean 0 and standard deviation 1 over the tiles
             of the training part.
+        max_tiles: Most tiles of a patient in a step; ``None``: all.
+        precision: One of `config.PRECISIONS`.
         seed: Of this fold alone, so that no fold depends on another.
         device: Where to train.
     """
@@ -59,6 +69,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     schedule: str = "constant"
     standardize: bool = False
+    max_tiles: int | None = None
+    precision: str = "float32"
     seed: int = 0
     device: str = "cpu"
 
@@ -94,6 +106,7 @@ class Fitted:
         scalers: One per regression target.
         history: One row of numbers per epoch.
         best_epoch: The epoch (from 1) whose parameters were kept.
+        precision: Of its matrix products, in training and prediction.
     """
 
     model: JointTransformer
@@ -101,6 +114,7 @@ class Fitted:
     scalers: Mapping[str, Scaler]
     history: tuple[Mapping[str, float], ...]
     best_epoch: int
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ def task_losses(
     losses = {}
     for i, (target, output) in enumerate(zip(targets, outputs, strict=True)):
         value = patient.label if i == 0 else patient.known.get(target.name)
-        if value is None:
+        if value in (None, ""):
             continue
         if target.kind == "classification":
             truth = torch.tensor([target.classes.index(str(value))], device=output.device)
@@ -176,18 +190,21 @@ def fit_fold(
     lookahead: Sequence[Patient] = (),
     bags: BagStore | None = None,
     name: str = "fold",
+    checkpoint: Path | None = None,
 ) -> Fitted:
     """Train one fold.
 
     Args:
         cohort: Tells the targets and the length of a feature vector.
-        train: Patients to step on; a step is one patient with all tiles.
+        train: Patients to step on; a step is one patient with all tiles, or `max_tiles` of them.
         validation: Patients whose mean primary cross-entropy decides when to stop and what to keep.
         config: How.
         lookahead: Patients for the look-ahead batches of a weighting that needs them (Auto-Lambda).
             Those that are not in ``train`` count as training part too: scalers see them.
         bags: Where tiles are read; ``None``: a store of its own.
         name: What to call the fold in errors and progress.
+        checkpoint: Where the state is kept after each epoch, to go on from if it is there already;
+            the file of a run with other data or settings must not be there. ``None``: nowhere.
 
     Returns:
         The model of the best epoch and the history.
@@ -202,35 +219,84 @@ def fit_fold(
     training_part = [*train, *(p for p in lookahead if p not in train)]
     scalers = fit_scalers(targets, training_part)
     primary = targets[0].name
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)  # the caller's random numbers stay as they were
+    saved = Checkpoint(checkpoint)
+    # The caller's random numbers and settings stay as they were.
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, matrix_precision(config.precision):
+        torch.manual_seed(config.seed)
         learner = _Learner(config, cohort.in_features, targets, scalers, bags, lookahead, name)
         if config.standardize:
             learner.model.standardize(*_mean_and_deviation(bags, training_part))
-        best, best_epoch, best_state = math.inf, 0, learner.state()
-        history: list[Mapping[str, float]] = []
-        progress = tqdm(range(1, config.epochs + 1), desc=name, unit="epoch", leave=False)
-        for epoch in progress:
-            started = time.perf_counter()
+        progress = _Progress(best_parameters=learner.parameters())
+        if (state := saved.load()) is not None:
+            learner.load_state(state["learner"])
+            progress = _Progress(**state["progress"])
+            logger.info("%s goes on after epoch %d", name, progress.epoch)
+        bar = tqdm(
+            total=config.epochs, initial=progress.epoch, desc=name, unit="epoch", leave=False
+        )
+        while progress.goes_on(config):
+            started, waited = time.perf_counter(), bags.waited
+            epoch = progress.epoch + 1
             figures = learner.train_epoch(train, epoch)
             validated = learner.validate(validation, epoch)
-            history.append(
+            progress.history.append(
                 {
                     "epoch": epoch,
                     **figures,
                     **{f"validation/{task}": loss for task, loss in validated.items()},
                     "seconds": time.perf_counter() - started,
+                    "seconds_waiting_for_data": bags.waited - waited,
                 }
             )
-            if validated[primary] < best:
-                best, best_epoch, best_state = validated[primary], epoch, learner.state()
-            progress.set_postfix({"validation": f"{validated[primary]:.3f}", "best": best_epoch})
-            if epoch - best_epoch >= config.patience:
-                break
-        progress.close()
-    learner.model.load_state_dict(best_state)
+            progress.epoch = epoch
+            if validated[primary] < progress.best:
+                progress.best, progress.best_epoch = validated[primary], epoch
+                progress.best_parameters = learner.parameters()
+            saved.save({"learner": learner.state(), "progress": vars(progress)})
+            bar.update()
+            bar.set_postfix(
+                {"validation": f"{validated[primary]:.3f}", "best": progress.best_epoch}
+            )
+        bar.close()
+    learner.model.load_state_dict(progress.best_parameters)
     learner.model.eval()
-    return Fitted(learner.model, targets, scalers, tuple(history), best_epoch)
+    return Fitted(
+        learner.model,
+        targets,
+        scalers,
+        tuple(progress.history),
+        progress.best_epoch,
+        config.precision,
+    )
+
+
+def new_model(targets: Sequence[Target], in_features: int) -> JointTransformer:
+    """Return the network for these targets, initialised from PyTorch's random numbers."""
+    return JointTransformer([target.width for target in targets], in_features=in_features)
+
+
+@dataclass
+class _Progress:
+    """How far a fold has come.
+
+    Args:
+        best_parameters: Those of the best epoch, or the initial ones.
+        epoch: The last epoch that is finished.
+        best: The lowest validation loss so far.
+        best_epoch: The epoch that has it; 0 before there is one.
+        history: One row per epoch.
+    """
+
+    best_parameters: dict[str, Tensor]
+    epoch: int = 0
+    best: float = math.inf
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def goes_on(self, config: TrainingConfig) -> bool:
+        """Return whether there is another epoch."""
+        return self.epoch < config.epochs and self.epoch - self.best_epoch < config.patience
 
 
 class _Learner:
@@ -247,9 +313,9 @@ class _Learner:
         name: str,
     ) -> None:
         self.device = torch.device(config.device)
+        self.config, self.lookahead = config, lookahead
         self.targets, self.scalers, self.bags, self.name = targets, scalers, bags, name
-        self.model = JointTransformer([t.width for t in targets], in_features=in_features)
-        self.model.to(self.device)
+        self.model = new_model(targets, in_features).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -267,66 +333,105 @@ class _Learner:
             ).to(self.device)
             if learned := list(self.balancer.parameters()):
                 self.optimizer.add_param_group({"params": learned, "weight_decay": 0.0})
-            if self.balancer.weighting.needs_validation and not lookahead:
+            if self.looks_ahead and not lookahead:
                 raise ValueError(f"`lookahead` must hold patients for {config.balancer}.")
         self.scheduler: CosineAnnealingLR | None = None
-        if config.schedule == "cosine":
+        if config.schedule != "constant":
             self.scheduler = CosineAnnealingLR(self.optimizer, T_max=config.epochs)
-        self.order = np.random.default_rng(config.seed)
-        self.ahead = _stream(lookahead, np.random.default_rng([config.seed, 1]))
 
-    def state(self) -> dict[str, Tensor]:
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether every step needs a second batch."""
+        return self.balancer is not None and self.balancer.weighting.needs_validation
+
+    def parameters(self) -> dict[str, Tensor]:
         """Return a copy of the model's parameters."""
         return copy.deepcopy(self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next epoch depends on, besides patients and settings."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "balancer": None if self.balancer is None else self.balancer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "random": random_state(self.device),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state of `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.balancer is not None:
+            self.balancer.load_state_dict(state["balancer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        set_random_state(state["random"], self.device)
 
     def train_epoch(self, patients: Sequence[Patient], epoch: int) -> dict[str, float]:
         """Take one step per patient, in a new order, and return the means of what steps report."""
         self.model.train()
         means = _Means()
-        for i in self.order.permutation(len(patients)):
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        steps = self.steps(patients, epoch)
+        draw = np.random.default_rng([self.config.seed, epoch, 2])
+        for step, tiles in zip(steps, self.bags.stream(steps), strict=True):
+            patient, *ahead = (
+                (who, _some(bag, self.config.max_tiles, draw))
+                for who, bag in zip(step, tiles, strict=True)
+            )
             self.optimizer.zero_grad(set_to_none=True)
-            losses = self._losses(patients[i])
-            self._require_finite(losses, patients[i], epoch)
+            losses = self._losses(*patient)
+            self._require_finite(losses, step[0], epoch)
             try:
-                means.add(self._backward(losses))
+                means.add(self._backward(losses, ahead))
             except FloatingPointError as error:  # finite losses, but a gradient is not
-                where = f"{self.name}, epoch {epoch}, patient {patients[i].name}"
+                where = f"{self.name}, epoch {epoch}, patient {step[0].name}"
                 raise RunError(f"{where}: {error}") from error
             self.optimizer.step()
+            if self.scheduler is not None and self.config.schedule == "cosine-per-step":
+                self.scheduler.step()
         if self.balancer is not None:
             self.balancer.end_epoch()
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.config.schedule == "cosine":
             self.scheduler.step()
         return {"learning_rate": rate, **means.means()}
+
+    def steps(self, patients: Sequence[Patient], epoch: int) -> list[tuple[Patient, ...]]:
+        """Return who is stepped on, and whom each step looks ahead on: set by seed and epoch."""
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(patients))
+        if not self.looks_ahead:
+            return [(patients[i],) for i in order]
+        ahead = _stream(self.lookahead, np.random.default_rng([self.config.seed, epoch, 1]))
+        return [(patients[i], next(ahead)) for i in order]
 
     def validate(self, patients: Sequence[Patient], epoch: int) -> dict[str, float]:
         """Return the mean loss per target over the patients for whom it is known."""
         self.model.eval()
         means = _Means()
         with torch.inference_mode():
-            for patient in patients:
-                losses = self._losses(patient)
+            stream = self.bags.stream([patient] for patient in patients)
+            for patient, (tiles,) in zip(patients, stream, strict=True):
+                losses = self._losses(patient, tiles)
                 self._require_finite(losses, patient, epoch)
                 means.add({task: float(loss) for task, loss in losses.items()})
         return means.means()
 
-    def _backward(self, losses: Mapping[str, Tensor]) -> Mapping[str, float]:
+    def _backward(
+        self, losses: Mapping[str, Tensor], ahead: Sequence[tuple[Patient, NDArray[np.float32]]]
+    ) -> Mapping[str, float]:
         if self.balancer is None:
             (task, loss), *_ = losses.items()
             loss.backward()  # type: ignore[no-untyped-call]
             return {f"loss/{task}": float(loss.detach())}
-        if self.balancer.weighting.needs_validation:
-            record = self.balancer.backward(losses, validation=self._look_ahead)
+        if ahead:
+            record = self.balancer.backward(losses, validation=lambda: self._losses(*ahead[0]))
         else:
             record = self.balancer.backward(losses)
         return record.as_dict()
 
-    def _look_ahead(self) -> dict[str, Tensor]:
-        return self._losses(next(self.ahead))
-
-    def _losses(self, patient: Patient) -> dict[str, Tensor]:
-        outputs = self.model(_tiles(self.bags, patient, self.device)).outputs
+    def _losses(self, patient: Patient, tiles: NDArray[np.float32]) -> dict[str, Tensor]:
+        outputs = forward(self.model, tiles, self.device, self.config.precision).outputs
         return task_losses(outputs, patient, self.targets, self.scalers)
 
     def _require_finite(self, losses: Mapping[str, Tensor], patient: Patient, epoch: int) -> None:
@@ -337,6 +442,34 @@ class _Learner:
                     f"{float(loss.detach())} for patient {patient.name}. "
                     "A lower --learning-rate may help."
                 )
+
+
+def forward(
+    model: JointTransformer, tiles: NDArray[np.float32], device: torch.device, precision: str
+) -> Prediction:
+    """Run the model on the tiles of one patient; outputs are in single precision.
+
+    Args:
+        model: On ``device``.
+        tiles: ``(n, in_features)``.
+        device: Where to compute.
+        precision: One of `config.PRECISIONS`.
+    """
+    bag = torch.from_numpy(tiles).to(device, non_blocking=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        outputs, embedding = model(bag)
+    return Prediction(tuple(output.float() for output in outputs), embedding.float())
+
+
+@contextmanager
+def matrix_precision(precision: str) -> Iterator[None]:
+    """Let matrix products of NVIDIA GPUs run in TensorFloat-32 where that is asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def predict(
@@ -357,9 +490,12 @@ def predict(
     bags = bags or BagStore()
     fitted.model.eval()
     predictions = []
-    for patient in patients:
-        with torch.inference_mode():
-            outputs, embedding = fitted.model(_tiles(bags, patient, torch.device(device)))
+    stream = bags.stream([patient] for patient in patients)
+    for patient, (tiles,) in zip(patients, stream, strict=True):
+        with torch.inference_mode(), matrix_precision(fitted.precision):
+            outputs, embedding = forward(
+                fitted.model, tiles, torch.device(device), fitted.precision
+            )
         probabilities, numbers = {}, {}
         for target, output in zip(fitted.targets, outputs, strict=True):
             if target.kind == "classification":
@@ -402,8 +538,13 @@ def _make(
         ) from error
 
 
-def _tiles(bags: BagStore, patient: Patient, device: torch.device) -> Tensor:
-    return torch.from_numpy(bags.load(patient)).to(device)
+def _some(
+    tiles: NDArray[np.float32], limit: int | None, draw: np.random.Generator
+) -> NDArray[np.float32]:
+    """Return all tiles, or as many as allowed, drawn without replacement and kept in order."""
+    if limit is None or len(tiles) <= limit:
+        return tiles
+    return tiles[np.sort(draw.choice(len(tiles), limit, replace=False))]
 
 
 def _mean_and_deviation(bags: BagStore, patients: Sequence[Patient]) -> tuple[Tensor, Tensor]:

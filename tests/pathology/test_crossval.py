@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from examples.pathology import config as config_module
 from examples.pathology import crossval, training
 from examples.pathology.config import CrossvalConfig, read_toml
 from examples.pathology.crossval import run_crossval
@@ -69,8 +71,12 @@ def read(path):
 
 def test_the_run_folder_is_complete(run):
     files = {p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()}
-    fold = {"predictions.csv", "history.csv", "embeddings.npy", "model.pt", "fold.json"}
+    fold = {
+        "predictions.csv", "validation.csv", "history.csv", "embeddings.npy", "model.pt",
+        "fold.json",
+    }  # fmt: skip
     assert files == {
+        ".lock",
         "config.toml",
         "splits.json",
         "ledger.csv",
@@ -112,7 +118,9 @@ def test_metrics_are_those_of_the_predictions(run):
     assert value["metrics"]["auroc"]["folds"] == pytest.approx(folds)
     assert value["metrics"]["auroc"]["mean"] == pytest.approx(sum(folds) / 2)
     assert value["metrics"]["prevalence"]["mean"] == pytest.approx(0.5)
-    assert set(value["metrics"]) == {"auroc", "auprc", "prevalence", "silhouette", "pearson/LF"}
+    assert set(value["metrics"]) == {
+        "auroc", "auprc", "f1", "prevalence", "silhouette", "pearson/LF",
+    }  # fmt: skip
     assert value["funnel"][-1] == ["and usable features: used", 20]
 
 
@@ -235,7 +243,7 @@ def test_methods_share_splits(run, tables, tmp_path):
     assert value["splits_sha256"] == read(run / "metrics.json")["splits_sha256"]
     columns = pd.read_csv(tmp_path / "baseline/fold-1/predictions.csv").columns.tolist()
     assert columns == ["PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS"]
-    assert set(value["metrics"]) == {"auroc", "auprc", "prevalence", "silhouette"}
+    assert set(value["metrics"]) == {"auroc", "auprc", "f1", "prevalence", "silhouette"}
 
 
 def test_look_ahead_on_the_training_stream_is_offered(tables, tmp_path, monkeypatch):
@@ -314,8 +322,8 @@ def test_several_auxiliary_targets_of_both_kinds(tmp_path):
     out = tmp_path / "run"
     value = run_crossval(config_of(tables, out, target="grade", auxiliary=auxiliary, epochs=1))
     assert set(value["metrics"]) == {
-        "auroc", "auprc", "prevalence", "silhouette", "auroc of g1", "auroc of g2", "auroc of g3",
-        "auroc/isMSIH", "pearson/a.b/c", "auroc/kind",
+        "auroc", "auprc", "f1", "prevalence", "silhouette",
+        "auroc of g1", "auroc of g2", "auroc of g3", "auroc/isMSIH", "pearson/a.b/c", "auroc/kind",
     }  # fmt: skip
     table = pd.read_csv(tmp_path / "run/fold-1/predictions.csv", keep_default_na=False)
     assert table.columns.tolist() == prediction_columns(tables.load("grade", auxiliary).targets)
@@ -348,3 +356,67 @@ def test_the_ledger_of_the_run_has_every_patient_and_slide(run):
     with (run / "ledger.csv").open(encoding="utf-8", newline="") as file:
         items = [row["item"] for row in csv.DictReader(file)]
     assert (items.count("patient"), items.count("slide")) == (20, 20)
+
+
+def test_intervals_hold_the_mean_and_the_threshold_is_the_validation_parts(run):
+    value = read(run / "metrics.json")
+    for name in ("auroc", "auprc", "f1", "silhouette", "pearson/LF"):
+        low, high = value["metrics"][name]["ci95_over_patients"]
+        assert low <= value["metrics"][name]["mean"] <= high, name
+    for k, threshold in enumerate(value["thresholds"], start=1):
+        table = pd.read_csv(run / f"fold-{k}/validation.csv")
+        assert set(table["PATIENT"]) == set(read(run / "splits.json")["folds"][k - 1]["validation"])
+        if threshold is not None:
+            assert threshold in table["isMSIH_MSS"].tolist()
+
+
+def test_training_only_patients_are_in_every_training_part_and_no_other(
+    tables, tmp_path, monkeypatch
+):
+    with tables.clini.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    unlabelled = [["P90", "", "0.5"], ["P91", "", "0.1"]]
+    clini = write_table(tmp_path / "clini.csv", header, [*rows, *unlabelled])
+    with tables.slides.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    slides = write_table(tmp_path / "slides.csv", header, [*rows, ["P90", "P90"], ["P91", "P91"]])
+    features = tmp_path / "features"
+    shutil.copytree(tables.features, features)
+    for name in ("P90", "P91"):
+        write_bag(features / f"{name}.h5", np.ones((2, 768)))
+    seen = []
+    original = crossval.fit_fold
+
+    def spy(cohort, train, validation, config, **options):
+        names = {p.name for p in train}
+        seen.append((config.balancer, names >= {"P90", "P91"}, names.isdisjoint({"P90", "P91"})))
+        assert {p.name for p in (*validation, *options["lookahead"])}.isdisjoint({"P90", "P91"})
+        return original(cohort, train, validation, config, **options)
+
+    monkeypatch.setattr(crossval, "fit_fold", spy)
+    changed = replace(tables, clini=clini, slides=slides, features=features)
+    for balancer in ("autol", "baseline"):
+        out = tmp_path / balancer
+        value = run_crossval(config_of(changed, out, balancer=balancer, epochs=1))
+        assert value["training_only"] == (0 if balancer == "baseline" else 2)
+        tested = pd.concat([pd.read_csv(out / f"fold-{k}/predictions.csv") for k in (1, 2)])
+        assert len(tested) == 20
+        assert not {"P90", "P91"} & set(tested["PATIENT"])
+    assert seen == [("autol", True, False)] * 2 + [("baseline", False, True)] * 2
+
+
+def test_the_reference_protocol_is_resolved_and_saved(tables, tmp_path):
+    out = tmp_path / "run"
+    config = config_of(tables, out, reference_protocol=True, epochs=1)
+    run_crossval(config)
+    stored = read_toml(out / "config.toml")["crossval"]
+    assert stored["complete_cases"] is True
+    assert (stored["patience"], stored["schedule"]) == (8, "cosine-per-step")
+    assert (
+        len(read(out / "splits.json")["folds"][0]["test"])
+        + len(read(out / "splits.json")["folds"][1]["test"])
+        == 19
+    )  # P03 lacks LF
+    run_crossval(config)  # taken up: the same settings
+    baseline = config_module.with_reference_protocol(replace(config, balancer="baseline"))
+    assert baseline.schedule == "constant"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from examples.pathology.cohort import Cohort, Patient, Target
 from examples.pathology.config import CrossvalConfig
@@ -15,6 +16,7 @@ from examples.pathology.splits import (
     check_splits,
     fold_seed,
     load_or_make_splits,
+    make_reference_splits,
     make_splits,
     splits_sha256,
     stratified_share,
@@ -24,7 +26,7 @@ from examples.pathology.splits import (
 def cohort_of(labels: str) -> Cohort:
     patients = [Patient(f"P{i:03d}", label, {}, (), 1) for i, label in enumerate(labels)]
     target = Target("t", "classification", tuple(sorted(set(labels))), min(labels))
-    return Cohort(target, (), tuple(patients), (), (), "x", False, 768, "")
+    return Cohort(target, (), tuple(patients), (), (), (), "x", None, None, False, 768, "")
 
 
 def config_in(folder, **changes) -> CrossvalConfig:
@@ -181,3 +183,18 @@ def test_splits_that_leak_are_refused(tmp_path, spoil, words):
     path.write_text(json.dumps(value), encoding="utf-8")
     with pytest.raises(UserError, match=words):
         load_or_make_splits(config_in(tmp_path), cohort)
+
+
+def test_reference_splits_are_scikit_learns():
+    """The published code's two calls, on the same patients."""
+    cohort = cohort_of("a" * 40 + "b" * 13)
+    labels = np.array([p.label for p in cohort.patients])
+    made = make_reference_splits(cohort, 5)
+    check_splits(made, cohort)
+    splitter = StratifiedKFold(5, shuffle=True, random_state=1337)
+    for fold, (rest, test) in zip(made, splitter.split(labels, labels), strict=True):
+        train, held = train_test_split(
+            rest, test_size=0.2, stratify=labels[rest], random_state=1337
+        )
+        for part, chosen in ((fold.train, train), (fold.validation, held), (fold.test, test)):
+            assert set(part) == {cohort.patients[i].name for i in chosen}

@@ -1,6 +1,8 @@
 import copy
 import itertools
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from examples.pathology import training
-from examples.pathology.cohort import BagStore, Patient, Target
+from examples.pathology.bags import BagStore
+from examples.pathology.cohort import Patient, Target
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import RunError, UserError
 from examples.pathology.model import JointTransformer
@@ -78,6 +81,12 @@ def test_a_task_without_a_value_is_absent():
     assert set(task_losses(outputs, patient(), [LABEL, LF], {"LF": Scaler(0, 1)})) == {"isMSIH"}
 
 
+def test_a_patient_without_the_primary_label_is_trained_on_for_the_others():
+    outputs = (torch.zeros(1, 2), torch.zeros(1, 1))
+    one = patient(label="", LF=0.5)
+    assert set(task_losses(outputs, one, [LABEL, LF], {"LF": Scaler(0, 1)})) == {"LF"}
+
+
 def test_an_auxiliary_class_has_a_cross_entropy():
     grade = Target("grade", "classification", ("1", "2", "3"), "3")
     outputs = (torch.zeros(1, 2), torch.zeros(1, 3))
@@ -117,11 +126,10 @@ def test_naive_equals_a_plain_loop_over_the_sum_of_losses(cohort, small):
     torch.manual_seed(5)
     model = training.JointTransformer([2, 1], in_features=768)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    order = np.random.default_rng(5)
     best, state = math.inf, None
-    for _ in range(3):
+    for epoch in (1, 2, 3):
         model.train()
-        for i in order.permutation(6):
+        for i in np.random.default_rng([5, epoch]).permutation(6):
             one = cohort.patients[i]
             optimizer.zero_grad()
             outputs = model(torch.from_numpy(bags.load(one))).outputs
@@ -180,7 +188,7 @@ def test_the_best_epoch_is_kept(cohort, small, monkeypatch):
     states = []
 
     def validate(learner, *_):
-        states.append(learner.state())
+        states.append(learner.parameters())
         return {"isMSIH": next(script)}
 
     monkeypatch.setattr(training._Learner, "validate", validate)
@@ -280,21 +288,21 @@ def test_a_loss_that_is_not_finite_names_fold_epoch_patient_and_target(tmp_path,
 @pytest.mark.parametrize("balancer", ["autol", "autol+cagrad"])
 def test_auto_lambda_looks_ahead_on_its_own_patients(cohort, small, monkeypatch, balancer):
     seen = []
-    original = training._Learner._look_ahead
+    original = training._Learner._losses
 
-    def spy(learner):
-        before = learner.bags.load
-        monkeypatch.setattr(
-            learner.bags, "load", lambda one: (seen.append(one.name), before(one))[1]
-        )
-        losses = original(learner)
-        monkeypatch.setattr(learner.bags, "load", before)
-        return losses
+    def spy(learner, patient, tiles):
+        expected = BagStore().load(patient)
+        np.testing.assert_array_equal(tiles, expected)  # each patient's own tiles
+        if learner.model.training:
+            seen.append(patient.name)
+        return original(learner, patient, tiles)
 
-    monkeypatch.setattr(training._Learner, "_look_ahead", spy)
+    monkeypatch.setattr(training._Learner, "_losses", spy)
     fit(cohort, balancer=balancer, epochs=2)
-    assert len(seen) == 2 * 6
-    assert set(seen) == {p.name for p in cohort.patients[9:12]}
+    ahead = [name for name in seen if name in {p.name for p in cohort.patients[9:12]}]
+    assert len(seen) == 2 * 2 * 6
+    assert len(ahead) == 2 * 6
+    assert set(ahead) == {p.name for p in cohort.patients[9:12]}
 
 
 def test_auto_lambda_without_patients_to_look_ahead_on_is_told(cohort, small):
@@ -340,6 +348,88 @@ def test_predictions_are_in_the_targets_unit(cohort, small):
     known = [p.known["LF"] for p in cohort.patients[:6] if p.known]
     expected = min(known) + raw * (max(known) - min(known))
     assert predict(fitted, [one])[0].numbers["LF"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_only_patients_take_part_in_every_method(cohort, small):
+    """A step with the auxiliary task alone, in each of the 16 combinations."""
+    unlabelled = [replace(p, label="") for p in cohort.patients[:2]]
+    for balancer in PAPER_COMBINATIONS:
+        fitted = fit_fold(
+            cohort,
+            [*unlabelled, *cohort.patients[2:6]],
+            cohort.patients[6:9],
+            TrainingConfig(balancer=balancer, epochs=1),
+            lookahead=cohort.patients[9:12],
+        )
+        assert math.isfinite(fitted.history[0]["loss/LF"])
+
+
+def test_a_cap_draws_other_tiles_in_every_epoch_and_validates_on_all(cohort, small, monkeypatch):
+    seen = []
+    original = training._Learner._losses
+
+    def spy(learner, patient, tiles):
+        seen.append((learner.model.training, patient.name, tiles[:, :8]))
+        return original(learner, patient, tiles)
+
+    monkeypatch.setattr(training._Learner, "_losses", spy)
+    fit(cohort, balancer="naive", epochs=6, max_tiles=2, patience=9)
+    of_one = [tiles for train, name, tiles in seen if train and name == "P00"]
+    assert {len(tiles) for train, _, tiles in seen if train} == {2}
+    assert {len(tiles) for train, _, tiles in seen if not train} == {4}
+    assert len({tiles.tobytes() for tiles in of_one}) > 1
+    whole = BagStore().load(cohort.patients[0])[:, :8]
+    for tiles in of_one:  # real tiles, each once, in their order
+        rows = [np.flatnonzero((whole == tile).all(axis=1))[0] for tile in tiles]
+        assert rows == sorted(set(rows))
+
+
+def test_a_schedule_per_step_swings_within_an_epoch(cohort, small, monkeypatch):
+    """PyTorch's own closed form: lr (1 + cos(pi t / T)) / 2 after t steps."""
+    rates = []
+    original = training._Learner._backward
+
+    def spy(learner, *arguments):
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        return original(learner, *arguments)
+
+    monkeypatch.setattr(training._Learner, "_backward", spy)
+    fit(cohort, balancer="naive", epochs=2, schedule="cosine-per-step")
+    expected = [1e-3 * (1 + math.cos(math.pi * t / 2)) / 2 for t in range(12)]
+    assert rates == pytest.approx(expected, abs=1e-12)
+
+
+def test_bfloat16_computes_roughly_the_same_in_fewer_bits(cohort, small):
+    plain, half = (fit(cohort, balancer="naive", epochs=1, precision=p) for p in (
+        "float32", "bfloat16"
+    ))  # fmt: skip
+    ours, theirs = (predict(f, cohort.patients[9:12]) for f in (half, plain))
+    gaps = [
+        abs(a.probabilities["isMSIH"][0] - b.probabilities["isMSIH"][0])
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    assert 0 < max(gaps) < 0.05
+    assert half.precision == "bfloat16"
+
+
+def test_tf32_is_a_setting_of_the_run_alone():
+    before = torch.get_float32_matmul_precision()
+    with training.matrix_precision("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_waiting_for_tiles_is_measured(cohort, small, monkeypatch):
+    original = BagStore.load
+
+    def slow(store, patient):
+        time.sleep(0.01)
+        return original(store, patient)
+
+    monkeypatch.setattr(BagStore, "load", slow)
+    (row,) = fit(cohort, balancer="naive", epochs=1).history
+    assert row["seconds_waiting_for_data"] > 0.02  # nine bags at 10 ms, some behind the model
+    assert row["seconds_waiting_for_data"] < row["seconds"]
 
 
 # --- names ----------------------------------------------------------------------------------------

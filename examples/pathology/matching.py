@@ -1,0 +1,114 @@
+"""Names in tables and names of files: the one place that decides which mean the same slide."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from examples.pathology.errors import UserError
+
+SLIDE_SUFFIXES = frozenset(
+    "bif czi dcm mrxs ndpi qptiff scn svs svslide tif tiff vms vmu".split()  # noqa: SIM905
+)
+# Identifiers of a study look alike: below this, the nearest one is as a rule another patient's.
+NEAR = 0.9
+
+
+def slide_key(name: str, table: Path, column: str = "FILENAME") -> str:
+    """Return the relative path of a slide without the suffix of a slide or feature file.
+
+    Args:
+        name: What the table says.
+        table: The table, for the error.
+        column: Its column, for the error.
+
+    Raises:
+        UserError: The name is absolute or climbs out of its folder.
+    """
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts:
+        raise UserError(
+            f"{table}: `{column}` must be a path inside the feature folder, but got {name!r}."
+        )
+    if relative.suffix.lower().lstrip(".") in {*SLIDE_SUFFIXES, "h5"}:
+        relative = relative.with_suffix("")
+    return str(relative)
+
+
+def match_files(keys: Iterable[str], files: Iterable[str]) -> dict[str, list[str]]:
+    """Find the files that each key may mean, or the other way round: the rule is symmetric.
+
+    Tried in turn: the same relative path; the same stem in any folder; and the same stem but for
+    what follows a dot, on either side, which is how TCGA names differ with and without their UUID.
+    The first that finds anything decides; more than one file is ambiguous, and for the caller to
+    refuse.
+
+    Args:
+        keys: Relative paths without suffix.
+        files: Relative paths of files without suffix.
+
+    Returns:
+        The sorted candidates of every key.
+    """
+    paths = set(files)
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    by_prefix: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(paths):
+        stem = PurePosixPath(path).name
+        by_stem[stem].append(path)
+        for prefix in _prefixes(stem):
+            by_prefix[prefix].append(path)
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        stem = PurePosixPath(key).name
+        shorter = (by_stem[prefix] for prefix in _prefixes(stem) if prefix in by_stem)
+        found[key] = (
+            [key] if key in paths else by_stem.get(stem) or by_prefix.get(stem) or next(shorter, [])
+        )
+    return found
+
+
+def near_matches(names: Iterable[str], candidates: Iterable[str]) -> dict[str, str]:
+    """Guess what a name that has no partner was meant to be, among those that have none either.
+
+    Tried in turn: equal but for case, spaces, separators and leading zeros; one the beginning of
+    the other (a patient's and a sample's barcode); nearly the same letters.
+
+    Args:
+        names: Names without a partner.
+        candidates: Names on the other side without a partner.
+
+    Returns:
+        The nearest candidate of every name that has a near one.
+    """
+    by_plain = {_plain(candidate): candidate for candidate in sorted(candidates, reverse=True)}
+    plain_candidates = sorted(by_plain)
+    near = {}
+    for name in names:
+        plain = _plain(name)
+        same = plain if plain in by_plain else None
+        begins = (
+            c
+            for c in plain_candidates
+            if c and plain and (c.startswith(plain) or plain.startswith(c))
+        )
+        found = same or next(begins, None)
+        if found is None:
+            found = next(iter(get_close_matches(plain, plain_candidates, n=1, cutoff=NEAR)), None)
+        if found is not None:
+            near[name] = by_plain[found]
+    return near
+
+
+def _plain(name: str) -> str:
+    """Return a name without what people type differently."""
+    words = re.split(r"[\s._\-/\\]+", name.strip().casefold())
+    return "-".join(word.lstrip("0") or "0" for word in words if word)
+
+
+def _prefixes(stem: str) -> list[str]:
+    """Return the parts of a stem before each of its dots, longest first."""
+    return [stem[:i] for i in range(len(stem) - 1, 0, -1) if stem[i] == "."]

@@ -1,0 +1,200 @@
+"""How sure a figure is: what it would be had other patients been drawn, and between two methods.
+
+A resample of n patients is a row of n whole weights, how often each was drawn. All figures are
+computed from weights for all resamples at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+RESAMPLES = 2000
+Weights = NDArray[np.float64]
+Resampled = Callable[[Weights], NDArray[np.float64]]
+
+
+def draw_weights(
+    strata: NDArray[np.str_], resamples: int, random: np.random.Generator
+) -> NDArray[np.float64]:
+    """Draw how often each patient is in each resample; every stratum keeps its size.
+
+    Args:
+        strata: ``(n,)``, the class of each patient: so no resample loses a class.
+        resamples: How many.
+        random: Of the draw.
+
+    Returns:
+        ``(resamples, n)`` whole numbers.
+    """
+    weights = np.zeros((resamples, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[:, members] = random.multinomial(
+            len(members), np.full(len(members), 1 / len(members)), size=resamples
+        )
+    return weights
+
+
+def auroc(positive: ArrayLike, score: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Area under the ROC curve of every resample ``(b,)``; ties count half."""
+    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
+    wins = np.sign(scores[truth][:, None] - scores[~truth][None, :]) / 2 + 0.5  # (p, q)
+    won = np.einsum("bp,pq,bq->b", weights[:, truth], wins, weights[:, ~truth], optimize=True)
+    return _ratio(won, weights[:, truth].sum(axis=1) * weights[:, ~truth].sum(axis=1))
+
+
+def auprc(positive: ArrayLike, score: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Average precision of every resample ``(b,)``."""
+    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
+    order = np.argsort(-scores, kind="stable")
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    drawn = weights[:, order]
+    found = np.cumsum(drawn * truth[order], axis=1)[:, last_of_tie]
+    called = np.cumsum(drawn, axis=1)[:, last_of_tie]
+    gained = np.diff(found, axis=1, prepend=0.0)
+    return _ratio((gained * _ratio(found, called, 0.0)).sum(axis=1), found[:, -1])
+
+
+def f1(positive: ArrayLike, called: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """F1 of every resample ``(b,)``; 0 where nobody is positive or called so."""
+    truth, claim = np.asarray(positive, dtype=bool), np.asarray(called, dtype=bool)
+    hits = weights[:, truth & claim].sum(axis=1)
+    return _ratio(2 * hits, weights[:, truth].sum(axis=1) + weights[:, claim].sum(axis=1), 0.0)
+
+
+def pearson(truth: ArrayLike, predicted: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Pearson correlation of every resample ``(b,)``; NaN where one side does not vary."""
+    x, y = np.asarray(truth, dtype=float), np.asarray(predicted, dtype=float)
+    share = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+    dx = x - (share @ x)[:, None]
+    dy = y - (share @ y)[:, None]
+    xx, yy, xy = ((share * a).sum(axis=1) for a in (dx * dx, dy * dy, dx * dy))
+    spread = np.sqrt(xx * yy)
+    return _ratio(xy, np.where(spread > 1e-12 * np.abs(x).max() * np.abs(y).max(), spread, 0.0))
+
+
+def mean(values: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Weighted mean of one value per patient, for every resample ``(b,)``."""
+    return _ratio(weights @ np.asarray(values, dtype=float), weights.sum(axis=1))
+
+
+def interval(
+    folds: Sequence[tuple[NDArray[np.str_], Resampled]], *, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a figure's mean over folds.
+
+    Patients are resampled within each fold, class by class. The models are taken as they are: the
+    interval says how much the figure depends on who was tested, not on who was trained on.
+
+    Args:
+        folds: For every fold that has the figure, the strata of its patients, and the function
+            that computes the figure of every resample.
+        seed: Of the draw.
+        resamples: How many.
+    """
+    if not folds:
+        return math.nan, math.nan
+    random = np.random.default_rng(seed)
+    rows = [figure(draw_weights(strata, resamples, random)) for strata, figure in folds]
+    means = np.mean(rows, axis=0)
+    means = means[~np.isnan(means)]
+    if len(means) == 0:
+        return math.nan, math.nan
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two scores of the same patients, judged by DeLong's test.
+
+    Args:
+        difference: Mean over folds of the first AUROC minus the second.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Two-sided p-value of no difference.
+        folds: How many folds have both classes.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    folds: int
+
+
+def compare_auroc(
+    folds: Sequence[tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]],
+) -> Comparison:
+    """Compare two methods on the same folds by the test of DeLong et al. (1988).
+
+    Within a fold the test gives the variance of the difference of two AUROCs of the same patients.
+    Folds test different patients, so that the variance of the mean over K folds is their sum over
+    K squared. Like the bootstrap interval, it takes the trained models as they are.
+
+    Args:
+        folds: For each fold truth ``(n,)``, scores of the first and of the second method ``(n,)``.
+    """
+    differences, variances = [], []
+    for truth, ours, theirs in folds:
+        if truth.all() or not truth.any() or min(truth.sum(), (~truth).sum()) < 2:
+            continue
+        areas, covariance = delong(truth, np.stack([ours, theirs]))
+        differences.append(areas[0] - areas[1])
+        variances.append(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    k = len(differences)
+    if k == 0:
+        return Comparison(math.nan, math.nan, math.nan, math.nan, 0)
+    difference = float(np.mean(differences))
+    error = math.sqrt(max(0.0, float(np.sum(variances)))) / k
+    if error < 1e-12:  # the same ranks: no difference, or one without any doubt
+        return Comparison(difference, difference, difference, float(abs(difference) < 1e-12), k)
+    half = float(stats.norm.ppf(0.975)) * error
+    p = 2 * float(stats.norm.sf(abs(difference) / error))
+    return Comparison(difference, difference - half, difference + half, p, k)
+
+
+def delong(
+    positive: NDArray[np.bool_], scores: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the AUROCs of several scores of the same patients and their covariance.
+
+    Args:
+        positive: ``(n,)``, at least two of each class.
+        scores: ``(m, n)``.
+
+    Returns:
+        AUROCs ``(m,)`` and covariance ``(m, m)``, by mid-ranks (Sun and Xu 2014).
+    """
+    p, q = int(positive.sum()), int((~positive).sum())
+    ranks = stats.rankdata(scores, axis=1)
+    own_p = stats.rankdata(scores[:, positive], axis=1)
+    own_q = stats.rankdata(scores[:, ~positive], axis=1)
+    v10 = (ranks[:, positive] - own_p) / q  # how many negatives each positive beats
+    v01 = 1 - (ranks[:, ~positive] - own_q) / p
+    covariance = np.atleast_2d(np.cov(v10)) / p + np.atleast_2d(np.cov(v01)) / q
+    return v10.mean(axis=1), covariance
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method; NaN stays and does not count."""
+    known = [i for i, p in enumerate(p_values) if not math.isnan(p)]
+    corrected, largest = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(known, key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(known) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def _ratio(
+    above: NDArray[np.float64], below: NDArray[np.float64], otherwise: float = math.nan
+) -> NDArray[np.float64]:
+    result = np.full(np.broadcast(above, below).shape, otherwise)
+    np.divide(above, below, out=result, where=below != 0)
+    return result
