@@ -44,7 +44,7 @@ from mtbalance._jacobian import (
 from mtbalance._kept import KeptWeights
 from mtbalance._places import AtFeatures, AtParameters, Place, check_between, write
 from mtbalance._random import RandomSource
-from mtbalance._ranks import Agreement, Exchange, Ranks, RankStep
+from mtbalance._ranks import BELOW, Agreement, Exchange, Ranks, RankStep
 from mtbalance._record import EpochCounts, EpochSummary, Record
 from mtbalance._rows import combine, is_finite, stacked, sum_of
 from mtbalance._split import Explanation, ReachLog, Shared, named_groups
@@ -380,7 +380,10 @@ class Balancer(nn.Module):
         if agreement.nonfinite and self.nonfinite == "raise":
             raise FloatingPointError(nonfinite_message("loss", agreement.nonfinite))
         if not self._ranks.sharded:
-            self._reach.note(agreement.layouts)
+            below = agreement.layouts.get(BELOW, [])
+            self._reach.note(
+                {task: [*leaves, *below] for task, leaves in agreement.layouts.items() if task}
+            )
         return agreement
 
     def _told(
@@ -469,7 +472,10 @@ class Balancer(nn.Module):
             place.write(groups[number], outcome.direction)
         write(rest, combine(rows_of_rest, weights, rest, release=True))
         self._add_learned(learned, scale)
-        progress = [outcome.progress for outcome in outcomes.values()]
+        progress = [
+            place.over_all(o.progress) if o.combination is None else o.progress
+            for o in outcomes.values()
+        ]
         combinations = [outcome.combination for outcome in outcomes.values()]
         return Record(
             names,
@@ -655,15 +661,25 @@ class Balancer(nn.Module):
                 "one backward pass."
             )
         check_features(parts, self.weighting, sharded=self._ranks.sharded)
+        if self._ranks.several and not (
+            self.gradient.coordinatewise or isinstance(self.gradient, GramianStrategy)
+        ):
+            raise TypeError(
+                "the gradient strategy must be coordinatewise or a GramianStrategy for `features` "
+                f"of several processes, but {type(self.gradient).__name__} needs whole rows."
+            )
         if self._one_pass_serves:
             return self._in_one_pass(losses, scaler)
         named, error = self._checked(losses, parts)
         bad = self._finite.bad_losses(named)
         shares = dict.fromkeys(named, 1.0)
         exchange: Exchange | None = None
+        below = reach_of(parts).leaves
         if self._ranks.several:
             reached = {name: reach_of([loss], until=parts).leaves for name, loss in named.items()}
+            reached[BELOW] = below
             agreement = self._agreed(named, bad, reached, error)
+            below = agreement.layouts[BELOW]
             shares = {name: 1 / count for name, count in agreement.counts.items()}
             exchange, bad = Exchange(self.process_group, agreement), list(agreement.nonfinite)
         elif bad and self.nonfinite == "raise":
@@ -685,7 +701,7 @@ class Balancer(nn.Module):
                 exchange.add(name, leaves, row)
         if exchange is not None:
             pending = exchange.finish()
-        place = AtFeatures(parts, reach_of(parts).leaves, self._ranks)
+        place = AtFeatures(parts, below, self._ranks)
         return self._balance(pending, None, _scale_of(scaler), place)
 
     # --- around the steps -------------------------------------------------------------------------

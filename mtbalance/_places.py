@@ -22,6 +22,9 @@ class Place(Protocol):
     def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
         """Return the inner products of rows over all their columns, in whatever process."""
 
+    def over_all(self, products: Tensor) -> Tensor:
+        """Return inner products over all columns, of those over the columns of this process."""
+
     def write(self, leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
         """Accumulate directions into ``.grad``."""
 
@@ -42,6 +45,10 @@ class AtParameters:
         """Return the inner products of the rows, shards of other processes included."""
         return sum_over_shards(leaves, rows, gramian_of)
 
+    def over_all(self, products: Tensor) -> Tensor:
+        """Return them as they are: shards have been added up leaf by leaf."""
+        return products
+
     def write(self, leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
         """Accumulate directions into ``.grad``."""
         write(leaves, directions)
@@ -53,7 +60,7 @@ class AtFeatures:
     Args:
         parts: The features, one tensor or several; with several processes, those of its part of
             the batch.
-        below: The leaves that they depend on.
+        below: The leaves that they depend on, in any process.
         ranks: The processes.
     """
 
@@ -71,7 +78,11 @@ class AtFeatures:
     def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
         """Return the inner products of the rows, which each process has some columns of."""
         del leaves
-        return self._ranks.sum(gramian_of(rows))
+        return self.over_all(gramian_of(rows))
+
+    def over_all(self, products: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        return self._ranks.sum(products)
 
     def write(self, leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
         """Let the directions flow back into ``.grad`` of what the features depend on."""
@@ -80,11 +91,10 @@ class AtFeatures:
         if not self._ranks.several:
             torch.autograd.backward(features, slopes)
             return
-        below = self._ranks.ordered(self._below)
-        gradients: list[Tensor | None] = [None] * len(below)
+        gradients: list[Tensor | None] = [None] * len(self._below)
         if features:
-            gradients = gradient_of(features, below, slopes)
-        write(below, self._ranks.add_up(below, gradients))
+            gradients = gradient_of(features, self._below, slopes)
+        write(self._below, self._ranks.add_up(self._below, gradients))
 
 
 def write(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:

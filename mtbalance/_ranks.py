@@ -26,6 +26,8 @@ from mtbalance.weighting._base import Step
 _BUCKET_BYTES = 25 * 2**20
 """Gradients go round in buckets of this size, as in DistributedDataParallel."""
 _ABSENT, _ACTIVE, _NONFINITE = 0, 1, 2
+BELOW = ""
+"""Stands among the tasks for the features of a step, where it is balanced at these."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 T = TypeVar("T")
 
@@ -39,7 +41,8 @@ class Agreement:
         losses: Their mean losses over those ranks.
         nonfinite: Tasks whose loss is not finite in some rank.
         layouts: Per task that some rank has a loss of, finite or not, the parameters that it
-            reaches in some rank, in the same order in all.
+            reaches in some rank, in the same order in all; under ``BELOW``, if some rank has any,
+            those that the features depend on.
     """
 
     counts: dict[str, int]
@@ -171,6 +174,7 @@ class Ranks:
     ) -> None:
         self._group = group
         self._tasks = tasks
+        self._slots = (*tasks, BELOW)
         self._shared = shared or {}
         self._names: Names | None = None
         self._layouts: dict[str, list[str]] = {}
@@ -235,7 +239,8 @@ class Ranks:
         Args:
             losses: This rank's losses of its active tasks.
             nonfinite: Tasks whose loss is not finite here.
-            reached: Per active task, the leaves that its loss reaches. Sharded ones do not count.
+            reached: Per active task (and ``BELOW``), the leaves that its loss (the features)
+                reaches. Sharded ones do not count.
             error: What keeps this rank from taking part; all ranks stop then.
 
         Raises:
@@ -244,7 +249,7 @@ class Ranks:
         names = self._known_names()
         actual = {
             task: names.of(task, [leaf for leaf in reached.get(task, ()) if not is_sharded(leaf)])
-            for task in losses
+            for task in {**losses, **reached}
         }
         for task, found in actual.items():
             # In the order of the graph, as where there is one process, and not of names.
@@ -253,15 +258,15 @@ class Ranks:
         facts = told.cpu()
         self._stop_together(facts[:, 0], error)
         states, _, dtypes, hashes, complete = facts[:, 1:].reshape(len(facts), 5, -1).unbind(1)
-        counts = dict(zip(self._tasks, (states == _ACTIVE).sum(0).tolist(), strict=True))
+        counts = dict(zip(self._slots, (states == _ACTIVE).sum(0).tolist(), strict=True))
         active = [number for number, task in enumerate(self._tasks) if counts[task]]
         known = (states != _ABSENT).any(0).nonzero().flatten().tolist()
         if bool((hashes[:, known] != hashes[:1, known]).any()):
             self._exchange_layouts()
             complete = torch.zeros_like(complete)
         layouts = {
-            self._tasks[number]: self._layout_of_step(
-                self._tasks[number], actual, complete=bool(complete[:, number].all())
+            self._slots[number]: self._layout_of_step(
+                self._slots[number], actual, complete=bool(complete[:, number].all())
             )
             for number in known
         }
@@ -280,7 +285,7 @@ class Ranks:
             tuple(
                 task
                 for task, bad in zip(
-                    self._tasks, (states == _NONFINITE).any(0).tolist(), strict=True
+                    self._slots, (states == _NONFINITE).any(0).tolist(), strict=True
                 )
                 if bad
             ),
@@ -302,23 +307,23 @@ class Ranks:
         *,
         stops: bool,
     ) -> Tensor:
-        """Return what this rank tells the others, shape (1 + 5K,).
+        """Return what this rank tells the others, shape (1 + 5(K + 1),).
 
-        Whether it stops; then, each for all tasks: their states, their losses and the dtypes of
-        these, a hash of all that they are known to reach, and whether they reach all of that in
-        this step.
+        Whether it stops; then, each for all tasks and ``BELOW``: their states, their losses and the
+        dtypes of these, a hash of all that they are known to reach, and whether they reach all of
+        that in this step.
         """
         rows: list[list[float]] = [
             [
-                _NONFINITE if task in nonfinite else _ACTIVE if task in losses else _ABSENT
-                for task in self._tasks
+                _NONFINITE if task in nonfinite else _ACTIVE if task in actual else _ABSENT
+                for task in self._slots
             ],
-            [0.0] * len(self._tasks),
-            [_DTYPES.index(losses[task].dtype) if task in losses else 0.0 for task in self._tasks],
-            [_hash(self._layouts.get(task)) for task in self._tasks],
+            [0.0] * len(self._slots),
+            [_DTYPES.index(losses[task].dtype) if task in losses else 0.0 for task in self._slots],
+            [_hash(self._layouts.get(task)) for task in self._slots],
             [
                 task not in actual or len({*actual[task]}) == len(self._layouts[task])
-                for task in self._tasks
+                for task in self._slots
             ],
         ]
         device = self._device(losses.values())

@@ -114,14 +114,14 @@ def train(
     name: str,
     *,
     wrap: Wrap = plain,
-    dtype: torch.dtype = torch.float64,
+    precision: torch.dtype = torch.float64,
     steps: int = 3,
     micro: int = 1,
     **options: Any,
 ) -> Outcome:
     """Train for some steps on this process's part of each batch."""
     torch.manual_seed(0)
-    model = Whole(Network().to(dtype))
+    model = Whole(Network().to(precision))
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     options.setdefault("shared", model.network.trunk)
@@ -131,8 +131,8 @@ def train(
     outcome = Outcome()
     for step in range(steps):
         optimizer.zero_grad()
-        rows = here.part(batch(8, seed=step).to(dtype))
-        held_out = here.part(batch(8, seed=100 + step).to(dtype))
+        rows = here.part(batch(8, seed=step).to(precision))
+        held_out = here.part(batch(8, seed=100 + step).to(precision))
 
         def validation(rows: Tensor = held_out) -> Losses:
             losses: Losses = wrapped(rows)

@@ -44,7 +44,7 @@ def test_every_pair_trains_as_one_process_would(two: Pool, wrapper: str) -> None
 @pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
 def test_every_pair_in_float32(two: Pool, wrapper: str) -> None:
     """One step: further ones would measure how training magnifies what rounding differs by."""
-    assert_all_equal(two, wrapper, 1e-6, steps=1, dtype=torch.float32)
+    assert_all_equal(two, wrapper, 1e-6, steps=1, precision=torch.float32)
 
 
 @pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
