@@ -112,9 +112,10 @@ def _read_torch(path: Path) -> object:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    what = one_line(error).partition(". ")[0]  # torch goes on about what may be the matter
     return CheckpointError(
         f"The weights file must be a complete checkpoint, but {path} is truncated or damaged "
-        f"({one_line(error)}). Download it again."
+        f"({what}). Download it again."
     )
 
 

@@ -214,8 +214,10 @@ def test_code_in_a_checkpoint_is_named_and_not_run(protocol, tmp_path):
 def test_truncated_checkpoints_are_refused(share, checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match=r"cut\.pth is truncated"):
+    with pytest.raises(CheckpointError, match=r"cut\.pth is truncated") as caught:
         ctranspath(tmp_path / "cut.pth")
+    assert str(caught.value).endswith("Download it again.")
+    assert str(caught.value).count(". ") == 1
 
 
 def test_files_that_hold_something_else_are_refused(tmp_path):

@@ -178,6 +178,20 @@ def test_no_read_is_large(mpp, downsamples):
     assert max(plan.overview.shape) < 3000
 
 
+@pytest.mark.parametrize("edge_px", [6_000, 12_000])
+def test_what_is_read_ahead_does_not_grow_with_the_slide(edge_px):
+    slide, handle = make(checkered, (edge_px, 2100))
+    plan = plan_tiles(slide, RULES)
+    handle.reads.clear()
+    with ThreadPoolExecutor(2) as pool:
+        reader = TileReader(slide, plan, RULES, pool=pool, ahead=2)
+        for used in range(1, 3):
+            next(reader)
+            pool.submit(int).result()  # the pool has begun whatever it was given before
+            assert used <= len(handle.reads) <= used + 2
+        reader.close()
+
+
 def test_abandoned_reading_leaves_nobody_on_the_slide():
     slide, handle = make(checkered, (5200, 2600))
     plan = plan_tiles(slide, RULES)
