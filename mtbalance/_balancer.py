@@ -315,9 +315,11 @@ class Balancer(nn.Module):
             named = check_losses_by_task(losses, self.tasks, may_be_empty=self._ranks.several)
             if features:
                 check_between(features, named)
-            if not self._ranks.several:
+            if self._ranks.sharded:
+                pass  # graphs hold other parameters then
+            elif not self._ranks.several:
                 self._reach.note_graphs(named)
-            elif not self._ranks.sharded:  # noted when all ranks have told what they reach
+            else:  # noted when all ranks have told what they reach
                 self._reach.check({task: reach_of([loss]).leaves for task, loss in named.items()})
         except (TypeError, ValueError) as error:
             if not self._ranks.several:
@@ -453,7 +455,8 @@ class Balancer(nn.Module):
             leaves = list(pending.leaves.values())
             rows = pending.rows(names, leaves)
             with self.weighting.only(active):
-                step = Step if not self._ranks.several else functools.partial(RankStep, self._ranks)
+                alone = not (self._ranks.several or self._ranks.sharded)
+                step = Step if alone else functools.partial(RankStep, self._ranks)
                 self.weighting.before_step(step(leaves, rows, scale or 1.0, validation))
             del rows
         weights, learned = self._weigh(losses, active)
@@ -564,20 +567,25 @@ class Balancer(nn.Module):
         bad = self._finite.bad_losses(named)
         values = {name: loss.detach() for name, loss in named.items()}
         reach = reach_of(list(named.values()))
+        inputs = [leaf for leaf in reach.leaves if not isinstance(leaf, nn.Parameter)]
+        around = [*self._ranks.parameters(), *inputs] if self._ranks.sharded else reach.leaves
         if not self._ranks.several:
             if bad and self.nonfinite == "raise":
                 raise FloatingPointError(nonfinite_message("loss", bad))
-            return _Facts(named, values, tuple(bad), dict.fromkeys(named, 1.0), reach.leaves)
+            return _Facts(named, values, tuple(bad), dict.fromkeys(named, 1.0), around)
         reached = {name: reach_of([loss]).leaves for name, loss in named.items()}
-        agreement = self._agreed(named, bad, {} if self._ranks.sharded else reached, error)
-        inputs = [leaf for leaf in reach.leaves if not isinstance(leaf, nn.Parameter)]
+        if self._ranks.sharded:
+            reached = {name: self._ranks.plain(leaves) for name, leaves in reached.items()}
+        agreement = self._agreed(named, bad, reached, error)
+        parameters = self._ranks.ordered(itertools.chain(*agreement.layouts.values()))
         if self._ranks.sharded:
             self._ranks.check_same_tasks(agreement)
-            parameters = self._ranks.parameters()
         else:
-            parameters = self._ranks.ordered(itertools.chain(*agreement.layouts.values()))
+            around = [*parameters, *inputs]
         shares = {name: self._ranks.size / count for name, count in agreement.counts.items()}
-        return _Facts(named, agreement.losses, agreement.nonfinite, shares, [*parameters, *inputs])
+        return _Facts(
+            named, agreement.losses, agreement.nonfinite, shares, around, plain=parameters
+        )
 
     def _weights_of(self, facts: "_Facts") -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         stack = stacked(list(facts.losses.values()))
@@ -607,6 +615,14 @@ class Balancer(nn.Module):
             if here:
                 gradients = gradient_of(here, leaves, factors, retain_graph=retain_graph)
             add_to_grad(leaves, self._ranks.add_up(leaves, gradients, divisor=self._ranks.size))
+        elif self._ranks.sharded:
+            torch.autograd.backward(here, factors)
+            # Shards are averaged where they arrive, other parameters are not.
+            means = self._ranks.add_up(
+                facts.plain, [leaf.grad for leaf in facts.plain], divisor=self._ranks.size
+            )
+            for leaf, mean in zip(facts.plain, means, strict=True):
+                leaf.grad = mean
         elif len(leaves) == len(facts.leaves):
             torch.autograd.backward(here, factors, retain_graph=retain_graph)
         else:
@@ -830,6 +846,8 @@ class _Facts(NamedTuple):
     shares: dict[str, float]
     """Per task, the number of processes over the number of those that have it."""
     leaves: list[Tensor]
+    plain: Sequence[Tensor] = ()
+    """The parameters among them that are not sharded."""
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

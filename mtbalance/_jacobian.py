@@ -322,6 +322,7 @@ def direct_by_columns(
         The direction, one tensor per parameter, and its inner products with the raw rows, (m,).
     """
     parts: list[Tensor | None] = [None] * len(like)
+    reached = [any(part is not None for part in parts) for parts in zip(*rows, strict=True)]
     progress = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     unweighted = weights.device.type == "cpu" and bool((weights == 1).all())
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
@@ -341,9 +342,10 @@ def direct_by_columns(
                     whole, dtype=at_least_float32(whole.dtype)
                 )
             part[start:stop].copy_(values)
+    # What has no entries (a shard may) has no columns, but a direction nevertheless.
     directions = [
-        None if part is None else shaped(part, tensor)
-        for part, tensor in zip(parts, like, strict=True)
+        shaped(part, tensor) if part is not None else torch.zeros_like(tensor) if found else None
+        for part, tensor, found in zip(parts, like, reached, strict=True)
     ]
     return directions, progress
 

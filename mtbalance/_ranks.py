@@ -10,6 +10,7 @@ nor add up gradients of different parameters.
 
 import gc
 import hashlib
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from mtbalance._jacobian import TaskGradients, sharded_task_gradients
 from mtbalance._random import RandomSource
-from mtbalance._rows import columns_of, flat, inner_products, shaped
+from mtbalance._rows import Rows, columns_of, flat, inner_products, shaped
 from mtbalance._shards import is_sharded, sum_over_shards
 from mtbalance.weighting._base import Step
 
@@ -38,6 +39,7 @@ class Agreement:
 
     Attributes:
         counts: In how many ranks each task is active, for tasks that are active in any.
+        present: In how many ranks each of these has a loss, finite or not.
         losses: Their mean losses over those ranks.
         nonfinite: Tasks whose loss is not finite in some rank.
         layouts: Per task that some rank has a loss of, finite or not, the parameters that it
@@ -46,6 +48,7 @@ class Agreement:
     """
 
     counts: dict[str, int]
+    present: dict[str, int]
     losses: dict[str, Tensor]
     nonfinite: tuple[str, ...]
     layouts: dict[str, list[Tensor]]
@@ -178,9 +181,17 @@ class Ranks:
         self._shared = shared or {}
         self._names: Names | None = None
         self._layouts: dict[str, list[str]] = {}
+        self._around: list[weakref.ref[Tensor]] = []
         if self.sharded:
             # Now, before a forward pass: in between, the model holds whole parameters instead.
-            self._known_names().add_model()
+            names = self._known_names()
+            names.add_model()
+            self._around = [
+                weakref.ref(parameter)
+                for root in _roots()
+                for parameter in root.parameters()
+                if id(parameter) not in names.by_id
+            ]
 
     # Process groups can be neither copied nor pickled; a copy belongs to the same one.
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
@@ -191,7 +202,7 @@ class Ranks:
         return Ranks(self._group, self._tasks, shared)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None, "_names": None}
+        return {**self.__dict__, "_group": None, "_names": None, "_around": []}
 
     @property
     def several(self) -> bool:
@@ -217,8 +228,18 @@ class Ranks:
         return any(is_sharded(p) for group in self._shared.values() for p in group.values())
 
     def parameters(self) -> list[Tensor]:
-        """Return every parameter that has a name."""
-        return list(self._known_names().by_name.values())
+        """Return every parameter that has a name; with sharded ones, all that any module holds."""
+        named = self._known_names()
+        around = [parameter for ref in self._around if (parameter := ref()) is not None]
+        return [*named.by_name.values(), *(p for p in around if id(p) not in named.by_id)]
+
+    def plain(self, leaves: Iterable[Tensor]) -> list[Tensor]:
+        """Return the parameters among these leaves that are not sharded.
+
+        Sharded parameters are represented in graphs by others, which no module holds for long.
+        """
+        known = {id(parameter) for parameter in self.parameters() if not is_sharded(parameter)}
+        return [leaf for leaf in leaves if id(leaf) in known]
 
     def ordered(self, leaves: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters among these leaves, each once, in the same order on all ranks."""
@@ -276,6 +297,7 @@ class Ranks:
         home = next(iter(losses.values()), sums).device
         return Agreement(
             {self._tasks[number]: counts[self._tasks[number]] for number in active},
+            {self._tasks[number]: int((states[:, number] != _ABSENT).sum()) for number in active},
             {
                 (task := self._tasks[number]): (sums[number] / counts[task]).to(
                     losses[task].device if task in losses else home, widest[number]
@@ -419,7 +441,7 @@ class Ranks:
 
     def check_same_tasks(self, agreement: Agreement) -> None:
         """Raise, on all ranks, unless all have the same tasks."""
-        for task, count in agreement.counts.items():
+        for task, count in agreement.present.items():
             if count != self.size:
                 raise ValueError(
                     f"all ranks must have a loss of task {task!r} where parameters are sharded, "
@@ -474,14 +496,23 @@ class RankStep(Step):
                 "`validation` must return a loss on every rank where parameters are sharded, but "
                 f"got none on rank {self._ranks.rank}."
             )
-        # Averaged already, in shards.
         (slopes,) = sharded_task_gradients([loss], self.parameters, [False])
         scaled = [None if s is None else s * f for s, f in zip(slopes, factors, strict=True)]
-        return sum_over_shards(
-            self.parameters,
-            [*self.gradients, scaled],
-            lambda rows: inner_products(rows[:-1], rows[-1]),
+        rows = [*self.gradients, scaled]
+        sharded = [number for number, p in enumerate(self.parameters) if is_sharded(p)]
+        plain = [number for number, p in enumerate(self.parameters) if not is_sharded(p)]
+        # Slopes of shards are averaged already, all others are this rank's own.
+        products = sum_over_shards(
+            [self.parameters[number] for number in sharded],
+            [[row[number] for number in sharded] for row in rows],
+            _products_with_last,
         )
+        own = _products_with_last([[row[number] for number in plain] for row in rows])
+        return products + self._ranks.sum(own).to(products.device) / self._ranks.size
+
+
+def _products_with_last(rows: Rows) -> Tensor:
+    return inner_products(rows[:-1], rows[-1])
 
 
 class Exchange:
