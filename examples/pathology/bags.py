@@ -137,7 +137,7 @@ class Inspection:
         maker = Maker(
             bag.extractor,
             bag.weights_sha256,
-            _tile_size_um(bag),
+            bag.tile_size_um,
             bag.random_weights,
             bag.feats.shape[1],
         )
@@ -165,12 +165,6 @@ class Inspection:
             weights_sha256=next((m.weights_sha256 for m in makers if m.weights_sha256), None),
             tile_size_um=next((m.tile_size_um for m in makers if m.tile_size_um), None),
         )
-
-
-def _tile_size_um(bag: Bag) -> float | None:
-    """Return the edge of a tile that a feature file gives; ``None`` if it does not say."""
-    size = getattr(bag, "tile_size_um", None)
-    return None if size is None or not np.isfinite(size) else float(size)
 
 
 def _compact(bag: NDArray[np.float32]) -> NDArray[np.float16 | np.float32]:

@@ -68,6 +68,7 @@ CompleteCases = Annotated[
         help="Leave out patients who lack a value of any target, as the paper does.",
     ),
 ]
+NoDevice = Annotated[str, typer.Option(help="Accepted as everywhere; none is needed here.")]
 PatientColumn = Annotated[str, typer.Option(help="Column of the patient in both tables.")]
 FilenameColumn = Annotated[str, typer.Option(help="Column of the file name in the slide table.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)]
@@ -168,6 +169,57 @@ def verify_weights(
     verdict = ctranspath.verify_weights(weights)
     typer.echo(verdict.sentence)
     raise typer.Exit(0 if verdict.released else 1)
+
+
+@app.command()
+def check(
+    clini: Annotated[
+        Path, typer.Option(help="Clinical table (.csv, .xlsx) with the patient and targets.")
+    ],
+    slide_table: Annotated[Path, typer.Option(help="Table of patient and file name.")],
+    features: Annotated[Path, typer.Option(help="Folder of feature files (.h5).")],
+    target: Annotated[str, typer.Option(help="Column of the primary, categorical target.")],
+    auxiliary: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of a further target; may be given several times."),
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(help="Class whose AUROC is reported; default: the rarer one.")
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds to count for.")] = 5,
+    complete_cases: CompleteCases = False,
+    patient_column: PatientColumn = "PATIENT",
+    filename_column: FilenameColumn = "FILENAME",
+    limit: Annotated[int, typer.Option(min=1, help="Most names that a list shows.")] = 20,
+    seed: Seed = 0,
+    device: NoDevice = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what of tables and features fits together, what does not, and what is known.
+
+    The exit code is 1 if a name has no partner or a file cannot be used.
+    """
+    from examples.pathology.check import CheckConfig, run_check
+
+    code = run_check(
+        CheckConfig(
+            clini=clini,
+            slide_table=slide_table,
+            features=features,
+            target=target,
+            auxiliary=tuple(auxiliary or ()),
+            positive=positive,
+            folds=folds,
+            complete_cases=complete_cases,
+            patient_column=patient_column,
+            filename_column=filename_column,
+            limit=limit,
+            seed=seed,
+        ),
+        typer.echo,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -272,6 +324,40 @@ def crossval(
             patient_column=patient_column,
             filename_column=filename_column,
             note=note,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+@app.command()
+def deploy(
+    run: Annotated[Path, typer.Option(help="A finished run of crossval.")],
+    clini: Annotated[
+        Path, typer.Option(help="Clinical table of the other cohort; labels may be missing.")
+    ],
+    slide_table: Annotated[Path, typer.Option(help="Table of patient and file name.")],
+    features: Annotated[Path, typer.Option(help="Folder of feature files (.h5).")],
+    out: Annotated[Path, typer.Option(help="Where the results go.")],
+    patient_column: PatientColumn = "PATIENT",
+    filename_column: FilenameColumn = "FILENAME",
+    seed: Seed = 0,
+    device: Device = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Predict for another cohort with every fold of a run, and with their mean."""
+    from examples.pathology.deploy import DeployConfig, run_deploy
+
+    run_deploy(
+        DeployConfig(
+            run=run,
+            clini=clini,
+            slide_table=slide_table,
+            features=features,
+            out=out,
+            patient_column=patient_column,
+            filename_column=filename_column,
             seed=seed,
             device=device,
         )

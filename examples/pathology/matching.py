@@ -84,29 +84,46 @@ def near_matches(names: Iterable[str], candidates: Iterable[str]) -> dict[str, s
     Returns:
         The nearest candidate of every name that has a near one.
     """
-    by_plain = {_plain(candidate): candidate for candidate in sorted(candidates, reverse=True)}
-    plain_candidates = sorted(by_plain)
+    open_names = {name: _plain(name) for name in names}
+    free = {_plain(candidate): candidate for candidate in sorted(candidates, reverse=True)}
     near = {}
-    for name in names:
-        plain = _plain(name)
-        same = plain if plain in by_plain else None
-        begins = (
-            c
-            for c in plain_candidates
-            if c and plain and (c.startswith(plain) or plain.startswith(c))
-        )
-        found = same or next(begins, None)
-        if found is None:
-            found = next(iter(get_close_matches(plain, plain_candidates, n=1, cutoff=NEAR)), None)
-        if found is not None:
-            near[name] = by_plain[found]
+    # A candidate that is surely another name's is no guess for the rest: hence pass by pass.
+    for guess in (_equal, _beginning, _alike):
+        found = {
+            name: other
+            for name, plain in open_names.items()
+            if plain and (other := guess(plain, free)) is not None
+        }
+        near.update({name: free[other] for name, other in found.items()})
+        open_names = {name: plain for name, plain in open_names.items() if name not in found}
+        taken = set(found.values())
+        free = {plain: candidate for plain, candidate in free.items() if plain not in taken}
     return near
+
+
+def _equal(plain: str, candidates: Iterable[str]) -> str | None:
+    return plain if plain in candidates else None
+
+
+def _beginning(plain: str, candidates: Iterable[str]) -> str | None:
+    return next(
+        (
+            c
+            for c in candidates
+            if f"{c}-".startswith(f"{plain}-") or f"{plain}-".startswith(f"{c}-")
+        ),
+        None,
+    )
+
+
+def _alike(plain: str, candidates: Iterable[str]) -> str | None:
+    return next(iter(get_close_matches(plain, list(candidates), n=1, cutoff=NEAR)), None)
 
 
 def _plain(name: str) -> str:
     """Return a name without what people type differently."""
-    words = re.split(r"[\s._\-/\\]+", name.strip().casefold())
-    return "-".join(word.lstrip("0") or "0" for word in words if word)
+    words = re.findall(r"[^\W\d_]+|\d+", name.casefold())
+    return "-".join(word.lstrip("0") or "0" for word in words)
 
 
 def _prefixes(stem: str) -> list[str]:

@@ -43,7 +43,7 @@ def roc(folds: Scored, path: Path, *, title: str, caption: str = "") -> None:
         title: Above the axes.
         caption: Below them.
     """
-    figure, axes = _figure(title, caption)
+    figure, axes = new_figure(title, caption)
     curves = []
     for k, (truth, score) in enumerate(folds):
         area = metrics.auroc(truth, score)
@@ -52,7 +52,7 @@ def roc(folds: Scored, path: Path, *, title: str, caption: str = "") -> None:
             continue
         x, y, _ = roc_curve(truth, score)
         curves.append((x, y))
-        _thin(axes, x, y, k, f"fold {k + 1}: {area.value:.2f}")
+        thin_line(axes, x, y, k, f"fold {k + 1}: {area.value:.2f}")
     summary = metrics.over_folds([metrics.auroc(*fold) for fold in folds])
     if curves:
         grid = np.linspace(0.0, 1.0, 201)
@@ -71,8 +71,8 @@ def roc(folds: Scored, path: Path, *, title: str, caption: str = "") -> None:
         axes.plot(grid, mean, color="#000000", lw=2.4, label=label)
     axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="chance")
     _unit_square(axes, "False positive rate", "True positive rate")
-    _legend(figure)
-    _save(figure, path)
+    legend_beside(figure)
+    save(figure, path)
 
 
 def precision_recall(folds: Scored, path: Path, *, title: str, caption: str = "") -> None:
@@ -84,7 +84,7 @@ def precision_recall(folds: Scored, path: Path, *, title: str, caption: str = ""
         title: Above the axes.
         caption: Below them.
     """
-    figure, axes = _figure(title, caption)
+    figure, axes = new_figure(title, caption)
     for k, (truth, score) in enumerate(folds):
         area = metrics.auprc(truth, score)
         if area.reason:
@@ -92,7 +92,7 @@ def precision_recall(folds: Scored, path: Path, *, title: str, caption: str = ""
             continue
         precision, recall, _ = precision_recall_curve(truth, score)
         # Precision between two thresholds is not on the line between them: draw steps.
-        _thin(axes, recall, precision, k, f"fold {k + 1}: {area.value:.2f}", steps=True)
+        thin_line(axes, recall, precision, k, f"fold {k + 1}: {area.value:.2f}", steps=True)
     truth = np.concatenate([truth for truth, _ in folds])
     summary = metrics.over_folds([metrics.auprc(*fold) for fold in folds])
     if summary.folds:
@@ -101,8 +101,51 @@ def precision_recall(folds: Scored, path: Path, *, title: str, caption: str = ""
     share = float(truth.mean())
     axes.axhline(share, color=GREY, lw=1.4, ls=":", label=f"prevalence {share:.2f} = chance")
     _unit_square(axes, "Recall", "Precision")
-    _legend(figure)
-    _save(figure, path)
+    legend_beside(figure)
+    save(figure, path)
+
+
+def regression(
+    folds: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+    path: Path,
+    *,
+    title: str,
+    caption: str = "",
+) -> None:
+    """Draw predicted over measured values, a colour and a marker per fold.
+
+    Args:
+        folds: For each fold measured ``(n,)`` and predicted ``(n,)`` values, in the target's unit.
+        path: The ``.png`` to write.
+        title: Above the axes.
+        caption: Below them.
+    """
+    figure, axes = new_figure(title, caption)
+    scores = [metrics.pearson(*fold) for fold in folds]
+    for k, ((measured, predicted), score) in enumerate(zip(folds, scores, strict=True)):
+        axes.scatter(
+            measured,
+            predicted,
+            s=30,
+            alpha=0.75,
+            color=COLOURS[k % len(COLOURS)],
+            marker=MARKERS[k % len(MARKERS)],
+            edgecolor="white",
+            linewidth=0.5,
+            label=f"fold {k + 1}: " + (score.reason or f"r = {score.value:.2f}"),
+        )
+    summary = metrics.over_folds(scores)
+    if summary.folds:
+        spread = f" ± {summary.sd:.2f} (sd)" if summary.folds > 1 else ""
+        axes.plot([], [], " ", label=f"mean r = {summary.mean:.2f}{spread}")
+    measured = np.concatenate([fold[0] for fold in folds])
+    if len(measured):
+        ends = [measured.min(), measured.max()]
+        axes.plot(ends, ends, color=GREY, lw=1, ls=":", label="equal")
+    axes.set_xlabel("Measured", fontsize=STYLE["font"])
+    axes.set_ylabel("Predicted", fontsize=STYLE["font"])
+    legend_beside(figure)
+    save(figure, path)
 
 
 def tsne(
@@ -167,8 +210,8 @@ def tsne(
     )
     text = "t-SNE of each fold's test patients by that fold's own model; panels share no axes. "
     width = 30 * columns
-    figure.supxlabel(_wrap(text + caption, width), fontsize=STYLE["small"], color=GREY)
-    _save(figure, path)
+    figure.supxlabel(wrap(text + caption, width), fontsize=STYLE["small"], color=GREY)
+    save(figure, path)
 
 
 def tsne_map(embedding: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
@@ -204,7 +247,7 @@ def compare(
         chance: What a random score would reach.
         caption: Below the axes.
     """
-    figure, axes = _figure(
+    figure, axes = new_figure(
         f"{metric} in every fold", caption, width=max(7.0, 1.7 * len(methods) + 2.6)
     )
     values = np.array([list(row) for row in methods.values()], dtype=float)  # (methods, folds)
@@ -236,10 +279,11 @@ def compare(
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=STYLE["small"], frameon=False
     )
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(title: str, caption: str, width: float = 7.8) -> tuple[Figure, Axes]:
+def new_figure(title: str, caption: str, width: float = 7.8) -> tuple[Figure, Axes]:
+    """Return a figure with one set of axes, a title above and a caption below."""
     figure = Figure(figsize=(width, 5.6 + (0.4 if caption else 0.0)), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=STYLE["font"] + 2)
@@ -249,16 +293,16 @@ def _figure(title: str, caption: str, width: float = 7.8) -> tuple[Figure, Axes]
     axes.grid(color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
     if caption:
-        figure.supxlabel(_wrap(caption, round(13 * width)), fontsize=STYLE["small"], color=GREY)
+        figure.supxlabel(wrap(caption, round(13 * width)), fontsize=STYLE["small"], color=GREY)
     return figure, axes
 
 
-def _legend(figure: Figure) -> None:
+def legend_beside(figure: Figure) -> None:
     """Explain the lines beside the axes, where no curve runs."""
     figure.legend(loc="outside right center", fontsize=STYLE["small"], frameon=False)
 
 
-def _thin(
+def thin_line(
     axes: Axes,
     x: NDArray[np.float64],
     y: NDArray[np.float64],
@@ -267,6 +311,7 @@ def _thin(
     *,
     steps: bool = False,
 ) -> None:
+    """Draw the line of one fold in its colour and style."""
     axes.plot(
         x,
         y,
@@ -286,11 +331,13 @@ def _unit_square(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=STYLE["font"])
 
 
-def _wrap(text: str, width: int) -> str:
+def wrap(text: str, width: int) -> str:
+    """Break a caption into lines."""
     return "\n".join(textwrap.wrap(text, width))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as png, whole or not at all."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=DPI)

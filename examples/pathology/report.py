@@ -17,19 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology import metrics, plots
+from examples.pathology.cohort import TRAINING_ONLY
 from examples.pathology.errors import UserError
 from examples.pathology.files import write_text
+from examples.pathology.resampling import Comparison, compare_auroc, holm
 from examples.pathology.results import FoldResult, caption_of, draw_figures, read_fold
 from examples.pathology.training import BASELINE
 from mtbalance import PAPER_COMBINATIONS
 
 logger = logging.getLogger(__name__)
 
+WIDE = frozenset({"tsne", "training", "balance"})
 CAUTION = (
-    "Mean ± standard deviation over the folds of one cross-validation with one seed. The folds "
-    "share training patients and are few and small, so a difference between rows that is not "
-    "clearly larger than their spread says nothing, and no method is claimed to be better than "
-    "another here."
+    "Mean ± standard deviation over the folds of one cross-validation with one seed [95 % "
+    "bootstrap interval over the patients tested, the models taken as they are]. F1 is at the "
+    "threshold that is best on the validation part. The folds share training patients and are few "
+    "and small, so a difference between rows that is not clearly larger than their spread says "
+    "nothing, and no method is claimed to be better than another here."
 )
 
 
@@ -85,10 +89,7 @@ def write_report(
     for run in read:
         folder = out / "figures" / _file_name(run.name)
         drawn = draw_figures(folder, run.summary, run.results, seed=seed)
-        titles = ("ROC", "precision-recall", "t-SNE")
-        figures.append(
-            (run.name, [(f"{run.name}: {t}", p) for t, p in zip(titles, drawn, strict=True)])
-        )
+        figures.append((run.name, [(f"{run.name}: {title}", path) for title, path in drawn]))
     if len(read) > 1:
         figures.insert(0, ("Methods side by side", _draw_comparisons(read, out / "figures")))
     write_text(out / "table.md", _markdown(read, columns))
@@ -148,6 +149,7 @@ def _columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
     columns = [
         ("auroc", "AUROC"),
         ("auprc", "AUPRC"),
+        ("f1", "F1"),
         ("silhouette", "Silhouette of [cls]"),
     ]
     extra = dict.fromkeys(key for run in runs for key in run.summary["metrics"])
@@ -170,6 +172,9 @@ def _cell(run: Run, key: str) -> str:
     folds = len(value["folds"])
     known = value["folds_with_value"]
     spread = "" if value["sd"] is None else f" ± {value['sd']:.3f}"
+    low, high = value["ci95_over_patients"]
+    if low is not None:
+        spread += f" [{low:.3f}, {high:.3f}]"
     return f"{value['mean']:.3f}{spread}" + (
         "" if known == folds else f" ({known} of {folds} folds)"
     )
@@ -199,6 +204,8 @@ def _csv(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
     names = [
         "mean",
         "sd",
+        "ci95_low_over_patients",
+        "ci95_high_over_patients",
         "ci95_low_over_folds",
         "ci95_high_over_folds",
         "folds_with_value",
@@ -211,6 +218,7 @@ def _csv(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
                 numbers = [
                     value["mean"],
                     value["sd"],
+                    *value["ci95_over_patients"],
                     *value["ci95_over_folds"],
                     value["folds_with_value"],
                 ]
@@ -239,10 +247,13 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     base = runs[0]
     if base.summary["method"] != BASELINE:
         return []
+    comparable = [
+        run for run in runs[1:] if run.summary["splits_sha256"] == base.summary["splits_sha256"]
+    ]
+    tests = [_delong(run, base) for run in comparable]
+    corrected = holm([test.p for test in tests])
     sentences = []
-    for run in runs[1:]:
-        if run.summary["splits_sha256"] != base.summary["splits_sha256"]:
-            continue
+    for run, test, p in zip(comparable, tests, corrected, strict=True):
         ours, theirs = run.scores("auroc"), base.scores("auroc")
         summary = metrics.paired_difference(ours, theirs)
         if summary.folds < 2:
@@ -259,8 +270,36 @@ def _differences(runs: Sequence[Run]) -> list[str]:
                 if inside
                 else ", but folds are not independent, so this is no test of significance."
             )
+            + _test_sentence(test, p, len(comparable))
         )
     return sentences
+
+
+def _delong(ours: Run, theirs: Run) -> Comparison:
+    """Compare the AUROCs of two runs on the same test patients."""
+    target, positive = ours.summary["target"], ours.summary["positive"]
+    folds = []
+    for a, b in zip(ours.results, theirs.results, strict=True):
+        both = a.predictions.merge(b.predictions, on="PATIENT", suffixes=("", "_theirs"))
+        score = f"{target}_{positive}"
+        folds.append(
+            (
+                (both[target] == positive).to_numpy(),
+                both[score].to_numpy(dtype=float),
+                both[f"{score}_theirs"].to_numpy(dtype=float),
+            )
+        )
+    return compare_auroc(folds)
+
+
+def _test_sentence(test: Comparison, corrected: float, comparisons: int) -> str:
+    if test.folds == 0:
+        return ""
+    several = f" ({corrected:.3f} corrected for {comparisons} comparisons)" * (comparisons > 1)
+    return (
+        f" DeLong's test over the same test patients, the trained models taken as they are: "
+        f"{test.low:+.3f} to {test.high:+.3f}, p = {test.p:.3f}{several}."
+    )
 
 
 def _warnings(runs: Sequence[Run], unfinished: Sequence[Path]) -> list[str]:
@@ -311,7 +350,7 @@ def _html(
         parts.append(f"<h2>{say(heading)}</h2><div class='figures'>")
         for text, path in drawn:
             data = base64.b64encode(path.read_bytes()).decode("ascii")
-            kind = " class='wide'" if path.stem == "tsne" else ""
+            kind = " class='wide'" if path.stem in WIDE else ""
             parts.append(
                 f"<img{kind} alt='{say(text, quote=True)}' src='data:image/png;base64,{data}'>"
             )
@@ -330,12 +369,16 @@ def _funnel_html(run: Run) -> str:
     stages = "".join(f"<li>{count} {say(stage)}</li>" for stage, count in run.summary["funnel"])
     with (run.folder / "ledger.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] != "used"]
+    alone = [row for row in rows if row["status"] == TRAINING_ONLY]
+    rows = [row for row in rows if row["status"] != TRAINING_ONLY]
     reasons = Counter((row["item"], row["reason"]) for row in rows)
     left_out = "".join(
         f"<li>{n} × {say(item)}: {say(why)}</li>" for (item, why), n in reasons.most_common()
     )
     return (
-        f"<p>Patients:</p><ol>{stages}</ol><p>Left out:</p><ul>{left_out or '<li>nobody</li>'}</ul>"
+        f"<p>Patients:</p><ol>{stages}</ol>"
+        + (f"<p>{len(alone)} trained on for other targets only.</p>" if alone else "")
+        + f"<p>Left out:</p><ul>{left_out or '<li>nobody</li>'}</ul>"
         "<p>One row for each is in ledger.csv of the run.</p>"
     )
 

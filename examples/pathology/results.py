@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology import metrics, plots, resampling
+from examples.pathology import history_plots, metrics, plots, resampling
 from examples.pathology.cohort import Target
 from examples.pathology.errors import UserError, listing, one_line
 from examples.pathology.files import write_bytes, write_json, write_text
@@ -121,7 +121,7 @@ def write_fold(
         {
             "best_epoch": fitted.best_epoch,
             "epochs": len(fitted.history),
-            "threshold": _or_none(threshold),
+            "threshold": json_or_none(threshold),
             "seconds": round(seconds, 3),
         },
     )
@@ -235,7 +235,7 @@ def read_fold(folder: Path) -> FoldResult:
     done = json.loads((folder / DONE).read_text(encoding="utf-8"))
     threshold = done.get("threshold")
     return FoldResult(
-        pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False),
+        read_predictions(folder / "predictions.csv"),
         np.load(folder / "embeddings.npy", allow_pickle=False),
         int(done["best_epoch"]),
         int(done["epochs"]),
@@ -243,6 +243,11 @@ def read_fold(folder: Path) -> FoldResult:
         math.nan if threshold is None else float(threshold),
         pd.read_csv(folder / "history.csv"),
     )
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read back what `write_predictions` wrote, all as text."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def summarise(
@@ -274,7 +279,7 @@ def summarise(
         "best_epochs": [result.best_epoch for result in results],
         "epochs": [result.epochs for result in results],
         "seconds": [result.seconds for result in results],
-        "thresholds": [_or_none(result.threshold) for result in results],
+        "thresholds": [json_or_none(result.threshold) for result in results],
         "share_waiting_for_data": _share_waiting(results),
         "metrics": summary_of_metrics(results, targets, config.seed),
     }
@@ -404,24 +409,29 @@ def _summary_json(measured: Sequence[Measured], seed: int) -> dict[str, Any]:
         [(m.strata, m.resampled) for m in measured if m.resampled is not None], seed=seed
     )
     return {
-        "folds": [_or_none(score.value) for score in scores],
+        "folds": [json_or_none(score.value) for score in scores],
         "undefined": {str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
-        "mean": _or_none(summary.mean),
-        "sd": _or_none(summary.sd),
-        "ci95_over_patients": [_or_none(end) for end in interval],
-        "ci95_over_folds": [_or_none(summary.low), _or_none(summary.high)],
+        "mean": json_or_none(summary.mean),
+        "sd": json_or_none(summary.sd),
+        "ci95_over_patients": [json_or_none(end) for end in interval],
+        "ci95_over_folds": [json_or_none(summary.low), json_or_none(summary.high)],
         "folds_with_value": summary.folds,
     }
 
 
-def _or_none(value: float) -> float | None:
+def json_or_none(value: float) -> float | None:
+    """Return a number as JSON can hold it: without NaN."""
     return None if math.isnan(value) else value
 
 
 def draw_figures(
-    figures: Path, summary: Mapping[str, Any], results: Sequence[FoldResult], *, seed: int
-) -> list[Path]:
-    """Draw ROC and PR curves and the t-SNE of the [cls] embedding.
+    figures: Path,
+    summary: Mapping[str, Any],
+    results: Sequence[FoldResult],
+    *,
+    seed: int,
+) -> list[tuple[str, Path]]:
+    """Draw what a run says: its ranking, its embedding, its measurements and its training.
 
     Args:
         figures: The folder to write to.
@@ -430,33 +440,86 @@ def draw_figures(
         seed: Of the t-SNE.
 
     Returns:
-        The files, in that order.
+        A title and the file of every figure.
     """
-    target, positive = str(summary["target"]), str(summary["positive"])
-    title = f"{summary['method']}: {target} = {positive}"
-    caption = caption_of(summary)
-    scored = [
-        (
-            (result.predictions[target] == positive).to_numpy(),
-            result.predictions[f"{target}_{positive}"].astype(float).to_numpy(),
-        )
+    targets = [
+        Target(
+            str(summary["target"]),
+            "classification",
+            tuple(summary["classes"]),
+            str(summary["positive"]),
+        ),
+        *(Target(str(t["name"]), t["kind"]) for t in summary["auxiliary"]),
+    ]
+    drawn = draw_scores(figures, summary, results, targets)
+    embedded = [
+        (result.embeddings, result.predictions[targets[0].name].to_numpy(dtype=str))
         for result in results
     ]
-    files = [figures / f"{name}.png" for name in ("roc", "pr", "tsne")]
-    plots.roc(scored, files[0], title=title, caption=caption)
-    plots.precision_recall(scored, files[1], title=title, caption=caption)
-    embedded = [
-        (result.embeddings, result.predictions[target].to_numpy(dtype=str)) for result in results
-    ]
+    path = figures / "tsne.png"
     plots.tsne(
         embedded,
         list(summary["classes"]),
-        files[2],
-        title=f"{summary['method']}: [cls] embedding by {target}",
-        caption=caption,
+        path,
+        title=f"{summary['method']}: [cls] embedding by {targets[0].name}",
+        caption=caption_of(summary),
         seed=seed,
     )
-    return files
+    drawn.append(("t-SNE", path))
+    histories = [result.history for result in results if len(result.history)]
+    if histories:
+        tasks = [target.name for target in targets]
+        method, caption = str(summary["method"]), caption_of(summary)
+        best = [result.best_epoch for result in results if len(result.history)]
+        path = figures / "training.png"
+        history_plots.training(histories, best, tasks, path, title=method, caption=caption)
+        drawn.append(("training", path))
+        path = figures / "balance.png"
+        if history_plots.balance(histories, tasks, path, title=method, caption=caption):
+            drawn.append(("task weights and gradient conflict", path))
+    return drawn
+
+
+def draw_scores(
+    figures: Path,
+    summary: Mapping[str, Any],
+    results: Sequence[FoldResult],
+    targets: Sequence[Target],
+) -> list[tuple[str, Path]]:
+    """Draw ROC and PR curves of the primary target, and measured against predicted values.
+
+    Args:
+        figures: The folder to write to.
+        summary: What ``metrics.json`` holds.
+        results: Of all folds; patients without a label are left out.
+        targets: What was predicted, the primary target first.
+
+    Returns:
+        A title and the file of every figure.
+    """
+    primary = targets[0]
+    caption = caption_of(summary)
+    title = f"{summary['method']}: {primary.name} = {primary.positive}"
+    scored = []
+    for result in results:
+        known = result.predictions[result.predictions[primary.name] != ""]
+        truth = (known[primary.name] == primary.positive).to_numpy()
+        scored.append((truth, known[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)))
+    drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
+    plots.roc(scored, drawn[0][1], title=title, caption=caption)
+    plots.precision_recall(scored, drawn[1][1], title=title, caption=caption)
+    for number, target in enumerate(targets[1:], start=1):
+        if target.kind == "regression":
+            path = figures / f"regression-{number}.png"  # its name may hold any character
+            points = []
+            for result in results:
+                known = result.predictions[result.predictions[target.name] != ""]
+                measured = known[target.name].to_numpy(dtype=float)
+                points.append((measured, known[f"{target.name}_pred"].to_numpy(dtype=float)))
+            heading = f"{summary['method']}: {target.name}"
+            plots.regression(points, path, title=heading, caption=caption)
+            drawn.append((f"measured and predicted {target.name}", path))
+    return drawn
 
 
 def caption_of(summary: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from examples.pathology.results import FoldResult, fold_scores, prediction_colum
 from examples.pathology.splits import Fold
 from tests.pathology.tiny import make_tables, write_bag, write_table
 
+FIGURES = ("roc", "pr", "regression-1", "tsne", "training", "balance")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -81,7 +82,7 @@ def test_the_run_folder_is_complete(run):
         "splits.json",
         "ledger.csv",
         "metrics.json",
-        *(f"figures/{name}.png" for name in ("roc", "pr", "tsne")),
+        *(f"figures/{name}.png" for name in FIGURES),
         *(f"fold-{k}/{name}" for k in (1, 2) for name in fold),
     }
     for figure in (run / "figures").iterdir():

@@ -19,13 +19,13 @@ def fold(n=20):
 def drawn(monkeypatch):
     """Keep the figures that are written."""
     figures = []
-    original = plots._save
+    original = plots.save
 
     def save(figure, path):
         figures.append(figure)
         original(figure, path)
 
-    monkeypatch.setattr(plots, "_save", save)
+    monkeypatch.setattr(plots, "save", save)
     return figures
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from examples.pathology import training
@@ -13,6 +14,7 @@ from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
 from examples.pathology.model import JointTransformer
 from examples.pathology.report import CAUTION, write_report
+from examples.pathology.resampling import compare_auroc
 from tests.pathology.tiny import make_tables, write_bag
 
 NOTE = "SYNTHETIC <features> & labels"
@@ -88,7 +90,7 @@ def test_the_page_stands_alone(page):
     parser = Links()
     parser.feed(text_of(page).removeprefix("<!doctype html>"))
     assert parser.open_tags == []
-    assert len(parser.sources) == 2 + 2 * 3  # two comparisons, three figures per run
+    assert len(parser.sources) == 2 + 6 + 4  # comparisons; naive; the baseline, which has no LF
     for source in parser.sources:
         head, data = source.split(",", 1)
         assert head == "data:image/png;base64"
@@ -97,13 +99,17 @@ def test_the_page_stands_alone(page):
 
 def test_the_table_has_a_row_per_method_with_mean_and_spread(page, runs):
     table = (page.parent / "table.md").read_text(encoding="utf-8").splitlines()
-    assert table[0].startswith("| Method | AUROC | AUPRC | Silhouette of [cls] | Pearson r, LF |")
+    assert table[0].startswith(
+        "| Method | AUROC | AUPRC | F1 | Silhouette of [cls] | Pearson r, LF |"
+    )
     assert [line.split(" | ")[0] for line in table[2:4]] == ["| baseline", "| naive"]
     assert table[2].endswith("| – |")  # the baseline predicts no LF
     value = json.loads((runs / "naive/metrics.json").read_text(encoding="utf-8"))
     auroc = value["metrics"]["auroc"]
-    assert f"| {auroc['mean']:.3f} ± {auroc['sd']:.3f} |" in table[3]
-    assert f"<td>{auroc['mean']:.3f} ± {auroc['sd']:.3f}</td>" in text_of(page)
+    low, high = auroc["ci95_over_patients"]
+    cell = f"{auroc['mean']:.3f} ± {auroc['sd']:.3f} [{low:.3f}, {high:.3f}]"
+    assert f"| {cell} |" in table[3]
+    assert f"<td>{cell}</td>" in text_of(page)
 
 
 def test_the_csv_holds_every_number(page, runs):
@@ -114,6 +120,9 @@ def test_the_csv_holds_every_number(page, runs):
     assert float(row["mean"]) == value["metrics"]["auroc"]["mean"]
     low, high = value["metrics"]["auroc"]["ci95_over_folds"]
     assert (float(row["ci95_low_over_folds"]), float(row["ci95_high_over_folds"])) == (low, high)
+    low, high = value["metrics"]["auroc"]["ci95_over_patients"]
+    assert float(row["ci95_low_over_patients"]) == low
+    assert float(row["ci95_high_over_patients"]) == high
     assert len(row["folds"].split()) == 2
     assert ("baseline", "pearson/LF") not in rows
     assert ("naive", "prevalence") in rows
@@ -142,7 +151,7 @@ def test_one_run_goes_into_its_own_folder(runs, tmp_path):
     shutil.copytree(runs / "naive", tmp_path / "naive")
     page = write_report([tmp_path / "naive"])
     assert page == tmp_path / "naive/report/index.html"
-    assert text_of(page).count("<img") == 3
+    assert text_of(page).count("<img") == 6
 
 
 def test_random_weights_are_said(runs, tmp_path):
@@ -174,6 +183,28 @@ def test_two_runs_of_a_method_keep_apart(runs, tmp_path):
         "baseline (baseline)",
         "baseline (naive)",
     ]
+
+
+def test_methods_are_tested_against_the_baseline_patient_by_patient(runs, page, tmp_path):
+    """Whatever the order of rows: the test pairs patients by name."""
+    folds = []
+    for k in (1, 2):
+        ours, theirs = (
+            pd.read_csv(runs / name / f"fold-{k}/predictions.csv").set_index("PATIENT")
+            for name in ("naive", "baseline")
+        )
+        truth = (ours["isMSIH"] == "MSS").to_numpy()
+        score = theirs["isMSIH_MSS"].reindex(ours.index)
+        folds.append((truth, ours["isMSIH_MSS"].to_numpy(), score.to_numpy()))
+    test = compare_auroc(folds)
+    words = "DeLong&#x27;s test over the same test patients, the trained models taken as they are"
+    expected = f"{words}: {test.low:+.3f} to {test.high:+.3f}, p = {test.p:.3f}."
+    assert expected in text_of(page)
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs/naive/fold-1/predictions.csv"
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([head, *reversed(rows)]) + "\n", encoding="utf-8")
+    assert expected in text_of(write_report([tmp_path / "runs"]))
 
 
 def test_runs_of_different_targets_are_refused(runs, tmp_path):
