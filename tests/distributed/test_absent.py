@@ -141,12 +141,13 @@ def test_absent_tasks_with_inferred_sharing(two: Pool) -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_parameters_in_use_differ(two: Pool, wrapped: bool) -> None:
-    """One adapter per rank; what nobody reaches has no gradient."""
-    schedule = [(TASKS, TASKS), (("a",), ("b", "c"))]
+    """One adapter per rank; what nobody reaches, ever or in a step, has no gradient."""
+    schedule = [(TASKS, TASKS), (("a",), ("b", "c")), (TASKS, ())]
     alone = assert_all_equal(two, schedule, make=Adapted, wrapped=wrapped)
     for outcome in alone.values():
         assert outcome.gradients["step 1: never.weight"] is None
         assert outcome.gradients["step 0: adapters.1.weight"] is not None
+        assert outcome.gradients["step 2: adapters.1.weight"] is None
 
 
 def test_dropped_tasks_are_absent_everywhere_when_sharing_is_inferred(two: Pool) -> None:
@@ -228,11 +229,12 @@ class OfOneTask(nn.Module):
 
 
 def a_model_per_task(here: Here) -> None:
+    """Made in another order on each rank."""
     trunk = Network().trunk
-    models = {task: OfOneTask(trunk) for task in TASKS}
+    order = TASKS if here.rank else TASKS[::-1]
+    models = {task: OfOneTask(trunk) for task in order}
     balancer = make_balancer("pcgrad", tasks=TASKS, shared=trunk)
-    task = TASKS[here.rank]
-    balancer.backward({task: models[task](batch())})
+    balancer.backward({order[-1]: models[order[-1]](batch())})
 
 
 def test_models_of_one_class_are_not_taken_for_each_other(two: Pool) -> None:
