@@ -382,6 +382,37 @@ def demo(
 
 
 @app.command()
+def heatmap(
+    run: Annotated[Path, typer.Option(help="A finished run of crossval.")],
+    slide: Annotated[Path, typer.Option(help="The slide; of a DICOM series, any file.")],
+    features: Annotated[Path, typer.Option(help="The slide's feature file (.h5).")],
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")],
+    default_mpp: Annotated[
+        float | None, typer.Option(help="um per pixel of a slide that does not tell its own.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=32, help="How many top tiles to show.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Accepted as everywhere; not used.")] = 0,
+    device: Device = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show what each tile of a slide says: attention and class score over the slide, top tiles."""
+    from examples.pathology.heatmap import HeatmapConfig, run_heatmap
+
+    run_heatmap(
+        HeatmapConfig(
+            run=run,
+            slide=slide,
+            features=features,
+            out=out,
+            default_mpp=default_mpp,
+            top=top,
+            device=device,
+        )
+    )
+
+
+@app.command()
 def report(
     run: Annotated[
         list[Path],

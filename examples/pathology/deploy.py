@@ -93,7 +93,7 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
         UserError: The run is not finished, the features are of another kind, or nobody is left.
     """
     device = resolve_device(config.device)
-    folders = _fold_folders(config.run)
+    folders = fold_folders(config.run)
     models = [read_model(folder / "model.pt", device) for folder in folders]
     targets = models[0][0].targets
     cohort = load_external(
@@ -204,7 +204,12 @@ def refuse_other_features(
             )
 
 
-def _fold_folders(run: Path) -> list[Path]:
+def fold_folders(run: Path) -> list[Path]:
+    """Return the folders of the folds of a finished run.
+
+    Raises:
+        UserError: It is none.
+    """
     if not (run / "metrics.json").exists():
         raise UserError(
             f"`run` must be a finished run of `crossval`, but {run} is none. Run `crossval` first, "

@@ -101,6 +101,29 @@ class JointTransformer(nn.Module):
         outputs = tuple(head(decoded[:, i]) for i, head in enumerate(self.heads))
         return Prediction(outputs, decoded[:, 0])
 
+    def attention(self, tiles: Tensor, token: int = 0) -> Tensor:
+        """Return how much a token attends to each tile in the last decoder layer.
+
+        Args:
+            tiles: Features ``(n, in_features)`` of one bag; the model must be in eval mode.
+            token: Of which target; 0 is the primary one.
+
+        Returns:
+            Mean over heads ``(n,)``, which sums to 1.
+        """
+        if self.training:
+            raise ValueError("The model must be in eval mode, but is in training mode: `.eval()`.")
+        with _attention_without_matrix():
+            memory = self.encoder(self.projector((tiles.unsqueeze(0) - self.mean) / self.scale))
+            decoded = torch.stack(list(self.tokens)).unsqueeze(0)
+            *first, last = self.decoder.layers
+            for layer in first:
+                decoded = layer(decoded, memory)
+            among = last.self_attn(decoded, decoded, decoded, need_weights=False)[0]
+            decoded = last.norm1(decoded + among)
+            weights: Tensor = last.multihead_attn(decoded, memory, memory)[1]
+        return weights[0, token]
+
     def standardize(self, mean: Tensor, scale: Tensor) -> None:
         """Bring features to mean 0 and standard deviation 1 from now on; saved with the model.
 

@@ -516,6 +516,8 @@ def draw_scores(
                 known = result.predictions[result.predictions[target.name] != ""]
                 measured = known[target.name].to_numpy(dtype=float)
                 points.append((measured, known[f"{target.name}_pred"].to_numpy(dtype=float)))
+            if not any(len(measured) for measured, _ in points):
+                continue  # an external cohort need not know it
             heading = f"{summary['method']}: {target.name}"
             plots.regression(points, path, title=heading, caption=caption)
             drawn.append((f"measured and predicted {target.name}", path))

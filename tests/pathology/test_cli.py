@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.pathology import cli, crossval, demo, features, report
+from examples.pathology import check, cli, crossval, demo, deploy, features, heatmap, report
 from examples.pathology.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["extract", "verify-weights", "crossval", "demo", "report"]
+COMMANDS = ["extract", "verify-weights", "crossval", "demo", "report", "check", "deploy", "heatmap"]
 NEEDED = ["--clini", "c.csv", "--slide-table", "s.csv", "--features", "f", "--target", "isMSIH"]
 
 
@@ -217,3 +217,49 @@ def test_logs_go_to_stderr(capsys):
     assert shown.out == ""
     assert shown.err.count("a line") == 1
     assert "noise" not in shown.err
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_check_passes_its_options_on_prints_and_returns_its_code(monkeypatch, capsys, code):
+    asked = []
+
+    def run_check(config, say):
+        asked.append(config)
+        say("a line")
+        return code
+
+    monkeypatch.setattr(check, "run_check", run_check)
+    options = ["--auxiliary", "LF", "--folds", "3", "--patient-column", "case"]
+    assert run("check", *NEEDED, *options, "--complete-cases") == code
+    (config,) = asked
+    assert (config.auxiliary, config.folds, config.patient_column) == (("LF",), 3, "case")
+    assert config.complete_cases
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_deploy_and_heatmap_pass_their_options_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(deploy, "run_deploy", asked.append)
+    monkeypatch.setattr(heatmap, "run_heatmap", asked.append)
+    tables = NEEDED[: NEEDED.index("--target")]
+    assert run("deploy", "--run", "r", *tables, "--out", "o", "--filename-column", "slide") == 0
+    assert run(
+        "heatmap", "--run", "r", "--slide", "a.svs", "--features", "a.h5", "--out", "o", "--top", 3
+    ) == 0  # fmt: skip
+    deployed, drawn = asked
+    assert (deployed.run, deployed.filename_column) == (Path("r"), "slide")
+    assert (drawn.slide, drawn.features, drawn.top) == (Path("a.svs"), Path("a.h5"), 3)
+
+
+def test_crossval_passes_every_setting_on(asked):
+    """Every field of the configuration is an option, and arrives."""
+    given = {
+        "complete_cases": True, "max_tiles": 7, "precision": "bfloat16", "cache_gb": 0.5,
+        "reference_protocol": True, "patient_column": "case", "filename_column": "slide",
+        "schedule": "cosine-per-step",
+    }  # fmt: skip
+    options = []
+    for name, value in given.items():
+        options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    assert run("crossval", *NEEDED, "--out", "run", *options) == 0
+    assert {name: getattr(asked[0], name) for name in given} == given

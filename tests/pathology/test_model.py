@@ -115,3 +115,48 @@ def test_a_wrong_shape_is_told(joint, shape):
 def test_wrong_widths_are_told(outputs):
     with pytest.raises(ValueError, match="`outputs` must be widths of at least 1"):
         JointTransformer(outputs)
+
+
+@pytest.mark.parametrize("token", [0, 1])
+def test_attention_is_the_softmax_of_queries_and_keys_of_a_forward_pass(token):
+    """What goes into the last cross-attention is caught in `forward`, and worked out by hand."""
+    torch.manual_seed(0)
+    model = JointTransformer([2, 1], d_model=24, heads=3, feedforward=16).eval()
+    caught = []
+    last = model.decoder.layers[-1].multihead_attn
+    last.register_forward_pre_hook(lambda _, inputs: caught.append(inputs))
+    tiles = torch.randn(11, 768)
+    with torch.inference_mode():
+        model(tiles)
+        query, key, _ = caught[0]
+        weight, bias = last.in_proj_weight, last.in_proj_bias
+        q = (query[0] @ weight[:24].T + bias[:24]).view(2, 3, 8)
+        k = (key[0] @ weight[24:48].T + bias[24:48]).view(11, 3, 8)
+        expected = torch.einsum("thd,nhd->thn", q, k).div(8**0.5).softmax(-1).mean(1)[token]
+        found = model.attention(tiles, token)
+    torch.testing.assert_close(found, expected)
+    assert float(found.sum()) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        model.train().attention(tiles)
+
+
+def test_inference_builds_no_attention_matrix_and_leaves_the_setting_alone():
+    """The matrix of 3,000 tiles and 6 heads alone would be 216 MB."""
+    model = JointTransformer([2, 1], layers=1).eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+    with (
+        torch.inference_mode(),
+        torch.profiler.profile(profile_memory=True) as profile,
+    ):
+        model(torch.randn(3000, 768))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 100e6
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_inference_and_training_without_dropout_agree():
+    torch.manual_seed(0)
+    model = JointTransformer([2, 1], layers=1, dropout=0.0)
+    tiles = torch.randn(7, 768)
+    for ours, theirs in zip(model.train()(tiles).outputs, model.eval()(tiles).outputs, strict=True):
+        torch.testing.assert_close(ours, theirs)

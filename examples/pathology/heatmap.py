@@ -1,0 +1,227 @@
+"""What each tile of a slide says, by the models of a run: attention, class score, top tiles.
+
+Attention is how much the [cls] token looks at a tile, relative to the average tile. The score of a
+tile is what a model says of a slide that consists of this tile alone: it shows what the model takes
+for a sign of the class, and is no calibrated probability of the tile. Both are means over folds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from examples.pathology import heatmap_plots
+from examples.pathology.config import read_toml
+from examples.pathology.deploy import fold_folders, refuse_other_features
+from examples.pathology.devices import resolve_device
+from examples.pathology.errors import UserError
+from examples.pathology.features import Bag, read_features
+from examples.pathology.files import write_json, write_text
+from examples.pathology.results import caption_of, read_model
+from examples.pathology.slides import Slide, open_slide
+from examples.pathology.tiling import TileRules, plan_tiles
+from examples.pathology.training import Fitted, forward
+from examples.pathology.units import SlideError
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 4096  # tiles per forward pass, each a bag of its own
+TOP_TILE_PX = 224
+
+
+@dataclass(frozen=True)
+class HeatmapConfig:
+    """Of what to draw a heat map.
+
+    Args:
+        run: A finished run of `crossval`.
+        slide: The slide file.
+        features: Its feature file.
+        out: Where the pictures go.
+        default_mpp: Microns per pixel of a slide that does not tell its own.
+        top: How many top tiles to show.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    run: Path
+    slide: Path
+    features: Path
+    out: Path
+    default_mpp: float | None = None
+    top: int = 8
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class TileValues:
+    """What the models say about the tiles of one slide.
+
+    Args:
+        attention: Of the [cls] token, ``(n,)``; the average tile has 1.
+        score: Probability of the positive class of each tile alone, ``(n,)``.
+        slide_score: Probability of the positive class of the whole slide.
+    """
+
+    attention: NDArray[np.float64]
+    score: NDArray[np.float64]
+    slide_score: float
+
+
+def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
+    """Draw heat maps of one slide.
+
+    Writes ``heatmap.png`` (the slide, attention, score), ``top-tiles.png``, ``tiles.csv`` with
+    every tile's position and values, and ``heatmap.json``.
+
+    Args:
+        config: Of what.
+
+    Returns:
+        What ``heatmap.json`` holds.
+
+    Raises:
+        UserError: The run is not finished, slide or features cannot be read, or the features are
+            of another kind than those of the run.
+    """
+    started = time.perf_counter()
+    device = resolve_device(config.device)
+    folders = fold_folders(config.run)
+    models = [read_model(folder / "model.pt", device) for folder in folders]
+    try:
+        slide = open_slide(config.slide, config.slide.name, default_mpp=config.default_mpp)
+    except (SlideError, OSError) as error:
+        raise UserError(f"`slide` must be readable: {error}") from error
+    with closing(slide):
+        bag = read_features(config.features, mpp=slide.mpp.x)
+        size_um = _check(bag, slide, config.features)
+        found = {
+            "in_features": bag.feats.shape[1],
+            "extractor": bag.extractor,
+            "weights_sha256": bag.weights_sha256,
+            "tile_size_um": bag.tile_size_um,
+            "random_weights": bag.random_weights,
+        }
+        for folder, (_, about) in zip(folders, models, strict=True):
+            refuse_other_features(about, found, folder, config.features)
+        values = tile_values([fitted for fitted, _ in models], bag.feats, device)
+        target = models[0][0].targets[0]
+        summary: dict[str, Any] = {
+            "slide": config.slide.name,
+            "run": str(config.run.resolve()),
+            "target": target.name,
+            "positive": target.positive,
+            "score_of_the_slide": values.slide_score,
+            "tiles": len(bag.feats),
+            "tile_size_um": size_um,
+            "random_weights": bag.random_weights,
+            "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
+        }
+        caption = caption_of(summary)
+        rules = TileRules(tile_size_um=size_um, max_dark_share=1.0)  # only the picture is needed
+        plan = plan_tiles(slide, rules)
+        heatmap_plots.heatmap(
+            plan.overview,
+            size_um / plan.tile_px,
+            bag.coords_um,
+            size_um,
+            values.attention,
+            values.score,
+            config.out / "heatmap.png",
+            title=f"{config.slide.name}: {target.name} = {target.positive}, "
+            f"score of the slide {values.slide_score:.2f}",
+            caption=caption,
+        )
+        rows = []
+        for name, value in (("attention", values.attention), ("score", values.score)):
+            best = np.argsort(-value, kind="stable")[: config.top]
+            pictures = [_read_tile(slide, bag.coords_um[i], size_um) for i in best]
+            rows.append((name, pictures, value[best]))
+        heatmap_plots.top_tiles(rows, config.out / "top-tiles.png", caption=caption)
+    write_text(config.out / "tiles.csv", _tiles_csv(bag, values))
+    summary["seconds"] = round(time.perf_counter() - started, 3)
+    write_json(config.out / "heatmap.json", summary)
+    logger.info(
+        "%s: %d tiles, %.1f s; %s",
+        config.slide.name,
+        len(bag.feats),
+        summary["seconds"],
+        config.out,
+    )
+    return summary
+
+
+def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: str) -> TileValues:
+    """Return what the models of a run say of each tile, as means over the models.
+
+    Args:
+        models: One per fold.
+        feats: ``(n, in_features)``.
+        device: Where the models are.
+    """
+    where = torch.device(device)
+    attention, score, whole = [], [], []
+    for fitted in models:
+        target = fitted.targets[0]
+        column = target.classes.index(target.positive)
+        with torch.inference_mode():
+            looks = fitted.model.attention(torch.from_numpy(feats).to(where))
+            attention.append(looks.double().cpu().numpy() * len(feats))
+            alone = [
+                forward(fitted.model, feats[i : i + CHUNK, None], where, fitted.precision)
+                .outputs[0]
+                .double()
+                .softmax(dim=1)[:, column]
+                .cpu()
+                .numpy()
+                for i in range(0, len(feats), CHUNK)
+            ]
+            output = forward(fitted.model, feats, where, fitted.precision).outputs[0]
+        score.append(np.concatenate(alone))
+        whole.append(float(output[0].double().softmax(0)[column]))
+    return TileValues(np.mean(attention, axis=0), np.mean(score, axis=0), float(np.mean(whole)))
+
+
+def _check(bag: Bag, slide: Slide, path: Path) -> float:
+    """Return the tile size, and raise if tiles cannot be placed on the slide."""
+    if len(bag.feats) == 0:
+        raise UserError(f"{path} must hold tiles, but holds none.")
+    if bag.tile_size_um is None or not np.isfinite(bag.coords_um).all():
+        raise UserError(
+            f"{path} must say where its tiles are in um, but does not. Extract the slide again."
+        )
+    ends = bag.coords_um.max(axis=0) + bag.tile_size_um
+    limits = np.array([slide.width_um, slide.height_um])
+    if (bag.coords_um.min() < -bag.tile_size_um) or (ends > limits + bag.tile_size_um).any():
+        raise UserError(
+            f"`features` must be those of `slide`, but {path.name} has tiles up to "
+            f"{ends[0]:.0f} x {ends[1]:.0f} um and {slide.name} measures "
+            f"{limits[0]:.0f} x {limits[1]:.0f} um."
+        )
+    return bag.tile_size_um
+
+
+def _read_tile(slide: Slide, corner_um: NDArray[np.float32], size_um: float) -> NDArray[np.uint8]:
+    x, y = (float(value) for value in corner_um)
+    return slide.read(x, y, size_um, size_um, (TOP_TILE_PX, TOP_TILE_PX))
+
+
+def _tiles_csv(bag: Bag, values: TileValues) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["x_um", "y_um", "attention", "score"])
+    for (x, y), attention, score in zip(
+        bag.coords_um.tolist(), values.attention.tolist(), values.score.tolist(), strict=True
+    ):
+        writer.writerow([x, y, attention, score])
+    return text.getvalue()
