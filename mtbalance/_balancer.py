@@ -27,6 +27,7 @@ from mtbalance._checks import (
     count_fallback,
 )
 from mtbalance._direction import direction_of
+from mtbalance._exchange import Exchange
 from mtbalance._finite import FiniteCheck
 from mtbalance._finite import message as nonfinite_message
 from mtbalance._jacobian import (
@@ -44,7 +45,7 @@ from mtbalance._jacobian import (
 from mtbalance._kept import KeptWeights
 from mtbalance._places import AtFeatures, AtParameters, Place, check_between, write
 from mtbalance._random import RandomSource
-from mtbalance._ranks import BELOW, Agreement, Exchange, Ranks, RankStep
+from mtbalance._ranks import BELOW, Agreement, Ranks, RankStep
 from mtbalance._record import EpochCounts, EpochSummary, Record
 from mtbalance._rows import combine, is_finite, stacked, sum_of
 from mtbalance._split import Explanation, ReachLog, Shared, named_groups
@@ -364,10 +365,10 @@ class Balancer(nn.Module):
         agreement = self._agreed(pending.losses, pending.nonfinite, reached)
         exchange = Exchange(self.process_group, agreement, self.dtype)
         for name in self._ordered(pending.losses):
+            row = pending.take(name, reached[name])  # which goes once its bucket is filled
             if name not in agreement.nonfinite:
-                (row,) = pending.rows([name], reached[name])
                 exchange.add(name, reached[name], row)
-        pending.forget()
+            del row
         return exchange.finish()
 
     def _agreed(
@@ -431,7 +432,7 @@ class Balancer(nn.Module):
         }
         total = sum_of(list(gramians.values()), (len(names), len(names)))
 
-        bad = self._finite.bad_gradients(names, total, rows_of_rest)
+        bad = self._finite.bad_gradients(names, total, rest, rows_of_rest)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             ones = torch.ones(len(names), device="cpu")
@@ -464,7 +465,13 @@ class Balancer(nn.Module):
         pending.forget()  # from here on a row is freed as soon as its direction is known
         outcomes = {
             number: direction_of(
-                self.gradient, groups[number], rows, gramians[number], weights, unscale
+                self.gradient,
+                groups[number],
+                rows,
+                gramians[number],
+                weights,
+                unscale,
+                place.first,
             )
             for number, rows in rows_of_groups.items()
         }

@@ -32,6 +32,7 @@ def direction_of(
     gramian: Tensor,
     weights: Tensor,
     unscale: float,
+    first: int = 0,
 ) -> Outcome:
     """Ask the gradient strategy for the direction of one group.
 
@@ -43,6 +44,7 @@ def direction_of(
         gramian: Inner products of the raw rows over all processes, without the loss scale.
         weights: The weights of the tasks, shape (m,).
         unscale: One over the loss scale.
+        first: The number of the rows' first column here, counted over all processes.
     """
     weights = weights.to(gramian)
     if strategy.is_sum:
@@ -50,7 +52,7 @@ def direction_of(
     elif isinstance(strategy, GramianStrategy):
         solution = strategy.solve(gramian * weights * weights[:, None])
     else:
-        direction, progress = _by_columns(strategy, leaves, rows, weights)
+        direction, progress = _by_columns(strategy, leaves, rows, weights, first)
         return Outcome(direction, progress * unscale**2)
     combination = weights * solution
     direction = combine(rows, combination, leaves, release=True)
@@ -58,13 +60,22 @@ def direction_of(
 
 
 def _by_columns(
-    strategy: GradientStrategy, leaves: Sequence[Tensor], rows: Rows, weights: Tensor
+    strategy: GradientStrategy,
+    leaves: Sequence[Tensor],
+    rows: Rows,
+    weights: Tensor,
+    first: int,
 ) -> tuple[list[Tensor | None], Tensor]:
     strategy.start()
     held = [local(leaf.detach()) for leaf in leaves]
     if not any(map(is_sharded, leaves)):
         return direct_by_columns(
-            strategy.on_columns, rows, weights, held, in_blocks=strategy.coordinatewise
+            strategy.on_columns,
+            rows,
+            weights,
+            held,
+            in_blocks=strategy.coordinatewise,
+            first=first,
         )
     if not strategy.coordinatewise:
         raise TypeError(
@@ -74,7 +85,6 @@ def _by_columns(
     # Each leaf for itself: its columns here are a stretch of the columns of all processes.
     direction: list[Tensor | None] = []
     progress: list[Tensor] = []
-    first = 0
     for place, leaf in enumerate(leaves):
         (piece,), products = direct_by_columns(
             strategy.on_columns,

@@ -1,9 +1,10 @@
 """Which tasks have losses or gradients that are not finite."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtbalance._ranks import Ranks
 from mtbalance._rows import Rows, all_finite, norms_of, stacked
@@ -28,10 +29,22 @@ class FiniteCheck:
         finite = torch.isfinite(stacked([loss.detach() for loss in losses.values()])).tolist()
         return [name for name, good in zip(losses, finite, strict=True) if not good]
 
-    def bad_gradients(self, names: Sequence[str], gramian: Tensor, rest: Rows) -> list[str]:
-        """Name the tasks whose gradient of a shared or of any other parameter is not finite."""
+    def bad_gradients(
+        self, names: Sequence[str], gramian: Tensor, leaves: Sequence[Tensor], rows: Rows
+    ) -> list[str]:
+        """Name the tasks whose gradient of a shared or of any other parameter is not finite.
+
+        Args:
+            names: The tasks.
+            gramian: Inner products of their gradients of the shared parameters, shape (m, m).
+            leaves: The other leaves.
+            rows: The gradients of these. Of several processes, each has inputs of its own that
+                require a gradient, which the others do not know of: those are not looked at.
+        """
         if not self.looks:
             return []
+        known = [not self._ranks.several or isinstance(leaf, nn.Parameter) for leaf in leaves]
+        rest = [list(itertools.compress(row, known)) for row in rows]
         # All in one tensor, so that the device is waited for once.
         sums = gramian.diagonal().clone()
         for number, row in enumerate(rest):

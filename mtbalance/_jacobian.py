@@ -291,6 +291,11 @@ class TaskGradients:
         """Return the gradients of these tasks for these leaves."""
         return [[self._gradients[task].get(id(leaf)) for leaf in leaves] for task in tasks]
 
+    def take(self, task: str, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return one task's gradients for these leaves, and forget that task's."""
+        gradients = self._gradients.pop(task)
+        return [gradients.get(id(leaf)) for leaf in leaves]
+
     def forget(self) -> None:
         """Leave the gradients to the rows that have been asked for."""
         self._gradients.clear()

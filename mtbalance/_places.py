@@ -8,13 +8,16 @@ from torch import Tensor
 
 from mtbalance._jacobian import TaskGradients, add_to_grad, gradient_of, reach_of
 from mtbalance._ranks import Ranks
-from mtbalance._rows import Rows, gramian_of
+from mtbalance._rows import Rows, columns_of, gramian_of
 from mtbalance._shards import like_sharded, sum_over_shards
 from mtbalance._split import ReachLog
 
 
 class Place(Protocol):
     """What the tasks' rows are gradients of."""
+
+    first: int
+    """The number of the rows' first column here, counted over all processes."""
 
     def divide(self, gradients: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
         """Return what is balanced, by the number of its group, and all other leaves."""
@@ -31,6 +34,8 @@ class Place(Protocol):
 
 class AtParameters:
     """Balancing at the shared parameters themselves."""
+
+    first = 0
 
     def __init__(self, reach: ReachLog) -> None:
         self._reach = reach
@@ -68,6 +73,8 @@ class AtFeatures:
         self._parts = parts
         self._below = below
         self._ranks = ranks
+        # As if the parts of all processes, one after the other, were one tensor.
+        self.first = ranks.rank * sum(map(columns_of, parts))
 
     def divide(self, gradients: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
         """Return the features as the only group, and all leaves that are not before them."""

@@ -8,24 +8,23 @@ go round. So ranks whose tasks or whose used parameters differ neither wait for 
 nor add up gradients of different parameters.
 """
 
-import gc
 import hashlib
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtbalance._jacobian import TaskGradients, sharded_task_gradients
+from mtbalance._buckets import Bucket, buckets
+from mtbalance._jacobian import sharded_task_gradients
+from mtbalance._names import Names, outermost_modules
 from mtbalance._random import RandomSource
-from mtbalance._rows import Rows, columns_of, flat, inner_products, shaped
+from mtbalance._rows import Rows, inner_products
 from mtbalance._shards import is_sharded, sum_over_shards
 from mtbalance.weighting._base import Step
 
-_BUCKET_BYTES = 25 * 2**20
-"""Gradients go round in buckets of this size, as in DistributedDataParallel."""
 _ABSENT, _ACTIVE, _NONFINITE = 0, 1, 2
 BELOW = ""
 """Stands among the tasks for the features of a step, where it is balanced at these."""
@@ -52,112 +51,6 @@ class Agreement:
     losses: dict[str, Tensor]
     nonfinite: tuple[str, ...]
     layouts: dict[str, list[Tensor]]
-
-
-class Names:
-    """Names that all ranks give to the same parameter.
-
-    Parameters given to the Balancer go by their group; others by their place in the model that
-    holds the given ones, so that a head which no loss of this rank has reached yet is found, too.
-    What is in no such model goes by the task that reaches it first.
-    """
-
-    def __init__(self) -> None:
-        self.by_id: dict[int, str] = {}
-        self.by_name: dict[str, Tensor] = {}
-        self._given: set[int] = set()
-
-    def give(self, group: str, parameters: Mapping[str, Tensor]) -> None:
-        """Name a group of parameters that all ranks have been given."""
-        for name, parameter in parameters.items():
-            self._add(f"{group}: {name}", parameter)
-            self._given.add(id(parameter))
-
-    def _add(self, name: str, parameter: Tensor) -> None:
-        if id(parameter) not in self.by_id and name not in self.by_name:
-            self.by_id[id(parameter)] = name
-            self.by_name[name] = parameter
-
-    def of(self, task: str, leaves: Sequence[Tensor]) -> list[str]:
-        """Return the names of the leaves that a task reaches; what is no parameter has none."""
-        parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
-        if any(id(parameter) not in self.by_id for parameter in parameters):
-            self.add_model(parameters)
-            for parameter in parameters:
-                number = sum(name.startswith(f"{task} reaches") for name in self.by_name)
-                shape = tuple(parameter.shape)
-                self._add(f"{task} reaches number {number}, of shape {shape}", parameter)
-        return [self.by_id[id(leaf)] for leaf in leaves if id(leaf) in self.by_id]
-
-    def add_model(self, reached: Sequence[Tensor] = ()) -> None:
-        """Name all parameters of the model.
-
-        Args:
-            reached: Parameters that a task reaches. Unless some have been given, the model is what
-                holds all of these, and with none of these, every model of this process.
-        """
-        roots = {root: {id(p) for p in root.parameters()} for root in _roots()}
-        wanted = self._given or {id(parameter) for parameter in reached}
-        if wanted:
-            model = _connected(roots, wanted if self._given else {id(reached[0])})
-            if not self._given and not wanted <= set().union(*(roots[root] for root in model)):
-                return  # which of several models there are differs from rank to rank
-            roots = {root: roots[root] for root in model}
-        for name, parameter in _unique_names(list(roots)).items():
-            self._add(name, parameter)
-            if wanted:
-                self._given.add(id(parameter))
-
-
-def _roots() -> list[nn.Module]:
-    """Return every module of this process that no other holds."""
-    modules = [
-        candidate
-        for candidate in gc.get_objects()
-        if issubclass(type(candidate), nn.Module) and "_modules" in candidate.__dict__
-    ]
-    inner = {id(child) for module in modules for child in module.children()}
-    return [module for module in modules if id(module) not in inner]
-
-
-def _connected(roots: Mapping[nn.Module, set[int]], wanted: set[int]) -> list[nn.Module]:
-    """Return the modules that hold any of the parameters, and those that share any with these."""
-    found: list[nn.Module] = []
-    known = set(wanted)
-    while True:
-        more = [root for root, held in roots.items() if root not in found and held & known]
-        if not more:
-            return found
-        found += more
-        known = known.union(*(roots[root] for root in more))
-
-
-def _unique_names(roots: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Return parameters by the class of a module that holds them and their name in it.
-
-    Of the modules that hold a parameter, the smallest serves that makes its name unique, so that
-    names depend neither on what a rank wraps around its model nor on the order of modules. Modules
-    that hold it directly come last: their class says little.
-    """
-    modules = {id(module): module for root in roots for module in root.modules()}
-    held = [(module, dict(module.named_parameters())) for module in modules.values()]
-    names: dict[str, set[int]] = {}
-    candidates: dict[int, list[tuple[bool, int, int, str]]] = {}
-    parameters: dict[int, Tensor] = {}
-    for module, members in held:
-        kind, inner = type(module).__qualname__, sum(1 for _ in module.modules())
-        for name, parameter in members.items():
-            full = f"{kind}: {name}"
-            names.setdefault(full, set()).add(id(parameter))
-            candidate = ("." not in name, len(members), inner, full)
-            candidates.setdefault(id(parameter), []).append(candidate)
-            parameters[id(parameter)] = parameter
-    chosen: dict[str, Tensor] = {}
-    for key, found in candidates.items():
-        unique = [full for *_, full in sorted(found) if len(names[full]) == 1]
-        if unique:
-            chosen[unique[0]] = parameters[key]
-    return chosen
 
 
 class Ranks:
@@ -188,7 +81,7 @@ class Ranks:
             names.add_model()
             self._around = [
                 weakref.ref(parameter)
-                for root in _roots()
+                for root in outermost_modules()
                 for parameter in root.parameters()
                 if id(parameter) not in names.by_id
             ]
@@ -429,13 +322,13 @@ class Ranks:
         """
         known = self._known_names().by_id
         found = {id(leaf): g for leaf, g in zip(leaves, gradients, strict=True)}
-        buckets = [
-            _Bucket(part, [found[id(leaf)] for leaf in part])
-            for part in _buckets([leaf for leaf in leaves if id(leaf) in known])
+        filled = [
+            Bucket(part, [found[id(leaf)] for leaf in part])
+            for part in buckets([leaf for leaf in leaves if id(leaf) in known])
         ]
-        for bucket in buckets:
+        for bucket in filled:
             bucket.send(self._group)
-        for bucket in buckets:
+        for bucket in filled:
             found.update(zip(map(id, bucket.leaves), bucket.receive(divisor), strict=True))
         return [found[id(leaf)] for leaf in leaves]
 
@@ -513,121 +406,6 @@ class RankStep(Step):
 
 def _products_with_last(rows: Rows) -> Tensor:
     return inner_products(rows[:-1], rows[-1])
-
-
-class Exchange:
-    """Averages the task gradients of one step over the ranks, while further ones are computed.
-
-    Gradients come task by task, in the order of the tasks; each is sent off at once in buckets.
-
-    Args:
-        group: The process group.
-        agreement: What all ranks know of the step.
-        dtype: What gradients are kept in, and sent in; by default that of their leaf.
-    """
-
-    def __init__(
-        self,
-        group: "torch.distributed.ProcessGroup | None",
-        agreement: Agreement,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._group = group
-        self._agreement = agreement
-        self._dtype = dtype
-        self._gradients = TaskGradients()
-        self._gradients.mark_nonfinite(agreement.nonfinite)
-        self._waiting = [t for t in agreement.counts if t not in agreement.nonfinite]
-        self._sent: list[_Sent] = []
-
-    def add(self, task: str, leaves: Sequence[Tensor], row: Sequence[Tensor | None]) -> None:
-        """Send a task's gradients off; those of tasks before it that are absent here are zero."""
-        while self._waiting and self._waiting[0] != task:
-            self._send(self._waiting.pop(0), [], [])
-        if self._waiting:
-            self._send(self._waiting.pop(0), leaves, row)
-
-    def _send(self, task: str, leaves: Sequence[Tensor], row: Sequence[Tensor | None]) -> None:
-        here = {id(leaf): gradient for leaf, gradient in zip(leaves, row, strict=True)}
-        layout = self._agreement.layouts[task]
-        sent = _Sent(task)
-        for bucket in _buckets(layout):
-            gradients = [here.pop(id(leaf), None) for leaf in bucket]
-            sent.buckets.append(_Bucket(bucket, gradients, self._dtype))
-            sent.buckets[-1].send(self._group)
-        known = {id(leaf): leaf for leaf in leaves}
-        # Not averaged: shards, which are averaged already, and leaves of this rank alone (inputs).
-        sent.own = [(known[key], gradient) for key, gradient in here.items()]
-        self._sent.append(sent)
-
-    def finish(self) -> TaskGradients:
-        """Wait for everything, and return the averaged gradients, the same on all ranks."""
-        while self._waiting:
-            self._send(self._waiting.pop(0), [], [])
-        for sent in self._sent:
-            leaves: list[Tensor] = []
-            row: list[Tensor | None] = []
-            for bucket in sent.buckets:
-                leaves += bucket.leaves
-                row += bucket.receive(self._agreement.counts[sent.task])
-            leaves += [leaf for leaf, _ in sent.own]
-            row += [gradient for _, gradient in sent.own]
-            self._gradients.add(sent.task, self._agreement.losses[sent.task], leaves, row)
-        self._sent.clear()
-        return self._gradients
-
-
-@dataclass
-class _Sent:
-    task: str
-    buckets: list["_Bucket"] = field(default_factory=list)
-    own: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-
-
-class _Bucket:
-    """Gradients of one task that go round together, in one flat tensor."""
-
-    def __init__(
-        self,
-        leaves: list[Tensor],
-        gradients: list[Tensor | None],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.leaves = leaves
-        self._dtype = None if leaves[0].is_complex() else dtype
-        self._sizes = [columns_of(leaf) for leaf in leaves]
-        first = leaves[0].detach()
-        real = torch.view_as_real(first) if first.is_complex() else first
-        self._flat = real.new_empty(sum(self._sizes), dtype=self._dtype or real.dtype)
-        for part, gradient in zip(torch.split(self._flat, self._sizes), gradients, strict=True):
-            part.zero_() if gradient is None else part.copy_(flat(gradient))
-
-    def send(self, group: "torch.distributed.ProcessGroup | None") -> None:
-        """Start to add it up over the ranks."""
-        self._work = torch.distributed.all_reduce(self._flat, group=group, async_op=True)
-
-    def receive(self, count: int) -> list[Tensor | None]:
-        """Wait, and return the means over ``count`` ranks, as views."""
-        self._work.wait()
-        self._flat.div_(count)
-        return [
-            shaped(part, leaf, self._dtype)
-            for part, leaf in zip(torch.split(self._flat, self._sizes), self.leaves, strict=True)
-        ]
-
-
-def _buckets(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the leaves in groups of one device and dtype and about the same number of bytes."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    filled: dict[tuple[torch.device, torch.dtype], int] = {}
-    for leaf in leaves:
-        kind = leaf.device, leaf.dtype
-        kinds.setdefault(kind, []).append(leaf)
-        filled[kind] = filled.get(kind, 0) + leaf.nbytes
-        if filled[kind] >= _BUCKET_BYTES:
-            del filled[kind]
-            yield kinds.pop(kind)
-    yield from kinds.values()
 
 
 def _hash(names: Sequence[str] | None) -> float:

@@ -141,6 +141,28 @@ def test_ranks_agree_on_what_is_not_finite(two: Pool, policy: str, what: str) ->
         same_everywhere(outcomes)
 
 
+def bad_input(here: Here, name: str) -> tuple[str, Outcome]:
+    network, balancer = setting(name)
+    rows = here.part(batch())
+    if here.rank == 1:
+        rows.requires_grad_()
+    losses = network.losses(rows)
+    losses["a"] = losses["a"] + (0 * rows).abs().sqrt().sum()  # 0, with a slope of infinity by 0
+
+    def step() -> None:
+        balancer.backward(losses, validation=lambda: network.losses(here.part(batch(seed=1))))
+
+    return message_of(step), Outcome().add(network, balancer)
+
+
+@pytest.mark.parametrize("name", ["cagrad", "autol+graddrop"])
+def test_inputs_of_one_rank_are_its_own_affair(two: Pool, name: str) -> None:
+    """Their gradients are not looked at: the other ranks would have to take part in that."""
+    ranks = two.run(bad_input, name)
+    assert [message for message, _ in ranks] == ["no error"] * 2
+    same_everywhere([outcome for _, outcome in ranks])
+
+
 def spoiled_micro_batch(here: Here, policy: str) -> tuple[str, Outcome]:
     network, balancer = setting("cagrad", nonfinite=policy)
 

@@ -151,9 +151,11 @@ def test_features_are_parts_of_the_whole_batchs(two: Pool, name: str, twofold: b
 
 
 def test_features_with_a_strategy_that_draws(two: Pool) -> None:
-    """Each rank draws for its own features; records and gradients agree all the same."""
+    """Draws go by the number of the coordinate among the features of the whole batch."""
     schedule: list[Has] = [(TASKS, TASKS)] * 2
-    same_everywhere(two.run(at_features, "graddrop", schedule, False))
+    ranks = two.run(at_features, "graddrop", schedule, False)
+    same_everywhere(ranks)
+    assert_equal(ranks, at_features(ALONE, "graddrop", schedule, False), 1e-12)
 
 
 # --- every, dtype, chunk -------------------------------------------------------------------------

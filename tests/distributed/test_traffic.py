@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mtbalance import _ranks, make_balancer
+from mtbalance import _buckets, make_balancer
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool
 from tests.distributed.runs import Outcome, assert_equal, train
@@ -114,12 +114,12 @@ def test_a_step_takes_one_small_gather_and_its_buckets(
 def train_with_small_buckets(here: Here, name: str, size: int) -> tuple[Outcome, int]:
     """Count the messages of one step, too."""
     log: list[str] = []
-    before, _ranks._BUCKET_BYTES = _ranks._BUCKET_BYTES, size
+    before, _buckets._BUCKET_BYTES = _buckets._BUCKET_BYTES, size
     try:
         with recorded(log):
             outcome = train(here, name, steps=1)
     finally:
-        _ranks._BUCKET_BYTES = before
+        _buckets._BUCKET_BYTES = before
     return outcome, log.count("all_reduce on its way")
 
 
