@@ -85,8 +85,13 @@ def run(tables: Tables, out: Path, method: str, *, step: int = 0, write: int = 0
     )
 
 
-def attempt(work: Callable[[], None], *, seconds: float | None = None) -> int:
-    """Do the work in a child and return its exit code, -9 if it was killed."""
+def attempt(work: Callable[[], None], *, until: Path | None = None) -> int:
+    """Do the work in a child and return its exit code, -9 if it was killed.
+
+    Args:
+        work: What the child does.
+        until: The file whose appearance is the moment to kill it from outside.
+    """
     child = os.fork()
     if child == 0:
         code = 3
@@ -96,9 +101,14 @@ def attempt(work: Callable[[], None], *, seconds: float | None = None) -> int:
             code = 0
         finally:
             os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+    while until is not None:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if until.exists():
+            os.kill(child, signal.SIGKILL)
+            break
+        time.sleep(0.001)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -141,17 +151,14 @@ def main(folder: Path) -> None:
 
     told: dict[str, object] = {"files": sorted(whole[METHODS[0]])}
 
-    def case(name: str, method: str, kills: list[dict[str, float]]) -> None:
+    def case(name: str, method: str, kills: list[dict[str, int]], *moments: str) -> None:
         out = folder / "killed" / name.replace(" ", "-")
-        codes = []
-        for kill in kills:
-            seconds = kill.pop("seconds", None)
-            work = lambda kill=kill: run(tables, out, method, **kill)  # noqa: E731
-            codes.append(attempt(work, seconds=seconds))
+        codes = [attempt(lambda kill=kill: run(tables, out, method, **kill)) for kill in kills]
+        codes += [attempt(lambda: run(tables, out, method), until=out / m) for m in moments]
         last = attempt(lambda: run(tables, out, method))
         told[name] = {
             "killed": codes.count(-9),
-            "kills": len(kills),
+            "kills": len(codes),
             "last": last,
             "differing": differing(results(out), whole[method]),
         }
@@ -160,7 +167,8 @@ def main(folder: Path) -> None:
         case(f"steps of {method}", method, [{"step": 2}, {"step": 5}, {"step": 6}])
     # Every attempt writes the ledger, two more files, and half of the next, until all are there.
     case("writes", METHODS[0], [{"write": 1}, {"write": 2}, *[{"write": 4}] * 10])
-    case("from outside", METHODS[1], [{"seconds": 0.08 * k} for k in range(1, 4)])
+    moments = ("splits.json", "fold-1/checkpoint.pt", "fold-1/fold.json")
+    case("from outside", METHODS[1], [], *moments)
     print(json.dumps(told))  # noqa: T201
 
 
