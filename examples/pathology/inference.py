@@ -120,9 +120,8 @@ def infer(
         Features (n, d) as float16, and row and column of each tile (n, 2), in reading order of the
         slide: row by row.
     """
-    feats: list[npt.NDArray[np.float16]] = []
-    positions: list[npt.NDArray[np.int64]] = [np.empty((0, 2), dtype=np.int64)]
-    running: deque[Tensor] = deque()
+    store = _Store()
+    running: deque[tuple[Tensor, npt.NDArray[np.int64]]] = deque()
     autocast = torch.autocast(
         network.device.type, dtype=torch.bfloat16, enabled=network.precision == "bfloat16"
     )
@@ -134,18 +133,47 @@ def infer(
             output = network.extractor.model(
                 network.extractor.transform(_on_device(pixels, network.device))
             )
-            running.append(output.half())
+            running.append((output.half(), places))
             if len(running) > IN_FLIGHT:
-                feats.append(running.popleft().cpu().numpy())
-            positions.append(places)
+                store.add(*running.popleft())
             advance(len(places))
             clock.enter(TILING)
         clock.enter(FEATURES)
-        feats += [part.cpu().numpy() for part in running]
-    joined = np.concatenate(feats) if feats else np.empty((0, 0), dtype=np.float16)
-    where = np.concatenate(positions)
-    order = np.lexsort((where[:, 1], where[:, 0]))
-    return joined[order] if len(joined) else joined, where[order]
+        while running:
+            store.add(*running.popleft())
+    return store.sorted()
+
+
+class _Store:
+    """Features and positions of the tiles so far, in two arrays that double when they are full.
+
+    Many small arrays, one per batch, would lie between the large ones that hold pixels and keep
+    the memory of these from being given back: 0.7 GB on a slide of 2304 tiles.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._feats: npt.NDArray[np.float16] = np.empty((0, 0), dtype=np.float16)
+        self._positions: npt.NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
+
+    def add(self, feats: Tensor, positions: npt.NDArray[np.int64]) -> None:
+        stop = self._count + len(positions)
+        if stop > len(self._positions):
+            size = max(1024, 2 * stop)
+            grown = np.empty((size, feats.shape[1]), dtype=np.float16)
+            if self._count:
+                grown[: self._count] = self._feats[: self._count]
+            self._feats = grown
+            self._positions = np.resize(self._positions, (size, 2))
+        self._feats[self._count : stop] = feats.cpu().numpy()
+        self._positions[self._count : stop] = positions
+        self._count = stop
+
+    def sorted(self) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64]]:
+        """Return both row by row."""
+        feats, positions = self._feats[: self._count], self._positions[: self._count]
+        order = np.lexsort((positions[:, 1], positions[:, 0]))
+        return feats[order], positions[order]
 
 
 def _on_device(pixels: npt.NDArray[np.uint8], device: torch.device) -> Tensor:

@@ -254,8 +254,10 @@ class Slide:
                 f"The pixels of {self.name} must be readable, but at ({x_um:.0f}, {y_um:.0f}) um "
                 f"of level {level} OpenSlide says: {error}.",
             ) from error
-        canvas = Image.new("RGBA", region.size, (*self.background, 255))
-        flat = Image.alpha_composite(canvas, region).convert("RGB")
+        if np.asarray(region.getchannel("A")).min() < 255:  # few slides have transparent pixels
+            canvas = Image.new("RGBA", region.size, (*self.background, 255))
+            region = Image.alpha_composite(canvas, region)
+        flat = region.convert("RGB")
         box = (box_x[0], box_y[0], box_x[1], box_y[1])
         return np.asarray(flat.resize(size_px, Image.Resampling.BICUBIC, box=box))
 
