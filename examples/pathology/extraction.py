@@ -15,12 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -33,8 +31,9 @@ from examples.pathology.features import LAYOUTS, write_features
 from examples.pathology.files import write_bytes
 from examples.pathology.inference import Clock, Network, check_settings, infer, place
 from examples.pathology.ledger import FEATURES, TILING, LedgerRow
+from examples.pathology.pixelsizes import lookup_mpp
+from examples.pathology.provenance import finished_rows, parameters_of, provenance_of
 from examples.pathology.slides import LevelError, Slide, SlideFile, open_slide
-from examples.pathology.tables import FILENAME, MPP, read_table
 from examples.pathology.tiling import (
     SlideExcludedError,
     TilePlan,
@@ -233,15 +232,15 @@ def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) ->
         slide = open_slide(
             file.path,
             file.name,
-            table_mpp=_lookup(settings.table_mpp, file),
+            table_mpp=lookup_mpp(settings.table_mpp, file),
             default_mpp=settings.default_mpp,
             broken_levels=broken,
         )
         with contextlib.ExitStack() as stack:
             stack.callback(slide.close)
             path = settings.out / f"{file.stem}.h5"
-            parameters = _parameters(file, slide, job)
-            done = _finished_rows(path, file, parameters)
+            parameters = parameters_of(file, slide, job)
+            done = finished_rows(path, file, parameters)
             if done is not None:
                 return done
             plan = plan_tiles(slide, settings.rules)
@@ -358,7 +357,7 @@ def _write(computed: _Computed, row: LedgerRow, job: Job) -> None:
         tile_size_px=settings.rules.tile_size_px,
         layout=settings.layout,
         provenance={
-            **_provenance(prepared.slide, row, prepared.parameters),
+            **provenance_of(prepared.slide, row, prepared.parameters),
             "seconds_tiling": computed.clock.seconds[TILING],
             "seconds_features": computed.clock.seconds[FEATURES],
             "unreadable_levels": json.dumps(sorted(prepared.broken)),
@@ -392,143 +391,6 @@ def _described(file: SlideFile, prepared: _Prepared, um: float) -> LedgerRow:
         mpp=slide.mpp.x,
         mpp_source=slide.mpp.source,
     )
-
-
-def _parameters(file: SlideFile, slide: Slide, job: Job) -> dict[str, Any]:
-    """Return all that decides what a slide's features are; a file made with others is redone."""
-    return {
-        **asdict(job.settings.rules),
-        "extractor": job.network.extractor.identifier,
-        "weights_sha256": job.network.extractor.weights_sha256,
-        "precision": job.network.precision,
-        "layout": job.settings.layout,
-        "slide_bytes": file.path.stat().st_size,
-        "slide_quickhash": slide.quickhash,
-        "slide_width_px": slide.width_px,
-        "slide_height_px": slide.height_px,
-        "slide_mpp_x": round(slide.mpp.x, 9),
-        "slide_mpp_y": round(slide.mpp.y, 9),
-    }
-
-
-def _provenance(slide: Slide, row: LedgerRow, parameters: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "version": _version(),
-        "slide": slide.name,
-        "slide_mpp": slide.mpp.x,
-        "slide_mpp_y": slide.mpp.y,
-        "slide_mpp_source": slide.mpp.source,
-        "slide_width_px": slide.width_px,
-        "slide_height_px": slide.height_px,
-        "precision": parameters["precision"],
-        "tiles_total": row.tiles_total,
-        "parameters": json.dumps(parameters, sort_keys=True),
-    }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("mtbalance")
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
-
-
-def _finished_rows(
-    path: Path, file: SlideFile, parameters: dict[str, Any]
-) -> tuple[LedgerRow, ...] | None:
-    """Return the rows of a slide whose features exist already, or None if there is work to do."""
-    if not path.is_file():
-        return None
-    try:
-        with h5py.File(path, "r") as stored:
-            attributes = dict(stored.attrs)
-            kept = len(stored["feats"])
-            whole = kept == len(stored["coords"])
-    except (OSError, KeyError) as error:
-        logger.warning("%s is damaged (%s); %s is extracted again.", path, error, file.name)
-        return None
-    try:
-        old = dict(json.loads(attributes["mtbalance_parameters"]))
-        row = LedgerRow(
-            slide=file.name,
-            stage=TILING,
-            status="ok",
-            reason="finished before",
-            tiles_total=int(attributes["mtbalance_tiles_total"]),
-            tiles_kept=kept,
-            mpp=float(attributes["mtbalance_slide_mpp"]),
-            mpp_source=str(attributes["mtbalance_slide_mpp_source"]),
-            seconds=round(float(attributes["mtbalance_seconds_tiling"]), 3),
-            skipped=True,
-        )
-        seconds = round(float(attributes["mtbalance_seconds_features"]), 3)
-    except (KeyError, TypeError, ValueError):
-        logger.warning(
-            "%s was made by another program or release; %s is extracted again.", path, file.name
-        )
-        return None
-    if not whole:
-        logger.warning("%s is damaged; %s is extracted again.", path, file.name)
-        return None
-    changed = [
-        key for key in sorted(old.keys() | parameters) if old.get(key) != parameters.get(key)
-    ]
-    if changed:
-        logger.warning(
-            "%s was made with other parameters (%s); %s is extracted again.",
-            path,
-            ", ".join(f"{key} {old.get(key)} -> {parameters.get(key)}" for key in changed),
-            file.name,
-        )
-        return None
-    return row, replace(row, stage=FEATURES, seconds=seconds)
-
-
-def read_mpp_table(path: Path) -> dict[str, float]:
-    """Read the MPP column of a slide table.
-
-    Args:
-        path: The table; FILENAME is needed, MPP may be missing or partly empty.
-
-    Returns:
-        Microns per pixel by FILENAME, for the rows that give it.
-
-    Raises:
-        UserError: If the table cannot be read or a value is not a number.
-    """
-    table = read_table(path, [FILENAME])
-    values: dict[str, float] = {}
-    if MPP not in table.columns:
-        return values
-    for name, text in zip(table[FILENAME], table[MPP], strict=True):
-        if not name or not text:
-            continue
-        try:
-            value = float(text)
-        except ValueError as error:
-            raise UserError(
-                f"Column MPP must hold numbers in um per pixel, but {path} has {text!r} for {name}."
-            ) from error
-        if values.setdefault(_bare(name), value) != value:
-            raise UserError(
-                f"Column MPP must be unique per slide, but {path} has several values for {name}."
-            )
-    return values
-
-
-def _bare(name: str) -> str:
-    """Return a table's FILENAME without ``.h5``, with forward slashes."""
-    name = name.strip().replace("\\", "/")
-    return name[:-3] if name.lower().endswith(".h5") else name
-
-
-def _lookup(table: dict[str, float], file: SlideFile) -> float | None:
-    """Find a slide in the table by path, by stem, or by a TCGA name without its UUID."""
-    bare = Path(file.stem).name
-    for key in (file.stem, file.name, bare, Path(file.name).name, bare.partition(".")[0]):
-        if key in table:
-            return table[key]
-    return None
 
 
 def _save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:

@@ -284,6 +284,7 @@ def extract(
         UserError: If the call is wrong: no slides, unusable weights, a broken table.
     """
     from examples.pathology import dispatch, extraction, tiling  # reading needs no torch
+    from examples.pathology.pixelsizes import read_mpp_table
     from examples.pathology.slides import find_slides
 
     devices = dispatch.resolve_devices(device)
@@ -297,7 +298,7 @@ def extract(
         batch_size=batch_size,
         workers=extraction.default_workers(devices[0]) if workers is None else workers,
         layout=layout,
-        table_mpp={} if slide_table is None else extraction.read_mpp_table(slide_table),
+        table_mpp={} if slide_table is None else read_mpp_table(slide_table),
         default_mpp=default_mpp,
     )
     files = find_slides(slides, skip=out)
