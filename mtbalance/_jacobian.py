@@ -27,6 +27,12 @@ from mtbalance._shards import local
 # --- what the graphs hold -------------------------------------------------------------------------
 
 
+_LeafNode = type(
+    torch.ones((), requires_grad=True, device="cpu").view(()).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+)
+"""What stands for a leaf in a graph."""
+
+
 class Reach(NamedTuple):
     """What the graphs of some losses hold."""
 
@@ -56,14 +62,16 @@ def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
             node = stack.pop()
             if node is None or node in ends:
                 continue
+            is_leaf = type(node) is _LeafNode
             if node in owner:
-                is_leaf = hasattr(node, "variable")
                 shares_graph[number] |= owner[node] != number and not is_leaf
                 continue
             owner[node] = number
-            if hasattr(node, "variable"):
-                leaves.setdefault(id(node.variable), node.variable)
-            stack.extend(child for child, _ in node.next_functions)
+            if is_leaf:
+                leaf = node.variable  # type: ignore[attr-defined]
+                leaves.setdefault(id(leaf), leaf)
+            else:
+                stack += [child for child, _ in node.next_functions]
     return Reach(list(leaves.values()), shares_graph)
 
 

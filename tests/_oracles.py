@@ -64,15 +64,17 @@ def numbered_draw(seed: int, column: int) -> float:
     """Return one column's draw in (-1, 1), with Python's whole numbers.
 
     SplitMix64 of the seed gives two keys. The column's number times 2^32 / golden ratio, plus one
-    key, xor the other, goes through MurmurHash3's finalizer without its last shift.
+    key, xor the other, is multiplied, joined with its upper bits (the sign going along), and
+    multiplied again, by the constants of MurmurHash3's finalizer.
     """
     z = (seed + 0x9E3779B97F4A7C15 * (1 + (column >> 32))) % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
     z ^= z >> 31
     x = (column * 0x9E3779B1 + z) % 2**32 ^ z >> 32
-    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    x = x * 0x85EBCA6B % 2**32
+    signed = x - 2**32 if x >= 2**31 else x
+    x = (signed ^ signed >> 15) * 0xC2B2AE35 % 2**32
     signed = x - 2**32 if x >= 2**31 else x
     return float(np.float32(signed) * np.float32(2.0**-31 * (1 - 2.0**-24)))
 

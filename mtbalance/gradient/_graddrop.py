@@ -80,21 +80,20 @@ class GradDrop(GradientStrategy):
         g = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         draw = numbered_draws(self._seed, first, g.shape[1], g.device).to(g.dtype)
         # Row by row into two vectors, which stay in the cache.
-        positive, negative = g[0].clamp_min(0), g[0].clamp_max(0)
+        total, size = g[0].clone(), g[0].abs()
         for row in g[1:]:
-            positive.add_(row.clamp_min(0))
-            negative.add_(row.clamp_max(0))
-        # P > U without the quotient, which is 0/0 where all gradients are zero: the draw is 2U - 1.
-        up = torch.empty_like(positive)
-        torch.gt(positive + negative, draw.mul_(positive - negative), out=up)
-        # lerp is exact at both ends, faster than torch.where, and NaN for what is not finite.
-        direction = torch.lerp(negative, positive, up)
+            total.add_(row)
+            size.add_(row.abs())
+        # P > U without the quotient, which is 0/0 where all gradients are zero: the draw is 2U - 1,
+        # and the sign of this is that of what is kept.
+        sign = torch.addcmul(total, draw, size, value=-1)
+        # The sum of one sign is half the total plus or minus half the size; exactly the total where
+        # tasks agree. NaN and infinity stay.
+        direction = total.add_(size.copysign_(sign)).mul_(0.5)
         if any(self.leak):
-            leak = g.new_tensor(self.leak).expand(len(g))
-            down = 1 - up
-            for row, passes in zip(g, leak.unbind(), strict=True):
-                lost = row.clamp_min(0).mul_(down).add_(row.clamp_max(0).mul_(up))
-                direction.addcmul_(lost, passes)
+            for row, leak in zip(g, g.new_tensor(self.leak).expand(len(g)), strict=True):
+                lost = row - torch.copysign(row, sign)  # twice the row, or nothing
+                direction.addcmul_(lost, leak, value=0.5)
         return direction.to(gradients.dtype)
 
     def extra_repr(self) -> str:
