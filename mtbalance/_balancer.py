@@ -206,7 +206,8 @@ class Balancer(nn.Module):
                 it (one tensor or several). Tasks are then balanced by their gradients of the
                 *features*, and one backward pass goes through the shared part, whatever the number
                 of tasks. This is an approximation: gradients that conflict at the features need not
-                do so at the parameters, and the other way round.
+                do so at the parameters, and the other way round. ``dtype`` and ``chunk`` do not
+                apply: rows of features are small, and so are the passes down to them.
 
         Returns:
             What the step did.
@@ -456,9 +457,10 @@ class Balancer(nn.Module):
             leaves = list(pending.leaves.values())
             rows = pending.rows(names, leaves)
             with self.weighting.only(active):
-                alone = not (self._ranks.several or self._ranks.sharded)
-                step = Step if alone else functools.partial(RankStep, self._ranks)
-                self.weighting.before_step(step(leaves, rows, scale or 1.0, validation))
+                step = Step(leaves, rows, scale or 1.0, validation)
+                if self._ranks.several or self._ranks.sharded:
+                    step = RankStep(leaves, rows, scale or 1.0, validation, self._ranks)
+                self.weighting.before_step(step)
             del rows
         weights, learned = self._weigh(losses, active)
 

@@ -335,7 +335,7 @@ def direct_by_columns(
         The direction, one tensor per parameter, and its inner products with the raw rows, (m,).
     """
     parts: list[Tensor | None] = [None] * len(like)
-    reached = [any(part is not None for part in parts) for parts in zip(*rows, strict=True)]
+    reached = [any(t is not None for t in tensors) for tensors in zip(*rows, strict=True)]
     progress = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     unweighted = weights.device.type == "cpu" and bool((weights == 1).all())
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):

@@ -258,7 +258,7 @@ class Ranks:
         names = self._known_names()
         wanted = set().union(*merged.values())
         if wanted - names.by_name.keys():
-            self._known_names().add_model()
+            names.add_model()
         unknown = self._gather_objects(sorted(wanted - names.by_name.keys()))
         for rank, missing in enumerate(unknown):
             if missing:
@@ -366,28 +366,25 @@ class Ranks:
             source.set_extra_state(state)
 
 
+@dataclass(frozen=True)
 class RankStep(Step):
     """A step that several ranks take together, each with its part of the validation batch."""
 
-    def __init__(self, ranks: Ranks, *rest: Any) -> None:
-        super().__init__(*rest)
-        object.__setattr__(self, "_ranks", ranks)  # frozen, but for its own constructor
-
-    _ranks: Ranks
+    ranks: Ranks
 
     def shares(self, tasks: Collection[str], error: Exception | None = None) -> dict[str, float]:
         """Return by how much each task's loss counts: see :class:`Step`."""
-        counts = self._ranks.count(tasks, error)
-        return {task: self._ranks.size / count for task, count in counts.items() if count}
+        counts = self.ranks.count(tasks, error)
+        return {task: self.ranks.size / count for task, count in counts.items() if count}
 
     def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:
         """Return the products averaged over ranks: see :class:`Step`."""
-        if not self._ranks.sharded:
-            return self._ranks.sum(super().products(loss, factors)) / self._ranks.size
+        if not self.ranks.sharded:
+            return self.ranks.sum(super().products(loss, factors)) / self.ranks.size
         if loss is None:
             raise ValueError(
                 "`validation` must return a loss on every rank where parameters are sharded, but "
-                f"got none on rank {self._ranks.rank}."
+                f"got none on rank {self.ranks.rank}."
             )
         (slopes,) = sharded_task_gradients([loss], self.parameters, [False])
         scaled = [None if s is None else s * f for s, f in zip(slopes, factors, strict=True)]
@@ -401,7 +398,7 @@ class RankStep(Step):
             _products_with_last,
         )
         own = _products_with_last([[row[number] for number in plain] for row in rows])
-        return products + self._ranks.sum(own).to(products.device) / self._ranks.size
+        return products + self.ranks.sum(own).to(products.device) / self.ranks.size
 
 
 def _products_with_last(rows: Rows) -> Tensor:
