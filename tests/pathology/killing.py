@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch._dynamo  # optimizers import it when they are first used, in every child
 
@@ -26,6 +28,15 @@ from examples.pathology.model import JointTransformer
 from tests.pathology.tiny import Tables, make_tables
 
 METHODS = ("uncert+graddrop", "autol+cagrad")
+
+
+@contextmanager
+def small_models() -> Iterator[None]:
+    """Train small networks, and draw no figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "JointTransformer", small)
+        patch.setattr(crossval, "draw_figures", lambda *_, **__: [])
+        yield
 
 
 def small(outputs, in_features):

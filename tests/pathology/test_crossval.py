@@ -14,19 +14,13 @@ from examples.pathology import crossval, training
 from examples.pathology.config import CrossvalConfig, read_toml
 from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
-from examples.pathology.model import JointTransformer
 from examples.pathology.results import FoldResult, fold_scores, prediction_columns, read_fold
 from examples.pathology.splits import Fold
+from tests.pathology.killing import small
 from tests.pathology.tiny import make_tables, write_bag, write_table
 
 FIGURES = ("roc", "pr", "regression-1", "tsne", "training", "balance")
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def small(outputs, in_features):
-    return JointTransformer(
-        outputs, in_features=in_features, layers=1, d_model=16, heads=2, feedforward=16
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)

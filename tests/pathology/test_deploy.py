@@ -8,22 +8,19 @@ import pandas as pd
 import pytest
 import torch
 
-from examples.pathology import crossval, training
 from examples.pathology.bags import BagStore
 from examples.pathology.config import CrossvalConfig
 from examples.pathology.crossval import run_crossval
 from examples.pathology.deploy import DeployConfig, run_deploy
 from examples.pathology.errors import UserError
 from examples.pathology.results import read_model
-from tests.pathology.killing import small
+from tests.pathology.killing import small_models
 from tests.pathology.tiny import make_tables, write_bag, write_table
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "JointTransformer", small)
-        patch.setattr(crossval, "draw_figures", lambda *_, **__: [])
+    with small_models():
         yield
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.pathology import crossval, heatmap_plots, training
+from examples.pathology import heatmap_plots
 from examples.pathology.config import CrossvalConfig
 from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
@@ -13,7 +13,7 @@ from examples.pathology.features import write_features
 from examples.pathology.heatmap import HeatmapConfig, run_heatmap, tile_values
 from examples.pathology.results import read_model
 from examples.pathology.simulate import MPP, write_pyramid
-from tests.pathology.killing import small
+from tests.pathology.killing import small_models
 from tests.pathology.tiny import make_tables
 
 ROWS, COLUMNS, EDGE = 3, 4, 512  # tiles of 256 um at 0.5 um per pixel
@@ -22,9 +22,7 @@ PLANTED = 6  # row 1, column 2
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "JointTransformer", small)
-        patch.setattr(crossval, "draw_figures", lambda *_, **__: [])
+    with small_models():
         yield
 
 
