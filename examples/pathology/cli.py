@@ -270,6 +270,10 @@ def crossval(
         Path | None, typer.Option(help="splits.json of another run, to compare on equal folds.")
     ] = None,
     complete_cases: CompleteCases = False,
+    width: Annotated[
+        int, typer.Option(min=1, help="Of the Transformer, a multiple of its 6 attention heads.")
+    ] = 384,
+    layers: Annotated[int, typer.Option(min=1, help="Of its encoder, and of its decoder.")] = 2,
     max_tiles: Annotated[
         int | None,
         typer.Option(min=1, help="Most tiles per patient and step, drawn anew in every epoch."),
@@ -317,6 +321,8 @@ def crossval(
             lookahead_data=lookahead_data,
             splits=splits,
             complete_cases=complete_cases,
+            width=width,
+            layers=layers,
             max_tiles=max_tiles,
             precision=precision,
             cache_gb=cache_gb,

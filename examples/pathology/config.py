@@ -19,6 +19,7 @@ else:  # the same parser under its older name
 
 LOOKAHEAD_SOURCES = ("heldout", "train")
 SCHEDULES = ("constant", "cosine", "cosine-per-step")
+HEADS = 6  # of the Transformer: the paper
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
@@ -53,6 +54,8 @@ class CrossvalConfig:
         splits: A ``splits.json`` of another run to use, so that both are compared on equal folds.
         complete_cases: Whether to leave out patients who lack a value of any target (the paper's
             rule) instead of using every value that is known.
+        width: Width of the Transformer, a multiple of its 6 attention heads (384: the paper).
+        layers: Layers of its encoder, and of its decoder (2: the paper).
         max_tiles: Most tiles per patient in a training step, drawn anew in every epoch from the
             seed; ``None``: all (the paper). Validation and test always see all.
         precision: ``float32``; ``tf32``, faster on recent NVIDIA GPUs at 10 bits of mantissa in
@@ -85,6 +88,8 @@ class CrossvalConfig:
     lookahead_data: str = "heldout"
     splits: Path | None = None
     complete_cases: bool = False
+    width: int = 384
+    layers: int = 2
     max_tiles: int | None = None
     precision: str = "float32"
     cache_gb: float = 4.0
@@ -96,13 +101,18 @@ class CrossvalConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, low in (("folds", 2), ("epochs", 1), ("patience", 1), ("seed", 0)):
+        least = {"folds": 2, "epochs": 1, "patience": 1, "layers": 1, "seed": 0}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"`{name}` must be at least {low}, but got {getattr(self, name)}.")
         if not self.learning_rate > 0:
             raise UserError(f"`learning-rate` must be above 0, but got {self.learning_rate}.")
         if not self.weight_decay >= 0:
             raise UserError(f"`weight-decay` must be at least 0, but got {self.weight_decay}.")
+        if self.width < 1 or self.width % HEADS:
+            raise UserError(
+                f"`width` must be a multiple of {HEADS}, the attention heads, but got {self.width}."
+            )
         if self.max_tiles is not None and self.max_tiles < 1:
             raise UserError(f"`max-tiles` must be at least 1, but got {self.max_tiles}.")
         if not self.cache_gb >= 0:

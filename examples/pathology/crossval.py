@@ -138,6 +138,8 @@ def _run_fold(
             weight_decay=config.weight_decay,
             schedule=config.schedule,
             standardize=config.standardize,
+            width=config.width,
+            layers=config.layers,
             max_tiles=config.max_tiles,
             precision=config.precision,
             seed=fold_seed(config.seed, k),

@@ -62,6 +62,7 @@ class JointTransformer(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        self.d_model, self.layers = d_model, layers
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("scale", torch.ones(in_features))
         if not outputs or min(outputs) < 1:

@@ -108,6 +108,7 @@ def write_fold(
                 for t in fitted.targets
             ],
             "scalers": {name: [s.low, s.high] for name, s in fitted.scalers.items()},
+            "network": {"width": fitted.model.d_model, "layers": fitted.model.layers},
             "precision": fitted.precision,
             "best_epoch": fitted.best_epoch,
             **features_of(cohort),
@@ -154,7 +155,7 @@ def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
             Target(t["name"], t["kind"], tuple(t["classes"]), t["positive"])
             for t in saved["targets"]
         )
-        model = new_model(targets, saved["in_features"])
+        model = new_model(targets, saved["in_features"], **saved["network"])
         model.load_state_dict(saved["state_dict"])
         scalers = {name: Scaler(*ends) for name, ends in saved["scalers"].items()}
         fitted = Fitted(
@@ -267,6 +268,8 @@ def summarise(
         "training_only": 0 if config.balancer == BASELINE else len(cohort.training_only),
         "complete_cases": config.complete_cases,
         "max_tiles": config.max_tiles,
+        "width": config.width,
+        "layers": config.layers,
         "precision": config.precision,
         "positives": counts[cohort.target.positive],
         "tiles": sum(patient.tiles for patient in cohort.patients),

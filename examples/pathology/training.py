@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from examples.pathology.bags import BagStore
+from examples.pathology.config import HEADS
 from examples.pathology.errors import RunError, UserError
 from examples.pathology.model import JointTransformer, Prediction
 from examples.pathology.resume import Checkpoint, random_state, set_random_state
@@ -56,6 +57,8 @@ class TrainingConfig:
             back every `epochs` steps).
         standardize: Whether features are brought to mean 0 and standard deviation 1 over the tiles
             of the training part.
+        width: Width of the Transformer.
+        layers: Layers of its encoder, and of its decoder.
         max_tiles: Most tiles of a patient in a step; ``None``: all.
         precision: One of `config.PRECISIONS`.
         seed: Of this fold alone, so that no fold depends on another.
@@ -69,6 +72,8 @@ class TrainingConfig:
     weight_decay: float = 0.01
     schedule: str = "constant"
     standardize: bool = False
+    width: int = 384
+    layers: int = 2
     max_tiles: int | None = None
     precision: str = "float32"
     seed: int = 0
@@ -271,9 +276,18 @@ def fit_fold(
     )
 
 
-def new_model(targets: Sequence[Target], in_features: int) -> JointTransformer:
+def new_model(
+    targets: Sequence[Target], in_features: int, *, width: int, layers: int
+) -> JointTransformer:
     """Return the network for these targets, initialised from PyTorch's random numbers."""
-    return JointTransformer([target.width for target in targets], in_features=in_features)
+    return JointTransformer(
+        [target.width for target in targets],
+        in_features=in_features,
+        d_model=width,
+        layers=layers,
+        heads=HEADS,
+        feedforward=2 * width,  # the paper's ratio
+    )
 
 
 @dataclass
@@ -315,7 +329,9 @@ class _Learner:
         self.device = torch.device(config.device)
         self.config, self.lookahead = config, lookahead
         self.targets, self.scalers, self.bags, self.name = targets, scalers, bags, name
-        self.model = new_model(targets, in_features).to(self.device)
+        self.model = new_model(targets, in_features, width=config.width, layers=config.layers).to(
+            self.device
+        )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,

@@ -39,7 +39,7 @@ def small_models() -> Iterator[None]:
         yield
 
 
-def small(outputs, in_features):
+def small(outputs, in_features, **_):
     return JointTransformer(
         outputs, in_features=in_features, layers=1, d_model=16, heads=2, feedforward=16
     )

@@ -14,7 +14,14 @@ from examples.pathology import crossval, training
 from examples.pathology.config import CrossvalConfig, read_toml
 from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
-from examples.pathology.results import FoldResult, fold_scores, prediction_columns, read_fold
+from examples.pathology.model import JointTransformer
+from examples.pathology.results import (
+    FoldResult,
+    fold_scores,
+    prediction_columns,
+    read_fold,
+    read_model,
+)
 from examples.pathology.splits import Fold
 from tests.pathology.killing import small
 from tests.pathology.tiny import make_tables, write_bag, write_table
@@ -415,3 +422,15 @@ def test_the_reference_protocol_is_resolved_and_saved(tables, tmp_path):
     run_crossval(config)  # taken up: the same settings
     baseline = config_module.with_reference_protocol(replace(config, balancer="baseline"))
     assert baseline.schedule == "constant"
+
+
+def test_the_size_of_the_network_is_a_setting_and_read_back(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "JointTransformer", JointTransformer)
+    config = config_of(tables, tmp_path / "run", epochs=1, width=12, layers=3)
+    assert run_crossval(config)["width"] == 12
+    fitted, _ = read_model(tmp_path / "run/fold-1/model.pt", "cpu")
+    assert fitted.model.projector[0].out_features == 12
+    assert len(fitted.model.encoder.layers) == len(fitted.model.decoder.layers) == 3
+    assert fitted.model.encoder.layers[0].linear1.out_features == 24
+    with pytest.raises(UserError, match=r"width: 12 -> 18"):
+        run_crossval(config_of(tables, tmp_path / "run", epochs=1, width=18, layers=3))

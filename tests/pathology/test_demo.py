@@ -31,7 +31,7 @@ def quick(monkeypatch):
         shutil.copytree(slides / "features", out, dirs_exist_ok=True)
         return Summary()
 
-    def small(outputs, in_features):
+    def small(outputs, in_features, **_):
         return JointTransformer(
             outputs, in_features=in_features, layers=1, d_model=8, heads=2, feedforward=8
         )

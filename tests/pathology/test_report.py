@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
         patch.setattr(
             training,
             "JointTransformer",
-            lambda outputs, in_features: JointTransformer(
+            lambda outputs, in_features, **_: JointTransformer(
                 outputs, in_features=in_features, layers=1, d_model=8, heads=2, feedforward=8
             ),
         )

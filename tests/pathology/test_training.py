@@ -42,7 +42,7 @@ def cohort(tmp_path_factory):
 def small(monkeypatch):
     """Replace the network by one that trains in a millisecond."""
 
-    def build(outputs, in_features):
+    def build(outputs, in_features, **_):
         return JointTransformer(
             outputs, in_features=in_features, layers=1, d_model=16, heads=2, feedforward=16
         )
