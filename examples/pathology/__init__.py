@@ -4,8 +4,8 @@ The pipeline reads from top to bottom. Slides are opened and cut into tiles in m
 ``slides``, ``tiling``), tiles become features in files (``ctranspath``, ``extraction``,
 ``features``), features meet clinical tables (``cohort``) and are split by patient (``splits``), a
 Transformer is trained on them (``model``, ``training``, ``crossval``), and what it says becomes
-numbers, figures and a page (``results``, ``metrics``, ``plots``, ``report``). ``simulate`` draws
-slides whose truth is known, and ``demo`` runs all of it on them. ``cli`` is the only module that
+numbers, figures and a page (``results``, ``metrics``, ``plots``, ``report``). ``synthetic_slides``
+draws slides whose truth is known, and ``demo`` runs all of it on them. ``cli`` is the only module that
 sees the command line, ``config`` checks settings, ``errors`` tells wrong use from failed work,
 ``tables``, ``files`` and ``devices`` read what both halves need.
 

@@ -17,7 +17,7 @@ from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import RunError, UserError, listing
 from examples.pathology.features import extract
 from examples.pathology.report import write_report
-from examples.pathology.simulate import SlideCohort, make_slide_cohort
+from examples.pathology.synthetic_slides import SlideCohort, make_slide_cohort
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from examples.pathology import crossval, demo, training
 from examples.pathology.errors import RunError, UserError
 from examples.pathology.model import JointTransformer
-from examples.pathology.simulate import SlideCohort
+from examples.pathology.synthetic_slides import SlideCohort
 from tests.pathology.tiny import make_tables
 
 

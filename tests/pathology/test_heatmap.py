@@ -12,7 +12,7 @@ from examples.pathology.errors import UserError
 from examples.pathology.features import write_features
 from examples.pathology.heatmap import HeatmapConfig, run_heatmap, tile_values
 from examples.pathology.results import read_model
-from examples.pathology.simulate import MPP, write_pyramid
+from examples.pathology.synthetic_slides import MPP, write_pyramid
 from tests.pathology.killing import small_models
 from tests.pathology.tiny import make_tables
 

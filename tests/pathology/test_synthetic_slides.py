@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from examples.pathology.errors import UserError
-from examples.pathology.simulate import (
+from examples.pathology.synthetic_slides import (
     TissueTraits,
     draw_slide,
     make_slide_cohort,
