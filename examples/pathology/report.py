@@ -137,11 +137,21 @@ def _read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for folder, summary in zip(folders, summaries, strict=True):
         method = str(summary["method"])
-        name = method if count[method] == 1 else f"{method} ({folder.name})"
-        results = tuple(read_fold(folder / f"fold-{k + 1}") for k in range(len(summary["seconds"])))
-        runs.append(Run(name, folder, summary, results))
+        runs.append(read_run(folder, method if count[method] == 1 else f"{method} ({folder.name})"))
     order = {name: i for i, name in enumerate((BASELINE, *PAPER_COMBINATIONS))}
     return sorted(runs, key=lambda run: order.get(run.summary["method"], len(order)))
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a finished run.
+
+    Args:
+        folder: Its folder.
+        name: Its row in a table.
+    """
+    summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    folds = range(1, len(summary["seconds"]) + 1)
+    return Run(name, folder, summary, tuple(read_fold(folder / f"fold-{k}") for k in folds))
 
 
 def _columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
