@@ -3,11 +3,12 @@
 The pipeline reads from top to bottom. Slides are opened and cut into tiles in microns (``units``,
 ``slides``, ``tiling``), tiles become features in files (``ctranspath``, ``extraction``,
 ``features``), features meet clinical tables (``cohort``) and are split by patient (``splits``), a
-Transformer is trained on them (``model``, ``training``, ``crossval``), and what it says becomes
-numbers, figures and a page (``results``, ``metrics``, ``plots``, ``report``). ``synthetic_slides``
-draws slides whose truth is known, and ``demo`` runs all of it on them. ``cli`` is the only module that
-sees the command line, ``config`` checks settings, ``errors`` tells wrong use from failed work,
-``tables``, ``files`` and ``devices`` read what both halves need.
+Transformer is trained on them (``model``, ``losses``, ``training``, ``prediction``, ``crossval``,
+``results``), and what it says becomes numbers, figures and a page (``metrics``, ``measuring``,
+``plots``, ``figures``, ``report``). ``synthetic_slides`` draws slides whose truth is known, and
+``demo`` runs all of it on them. ``cli`` is the only module that sees the command line, ``config``
+checks settings, ``errors`` tells wrong use from failed work, ``tables``, ``files`` and ``devices``
+read what both halves need.
 
 Run it with ``python -m examples.pathology --help``.
 """

@@ -27,14 +27,15 @@ from examples.pathology.config import (
 )
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError, listing
+from examples.pathology.figures import draw_figures
 from examples.pathology.files import write_json
+from examples.pathology.measuring import summarise
+from examples.pathology.prediction import predict
 from examples.pathology.results import (
     DONE,
-    draw_figures,
     features_of,
     prediction_columns,
     read_fold,
-    summarise,
     write_fold,
 )
 from examples.pathology.resume import CHECKPOINT, clean, sole_writer
@@ -44,7 +45,6 @@ from examples.pathology.training import (
     TrainingConfig,
     fit_fold,
     needs_lookahead,
-    predict,
 )
 
 logger = logging.getLogger(__name__)

@@ -20,23 +20,22 @@ from examples.pathology.cohort import Cohort, Target, load_external
 from examples.pathology.config import read_toml, write_toml
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
-from examples.pathology.files import write_json
+from examples.pathology.figures import draw_scores
+from examples.pathology.files import json_or_none, write_json
+from examples.pathology.measuring import summary_of_metrics
+from examples.pathology.prediction import Fitted, PatientPrediction, predict
 from examples.pathology.results import (
     FEATURE_KEYS,
     FoldResult,
-    draw_scores,
     features_of,
-    json_or_none,
     read_fold,
     read_model,
     read_predictions,
-    summary_of_metrics,
     write_embeddings,
     write_predictions,
 )
 from examples.pathology.resume import clean, sole_writer
 from examples.pathology.tables import FILENAME, PATIENT
-from examples.pathology.training import Fitted, PatientPrediction, predict
 
 logger = logging.getLogger(__name__)
 

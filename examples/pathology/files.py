@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,11 @@ from typing import Any
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN) atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_or_none(value: float) -> float | None:
+    """Return a number as JSON can hold it: without NaN."""
+    return None if math.isnan(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

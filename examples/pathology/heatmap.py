@@ -27,11 +27,13 @@ from examples.pathology.deploy import fold_folders, refuse_other_features
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
 from examples.pathology.features import Bag, read_features
+from examples.pathology.figures import caption_of
 from examples.pathology.files import write_json, write_text
-from examples.pathology.results import caption_of, read_model
+from examples.pathology.pixelsizes import mpp_of_slide
+from examples.pathology.prediction import Fitted, forward
+from examples.pathology.results import read_model
 from examples.pathology.slides import Slide, open_slide
 from examples.pathology.tiling import TileRules, plan_tiles
-from examples.pathology.training import Fitted, forward
 from examples.pathology.units import SlideError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class HeatmapConfig:
         slide: The slide file.
         features: Its feature file.
         out: Where the pictures go.
+        slide_table: Table whose column MPP gives the slide's microns per pixel, as in `extract`.
         default_mpp: Microns per pixel of a slide that does not tell its own.
         top: How many top tiles to show.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -58,6 +61,7 @@ class HeatmapConfig:
     slide: Path
     features: Path
     out: Path
+    slide_table: Path | None = None
     default_mpp: float | None = None
     top: int = 8
     device: str = "auto"
@@ -98,8 +102,14 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     folders = fold_folders(config.run)
     models = [read_model(folder / "model.pt", device) for folder in folders]
+    table = config.slide_table
     try:
-        slide = open_slide(config.slide, config.slide.name, default_mpp=config.default_mpp)
+        slide = open_slide(
+            config.slide,
+            config.slide.name,
+            table_mpp=None if table is None else mpp_of_slide(table, config.slide),
+            default_mpp=config.default_mpp,
+        )
     except (SlideError, OSError) as error:
         raise UserError(f"`slide` must be readable: {error}") from error
     with closing(slide):

@@ -19,9 +19,10 @@ from typing import Any
 from examples.pathology import metrics, plots
 from examples.pathology.cohort import TRAINING_ONLY
 from examples.pathology.errors import UserError
+from examples.pathology.figures import caption_of, draw_figures
 from examples.pathology.files import write_text
 from examples.pathology.resampling import Comparison, compare_auroc, holm
-from examples.pathology.results import FoldResult, caption_of, draw_figures, read_fold
+from examples.pathology.results import FoldResult, read_fold
 from examples.pathology.training import BASELINE
 from mtbalance import PAPER_COMBINATIONS
 

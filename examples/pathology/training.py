@@ -15,7 +15,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from examples.pathology.bags import BagStore
 from examples.pathology.config import HEADS
 from examples.pathology.errors import RunError, UserError
-from examples.pathology.model import JointTransformer, Prediction
+from examples.pathology.losses import Scaler, fit_scalers, task_losses
+from examples.pathology.model import JointTransformer
+from examples.pathology.prediction import Fitted, forward, matrix_precision
 from examples.pathology.resume import Checkpoint, random_state, set_random_state
 from mtbalance import Balancer, make_balancer
 
@@ -78,112 +78,6 @@ class TrainingConfig:
     precision: str = "float32"
     seed: int = 0
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Scaler:
-    """Brings a regression target to [0, 1] over the training part, and predictions back.
-
-    Args:
-        low: Minimum over the training part, in the target's unit.
-        high: Its maximum.
-    """
-
-    low: float
-    high: float
-
-    def scale(self, value: float) -> float:
-        """Return a value in [0, 1] for what lies within the training part's range."""
-        return (value - self.low) / (self.high - self.low)
-
-    def unscale(self, value: float) -> float:
-        """Return a scaled value in the target's unit."""
-        return self.low + value * (self.high - self.low)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A trained fold.
-
-    Args:
-        model: With the parameters of the best epoch, in eval mode.
-        targets: What it predicts, in the order of its heads.
-        scalers: One per regression target.
-        history: One row of numbers per epoch.
-        best_epoch: The epoch (from 1) whose parameters were kept.
-        precision: Of its matrix products, in training and prediction.
-    """
-
-    model: JointTransformer
-    targets: tuple[Target, ...]
-    scalers: Mapping[str, Scaler]
-    history: tuple[Mapping[str, float], ...]
-    best_epoch: int
-    precision: str = "float32"
-
-
-@dataclass(frozen=True)
-class PatientPrediction:
-    """What the model says about one patient.
-
-    Args:
-        patient: Who.
-        probabilities: For every classification target its class probabilities ``(classes,)``.
-        numbers: For every regression target the prediction in the target's unit.
-        embedding: The [cls] embedding ``(d,)``.
-    """
-
-    patient: Patient
-    probabilities: Mapping[str, NDArray[np.float64]]
-    numbers: Mapping[str, float]
-    embedding: NDArray[np.float32]
-
-
-def fit_scalers(targets: Sequence[Target], patients: Sequence[Patient]) -> dict[str, Scaler]:
-    """Fit one scaler per regression target on the training part.
-
-    Raises:
-        UserError: A target has fewer than two different values there.
-    """
-    scalers = {}
-    for target in targets:
-        if target.kind == "regression":
-            values = [float(p.known[target.name]) for p in patients if target.name in p.known]
-            if len(set(values)) < 2:
-                raise UserError(
-                    f"`{target.name}` must have at least 2 values in every training part, but has "
-                    f"{len(set(values))} among {len(patients)} patients."
-                )
-            scalers[target.name] = Scaler(min(values), max(values))
-    return scalers
-
-
-def task_losses(
-    outputs: Sequence[Tensor],
-    patient: Patient,
-    targets: Sequence[Target],
-    scalers: Mapping[str, Scaler],
-) -> dict[str, Tensor]:
-    """Return the loss of every target that is known for a patient; the others are absent.
-
-    Args:
-        outputs: The model's ``(1, width)`` outputs, one per target, the primary one first.
-        patient: Who they are for.
-        targets: What they are of.
-        scalers: One per regression target.
-    """
-    losses = {}
-    for i, (target, output) in enumerate(zip(targets, outputs, strict=True)):
-        value = patient.label if i == 0 else patient.known.get(target.name)
-        if value in (None, ""):
-            continue
-        if target.kind == "classification":
-            truth = torch.tensor([target.classes.index(str(value))], device=output.device)
-            losses[target.name] = F.cross_entropy(output, truth)
-        else:
-            scaled = scalers[target.name].scale(float(value))
-            losses[target.name] = F.mse_loss(output, torch.full_like(output, scaled))
-    return losses
 
 
 def fit_fold(
@@ -458,70 +352,6 @@ class _Learner:
                     f"{float(loss.detach())} for patient {patient.name}. "
                     "A lower --learning-rate may help."
                 )
-
-
-def forward(
-    model: JointTransformer, tiles: NDArray[np.float32], device: torch.device, precision: str
-) -> Prediction:
-    """Run the model on the tiles of one patient; outputs are in single precision.
-
-    Args:
-        model: On ``device``.
-        tiles: ``(n, in_features)``.
-        device: Where to compute.
-        precision: One of `config.PRECISIONS`.
-    """
-    bag = torch.from_numpy(tiles).to(device, non_blocking=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        outputs, embedding = model(bag)
-    return Prediction(tuple(output.float() for output in outputs), embedding.float())
-
-
-@contextmanager
-def matrix_precision(precision: str) -> Iterator[None]:
-    """Let matrix products of NVIDIA GPUs run in TensorFloat-32 where that is asked for."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def predict(
-    fitted: Fitted,
-    patients: Sequence[Patient],
-    *,
-    bags: BagStore | None = None,
-    device: str = "cpu",
-) -> list[PatientPrediction]:
-    """Predict every target of every patient.
-
-    Args:
-        fitted: A trained fold.
-        patients: For whom.
-        bags: Where tiles are read; ``None``: a store of its own.
-        device: Where the model is.
-    """
-    bags = bags or BagStore()
-    fitted.model.eval()
-    predictions = []
-    stream = bags.stream([patient] for patient in patients)
-    for patient, (tiles,) in zip(patients, stream, strict=True):
-        with torch.inference_mode(), matrix_precision(fitted.precision):
-            outputs, embedding = forward(
-                fitted.model, tiles, torch.device(device), fitted.precision
-            )
-        probabilities, numbers = {}, {}
-        for target, output in zip(fitted.targets, outputs, strict=True):
-            if target.kind == "classification":
-                probabilities[target.name] = output[0].double().softmax(0).cpu().numpy()
-            else:
-                numbers[target.name] = fitted.scalers[target.name].unscale(float(output))
-        predictions.append(
-            PatientPrediction(patient, probabilities, numbers, embedding[0].cpu().numpy())
-        )
-    return predictions
 
 
 def needs_lookahead(balancer: str, tasks: Sequence[str]) -> bool:

@@ -1,6 +1,5 @@
 import csv
 import json
-import math
 import shutil
 from dataclasses import replace
 
@@ -15,13 +14,7 @@ from examples.pathology.config import CrossvalConfig, read_toml
 from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
 from examples.pathology.model import JointTransformer
-from examples.pathology.results import (
-    FoldResult,
-    fold_scores,
-    prediction_columns,
-    read_fold,
-    read_model,
-)
+from examples.pathology.results import prediction_columns, read_model
 from examples.pathology.splits import Fold
 from tests.pathology.killing import small
 from tests.pathology.tiny import make_tables, write_bag, write_table
@@ -331,21 +324,6 @@ def test_several_auxiliary_targets_of_both_kinds(tmp_path):
     assert table.columns.tolist() == prediction_columns(tables.load("grade", auxiliary).targets)
     assert set(table["kind_pred"]) <= {"x", "y"}
     assert (table["kind"] == "").any()
-
-
-def test_a_fold_of_one_class_has_no_auroc_and_says_why(run, tables):
-    result = read_fold(run / "fold-1")
-    keep = result.predictions["isMSIH"] == "MSS"
-    one = FoldResult(result.predictions[keep], result.embeddings[keep.to_numpy()], 1, 1, 0.0)
-    scores = fold_scores(one, tables.load().targets)
-    for name in ("auroc", "auprc", "silhouette"):
-        assert math.isnan(scores[name].value)
-        assert scores[name].reason == "one class only"
-
-
-def test_an_unfinished_fold_is_not_read(tmp_path):
-    with pytest.raises(UserError, match="must be a finished fold, but is not"):
-        read_fold(tmp_path)
 
 
 def test_the_log_tells_sizes_and_disjointness(caplog):

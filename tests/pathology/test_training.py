@@ -7,30 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from examples.pathology import training
 from examples.pathology.bags import BagStore
-from examples.pathology.cohort import Patient, Target
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import RunError, UserError
+from examples.pathology.losses import Scaler, fit_scalers
 from examples.pathology.model import JointTransformer
-from examples.pathology.training import (
-    Scaler,
-    TrainingConfig,
-    fit_fold,
-    fit_scalers,
-    needs_lookahead,
-    predict,
-    task_losses,
-)
+from examples.pathology.prediction import predict
+from examples.pathology.training import TrainingConfig, fit_fold, needs_lookahead
 from mtbalance import PAPER_COMBINATIONS
 from tests.pathology.tiny import make_tables, write_bag
-
-LABEL = Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")
-LF = Target("LF", "regression")
 
 
 @pytest.fixture(scope="module")
@@ -62,60 +50,13 @@ def fit(cohort, train=6, **changes):
     )
 
 
-def patient(label="MSIH", **known):
-    return Patient("P", label, known, (), 1)
-
-
-# --- losses and scalers ---------------------------------------------------------------------------
-
-
-def test_losses_worked_by_hand():
-    outputs = (torch.tensor([[2.0, 0.0]]), torch.tensor([[0.75]]))
-    losses = task_losses(outputs, patient(LF=30.0), [LABEL, LF], {"LF": Scaler(10.0, 50.0)})
-    assert float(losses["isMSIH"]) == pytest.approx(math.log(1 + math.exp(-2)))
-    assert float(losses["LF"]) == pytest.approx((0.75 - 0.5) ** 2)
-
-
-def test_a_task_without_a_value_is_absent():
-    outputs = (torch.zeros(1, 2), torch.zeros(1, 1))
-    assert set(task_losses(outputs, patient(), [LABEL, LF], {"LF": Scaler(0, 1)})) == {"isMSIH"}
-
-
-def test_a_patient_without_the_primary_label_is_trained_on_for_the_others():
-    outputs = (torch.zeros(1, 2), torch.zeros(1, 1))
-    one = patient(label="", LF=0.5)
-    assert set(task_losses(outputs, one, [LABEL, LF], {"LF": Scaler(0, 1)})) == {"LF"}
-
-
-def test_an_auxiliary_class_has_a_cross_entropy():
-    grade = Target("grade", "classification", ("1", "2", "3"), "3")
-    outputs = (torch.zeros(1, 2), torch.zeros(1, 3))
-    losses = task_losses(outputs, patient(grade="2"), [LABEL, grade], {})
-    assert float(losses["grade"]) == pytest.approx(math.log(3))
-
-
-@given(st.floats(-1e6, 1e6), st.floats(0.001, 1e6), st.floats(-1e6, 1e6))
-def test_a_scaler_goes_there_and_back(low, spread, value):
-    scaler = Scaler(low, low + spread)
-    assert scaler.unscale(scaler.scale(value)) == pytest.approx(value, rel=1e-6, abs=1e-4)
-    assert scaler.scale(scaler.low) == 0.0
-    assert scaler.scale(scaler.high) == 1.0
-
-
-def test_scalers_see_the_training_part_alone():
-    patients = [patient(LF=value) for value in (3.0, 1.0, 2.0)] + [patient()]
-    assert fit_scalers([LABEL, LF], patients) == {"LF": Scaler(1.0, 3.0)}
-    with pytest.raises(UserError, match="`LF` must have at least 2 values in every training part"):
-        fit_scalers([LABEL, LF], patients[:1])
+# --- fitting --------------------------------------------------------------------------------------
 
 
 def test_the_look_ahead_share_is_training_part_to_the_scalers(cohort, small):
     fitted = fit(cohort, train=4, balancer="autol", epochs=1)
     known = [p.known["LF"] for p in (*cohort.patients[:4], *cohort.patients[9:12]) if p.known]
     assert fitted.scalers == {"LF": Scaler(min(known), max(known))}
-
-
-# --- fitting --------------------------------------------------------------------------------------
 
 
 def test_naive_equals_a_plain_loop_over_the_sum_of_losses(cohort, small):
@@ -340,16 +281,6 @@ def test_any_number_of_targets_with_any_names(tmp_path, small):
     assert set(one.probabilities) == {"isMSIH", "kind"}
 
 
-def test_predictions_are_in_the_targets_unit(cohort, small):
-    fitted = fit(cohort, balancer="naive", epochs=1)
-    one = cohort.patients[0]
-    with torch.inference_mode():
-        raw = float(fitted.model(torch.from_numpy(BagStore().load(one))).outputs[1])
-    known = [p.known["LF"] for p in cohort.patients[:6] if p.known]
-    expected = min(known) + raw * (max(known) - min(known))
-    assert predict(fitted, [one])[0].numbers["LF"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_training_only_patients_take_part_in_every_method(cohort, small):
     """A step with the auxiliary task alone, in each of the 16 combinations."""
     unlabelled = [replace(p, label="") for p in cohort.patients[:2]]
@@ -412,13 +343,6 @@ def test_bfloat16_computes_roughly_the_same_in_fewer_bits(cohort, small):
     assert half.precision == "bfloat16"
 
 
-def test_tf32_is_a_setting_of_the_run_alone():
-    before = torch.get_float32_matmul_precision()
-    with training.matrix_precision("tf32"):
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
-
-
 def test_waiting_for_tiles_is_measured(cohort, small, monkeypatch):
     original = BagStore.load
 
@@ -455,6 +379,6 @@ def test_devices_are_checked():
 
 
 def test_a_stream_goes_round_for_ever():
-    stream = training._stream([patient("a"), patient("b")], np.random.default_rng(0))
-    rounds = [{next(stream).label, next(stream).label} for _ in range(5)]
+    stream = training._stream(["a", "b"], np.random.default_rng(0))
+    rounds = [{next(stream), next(stream)} for _ in range(5)]
     assert rounds == list(itertools.repeat({"a", "b"}, 5))
