@@ -154,6 +154,110 @@ def test_holm_worked_by_hand():
     assert math.isnan(resampling.holm([0.5, math.nan])[1])
 
 
+# --- permutation ----------------------------------------------------------------------------------
+
+AREAS = {
+    "auroc": (resampling.auroc, sklearn_metrics.roc_auc_score),
+    "auprc": (resampling.auprc, sklearn_metrics.average_precision_score),
+}
+
+
+def paired_scores(random, *, patients, ours, theirs, folds=2):
+    """Truth and two scores of equal dependence, each as good as its shift says."""
+    drawn = []
+    for _ in range(folds):
+        truth = np.arange(patients) % 3 == 0
+        shared = random.normal(size=patients)
+        drawn.append(
+            (
+                truth,
+                shared + random.normal(size=patients) + ours * truth,
+                np.exp(shared + random.normal(size=patients) + theirs * truth),  # another scale
+            )
+        )
+    return drawn
+
+
+def p_of(folds, area=resampling.auroc, permutations=999, seed=0):
+    exchanges = [resampling.exchange_ranks(*fold, area) for fold in folds]
+    return resampling.permutation_p(exchanges, seed=seed, permutations=permutations)
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_permuting_ranks_agrees_with_every_exchange_there_is(name):
+    """All 2^n exchanges of one small fold with ties, by scikit-learn on ranks swapped in a loop."""
+    area, reference = AREAS[name]
+    random = np.random.default_rng(3)
+    truth = np.array([1, 0, 1, 0, 0, 1, 0, 0], dtype=bool)
+    ours, theirs = random.normal(size=8) + 2 * truth, random.integers(0, 4, 8) / 4
+    a, b = stats.rankdata(ours), stats.rankdata(theirs)
+    every = np.array(list(itertools.product([0.0, 1.0], repeat=8)))
+    expected = np.array(
+        [
+            reference(truth, np.where(swap, b, a)) - reference(truth, np.where(swap, a, b))
+            for swap in every
+        ]
+    )
+    exchange = resampling.exchange_ranks(truth, ours, theirs, area)
+    assert resampling.permuted_differences([exchange], [every]) == pytest.approx(expected)
+    exact = np.mean(np.abs(expected) >= abs(expected[0]) - 1e-12)
+    assert 0.02 < exact < 0.9
+    estimated = resampling.permutation_p([exchange], seed=0)
+    assert estimated == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999))
+
+
+def test_flipping_signs_agrees_with_every_flip_there_is():
+    folds = [RANDOM.normal(size=(2, n)) + np.array([[0.5], [0.0]]) for n in (4, 5)]
+    signs = [np.array(list(itertools.product([1, -1], repeat=n))) for n in (4, 5)]
+    means = [sign @ (a - b) / len(a) for sign, (a, b) in zip(signs, folds, strict=True)]
+    every = (means[0][:, None] + means[1][None, :]).ravel() / 2
+    exact = np.mean(np.abs(every) >= abs(every[0]) - 1e-12)
+    exchanges = [resampling.exchange_values(a, b) for a, b in folds]
+    estimated = resampling.permutation_p(exchanges, seed=0)
+    assert estimated == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999))
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_a_permutation_p_is_uniform_where_there_is_no_difference(name):
+    random = np.random.default_rng(11)
+    p = [
+        p_of(paired_scores(random, patients=24, ours=1, theirs=1), AREAS[name][0], 199)
+        for _ in range(300)
+    ]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    low, high = stats.binom.ppf([0.0005, 0.9995], 300, 0.05)
+    assert low <= sum(value <= 0.05 for value in p) <= high
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_a_permutation_finds_a_difference_in_either_direction(name):
+    random = np.random.default_rng(12)
+    for ours, theirs in ((2.5, 0.5), (0.5, 2.5)):
+        draws = [
+            p_of(paired_scores(random, patients=60, ours=ours, theirs=theirs), AREAS[name][0])
+            for _ in range(20)
+        ]
+        assert sum(p < 0.05 for p in draws) >= 18
+
+
+def test_a_permutation_agrees_with_delong_for_many_patients():
+    random = np.random.default_rng(13)
+    for ours, theirs in ((1.0, 1.0), (1.2, 1.0), (1.0, 1.3)):
+        folds = paired_scores(random, patients=300, ours=ours, theirs=theirs, folds=3)
+        assert p_of(folds, permutations=4999) == pytest.approx(
+            resampling.compare_auroc(folds).p, abs=0.03
+        )
+
+
+def test_a_permutation_cannot_tell_equal_ranks_apart_and_needs_a_fold():
+    truth, score = np.arange(10) % 2 == 0, RANDOM.normal(size=10)
+    assert p_of([(truth, score, np.exp(score))]) == 1.0
+    assert math.isnan(resampling.permutation_p([], seed=0))
+    perfect = [(np.arange(60) % 2 == 0, *np.stack([-(np.arange(60) % 2), np.arange(60)]))]
+    assert p_of(perfect) == 1 / 1000  # the smallest there is: never 0
+    assert p_of(perfect, seed=1) == p_of(perfect, seed=1)
+
+
 # --- the threshold of F1 --------------------------------------------------------------------------
 
 
