@@ -20,8 +20,9 @@ class RunError(RuntimeError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean `x`?`` for the known name nearest to ``name``, or an empty string."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{matches[0]}`?" if matches else ""
+    plain = {other.casefold(): other for other in known}
+    matches = get_close_matches(name.casefold(), plain, n=1, cutoff=0.5)
+    return f" Did you mean `{plain[matches[0]]}`?" if matches else ""
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

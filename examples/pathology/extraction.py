@@ -31,7 +31,6 @@ from examples.pathology.features import LAYOUTS, write_features
 from examples.pathology.files import write_bytes
 from examples.pathology.inference import Clock, Network, check_settings, infer, place
 from examples.pathology.ledger import FEATURES, TILING, LedgerRow
-from examples.pathology.pixelsizes import lookup_mpp
 from examples.pathology.provenance import finished_rows, parameters_of, provenance_of
 from examples.pathology.slides import LevelError, Slide, SlideFile, open_slide
 from examples.pathology.tiling import (
@@ -65,7 +64,7 @@ class Settings:
         batch_size: Tiles per call of the network.
         workers: Threads that read.
         layout: Layout of the feature files.
-        table_mpp: Microns per pixel by slide, from the slide table.
+        table_mpp: Microns per pixel by stem of the slide, from the slide table.
         default_mpp: What to assume for slides that do not say.
         show_tiles: Whether a slide that takes long gets a progress bar of its own.
     """
@@ -232,7 +231,7 @@ def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) ->
         slide = open_slide(
             file.path,
             file.name,
-            table_mpp=lookup_mpp(settings.table_mpp, file),
+            table_mpp=settings.table_mpp.get(file.stem),
             default_mpp=settings.default_mpp,
             broken_levels=broken,
         )
@@ -380,7 +379,7 @@ def _described(file: SlideFile, prepared: _Prepared, um: float) -> LedgerRow:
         )
     if prepared.broken:
         levels = ", ".join(map(str, sorted(prepared.broken)))
-        reasons.append(f"levels {levels} cannot be read; finer ones were used")
+        reasons.append(f"unreadable levels, replaced by finer ones: {levels}")
     return LedgerRow(
         slide=file.name,
         stage=TILING,

@@ -9,7 +9,8 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
 - with ``layout="stamp-v1"`` instead ``coords`` int64 in pixels of which a tile has 224, and of
   these attributes only ``extractor`` and ``tile_size=224.0``;
 - our provenance: ``mtbalance_version``, ``mtbalance_weights_sha256``, ``mtbalance_random_weights``,
-  ``mtbalance_parameters`` (JSON) and more.
+  ``mtbalance_parameters`` (JSON) and more; ``mtbalance_simulated``, a sentence, where no network
+  made the features but a program.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Bag:
         path: The file they came from.
         tile_size_um: Edge of a tile on the slide in um; None if the file does not say.
         tile_size_px: Edge of a tile in pixels as the network saw it; None if it does not say.
+        simulated: A sentence that says so where the features are simulated; empty otherwise.
     """
 
     feats: npt.NDArray[np.float32]
@@ -68,6 +70,7 @@ class Bag:
     path: Path
     tile_size_um: float | None = None
     tile_size_px: int | None = None
+    simulated: str = ""
 
 
 def read_features(path: Path, *, mpp: float | None = None) -> Bag:
@@ -126,6 +129,7 @@ def _read_open(file: h5py.File, path: Path, mpp: float | None) -> Bag:
         path=path,
         tile_size_um=tile_um,
         tile_size_px=tile_px,
+        simulated=_text(attributes.get("mtbalance_simulated", "")),
     )
 
 
@@ -176,6 +180,7 @@ def write_features(
     tile_size_um: float = TILE_SIZE_UM,
     tile_size_px: int = V1_TILE_PX,
     layout: str = "stamp-v2",
+    simulated: str = "",
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a feature file; it appears under its name only when complete and on disk.
@@ -191,6 +196,7 @@ def write_features(
         tile_size_px: Edge of a tile in pixels.
         layout: ``stamp-v2``, which all readers but the strictest take, or ``stamp-v1``: whole
             pixels of which a tile has `tile_size_px`, and no word of microns.
+        simulated: A sentence that says so, if the features are simulated.
         provenance: More attributes; their names get the prefix ``mtbalance_``.
 
     Raises:
@@ -229,6 +235,8 @@ def write_features(
                 file.attrs["stamp_version"] = "2.0.0"
             file.attrs["mtbalance_weights_sha256"] = weights_sha256 or ""
             file.attrs["mtbalance_random_weights"] = random_weights
+            if simulated:
+                file.attrs["mtbalance_simulated"] = simulated
             for name, value in (provenance or {}).items():
                 file.attrs[f"mtbalance_{name}"] = value
         publish(temporary, path)
@@ -284,10 +292,12 @@ def extract(
         UserError: If the call is wrong: no slides, unusable weights, a broken table.
     """
     from examples.pathology import dispatch, extraction, tiling  # reading needs no torch
-    from examples.pathology.pixelsizes import read_mpp_table
+    from examples.pathology.pixelsizes import mpp_of_slides
     from examples.pathology.slides import find_slides
 
     devices = dispatch.resolve_devices(device)
+    files = find_slides(slides, skip=out)
+    stems = [file.stem for file in files]
     settings = extraction.Settings(
         out=out,
         rules=tile_rules if tile_rules is not None else tiling.TileRules(),
@@ -298,8 +308,7 @@ def extract(
         batch_size=batch_size,
         workers=extraction.default_workers(devices[0]) if workers is None else workers,
         layout=layout,
-        table_mpp={} if slide_table is None else read_mpp_table(slide_table),
+        table_mpp={} if slide_table is None else mpp_of_slides(slide_table, stems),
         default_mpp=default_mpp,
     )
-    files = find_slides(slides, skip=out)
     return dispatch.run(files, settings, devices, max_failures=max_failures)

@@ -31,7 +31,8 @@ def slide_key(name: str, table: Path, column: str = "FILENAME") -> str:
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts:
         raise UserError(
-            f"{table}: `{column}` must be a path inside the feature folder, but got {name!r}."
+            f"{table}: `{column}` must be a path inside the folder of slides or features, but "
+            f"got {name!r}."
         )
     if relative.suffix.lower().lstrip(".") in {*SLIDE_SUFFIXES, "h5"}:
         relative = relative.with_suffix("")

@@ -92,6 +92,22 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
     return sorted(_without_collisions(found), key=lambda slide: slide.name)
 
 
+def slide_file(path: Path) -> SlideFile:
+    """Return a single slide as `find_slides` would list it in the root of the file system.
+
+    Args:
+        path: The slide, absolute; of a DICOM series, any file.
+    """
+    root = Path(path.anchor)
+    if path.suffix.lower() == ".dcm":
+        uid = _dicom_series(path) or path.stem
+        series = [child for child in path.parent.iterdir() if child.suffix.lower() == ".dcm"]
+        found = list(_dicom_slides(root, path.parent, series))
+        return next((slide for slide in found if Path(slide.name).name == uid), found[0])
+    relative = path.relative_to(root)
+    return SlideFile(path, relative.as_posix(), relative.with_suffix("").as_posix())
+
+
 def _walk(folder: Path, skip: Path | None) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folders below one, links followed, with their visible files in order."""
     seen = {skip.resolve()} if skip is not None else set()

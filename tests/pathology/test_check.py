@@ -108,7 +108,7 @@ def test_positives_per_task_and_fold_add_up(tables):
 def test_a_file_name_out_of_the_folder_is_refused(tables):
     header, *rows = rows_of(tables.slides)
     write_table(tables.slides, header, [*rows, ["P00", "../../etc/passwd"]])
-    with pytest.raises(UserError, match="must be a path inside the feature folder"):
+    with pytest.raises(UserError, match="must be a path inside the folder of slides or features"):
         check(tables)
 
 

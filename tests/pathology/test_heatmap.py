@@ -14,7 +14,7 @@ from examples.pathology.heatmap import HeatmapConfig, run_heatmap, tile_values
 from examples.pathology.results import read_model
 from examples.pathology.synthetic_slides import MPP, write_pyramid
 from tests.pathology.killing import small_models
-from tests.pathology.tiny import make_tables
+from tests.pathology.tiny import make_tables, write_table
 
 ROWS, COLUMNS, EDGE = 3, 4, 512  # tiles of 256 um at 0.5 um per pixel
 PLANTED = 6  # row 1, column 2
@@ -150,6 +150,18 @@ def test_values_are_means_over_the_folds_models(run):
         looks = [m.model.attention(torch.from_numpy(feats)).numpy() for m in models]
     assert values.slide_score == pytest.approx(np.mean(whole), abs=1e-6)
     np.testing.assert_allclose(values.attention, 5 * np.mean(looks, axis=0), rtol=1e-5)
+
+
+def test_the_slide_table_gives_the_pixel_size_of_a_slide_that_does_not(run, slide, tmp_path):
+    plain = np.full((ROWS * EDGE, COLUMNS * EDGE, 3), 220, dtype=np.uint8)
+    (tmp_path / "sub").mkdir()
+    write_pyramid(tmp_path / "sub" / "b.tif", plain, mpp=100.0)  # a placeholder
+    table = write_table(tmp_path / "t.csv", ["FILENAME", "MPP"], [["a", 1], ["sub/b.h5", MPP]])
+    asked = {"slide": tmp_path / "sub" / "b.tif", "default_mpp": 1.0}
+    with pytest.raises(UserError, match=r"has 100 .*in the MPP column of the slide table"):
+        draw(run, slide, tmp_path / "out", **asked)
+    value = draw(run, slide, tmp_path / "out", slide_table=table, **asked)
+    assert value["tiles"] == 12
 
 
 @pytest.mark.parametrize(
