@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
-import io
 import json
 import logging
 import math
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.pathology import metrics, plots
+from examples.pathology import metrics, pages, plots
 from examples.pathology.cohort import TRAINING_ONLY
 from examples.pathology.errors import UserError
 from examples.pathology.figures import caption_of, draw_figures
@@ -28,7 +26,6 @@ from mtbalance import PAPER_COMBINATIONS
 
 logger = logging.getLogger(__name__)
 
-WIDE = frozenset({"tsne", "training", "balance"})
 CAUTION = (
     "Mean ± standard deviation over the folds of one cross-validation with one seed [95 % "
     "bootstrap interval over the patients tested, the models taken as they are]. F1 is at the "
@@ -174,70 +171,26 @@ def _columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return columns
 
 
-def _cell(run: Run, key: str) -> str:
-    value = run.summary["metrics"].get(key)
-    if value is None:
-        return "–"
-    if value["mean"] is None:
-        return "undefined: " + "; ".join(sorted(set(value["undefined"].values())))
-    folds = len(value["folds"])
-    known = value["folds_with_value"]
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.3f}"
-    low, high = value["ci95_over_patients"]
-    if low is not None:
-        spread += f" [{low:.3f}, {high:.3f}]"
-    return f"{value['mean']:.3f}{spread}" + (
-        "" if known == folds else f" ({known} of {folds} folds)"
-    )
+def _cells(run: Run, columns: Sequence[tuple[str, str]]) -> list[str]:
+    return [run.name, *(pages.metric_cell(run.summary["metrics"].get(key)) for key, _ in columns)]
 
 
 def _markdown(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rows = [
-        line(["Method", *(heading for _, heading in columns)]),
-        line(["---"] * (len(columns) + 1)),
-    ]
-    rows += [line([run.name, *(_cell(run, key) for key, _ in columns)]) for run in runs]
-    return (
-        "\n".join(
-            [*rows, "", CAUTION, *(["", text] if (text := caption_of(runs[0].summary)) else [])]
-        )
-        + "\n"
-    )
+    headings = ["Method", *(heading for _, heading in columns)]
+    table = pages.table_markdown(headings, [_cells(run, columns) for run in runs])
+    remarks = [CAUTION, *([text] if (text := caption_of(runs[0].summary)) else [])]
+    return table + "".join(f"\n{text}\n" for text in remarks)
 
 
 def _csv(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
     """Return one row per method and metric, with everything that the page rounds or leaves out."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [
-        "mean",
-        "sd",
-        "ci95_low_over_patients",
-        "ci95_high_over_patients",
-        "ci95_low_over_folds",
-        "ci95_high_over_folds",
-        "folds_with_value",
-        "folds",
+    rows = [
+        [run.name, key, *pages.metric_numbers(value)]
+        for run in runs
+        for key in [*(key for key, _ in columns), "prevalence"]
+        if (value := run.summary["metrics"].get(key)) is not None
     ]
-    writer.writerow(["method", "metric", *names])
-    for run in runs:
-        for key in [key for key, _ in columns] + ["prevalence"]:
-            if (value := run.summary["metrics"].get(key)) is not None:
-                numbers = [
-                    value["mean"],
-                    value["sd"],
-                    *value["ci95_over_patients"],
-                    *value["ci95_over_folds"],
-                    value["folds_with_value"],
-                ]
-                per_fold = " ".join("" if v is None else f"{v:.6g}" for v in value["folds"])
-                writer.writerow(
-                    [run.name, key, *("" if v is None else v for v in numbers), per_fold]
-                )
-    return text.getvalue()
+    return pages.table_csv(["method", "metric", *pages.METRIC_COLUMNS], rows)
 
 
 def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
@@ -333,92 +286,67 @@ def _html(
     preface: str,
 ) -> str:
     first = runs[0].summary
-    say = html.escape
     share = first["positives"] / first["patients"]
+    headings = ["Method", *(heading for _, heading in columns)]
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>Cross-validation of {say(first['target'])}</title>",
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Cross-validation of {say(first['target'])}</h1>",
-        f"<p>{say(preface)}</p>" if preface else "",
-        *(f"<p class='warning'>{say(text)}</p>" for text in _warnings(runs, unfinished)),
-        f"<p>{first['patients']} patients, {first['positives']} of them {say(first['positive'])};",
-        f"{first['tiles']} tiles; {len(runs[0].results)} folds by patient. The prevalence of",
-        f"{share:.2f} is the chance level of AUPRC; that of AUROC is 0.5. Features:",
-        f"{say(first['extractor'])}.</p>",
-        "<table><thead><tr><th>Method</th>",
-        *(f"<th>{say(heading)}</th>" for _, heading in columns),
-        "</tr></thead><tbody>",
+        pages.paragraph_html(preface),
+        *(pages.warning_html(text) for text in _warnings(runs, unfinished)),
+        pages.paragraph_html(
+            f"{first['patients']} patients, {first['positives']} of them {first['positive']}; "
+            f"{first['tiles']} tiles; {len(runs[0].results)} folds by patient. The prevalence of "
+            f"{share:.2f} is the chance level of AUPRC; that of AUROC is 0.5. Features: "
+            f"{first['extractor']}."
+        ),
+        pages.table_html(headings, [_cells(run, columns) for run in runs]),
+        pages.paragraph_html(CAUTION),
+        pages.list_html(_differences(runs)),
     ]
-    for run in runs:
-        cells = "".join(f"<td>{say(_cell(run, key))}</td>" for key, _ in columns)
-        parts.append(f"<tr><th>{say(run.name)}</th>{cells}</tr>")
-    parts += ["</tbody></table>", f"<p>{say(CAUTION)}</p>"]
-    if sentences := _differences(runs):
-        parts += ["<ul>", *(f"<li>{say(sentence)}</li>" for sentence in sentences), "</ul>"]
     for heading, drawn in figures:
-        parts.append(f"<h2>{say(heading)}</h2><div class='figures'>")
-        for text, path in drawn:
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            kind = " class='wide'" if path.stem in WIDE else ""
-            parts.append(
-                f"<img{kind} alt='{say(text, quote=True)}' src='data:image/png;base64,{data}'>"
-            )
-        parts.append("</div>")
+        parts += [f"<h2>{html.escape(heading)}</h2>", pages.figures_html(drawn)]
     parts += [
         "<h2>Who was used, and who was not</h2>",
-        _funnel_html(runs[0]),
+        funnel_html(runs[0]),
         "<h2>Runs</h2>",
         _runs_html(runs),
     ]
-    return "\n".join(part for part in parts if part) + "\n</body></html>\n"
+    return pages.page_html(f"Cross-validation of {first['target']}", parts)
 
 
-def _funnel_html(run: Run) -> str:
-    say = html.escape
-    stages = "".join(f"<li>{count} {say(stage)}</li>" for stage, count in run.summary["funnel"])
+def funnel_html(run: Run) -> str:
+    """Return who was used in a run, and who was left out and why."""
     with (run.folder / "ledger.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] != "used"]
     alone = [row for row in rows if row["status"] == TRAINING_ONLY]
-    rows = [row for row in rows if row["status"] != TRAINING_ONLY]
-    reasons = Counter((row["item"], row["reason"]) for row in rows)
-    left_out = "".join(
-        f"<li>{n} × {say(item)}: {say(why)}</li>" for (item, why), n in reasons.most_common()
+    reasons = Counter(
+        (row["item"], row["reason"]) for row in rows if row["status"] != TRAINING_ONLY
     )
+    left_out = [f"{n} × {item}: {why}" for (item, why), n in reasons.most_common()]
+    stages = [f"{count} {stage}" for stage, count in run.summary["funnel"]]
     return (
-        f"<p>Patients:</p><ol>{stages}</ol>"
+        pages.paragraph_html("Patients:")
+        + pages.list_html(stages, ordered=True)
         + (f"<p>{len(alone)} trained on for other targets only.</p>" if alone else "")
-        + f"<p>Left out:</p><ul>{left_out or '<li>nobody</li>'}</ul>"
-        "<p>One row for each is in ledger.csv of the run.</p>"
+        + pages.paragraph_html("Left out:")
+        + pages.list_html(left_out or ["nobody"])
+        + pages.paragraph_html("One row for each is in ledger.csv of the run.")
     )
 
 
 def _runs_html(runs: Sequence[Run]) -> str:
-    say = html.escape
-    rows = "".join(
-        f"<tr><th>{say(run.name)}</th><td>{say(run.folder.name)}</td>"
-        f"<td>{', '.join(map(str, run.summary['epochs']))}</td>"
-        f"<td>{', '.join(map(str, run.summary['best_epochs']))}</td>"
-        f"<td>{sum(run.summary['seconds']):.0f}</td><td>{run.summary['seed']}</td></tr>"
+    rows = [
+        (
+            run.name,
+            run.folder.name,
+            ", ".join(map(str, run.summary["epochs"])),
+            ", ".join(map(str, run.summary["best_epochs"])),
+            f"{sum(run.summary['seconds']):.0f}",
+            run.summary["seed"],
+        )
         for run in runs
-    )
+    ]
     headings = ("Method", "Folder", "Epochs per fold", "Best epoch", "Seconds", "Seed")
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return pages.table_html(headings, rows)
 
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "run"
-
-
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 "
-    "1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}th,td{border-bottom:1px solid #ccc;padding:.4rem "
-    ".9rem;"
-    "text-align:left}thead th{border-bottom:2px solid #222}"
-    ".warning{background:#fff3cd;border-left:4px solid #e69f00;padding:.6rem 1rem}"
-    ".figures{display:flex;flex-wrap:wrap;gap:1rem}img{width:31rem;max-width:100%;height:auto}"
-    "img.wide{width:100%}"
-)
