@@ -101,7 +101,7 @@ def slide_file(path: Path) -> SlideFile:
     root = Path(path.anchor)
     if path.suffix.lower() == ".dcm":
         uid = _dicom_series(path) or path.stem
-        series = [child for child in path.parent.iterdir() if child.suffix.lower() == ".dcm"]
+        series = sorted(file for file in path.parent.iterdir() if file.suffix.lower() == ".dcm")
         found = list(_dicom_slides(root, path.parent, series))
         return next((slide for slide in found if Path(slide.name).name == uid), found[0])
     relative = path.relative_to(root)
