@@ -2,7 +2,8 @@
 
 Attention is how much the [cls] token looks at a tile, relative to the average tile. The score of a
 tile is what a model says of a slide that consists of this tile alone: it shows what the model takes
-for a sign of the class, and is no calibrated probability of the tile. Both are means over folds.
+for a sign of the class, or of a high value, and is no calibrated probability of the tile. Both are
+means over folds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from examples.pathology.results import read_model
 from examples.pathology.slides import Slide, open_slide
 from examples.pathology.tiling import TileRules, plan_tiles
 from examples.pathology.units import SlideError
+
+if TYPE_CHECKING:
+    from examples.pathology.model import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +77,9 @@ class TileValues:
 
     Args:
         attention: Of the [cls] token, ``(n,)``; the average tile has 1.
-        score: Probability of the positive class of each tile alone, ``(n,)``.
-        slide_score: Probability of the positive class of the whole slide.
+        score: Of each tile alone, ``(n,)``: the probability of the positive class, or the predicted
+            value in the target's unit.
+        slide_score: Of the whole slide.
     """
 
     attention: NDArray[np.float64]
@@ -126,12 +131,19 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
             refuse_other_features(about, found, folder, config.features)
         values = tile_values([fitted for fitted, _ in models], bag.feats, device)
         target = models[0][0].targets[0]
+        if target.kind == "classification":
+            score, what, least_span = "score", "Class score", heatmap_plots.LEAST_SPAN
+            heading = f"{target.name} = {target.positive}"
+        else:  # colours span a tenth of what training has seen, as for probabilities
+            ranges = [fitted.scalers[target.name] for fitted, _ in models]
+            score, what, heading = "value", "Predicted value", target.name
+            least_span = heatmap_plots.LEAST_SPAN * float(np.mean([r.high - r.low for r in ranges]))
         summary: dict[str, Any] = {
             "slide": config.slide.name,
             "run": str(config.run.resolve()),
             "target": target.name,
-            "positive": target.positive,
-            "score_of_the_slide": values.slide_score,
+            **({"positive": target.positive} if target.positive else {}),
+            f"{score}_of_the_slide": values.slide_score,
             "tiles": len(bag.feats),
             "tile_size_um": size_um,
             "random_weights": bag.random_weights,
@@ -148,17 +160,23 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
             values.attention,
             values.score,
             config.out / "heatmap.png",
-            title=f"{config.slide.name}: {target.name} = {target.positive}, "
-            f"score of the slide {values.slide_score:.2f}",
+            title=f"{config.slide.name}: {heading}, {score} of the slide {values.slide_score:.3g}",
             caption=caption,
+            what=what,
+            least_span=least_span,
         )
         rows = []
-        for name, value in (("attention", values.attention), ("score", values.score)):
+        for name, value in (("attention", values.attention), (score, values.score)):
             best = np.argsort(-value, kind="stable")[: config.top]
             pictures = [_read_tile(slide, bag.coords_um[i], size_um) for i in best]
             rows.append((name, pictures, value[best]))
-        heatmap_plots.top_tiles(rows, config.out / "top-tiles.png", caption=caption)
-    write_text(config.out / "tiles.csv", _tiles_csv(bag, values))
+        heatmap_plots.top_tiles(
+            rows,
+            config.out / "top-tiles.png",
+            title=f"{config.slide.name}: tiles of {size_um:g} um with the highest values",
+            caption=caption,
+        )
+    write_text(config.out / "tiles.csv", _tiles_csv(bag, values, score))
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_json(config.out / "heatmap.json", summary)
     logger.info(
@@ -182,24 +200,26 @@ def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: st
     where = torch.device(device)
     attention, score, whole = [], [], []
     for fitted in models:
-        target = fitted.targets[0]
-        column = target.classes.index(target.positive)
         with torch.inference_mode():
             looks = fitted.model.attention(torch.from_numpy(feats).to(where))
             attention.append(looks.double().cpu().numpy() * len(feats))
             alone = [
-                forward(fitted.model, feats[i : i + CHUNK, None], where, fitted.precision)
-                .outputs[0]
-                .double()
-                .softmax(dim=1)[:, column]
-                .cpu()
-                .numpy()
-                for i in range(0, len(feats), CHUNK)
+                _score(forward(fitted.model, chunk[:, None], where, fitted.precision), fitted)
+                for chunk in np.split(feats, range(CHUNK, len(feats), CHUNK))
             ]
-            output = forward(fitted.model, feats, where, fitted.precision).outputs[0]
+            output = forward(fitted.model, feats, where, fitted.precision)
         score.append(np.concatenate(alone))
-        whole.append(float(output[0].double().softmax(0)[column]))
+        whole.append(_score(output, fitted)[0])
     return TileValues(np.mean(attention, axis=0), np.mean(score, axis=0), float(np.mean(whole)))
+
+
+def _score(said: Prediction, fitted: Fitted) -> NDArray[np.float64]:
+    """Return the positive class's probability, or the value in its unit, of every bag ``(b,)``."""
+    target, output = fitted.targets[0], said.outputs[0].double()
+    if target.kind == "regression":
+        return fitted.scalers[target.name].unscale(output[:, 0].cpu().numpy())
+    positive = output.softmax(dim=1)[:, target.classes.index(target.positive)]
+    return np.asarray(positive.cpu().numpy())
 
 
 def _check(bag: Bag, slide: Slide, path: Path) -> float:
@@ -226,10 +246,10 @@ def _read_tile(slide: Slide, corner_um: NDArray[np.float32], size_um: float) -> 
     return slide.read(x, y, size_um, size_um, (TOP_TILE_PX, TOP_TILE_PX))
 
 
-def _tiles_csv(bag: Bag, values: TileValues) -> str:
+def _tiles_csv(bag: Bag, values: TileValues, score: str) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["x_um", "y_um", "attention", "score"])
+    writer.writerow(["x_um", "y_um", "attention", score])
     for (x, y), attention, score in zip(
         bag.coords_um.tolist(), values.attention.tolist(), values.score.tolist(), strict=True
     ):

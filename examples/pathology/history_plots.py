@@ -7,11 +7,15 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from examples.pathology.plots import COLOURS, GREY, LINES, STYLE, save, wrap
+from examples.pathology.plots import COLOURS, GREY, LINES, MARKERS, STYLE, save, wrap
+
+LEAST_COSINE = 0.2
+"""Of the axis of cosines: directions that hardly agree or conflict must not look as if they did."""
 
 
 def training(
@@ -43,7 +47,7 @@ def training(
             if (kept := history[history["epoch"] == best]).size and f"validation/{task}" in kept:
                 axes.plot(kept["epoch"], kept[f"validation/{task}"], color=colour, marker="o", ms=7)
         _label(axes, task, "Loss")
-    _fold_legend(figure, len(folds), [("training", ":", ""), ("validation", "-", "")], "kept")
+    _fold_legend(figure, len(folds), [("training", ":"), ("validation", "-")], "kept")
     text = "Training losses are means over steps with dropout, validation losses without. "
     _finish(figure, path, text + caption, len(tasks))
 
@@ -76,22 +80,50 @@ def balance(
     ]
     if not weights:
         return False
-    figure, panels = _panels(1 + bool(pairs), title)
-    for k, history in enumerate(folds):
-        for number, task in enumerate(weights):
-            _line(panels[0], history, f"weight/{task}", k, number)
-        for number, (a, b) in enumerate(pairs):
-            _line(panels[1], history, f"cosine/{a}/{b}", k, number)
-    _label(panels[0], "Task weights", "Mean weight")
-    _line_legend(panels[0], weights)
+    columns = [f"weight/{task}" for task in weights]
+    columns += [f"cosine/{a}/{b}" for a, b in pairs]
+    names = [f"Weight of {task}" for task in weights]
+    names += [f"Gradients of {a} and {b}" for a, b in pairs]
+    figure, panels = _panels(len(columns), title)
+    for axes, column, name in zip(panels, columns, names, strict=True):
+        for k, history in enumerate(folds):
+            if column in history:
+                axes.plot(
+                    history["epoch"],
+                    history[column],
+                    color=COLOURS[k % len(COLOURS)],
+                    ls=LINES[k % len(LINES)],
+                    lw=1.4,
+                    marker=MARKERS[k % len(MARKERS)],
+                    ms=3,
+                    label=f"fold {k + 1}",
+                )
+        of_weight = column.startswith("weight/")
+        _label(axes, name, "Mean weight" if of_weight else "Mean cosine of gradients")
+    _share_limits(panels[: len(weights)])
     if pairs:
-        panels[1].axhline(0, color=GREY, lw=1)
-        panels[1].set_ylim(-1.05, 1.05)
-        _label(panels[1], "Gradient conflict: below 0", "Mean cosine of gradients")
-        _line_legend(panels[1], [f"{a} and {b}" for a, b in pairs])
-    _fold_legend(figure, len(folds), [], "")
-    _finish(figure, path, "Means over the steps of an epoch. " + caption, len(panels))
+        _centre_limits(panels[len(weights) :])
+    _legend(figure, *panels[0].get_legend_handles_labels())
+    text = "Means over the steps of an epoch. "
+    text += "Gradients with a cosine below 0 are in conflict. " if pairs else ""
+    _finish(figure, path, text + caption, len(panels))
     return True
+
+
+def _share_limits(panels: Sequence[Axes]) -> None:
+    """Give panels of the same quantity the same axis, so that they can be compared."""
+    limits = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def _centre_limits(panels: Sequence[Axes]) -> None:
+    """Draw 0 in the middle of an axis that the panels share."""
+    furthest = max(abs(limit) for axes in panels for limit in axes.get_ylim())
+    span = min(max(furthest, LEAST_COSINE), 1.05)
+    for axes in panels:
+        axes.axhline(0, color=GREY, lw=1)
+        axes.set_ylim(-span, span)
 
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -105,20 +137,8 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, panels[:count]
 
 
-def _line(axes: Axes, history: pd.DataFrame, column: str, fold: int, number: int) -> None:
-    if column in history:
-        axes.plot(
-            history["epoch"],
-            history[column],
-            color=COLOURS[fold % len(COLOURS)],
-            ls=LINES[number % len(LINES)],
-            lw=1.4,
-            marker=".",  # a single epoch would be no line
-        )
-
-
 def _label(axes: Axes, title: str, y: str) -> None:
-    axes.set_title(title, fontsize=STYLE["font"])
+    axes.set_title(wrap(title, 46), fontsize=STYLE["font"])
     axes.set_xlabel("Epoch", fontsize=STYLE["font"])
     axes.set_ylabel(y, fontsize=STYLE["font"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -127,27 +147,22 @@ def _label(axes: Axes, title: str, y: str) -> None:
         axes.spines[spine].set_visible(False)
 
 
-def _line_legend(axes: Axes, names: Sequence[str]) -> None:
-    """Explain line styles where colours stand for folds."""
-    for number, name in enumerate(names):
-        axes.plot([], [], color="#000000", ls=LINES[number % len(LINES)], lw=1.4, label=name)
-    axes.legend(fontsize=STYLE["small"], frameon=False)
-
-
-def _fold_legend(
-    figure: Figure, folds: int, lines: Sequence[tuple[str, str, str]], marker: str
-) -> None:
+def _fold_legend(figure: Figure, folds: int, lines: Sequence[tuple[str, str]], marker: str) -> None:
+    """Explain colours as folds, and black lines and a marker as what they are in every colour."""
     axes = figure.axes[0]
     handles, names = [], []
     for k in range(folds):
         handles += axes.plot([], [], color=COLOURS[k % len(COLOURS)], lw=3)
         names.append(f"fold {k + 1}")
-    for name, line, _ in lines:
+    for name, line in lines:
         handles += axes.plot([], [], color="#000000", ls=line, lw=1.4)
         names.append(name)
-    if marker:
-        handles += axes.plot([], [], color="#000000", marker="o", ls="")
-        names.append(marker)
+    handles += axes.plot([], [], color="#000000", marker="o", ls="")
+    names.append(marker)
+    _legend(figure, handles, names)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
     figure.legend(handles, names, loc="outside right upper", fontsize=STYLE["small"], frameon=False)
 
 

@@ -53,10 +53,36 @@ def test_balance_shows_weights_and_cosines(tmp_path, drawn):
     assert history_plots.balance(
         [history(**columns)] * 2, ["a", "b"], tmp_path / "x.png", title="m"
     )
-    left, right = drawn[0].axes
-    assert lines_of(left).count(([1, 2, 3], [1.0, 2.0, 3.0])) == 2
-    assert lines_of(right).count(([1, 2, 3], [0.1, -0.2, 0.0])) == 2
-    assert "a and b" in words(drawn[0])
+    first, second, third = drawn[0].axes
+    assert lines_of(first).count(([1, 2, 3], [1.0, 2.0, 3.0])) == 2
+    assert lines_of(second).count(([1, 2, 3], [0.5] * 3)) == 2
+    assert lines_of(third).count(([1, 2, 3], [0.1, -0.2, 0.0])) == 2
+    assert first.get_ylim() == second.get_ylim()  # to be compared
+    assert third.get_title() == "Gradients of a and b"
+    assert "below 0 are in conflict" in words(drawn[0])
+
+
+@pytest.mark.parametrize(
+    ("cosine", "low", "high"), [(0.01, 0.2, 0.2), (-0.5, 0.5, 0.6), (0.999, 1.05, 1.05)]
+)
+def test_the_axis_of_cosines_is_centred_and_neither_too_fine_nor_too_wide(
+    cosine, low, high, tmp_path, drawn
+):
+    columns = {"weight/a": [1.0], "weight/b": [1.0], "cosine/a/b": [cosine]}
+    history_plots.balance([history(1, **columns)], ["a", "b"], tmp_path / "x.png", title="m")
+    bottom, top = drawn[0].axes[2].get_ylim()
+    assert bottom == -top
+    assert low <= top <= high
+
+
+def test_four_tasks_have_a_panel_for_each_weight_and_each_pair(tmp_path, drawn):
+    pairs = ["a/b", "a/c", "a/d", "b/c", "b/d", "c/d"]
+    columns = {f"weight/{task}": [1.0] * 3 for task in "abcd"}
+    columns |= {f"cosine/{pair}": [0.1] * 3 for pair in pairs}
+    history_plots.balance([history(**columns)], list("abcd"), tmp_path / "x.png", title="m")
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
+    assert titles[:4] == [f"Weight of {task}" for task in "abcd"]
+    assert titles[4:] == [f"Gradients of {pair.replace('/', ' and ')}" for pair in pairs]
 
 
 def test_without_weights_there_is_nothing_to_draw(tmp_path, drawn):
@@ -64,10 +90,11 @@ def test_without_weights_there_is_nothing_to_draw(tmp_path, drawn):
     assert drawn == []
 
 
-def test_weights_alone_have_one_panel(tmp_path, drawn):
+def test_weights_alone_have_no_panel_of_conflict(tmp_path, drawn):
     columns = {"weight/a": [1.0] * 3, "weight/b": [1.0] * 3}
     assert history_plots.balance([history(**columns)], ["a", "b"], tmp_path / "x.png", title="m")
-    assert len(drawn[0].axes) == 1
+    assert [axes.get_title() for axes in drawn[0].axes] == ["Weight of a", "Weight of b"]
+    assert "conflict" not in words(drawn[0])
 
 
 def test_a_fold_that_stopped_early_is_shorter(tmp_path, drawn):
