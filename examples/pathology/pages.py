@@ -6,11 +6,13 @@ import base64
 import csv
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MISSING = "–"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 METRIC_COLUMNS = (
     "mean",
     "sd",
@@ -59,18 +61,21 @@ def list_html(items: Sequence[str], *, ordered: bool = False) -> str:
     return f"<{tag}>{lines}</{tag}>" if items else ""
 
 
-def table_html(headings: Sequence[str], rows: Sequence[Row], *, names: int = 1) -> str:
+def table_html(
+    headings: Sequence[str], rows: Sequence[Row], *, names: int = 1, dense: bool = False
+) -> str:
     """Return a table.
 
     Args:
         headings: Of the columns.
         rows: The cells.
         names: How many of the first columns say what a row is.
+        dense: Whether to set it small, for many columns; intervals stay on one line then.
     """
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     lines = []
     for row in rows:
-        cells = [html.escape(str(cell)) for cell in row]
+        cells = [html.escape(_keep_intervals(str(cell)) if dense else str(cell)) for cell in row]
         lines.append(
             "<tr>"
             + "".join(f"<th>{cell}</th>" for cell in cells[:names])
@@ -78,8 +83,8 @@ def table_html(headings: Sequence[str], rows: Sequence[Row], *, names: int = 1) 
             + "</tr>"
         )
     return (
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}"
-        "</tbody></table></div>"
+        f"<div class='scroll{' dense' * dense}'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -100,19 +105,20 @@ def table_csv(headings: Sequence[str], rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def figures_html(figures: Sequence[tuple[str, Path]], *, wide: bool | None = None) -> str:
-    """Return figures side by side, within the page.
+def figures_html(figures: Sequence[tuple[str, Path]], *, wide: bool = False) -> str:
+    """Return figures side by side, within the page, all on the same scale.
 
     Args:
-        figures: What each shows, and its file.
-        wide: Whether each has a line of its own; ``None``: what its name says.
+        figures: What each shows, and its ``.png`` file.
+        wide: Whether each is as wide as the page instead.
     """
     parts = []
     for text, path in figures:
-        data = base64.b64encode(path.read_bytes()).decode("ascii")
-        alone = path.stem in _WIDE if wide is None else wide
-        kind = " class='wide'" if alone else ""
-        parts.append(f"<img{kind} alt='{html.escape(text)}' src='data:image/png;base64,{data}'>")
+        picture = path.read_bytes()
+        data = base64.b64encode(picture).decode("ascii")
+        pixels = int.from_bytes(picture[_PNG_WIDTH], "big")
+        size = "class='wide'" if wide else f"width='{round(pixels * _SCALE)}'"
+        parts.append(f"<img {size} alt='{html.escape(text)}' src='data:image/png;base64,{data}'>")
     return f"<div class='figures'>{''.join(parts)}</div>"
 
 
@@ -150,14 +156,20 @@ def metric_numbers(value: Mapping[str, Any]) -> list[object]:
     ]
 
 
-_WIDE = frozenset({"tsne", "training", "balance"})
+def _keep_intervals(text: str) -> str:
+    return re.sub(r"\[[^\[\]]+\]", lambda found: found[0].replace(" ", NO_BREAK), text)
+
+
+_PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first chunk
+_SCALE = 0.46  # two plain figures of 150 dpi stand side by side
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 "
     "1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}th,td{border-bottom:1px solid #ccc;padding:.4rem "
     ".9rem;"
     "text-align:left}thead th{border-bottom:2px solid #222}.scroll{overflow-x:auto}"
+    ".dense{font-size:.85rem}.dense th,.dense td{padding:.2rem .5rem}"
     ".warning{background:#fff3cd;border-left:4px solid #e69f00;padding:.6rem 1rem}"
-    ".figures{display:flex;flex-wrap:wrap;gap:1rem}img{width:31rem;max-width:100%;height:auto}"
+    ".figures{display:flex;flex-wrap:wrap;gap:1rem}img{max-width:100%;height:auto}"
     "img.wide{width:100%}"
 )

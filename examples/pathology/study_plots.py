@@ -61,7 +61,7 @@ def dots(
     The baseline is a line with a band through all rows, so that each method is seen against it.
 
     Args:
-        methods: Names of the rows; one without a dot is marked as missing.
+        methods: Names of the rows.
         columns: The panels.
         path: The ``.png`` to write.
         title: Above the panels.

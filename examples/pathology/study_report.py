@@ -99,7 +99,8 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         auxiliary, caption = panel.auxiliary, caption_of(_any_run(panel).summary)
         path = folder / f"methods-{number}.png"  # its name may hold any character
         title = f"All methods with {auxiliary}"
-        study_plots.dots(study.methods, _columns(study, panel), path, title=title, caption=caption)
+        names = [m if m in panel.runs else f"{m} (missing)" for m in study.methods]
+        study_plots.dots(names, _columns(study, panel), path, title=title, caption=caption)
         drawn.append((title, path))
         path = folder / f"weights-{number}.png"
         title = f"Task weights over time with {auxiliary}"
@@ -301,7 +302,7 @@ def _jobs(study: Study) -> list[str]:
 
 
 def _table_html(table: Table) -> str:
-    return pages.table_html(table.headings, table.rows, names=2)
+    return pages.table_html(table.headings, table.rows, names=2, dense=True)
 
 
 def _settings_html(values: Mapping[str, Any]) -> str:

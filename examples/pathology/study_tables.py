@@ -99,7 +99,7 @@ def performance(study: Study, mark: Mark) -> Table:
 
     Args:
         study: The benchmark.
-        mark: From a row, a cohort and a metric, what to write behind its figure.
+        mark: From a row, a cohort and a metric, what to write before its figure.
     """
     headings = ["Auxiliary target", "Method", "AUROC", "AUPRC", "Prevalence"]
     if study.deployed:
@@ -118,14 +118,14 @@ def performance(study: Study, mark: Mark) -> Table:
             continue
         summary = row.run.summary
         cells = [
-            _cell(summary["metrics"], key) + mark(row, "internal", key)
+            mark(row, "internal", key) + _cell(summary["metrics"], key)
             for key in ("auroc", "auprc")
         ]
         cells.append(_share(summary["positives"], summary["patients"]))
         if row.deployed is not None:
             outside = row.deployed.summary
             cells += [
-                _cell(outside["metrics_of_ensemble"], key) + mark(row, "external", key)
+                mark(row, "external", key) + _cell(outside["metrics_of_ensemble"], key)
                 for key in ("auroc", "auprc")
             ]
             cells += [_cell(outside["metrics"], key) for key in ("auroc", "auprc")]
@@ -155,7 +155,7 @@ def representation(study: Study, mark: Mark) -> Table:
             rows.append((row.auxiliary, row.method, row.failure, ""))
             continue
         found = row.run.summary["metrics"]
-        cell = _cell(found, "silhouette") + mark(row, "internal", "silhouette")
+        cell = mark(row, "internal", "silhouette") + _cell(found, "silhouette")
         rows.append((row.auxiliary, row.method, cell, _auxiliary_cell(found, row.panel.auxiliary)))
     return Table(headings, tuple(rows))
 

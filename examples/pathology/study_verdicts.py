@@ -16,7 +16,7 @@ from examples.pathology.training import BASELINE
 if TYPE_CHECKING:
     from examples.pathology.study import Study
 
-RISE, FALL = " ▲", " ▼"
+RISE, FALL = "▲ ", "▼ "
 MARKS = (
     "▲ and ▼: significantly higher or lower than the baseline after correction. A figure without "
     "either is not known to differ from it, however high it is. Figures are means over folds with "
@@ -35,10 +35,11 @@ METHOD = (
 GIVEN = (
     "All of this takes the trained models as they are: one seed and one set of splits. How far a "
     "figure moves when the same method is trained again, with another seed or on other patients, "
-    "is not part of it. A significant difference is therefore one between these trained models "
-    "and not yet one between methods; no significant difference does not show that methods are "
-    "equally good. Folds share training patients, and the silhouettes of one fold depend on each "
-    "other, so that p is too small rather than too large, for the silhouette above all."
+    "is not part of it, nor that the models of all folds share training patients. A significant "
+    "difference is therefore one between these trained models and not yet one between methods; no "
+    "significant difference does not show that methods are equally good. The silhouettes of one "
+    "fold depend on each other, each being measured against the others, so that their p tends to "
+    "be too small."
 )
 
 
@@ -106,7 +107,7 @@ def p_text(p: float) -> str:
 
 
 def marks(differences: Sequence[Difference]) -> Mark:
-    """Return what to write behind a figure: whether it differs significantly from the baseline."""
+    """Return what to write before a figure: whether it differs significantly from the baseline."""
     signs = {
         (d.metric.cohort, d.metric.key, d.auxiliary, d.method): RISE if d.difference > 0 else FALL
         for d in differences
