@@ -126,7 +126,7 @@ def top_tiles(
             axes.set_axis_off()
         for axes, picture, value in zip(line, pictures, values, strict=False):
             axes.imshow(picture)
-            axes.set_title(f"{name} {value:.3f}", fontsize=STYLE["small"])
+            axes.set_title(f"{name} {value:.4g}", fontsize=STYLE["small"])
     if caption:
         figure.supxlabel(wrap(caption, 22 * columns), fontsize=STYLE["small"], color=GREY)
     save(figure, path)
