@@ -12,10 +12,11 @@ import csv
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from examples.pathology.files import write_json, write_text
 from examples.pathology.pixelsizes import mpp_of_slide
 from examples.pathology.prediction import Fitted, forward
 from examples.pathology.results import read_model
-from examples.pathology.slides import Slide, open_slide
+from examples.pathology.slides import LevelError, Slide, open_slide, slide_file
 from examples.pathology.tiling import TileRules, plan_tiles
 from examples.pathology.units import SlideError
 
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 4096  # tiles per forward pass, each a bag of its own
 TOP_TILE_PX = 224
+
+Opener = Callable[..., Slide]
+"""Opens the slide, given its broken levels."""
 
 
 @dataclass(frozen=True)
@@ -107,81 +111,84 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     folders = fold_folders(config.run)
     models = [read_model(folder / "model.pt", device) for folder in folders]
+    if not config.slide.is_file():
+        raise UserError(f"`slide` must be readable, but there is no file {config.slide}.")
+    name = PurePosixPath(slide_file(config.slide.absolute()).name).name  # of DICOM, the folder's
     table = config.slide_table
-    try:
-        slide = open_slide(
-            config.slide,
-            config.slide.name,
-            table_mpp=None if table is None else mpp_of_slide(table, config.slide),
-            default_mpp=config.default_mpp,
-        )
-    except (SlideError, OSError) as error:
-        raise UserError(f"`slide` must be readable: {error}") from error
-    with closing(slide):
+    opener = partial(
+        open_slide,
+        config.slide,
+        name,
+        table_mpp=None if table is None else mpp_of_slide(table, config.slide),
+        default_mpp=config.default_mpp,
+    )
+    with closing(_open(opener)) as slide:
         bag = read_features(config.features, mpp=slide.mpp.x)
         size_um = _check(bag, slide, config.features)
-        found = {
-            "in_features": bag.feats.shape[1],
-            "extractor": bag.extractor,
-            "weights_sha256": bag.weights_sha256,
-            "tile_size_um": bag.tile_size_um,
-            "random_weights": bag.random_weights,
-        }
-        for folder, (_, about) in zip(folders, models, strict=True):
-            refuse_other_features(about, found, folder, config.features)
-        values = tile_values([fitted for fitted, _ in models], bag.feats, device)
-        target = models[0][0].targets[0]
-        if target.kind == "classification":
-            score, what, least_span = "score", "Class score", heatmap_plots.LEAST_SPAN
-            heading = f"{target.name} = {target.positive}"
-        else:  # colours span a tenth of what training has seen, as for probabilities
-            ranges = [fitted.scalers[target.name] for fitted, _ in models]
-            score, what, heading = "value", "Predicted value", target.name
-            least_span = heatmap_plots.LEAST_SPAN * float(np.mean([r.high - r.low for r in ranges]))
-        summary: dict[str, Any] = {
-            "slide": config.slide.name,
-            "run": str(config.run.resolve()),
-            "target": target.name,
-            **({"positive": target.positive} if target.positive else {}),
-            f"{score}_of_the_slide": values.slide_score,
-            "tiles": len(bag.feats),
-            "tile_size_um": size_um,
-            "random_weights": bag.random_weights,
-            "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
-        }
-        caption = caption_of(summary)
-        rules = TileRules(tile_size_um=size_um, max_dark_share=1.0)  # only the picture is needed
-        plan = plan_tiles(slide, rules)
-        heatmap_plots.heatmap(
-            plan.overview,
-            size_um / plan.tile_px,
-            bag.coords_um,
-            size_um,
-            values.attention,
-            values.score,
-            config.out / "heatmap.png",
-            title=f"{config.slide.name}: {heading}, {score} of the slide {values.slide_score:.3g}",
-            caption=caption,
-            what=what,
-            least_span=least_span,
-        )
-        rows = []
-        for name, value in (("attention", values.attention), (score, values.score)):
-            best = np.argsort(-value, kind="stable")[: config.top]
-            pictures = [_read_tile(slide, bag.coords_um[i], size_um) for i in best]
-            rows.append((name, pictures, value[best]))
-        heatmap_plots.top_tiles(
-            rows,
-            config.out / "top-tiles.png",
-            title=f"{config.slide.name}: tiles of {size_um:g} um with the highest values",
-            caption=caption,
-        )
+    found = {
+        "in_features": bag.feats.shape[1],
+        "extractor": bag.extractor,
+        "weights_sha256": bag.weights_sha256,
+        "tile_size_um": bag.tile_size_um,
+        "random_weights": bag.random_weights,
+    }
+    for folder, (_, about) in zip(folders, models, strict=True):
+        refuse_other_features(about, found, folder, config.features)
+    values = tile_values([fitted for fitted, _ in models], bag.feats, device)
+    target = models[0][0].targets[0]
+    if target.kind == "classification":
+        score, what, least_span = "score", "Class score", heatmap_plots.LEAST_SPAN
+        heading = f"{target.name} = {target.positive}"
+    else:  # colours span a tenth of what training has seen, as for probabilities
+        ranges = [fitted.scalers[target.name] for fitted, _ in models]
+        score, what, heading = "value", "Predicted value", target.name
+        least_span = heatmap_plots.LEAST_SPAN * float(np.mean([r.high - r.low for r in ranges]))
+    summary: dict[str, Any] = {
+        "slide": name,
+        "run": str(config.run.resolve()),
+        "target": target.name,
+        **({"positive": target.positive} if target.positive else {}),
+        f"{score}_of_the_slide": values.slide_score,
+        "tiles": len(bag.feats),
+        "tile_size_um": size_um,
+        "random_weights": bag.random_weights,
+        "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
+    }
+    caption = caption_of(summary)
+    by_kind = {"attention": values.attention, score: values.score}
+    best = {
+        kind: np.argsort(-value, kind="stable")[: config.top] for kind, value in by_kind.items()
+    }
+    corners = [bag.coords_um[indices] for indices in best.values()]
+    overview, um_per_px, tiles = _read_pictures(opener, size_um, corners)
+    heatmap_plots.heatmap(
+        overview,
+        um_per_px,
+        bag.coords_um,
+        size_um,
+        values.attention,
+        values.score,
+        config.out / "heatmap.png",
+        title=f"{name}: {heading}, {score} of the slide {values.slide_score:.3g}",
+        caption=caption,
+        what=what,
+        least_span=least_span,
+    )
+    heatmap_plots.top_tiles(
+        [
+            (kind, pictures, by_kind[kind][indices])
+            for (kind, indices), pictures in zip(best.items(), tiles, strict=True)
+        ],
+        config.out / "top-tiles.png",
+        title=f"{name}: tiles of {size_um:g} um with the highest values",
+        caption=caption,
+    )
     write_text(config.out / "tiles.csv", _tiles_csv(bag, values, score))
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_json(config.out / "heatmap.json", summary)
     logger.info(
         "%s: %d tiles, %.1f s; %s",
-        config.slide.name,
+        name,
         len(bag.feats),
         summary["seconds"],
         config.out,
@@ -241,9 +248,38 @@ def _check(bag: Bag, slide: Slide, path: Path) -> float:
     return bag.tile_size_um
 
 
-def _read_tile(slide: Slide, corner_um: NDArray[np.float32], size_um: float) -> NDArray[np.uint8]:
-    x, y = (float(value) for value in corner_um)
-    return slide.read(x, y, size_um, size_um, (TOP_TILE_PX, TOP_TILE_PX))
+def _open(opener: Opener, broken: frozenset[int] = frozenset()) -> Slide:
+    try:
+        return opener(broken_levels=broken)
+    except (SlideError, OSError) as error:
+        raise UserError(f"`slide` must be readable: {error}") from error
+
+
+def _read_pictures(
+    opener: Opener,
+    size_um: float,
+    corners_um: Sequence[NDArray[np.float32]],
+    broken: frozenset[int] = frozenset(),
+) -> tuple[heatmap_plots.Picture, float, list[list[heatmap_plots.Picture]]]:
+    """Read the whole slide, with the size of its pixels in um, and rows of tiles.
+
+    As in `extract`, a broken level of the pyramid is replaced by a finer one.
+    """
+    rules = TileRules(tile_size_um=size_um, max_dark_share=1.0)  # only the picture is needed
+    try:
+        with closing(_open(opener, broken)) as slide:
+            plan = plan_tiles(slide, rules)
+            size_px = (TOP_TILE_PX, TOP_TILE_PX)
+            tiles = [
+                [slide.read(float(x), float(y), size_um, size_um, size_px) for x, y in row]
+                for row in corners_um
+            ]
+            return plan.overview, size_um / plan.tile_px, tiles
+    except LevelError as error:
+        if error.level == 0:
+            raise UserError(f"`slide` must be readable: {error}") from error
+        logger.warning("%s It is read from a finer level instead.", error)
+        return _read_pictures(opener, size_um, corners_um, broken | {error.level})
 
 
 def _tiles_csv(bag: Bag, values: TileValues, score: str) -> str:

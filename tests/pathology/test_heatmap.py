@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.pathology import heatmap_plots
+from examples.pathology import heatmap_plots, slides
 from examples.pathology.config import CrossvalConfig
 from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
@@ -14,6 +14,7 @@ from examples.pathology.heatmap import HeatmapConfig, run_heatmap, tile_values
 from examples.pathology.results import read_model
 from examples.pathology.synthetic_slides import MPP, write_pyramid
 from tests.pathology.killing import small_models
+from tests.pathology.slide_helpers import SHARED, FakeHandle, plain
 from tests.pathology.tiny import make_tables, write_table
 
 ROWS, COLUMNS, EDGE = 3, 4, 512  # tiles of 256 um at 0.5 um per pixel
@@ -26,26 +27,28 @@ def small_model():
         yield
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
+def trained(folder, target, **changes):
     tables = make_tables(folder, patients=24, tiles=6)
     config = CrossvalConfig(
         tables.clini,
         tables.slides,
         tables.features,
-        "isMSIH",
+        target,
         folder / "run",
-        auxiliary=("LF",),
-        positive="MSIH",
         folds=2,
-        epochs=8,
         learning_rate=3e-3,
         note="PLANTED signal",
         device="cpu",
+        **changes,
     )
     run_crossval(config)
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return trained(folder, "isMSIH", auxiliary=("LF",), positive="MSIH", epochs=8)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,33 @@ def test_tiles_that_hardly_differ_do_not_get_all_colours(tmp_path, monkeypatch):
     for axes, centre in zip(figures[0].axes[1:3], (1.0, 0.501), strict=True):
         norm = axes.collections[0].norm
         assert (norm.vmin, norm.vmax) == pytest.approx((centre - 0.05, centre + 0.05), abs=1e-3)
+    heatmap_plots.heatmap(
+        np.zeros((30, 20, 3), dtype=np.uint8), 25.6, np.zeros((2, 2), dtype=np.float32), 256.0,
+        np.array([1.0, 1.0]), np.array([50.0, 50.2]), tmp_path / "x.png", title="t",
+        what="Predicted value", least_span=8.0,
+    )  # fmt: skip
+    norm = figures[1].axes[2].collections[0].norm
+    assert (norm.vmin, norm.vmax) == pytest.approx((46.1, 54.1), abs=0.01)
+    assert figures[1].axes[2].get_title() == "Predicted value of each tile alone"
+    assert "0.1 (predicted value: 8)." in figures[1].get_supxlabel().replace("\n", " ")
+
+
+def test_a_regression_has_values_in_its_unit(slide, tmp_path, monkeypatch):
+    figures = []
+    for name in ("heatmap", "top_tiles"):
+        monkeypatch.setattr(heatmap_plots, name, lambda *a, **k: figures.append((a, k)))
+    run = trained(tmp_path, "LF", epochs=1)
+    value = draw(run, slide, tmp_path / "out", top=2)
+    with (tmp_path / "out/tiles.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["x_um", "y_um", "attention", "value"]
+    assert not {"positive", "score_of_the_slide"} & set(value)
+    (_, options), ((tiles, *_), _) = figures
+    assert f"LF, value of the slide {value['value_of_the_slide']:.3g}" in options["title"]
+    assert options["what"] == "Predicted value"
+    scalers = [read_model(run / f"fold-{k}/model.pt", "cpu")[0].scalers["LF"] for k in (1, 2)]
+    assert options["least_span"] == pytest.approx(np.mean([s.high - s.low for s in scalers]) / 10)
+    assert [name for name, _, _ in tiles] == ["attention", "value"]
 
 
 def test_values_are_means_over_the_folds_models(run):
@@ -153,15 +183,38 @@ def test_values_are_means_over_the_folds_models(run):
 
 
 def test_the_slide_table_gives_the_pixel_size_of_a_slide_that_does_not(run, slide, tmp_path):
-    plain = np.full((ROWS * EDGE, COLUMNS * EDGE, 3), 220, dtype=np.uint8)
+    pixels = np.full((ROWS * EDGE, COLUMNS * EDGE, 3), 220, dtype=np.uint8)
     (tmp_path / "sub").mkdir()
-    write_pyramid(tmp_path / "sub" / "b.tif", plain, mpp=100.0)  # a placeholder
+    write_pyramid(tmp_path / "sub" / "b.tif", pixels, mpp=100.0)  # a placeholder
     table = write_table(tmp_path / "t.csv", ["FILENAME", "MPP"], [["a", 1], ["sub/b.h5", MPP]])
     asked = {"slide": tmp_path / "sub" / "b.tif", "default_mpp": 1.0}
     with pytest.raises(UserError, match=r"has 100 .*in the MPP column of the slide table"):
         draw(run, slide, tmp_path / "out", **asked)
     value = draw(run, slide, tmp_path / "out", slide_table=table, **asked)
     assert value["tiles"] == 12
+
+
+@pytest.mark.parametrize("broken", [(1,), (0, 1)])
+def test_a_broken_level_is_replaced_by_a_finer_one(run, slide, tmp_path, monkeypatch, broken):
+    size = (COLUMNS * EDGE, ROWS * EDGE)
+
+    def opened(path):
+        return FakeHandle(size, plain((200, 150, 180)), (1.0, 4.0), broken=broken)
+
+    monkeypatch.setattr(slides.openslide, "OpenSlide", opened)
+    if 0 in broken:
+        with pytest.raises(UserError, match=r"`slide` must be readable: .*bad tile"):
+            draw(run, slide, tmp_path)
+    else:
+        assert draw(run, slide, tmp_path)["tiles"] == 12
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_a_dicom_slide_is_called_after_its_folder_and_drawn_past_its_broken_level(run, tmp_path):
+    write_tiles(tmp_path / "a.h5", coords=np.full((12, 2), 256.0))
+    path = SHARED / "wsi" / "derived_dicom" / "label_387.dcm"
+    value = draw(run, tmp_path, tmp_path / "out", slide=path)
+    assert value["slide"] == "derived_dicom"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +233,6 @@ def test_features_that_do_not_fit_are_refused(run, slide, tmp_path, changes, wor
 
 def test_a_slide_that_is_none_is_refused(run, slide, tmp_path):
     (tmp_path / "b.svs").write_bytes(b"no slide")
-    for name in ("b.svs", "none.svs"):
+    for name in ("b.svs", "none.svs", "none.dcm"):
         with pytest.raises(UserError, match="`slide` must be readable"):
             draw(run, slide, tmp_path / "out", slide=tmp_path / name)
