@@ -98,6 +98,7 @@ class Maker(NamedTuple):
     tile_size_um: float | None
     random_weights: bool
     width: int
+    simulated: str = ""
 
     def agrees(self, other: Maker) -> bool:
         """Return whether nothing that both files say differs."""
@@ -107,7 +108,8 @@ class Maker(NamedTuple):
         weights = "random weights" if self.random_weights else "weights"
         sha = self.weights_sha256[:8] if self.weights_sha256 else "not named"
         size = "" if self.tile_size_um is None else f", tiles of {self.tile_size_um:g} um"
-        return f"{self.extractor} ({self.width}-d, {weights} {sha}{size})"
+        drawn = f"; {self.simulated}" if self.simulated else ""
+        return f"{self.extractor} ({self.width}-d, {weights} {sha}{size}{drawn})"
 
 
 class Inspection:
@@ -140,6 +142,7 @@ class Inspection:
             bag.tile_size_um,
             bag.random_weights,
             bag.feats.shape[1],
+            bag.simulated,
         )
         self._makers.setdefault(maker, path)
         return ""

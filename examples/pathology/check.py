@@ -10,49 +10,30 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-from examples.pathology.cohort import TRAINING_ONLY, Cohort, Patient, Target, load_cohort
-from examples.pathology.crossval import check_class_sizes
+from examples.pathology.cohort import TRAINING_ONLY, Cohort, known_values, load_cohort
+from examples.pathology.config import CohortConfig
 from examples.pathology.joining import Joined, join
 from examples.pathology.matching import near_matches
 from examples.pathology.results import prediction_columns
-from examples.pathology.splits import Fold, make_splits
-from examples.pathology.tables import FILENAME, PATIENT
+from examples.pathology.splits import Fold, check_sizes, make_splits
+from examples.pathology.targets import Target, describe
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CheckConfig:
-    """What to check.
+class CheckConfig(CohortConfig):
+    """What to check; what it is of, see `CohortConfig`.
 
     Args:
-        clini: Clinical table.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of feature files.
-        target: The primary target.
-        auxiliary: Further targets.
-        positive: The class of ``target`` whose AUROC would be reported; ``None``: the rarer one.
         folds: For how many folds to count.
-        complete_cases: As for `crossval`.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
         limit: How many names a list shows at most.
         seed: Of the splits.
     """
 
-    clini: Path
-    slide_table: Path
-    features: Path
-    target: str
-    auxiliary: tuple[str, ...] = ()
-    positive: str | None = None
     folds: int = 5
-    complete_cases: bool = False
-    patient_column: str = PATIENT
-    filename_column: str = FILENAME
     limit: int = 20
     seed: int = 0
 
@@ -71,28 +52,22 @@ def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
         UserError: A table cannot be read or contradicts itself, a file name leads out of the
             folder, or a cross-validation would refuse what is there.
     """
-    columns = {
-        "patient_column": config.patient_column,
-        "filename_column": config.filename_column,
-    }
     wanted = [config.target, *config.auxiliary]
-    joined = join(config.clini, config.slide_table, config.features, wanted, **columns)
-    problems = _say_joining(joined, config, say)
-    _say_labels(joined, wanted, say)
-    cohort = load_cohort(
+    joined = join(
         config.clini,
         config.slide_table,
         config.features,
-        config.target,
-        config.auxiliary,
-        positive=config.positive,
-        complete_cases=config.complete_cases,
-        **columns,
+        wanted,
+        patient_column=config.patient_column,
+        filename_column=config.filename_column,
     )
+    problems = _say_joining(joined, config, say)
+    _say_labels(joined, wanted, say)
+    cohort = load_cohort(config)
     problems += _say_files(cohort, config.limit, say)
     _say_cohort(cohort, say)
     prediction_columns(cohort.targets)
-    check_class_sizes(cohort, config.folds)
+    check_sizes(cohort, config.folds)
     _say_folds(cohort, make_splits(cohort, config.folds, config.seed), say)
     say("")
     if problems:
@@ -218,18 +193,14 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
     weights = " with RANDOM WEIGHTS" if cohort.random_weights else ""
     sha = f", weights {cohort.weights_sha256[:12]}" if cohort.weights_sha256 else ""
     say(f"Features: {cohort.in_features} numbers per tile by {cohort.extractor}{weights}{sha}")
+    if cohort.simulated:
+        say(cohort.simulated)
+    everybodys = [known_values(patient, cohort.targets) for patient in everybody]
     for target in cohort.targets:
-        known = [p for p in everybody if _value(p, target, cohort) is not None]
-        if target.kind == "classification":
-            counts = Counter(str(_value(p, target, cohort)) for p in known)
-            share = counts[target.positive] / len(known)
-            what = ", ".join(f"{label} ({counts[label]})" for label in target.classes)
-            what += f"; positive is {target.positive}, prevalence {share:.3f}"
-        else:
-            numbers = sorted(float(_value(p, target, cohort) or 0.0) for p in known)
-            what = f"{numbers[0]:g} to {numbers[-1]:g}, median {median(numbers):g}"
+        known = [values[target.name] for values in everybodys if target.name in values]
         absent = len(everybody) - len(known)
-        say(f"  {target.name}: {target.kind}, {what}; missing for {absent} of {len(everybody)}")
+        what = describe(target, known)
+        say(f"  {target.name}: {what}; missing for {absent} of {len(everybody)}")
     alone = [row.name for row in cohort.ledger if row.status == TRAINING_ONLY]
     if alone:
         say(f"  {len(alone)} without {cohort.target.name} are trained on for the others only")
@@ -237,25 +208,19 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
 
 def _say_folds(cohort: Cohort, folds: Sequence[Fold], say: Callable[[str], None]) -> None:
     """Say how many know each target in every part of every fold, and how many are positive."""
-    by_name = {patient.name: patient for patient in cohort.patients}
+    known = {patient.name: known_values(patient, cohort.targets) for patient in cohort.patients}
     say("")
     say("Folds: patients, and of each target the positive / the known ones")
     for k, fold in enumerate(folds, start=1):
         for part in ("train", "validation", "test"):
-            members = [by_name[name] for name in getattr(fold, part)]
-            cells = [_counted(members, target, cohort) for target in cohort.targets]
+            members = [known[name] for name in getattr(fold, part)]
+            cells = [_counted(members, target) for target in cohort.targets]
             say(f"  fold {k} {part:<10} {len(members):5d}   " + "   ".join(cells))
 
 
-def _counted(members: Sequence[Patient], target: Target, cohort: Cohort) -> str:
-    values = [v for p in members if (v := _value(p, target, cohort)) is not None]
+def _counted(members: Sequence[Mapping[str, str | float]], target: Target) -> str:
+    values = [values[target.name] for values in members if target.name in values]
     if target.kind == "regression":
         return f"{target.name}: {len(values)}"
     positives = sum(value == target.positive for value in values)
     return f"{target.name}: {positives} / {len(values)}"
-
-
-def _value(patient: Patient, target: Target, cohort: Cohort) -> str | float | None:
-    if target is cohort.target:
-        return patient.label or None
-    return patient.known.get(target.name)

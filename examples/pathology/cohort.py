@@ -12,49 +12,37 @@ import csv
 import hashlib
 import io
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from tqdm import tqdm
 
 from examples.pathology.bags import Inspection
-from examples.pathology.errors import UserError, listing, nearest
+from examples.pathology.errors import UserError, listing
 from examples.pathology.files import write_text
 from examples.pathology.joining import Joined, join
 from examples.pathology.tables import FILENAME, PATIENT
+from examples.pathology.targets import (
+    MAX_AUXILIARY_CLASSES,
+    MAX_CLASSES,
+    Target,
+    cut,
+    describe,
+    kind_of,
+    make_target,
+    refuse_foreign_values,
+    refuse_words,
+)
+
+if TYPE_CHECKING:
+    from examples.pathology.config import CohortConfig
 
 logger = logging.getLogger(__name__)
 
-# A numeric primary target with more values than this is a measurement, not a set of classes.
-MAX_CLASSES = 20
 TRAINING_ONLY = "training only"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One column to predict.
-
-    Args:
-        name: The column.
-        kind: ``classification`` or ``regression``.
-        classes: The class labels in order of the logits; empty for a regression.
-        positive: The class whose AUROC is reported; empty for a regression.
-    """
-
-    name: str
-    kind: Literal["classification", "regression"]
-    classes: tuple[str, ...] = ()
-    positive: str = ""
-
-    @property
-    def width(self) -> int:
-        """Width of the head: the number of classes, or 1."""
-        return len(self.classes) if self.kind == "classification" else 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,8 @@ class Patient:
 
     Args:
         name: The identifier in the clinical table.
-        label: Value of the primary target; empty if it is not known.
+        label: Value of the primary target, a number as it stands in the table; empty if it is not
+            known.
         known: Auxiliary values that are known, by target: a class label, or a number in its own
             unit.
         files: Feature files, in a stable order.
@@ -75,6 +64,24 @@ class Patient:
     known: Mapping[str, str | float]
     files: tuple[Path, ...]
     tiles: int
+
+
+def known_values(patient: Patient, targets: Sequence[Target]) -> dict[str, str | float]:
+    """Return what is known of a patient by target: a class, or a number in the target's unit.
+
+    Args:
+        patient: Who.
+        targets: Of what, the primary target first.
+    """
+    values: dict[str, str | float] = {}
+    for target in targets:
+        if target is not targets[0]:
+            if target.name in patient.known:
+                values[target.name] = patient.known[target.name]
+        elif patient.label:
+            number = target.kind == "regression"
+            values[target.name] = float(patient.label) if number else patient.label
+    return values
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Cohort:
         random_weights: Whether the extractor had random weights: its features carry no biology.
         in_features: Length of a tile's feature vector.
         digest: sha256 over names, labels, values and the content of the features.
+        simulated: A sentence that says so where the features are simulated; empty otherwise.
     """
 
     target: Target
@@ -128,6 +136,7 @@ class Cohort:
     random_weights: bool
     in_features: int
     digest: str
+    simulated: str = ""
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -147,32 +156,11 @@ class Cohort:
         write_text(path, text.getvalue())
 
 
-def load_cohort(
-    clini: Path,
-    slide_table: Path,
-    features: Path,
-    target: str,
-    auxiliary: Sequence[str] = (),
-    *,
-    positive: str | None = None,
-    complete_cases: bool = False,
-    patient_column: str = PATIENT,
-    filename_column: str = FILENAME,
-) -> Cohort:
+def load_cohort(config: CohortConfig) -> Cohort:
     """Join the clinical table, the slide table and the feature files.
 
     Args:
-        clini: Clinical table: the patient and the targets.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of ``.h5`` files, searched with its sub-folders.
-        target: The primary, categorical target.
-        auxiliary: Further targets: numbers with more than two values make a regression, anything
-            else a classification.
-        positive: The class of ``target`` whose AUROC is reported; ``None``: the rarer one.
-        complete_cases: Whether to leave out whoever lacks a value of any target (the paper's rule),
-            instead of using every value that is known.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
+        config: What to join, and what of it to predict.
 
     Returns:
         The patients to use, and the ledger of the others.
@@ -181,15 +169,23 @@ def load_cohort(
         UserError: The tables contradict themselves or each other, features of several extractors
             are mixed, or nobody is left.
     """
+    clini, target, auxiliary = config.clini, config.target, config.auxiliary
     joined = join(
         clini,
-        slide_table,
-        features,
+        config.slide_table,
+        config.features,
         [target, *auxiliary],
-        patient_column=patient_column,
-        filename_column=filename_column,
+        patient_column=config.patient_column,
+        filename_column=config.filename_column,
     )
-    kinds = {name: _column_kind(joined.clinical[name]) for name in auxiliary}
+    if config.cutoff is not None:
+        joined = _cut(joined, target, config.cutoff, clini)
+    kinds = {target: kind_of(joined.clinical[target], MAX_CLASSES)}
+    kinds |= {name: kind_of(joined.clinical[name], MAX_AUXILIARY_CLASSES) for name in auxiliary}
+    kinds |= config.kinds
+    for column in (target, *auxiliary):
+        if kinds[column] == "regression":
+            refuse_words(column, joined.clinical[column], clini)
     labels = {}
     for name, row in joined.clinical.iterrows():
         known = {
@@ -199,7 +195,7 @@ def load_cohort(
         }
         missing = [column for column in (target, *auxiliary) if not row[column]]
         refused = ""
-        if complete_cases and missing:
+        if config.complete_cases and missing:
             refused = f"no {missing[0]} value, and only complete cases are used"
         elif not row[target] and not known:
             refused = f"no {target} label"
@@ -210,31 +206,17 @@ def load_cohort(
     usable = {name for name, label in labels.items() if label.label and not label.refused}
     stages = [
         ("in the clinical table", len(labels)),
-        (f"with a label ({target})" + " and all other values" * complete_cases, len(usable)),
+        (f"with a label ({target})" + " and all other values" * config.complete_cases, len(usable)),
         ("and a slide in the slide table", len(usable & reached)),
         ("and usable features: used", len(labelled)),
     ]
-    if not labelled:
-        raise UserError(
-            "At least one patient must have a label, a slide and features, but nobody has: "
-            + "; ".join(f"{count} {stage}" for stage, count in stages)
-            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
-        )
+    _refuse_nobody(labelled, "a label, a slide and features", stages, ledger)
     if training_only:
         stages.append(("without a label but with another value: trained on", len(training_only)))
-    return _cohort(
-        _classification(target, [p.label for p in labelled], clini, positive),
-        [
-            _auxiliary_target(
-                other, kinds[other], [p.known[other] for p in patients if other in p.known], clini
-            )
-            for other in auxiliary
-        ],
-        patients,
-        ledger,
-        stages,
-        bags,
-    )
+    values: dict[str, list[str | float]] = {target: [p.label for p in labelled]}
+    values |= {name: [p.known[name] for p in patients if name in p.known] for name in auxiliary}
+    targets = [make_target(name, kinds[name], values[name], config) for name in values]
+    return _cohort(targets[0], targets[1:], patients, ledger, stages, bags)
 
 
 def load_external(
@@ -264,33 +246,31 @@ def load_external(
     """
     options = {"patient_column": patient_column, "filename_column": filename_column}
     joined = join(clini, slide_table, features, [], **options)
+    primary = targets[0]
+    if primary.cutoff is not None and primary.name in joined.clinical:
+        joined = _cut(joined, primary.name, primary.cutoff, clini)
     here = [target for target in targets if target.name in joined.clinical]
     for target in here:
-        _refuse_foreign_values(target, joined.clinical[target.name], clini)
+        refuse_foreign_values(target, joined.clinical[target.name], clini)
     labels = {}
     for name, row in joined.clinical.iterrows():
         known = {
             t.name: float(row[t.name]) if t.kind == "regression" else row[t.name]
             for t in here
-            if t is not targets[0] and row[t.name]
+            if t is not primary and row[t.name]
         }
-        labels[str(name)] = _Labels(row[targets[0].name] if targets[0] in here else "", known, "")
-    patients, ledger, bags, reached = _gather(joined, labels, targets[0].name)
+        labels[str(name)] = _Labels(row[primary.name] if primary in here else "", known, "")
+    patients, ledger, bags, reached = _gather(joined, labels, primary.name)
     stages = [
         ("in the clinical table", len(labels)),
         ("and a slide in the slide table", len(reached)),
         ("and usable features: used", len(patients)),
     ]
-    if not patients:
-        raise UserError(
-            "At least one patient must have a slide and features, but nobody has: "
-            + "; ".join(f"{count} {stage}" for stage, count in stages)
-            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
-        )
+    _refuse_nobody(patients, "a slide and features", stages, ledger)
     ledger = [
         replace(r, status="used", reason="") if r.status == TRAINING_ONLY else r for r in ledger
     ]
-    cohort = _cohort(targets[0], targets[1:], patients, ledger, stages, bags)
+    cohort = _cohort(primary, targets[1:], patients, ledger, stages, bags)
     return replace(cohort, patients=tuple(patients), training_only=())
 
 
@@ -301,6 +281,20 @@ class _Labels:
     label: str
     known: Mapping[str, str | float]
     refused: str
+
+
+def _refuse_nobody(
+    found: Sequence[Patient],
+    needed: str,
+    stages: Sequence[tuple[str, int]],
+    ledger: Sequence[LedgerRow],
+) -> None:
+    if not found:
+        raise UserError(
+            f"At least one patient must have {needed}, but nobody has: "
+            + "; ".join(f"{count} {stage}" for stage, count in stages)
+            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
+        )
 
 
 def _gather(
@@ -360,6 +354,7 @@ def _cohort(
         weights_sha256=maker.weights_sha256,
         tile_size_um=maker.tile_size_um,
         random_weights=maker.random_weights,
+        simulated=maker.simulated,
         in_features=maker.width,
         digest=_sha256(
             f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[bags.crc[f] for f in p.files]}"
@@ -405,102 +400,26 @@ def log_cohort(cohort: Cohort) -> None:
     logger.info("Patients: %s", " -> ".join(stages))
     for reason, count in Counter(left_out(cohort.ledger)).most_common():
         logger.warning("Left out: %d x %s", count, reason)
-    everybody = [*cohort.patients, *cohort.training_only]
+    everybody = [known_values(p, cohort.targets) for p in (*cohort.patients, *cohort.training_only)]
     for target in cohort.targets:
-        known = [
-            p for p in everybody if (p.label if target is cohort.target else target.name in p.known)
-        ]
-        if target.kind == "classification":
-            labels = Counter(
-                p.label if target is cohort.target else str(p.known[target.name]) for p in known
-            )
-            logger.info(
-                "%s: classification of %s; positive is %s; known for %d of %d patients",
-                target.name,
-                ", ".join(f"{label} ({labels[label]})" for label in target.classes),
-                target.positive,
-                len(known),
-                len(everybody),
-            )
-        else:
-            logger.info(
-                "%s: regression; known for %d of %d patients, absent for the others",
-                target.name,
-                len(known),
-                len(everybody),
-            )
+        known = [values[target.name] for values in everybody if target.name in values]
+        logger.info(
+            "%s: %s; known for %d of %d patients",
+            target.name,
+            describe(target, known),
+            len(known),
+            len(everybody),
+        )
     logger.info(
         "Features: %s%s", cohort.extractor, " (RANDOM WEIGHTS)" if cohort.random_weights else ""
     )
+    if cohort.simulated:
+        logger.warning("%s", cohort.simulated)
 
 
-def _is_number(value: str) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
-
-
-def _column_kind(column: pd.Series[str]) -> Literal["classification", "regression"]:
-    values = {value for value in column if value}
-    return "regression" if len(values) > 2 and all(map(_is_number, values)) else "classification"
-
-
-def _classification(name: str, labels: Sequence[str], table: Path, positive: str | None) -> Target:
-    counts = Counter(labels)
-    classes = tuple(sorted(counts))
-    if len(classes) < 2:
-        raise UserError(
-            f"{table}: `{name}` must have at least 2 values among the patients used, but has "
-            f"{listing(classes) or 'none'}."
-        )
-    if len(classes) > MAX_CLASSES:
-        raise UserError(
-            f"{table}: `{name}` must have at most {MAX_CLASSES} classes, but has {len(classes)} "
-            "values. "
-            "A measurement can be an auxiliary target."
-        )
-    if positive is not None and positive not in classes:
-        raise UserError(
-            f"`positive` must be a value of `{name}` ({listing(classes)}), but got {positive!r}."
-            f"{nearest(positive, classes)}"
-        )
-    # The rarer class is what a biomarker looks for; of two equally rare ones the later name.
-    rarer = min(reversed(classes), key=lambda label: counts[label])
-    return Target(name, "classification", classes, positive or rarer)
-
-
-def _refuse_foreign_values(target: Target, column: pd.Series[str], table: Path) -> None:
-    """Raise if an external table has values of a target that was not trained on them."""
-    values = sorted({value for value in column if value})
-    if target.kind == "regression":
-        if strange := [value for value in values if not _is_number(value)]:
-            raise UserError(
-                f"{table}: `{target.name}` must hold numbers, but has "
-                f"{listing(map(repr, strange))}."
-            )
-        return
-    if strange := [value for value in values if value not in target.classes]:
-        raise UserError(
-            f"{table}: `{target.name}` must be one of {listing(target.classes)}, as in training, "
-            f"but has {listing(map(repr, strange))}.{nearest(strange[0], target.classes)}"
-        )
-
-
-def _auxiliary_target(
-    name: str,
-    kind: Literal["classification", "regression"],
-    values: Sequence[str | float],
-    table: Path,
-) -> Target:
-    if kind == "classification":
-        return _classification(name, [str(value) for value in values], table, None)
-    if len(set(values)) < 2:
-        raise UserError(
-            f"{table}: `{name}` must have at least 2 values among the patients used, but has "
-            f"{len(set(values))}."
-        )
-    return Target(name, "regression")
+def _cut(joined: Joined, name: str, cutoff: float, table: Path) -> Joined:
+    column = cut(name, joined.clinical[name], cutoff, table)
+    return replace(joined, clinical=joined.clinical.assign(**{name: column}))
 
 
 def left_out(ledger: Iterable[LedgerRow]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from examples.pathology.errors import UserError, listing, nearest
 from examples.pathology.files import write_text
@@ -21,26 +22,96 @@ LOOKAHEAD_SOURCES = ("heldout", "train")
 SCHEDULES = ("constant", "cosine", "cosine-per-step")
 HEADS = 6  # of the Transformer: the paper
 PRECISIONS = ("float32", "tf32", "bfloat16")
+Kind = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
-class CrossvalConfig:
-    """Everything that decides what a cross-validation computes.
+class CohortConfig:
+    """What to join, and what of it to predict.
 
     Args:
-        clini: Clinical table, ``.csv`` or ``.xlsx``, one row per patient, with a ``PATIENT``
-            column.
-        slide_table: Table of ``PATIENT`` and ``FILENAME``.
-        features: Folder of feature files (``.h5``).
-        target: Column of the primary, categorical target.
+        clini: Clinical table, ``.csv`` or ``.xlsx``, one row per patient.
+        slide_table: The patient and the file name, one row per slide.
+        features: Folder of feature files (``.h5``), searched with its sub-folders.
+        target: Column of the primary target. Numbers of more than 20 different values make a
+            regression, anything else a classification.
+        auxiliary: Columns of further targets; numbers of more than two different values make a
+            regression, anything else a classification.
+        kind: ``NAME=classification`` or ``NAME=regression`` for every target that is meant
+            otherwise.
+        cutoff: Makes two classes of a numeric primary target: at or above it, which is the
+            positive one, and below. ``None``: none.
+        positive: The class of ``target`` whose AUROC is reported; ``None``: the rarer one.
+        complete_cases: Whether to leave out patients who lack a value of any target (the paper's
+            rule) instead of using every value that is known.
+        patient_column: Column of the patient in both tables.
+        filename_column: Column of the file name in the slide table.
+    """
+
+    clini: Path
+    slide_table: Path
+    features: Path
+    target: str
+    _: KW_ONLY
+    auxiliary: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+    cutoff: float | None = None
+    positive: str | None = None
+    complete_cases: bool = False
+    patient_column: str = "PATIENT"
+    filename_column: str = "FILENAME"
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            raise UserError("`target` must name a column of the clinical table, but got ''.")
+        names = [self.target, *self.auxiliary]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(
+                f"`auxiliary` must name each target once, but got {listing(twice)} twice."
+            )
+        if self.cutoff is not None and not math.isfinite(self.cutoff):
+            raise UserError(f"`cutoff` must be a finite number, but got {self.cutoff}.")
+        kinds = self.kinds
+        if self.cutoff is not None and kinds.get(self.target) == "regression":
+            raise UserError(
+                f"`cutoff` makes classes of `{self.target}`, so `kind` must not make it a "
+                "regression. Give one of them."
+            )
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What `kind` says of the targets that it names.
+
+        Raises:
+            UserError: It does not read ``NAME=KIND``, or names no target.
+        """
+        names = [self.target, *self.auxiliary]
+        kinds: dict[str, Kind] = {}
+        for text in self.kind:
+            name, _, given = text.rpartition("=")
+            known = {kind: kind for kind in get_args(Kind)}
+            if given not in known or name not in names or name in kinds:
+                raise UserError(
+                    f"`kind` must be NAME={' or NAME='.join(known)}, once for each of the targets "
+                    f"({listing(names)}) that it is for, but got {text!r}."
+                    + (nearest(given, known) if given not in known else nearest(name, names))
+                )
+            kinds[name] = known[given]
+        return kinds
+
+
+@dataclass(frozen=True)
+class CrossvalConfig(CohortConfig):
+    """Everything that decides what a cross-validation computes; what it is of, see `CohortConfig`.
+
+    Args:
         out: The run folder.
-        auxiliary: Columns of further targets; numbers make a regression, words a classification.
         balancer: ``baseline`` (the primary target alone) or a name that ``mtbalance`` knows.
-        positive: The class whose AUROC is reported; ``None``: the rarer one.
         folds: Number of folds, at least 2 (5: the paper).
         epochs: Most epochs per fold, at least 1 (32: the paper).
-        patience: Epochs without a lower validation cross-entropy before a fold stops (7: the
-            paper).
+        patience: Epochs without a lower validation loss of the primary target before a fold stops
+            (7: the paper).
         learning_rate: Of AdamW (1e-4: the paper).
         weight_decay: Of AdamW (0.01: PyTorch's default, which the paper's code uses).
         schedule: ``constant``, as the paper says nothing; ``cosine``, one step per epoch; or
@@ -52,8 +123,6 @@ class CrossvalConfig:
         lookahead_data: Where Auto-Lambda's look-ahead batches come from: ``heldout``, a tenth of
             the training part that is then not trained on, or ``train``, as in the authors' code.
         splits: A ``splits.json`` of another run to use, so that both are compared on equal folds.
-        complete_cases: Whether to leave out patients who lack a value of any target (the paper's
-            rule) instead of using every value that is known.
         width: Width of the Transformer, a multiple of its 6 attention heads (384: the paper).
         layers: Layers of its encoder, and of its decoder (2: the paper).
         max_tiles: Most tiles per patient in a training step, drawn anew in every epoch from the
@@ -63,21 +132,13 @@ class CrossvalConfig:
         cache_gb: Memory for tiles; what does not fit is read again, ahead of its use.
         reference_protocol: Whether to use the choices of the paper's published code; see
             `with_reference_protocol`.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
         note: A sentence for the figures and the report, such as "synthetic slides".
         seed: Of splits, initial weights, order and dropout; at least 0.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
-    clini: Path
-    slide_table: Path
-    features: Path
-    target: str
     out: Path
-    auxiliary: tuple[str, ...] = ()
     balancer: str = "naive"
-    positive: str | None = None
     folds: int = 5
     epochs: int = 32
     patience: int = 7
@@ -87,20 +148,18 @@ class CrossvalConfig:
     standardize: bool = False
     lookahead_data: str = "heldout"
     splits: Path | None = None
-    complete_cases: bool = False
     width: int = 384
     layers: int = 2
     max_tiles: int | None = None
     precision: str = "float32"
     cache_gb: float = 4.0
     reference_protocol: bool = False
-    patient_column: str = "PATIENT"
-    filename_column: str = "FILENAME"
     note: str = ""
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         least = {"folds": 2, "epochs": 1, "patience": 1, "layers": 1, "seed": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -120,20 +179,12 @@ class CrossvalConfig:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("lookahead-data", self.lookahead_data, LOOKAHEAD_SOURCES)
         _one_of("schedule", self.schedule, SCHEDULES)
-        if not self.target:
-            raise UserError("`target` must name a column of the clinical table, but got ''.")
-        names = [self.target, *self.auxiliary]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(
-                f"`auxiliary` must name each target once, but got {listing(twice)} twice."
-            )
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings as plain values that TOML can hold, with absolute paths."""
         values: dict[str, Any] = {}
         for name, value in asdict(self).items():
-            if value is None or (name == "note" and not value):
+            if value is None or (name in ("kind", "note") and not value):
                 continue
             plain = str(value.resolve()) if isinstance(value, Path) else value
             values[name] = list(plain) if isinstance(plain, tuple) else plain
@@ -147,10 +198,11 @@ def with_reference_protocol(config: CrossvalConfig) -> CrossvalConfig:
     """Return the settings with the choices of the paper's published code, where asked for.
 
     They are: complete cases alone; folds and validation parts of scikit-learn's `StratifiedKFold`
-    and `train_test_split` with seed 1337; for several targets a cosine schedule that is stepped
-    per patient, and none for the baseline; 8 epochs of patience, which an off-by-one makes of the
-    7 in the paper; Auto-Lambda looking ahead on the training stream. What the code gets wrong
-    beyond such choices (frozen uncertainty weights, DWA fed the wrong loss, ...) is not repeated.
+    and `train_test_split` with seed 1337 (for a regression, which that code never splits, by
+    `splits.strata_of`); for several targets a cosine schedule that is stepped per patient, and none
+    for the baseline; 8 epochs of patience, which an off-by-one makes of the 7 in the paper;
+    Auto-Lambda looking ahead on the training stream. What the code gets wrong beyond such choices
+    (frozen uncertainty weights, DWA fed the wrong loss, ...) is not repeated.
     """
     if not config.reference_protocol:
         return config
@@ -240,6 +292,36 @@ def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
         lines += [f"{_toml(key)} = {_toml(value)}" for key, value in values.items()]
         lines.append("")
     write_text(path, "\n".join(lines))
+
+
+def claim_folder(out: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """Mark a folder with what is made in it, ``<kind>.toml``, or check that it is the same.
+
+    Args:
+        out: The folder, made if missing; hidden files in it do not count.
+        kind: What is made, such as ``demo``.
+        settings: All that decides the content, as `write_toml` takes it.
+
+    Raises:
+        UserError: The folder holds another one, or other files.
+    """
+    path = out / f"{kind}.toml"
+    if path.exists():
+        stored = read_toml(path).get(kind, {})
+        differing = [
+            f"{name}: {stored.get(name)} -> {settings.get(name)}"
+            for name in dict.fromkeys([*settings, *stored])
+            if stored.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"`out` must be a new folder or one of the same {kind}, but {out} differs in "
+                f"{listing(differing)}."
+            )
+    elif out.exists() and any(not found.name.startswith(".") for found in out.iterdir()):
+        raise UserError(f"`out` must be a new or empty folder, but {out} holds other files.")
+    else:
+        write_toml(path, {kind: settings})
 
 
 def _toml(value: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,7 +38,7 @@ from examples.pathology.results import (
     write_fold,
 )
 from examples.pathology.resume import CHECKPOINT, clean, sole_writer
-from examples.pathology.splits import Fold, fold_seed, load_or_make_splits
+from examples.pathology.splits import Fold, check_sizes, fold_seed, load_or_make_splits
 from examples.pathology.training import (
     BASELINE,
     TrainingConfig,
@@ -48,8 +47,6 @@ from examples.pathology.training import (
 )
 
 logger = logging.getLogger(__name__)
-
-MIN_PER_CLASS = 5  # below, a class would be missing from a training, validation or test part
 
 
 def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
@@ -68,19 +65,9 @@ def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
     config = with_reference_protocol(config)
     device = resolve_device(config.device)
     lookahead = needs_lookahead(config.balancer, [config.target, *config.auxiliary])
-    cohort = load_cohort(
-        config.clini,
-        config.slide_table,
-        config.features,
-        config.target,
-        config.auxiliary,
-        positive=config.positive,
-        complete_cases=config.complete_cases,
-        patient_column=config.patient_column,
-        filename_column=config.filename_column,
-    )
+    cohort = load_cohort(config)
     log_cohort(cohort)
-    check_class_sizes(cohort, config.folds)
+    check_sizes(cohort, config.folds)
     prediction_columns(cohort.targets)  # a clash is told before the first fold, not after
     with sole_writer(config.out):
         return _run_folds(config, cohort, device, lookahead=lookahead)
@@ -188,23 +175,6 @@ def _lookahead_names(fold: Fold, lookahead: bool, source: str) -> tuple[str, ...
     if not lookahead:
         return ()
     return fold.lookahead if source == "heldout" else fold.train
-
-
-def check_class_sizes(cohort: Cohort, folds: int) -> None:
-    """Check that every class can be in every part of every fold.
-
-    Raises:
-        UserError: A class is too small.
-    """
-    needed = max(folds, MIN_PER_CLASS)
-    counts = Counter(patient.label for patient in cohort.patients)
-    for label in cohort.target.classes:
-        if counts[label] < needed:
-            raise UserError(
-                f"Every class of `{cohort.target.name}` must have at least {needed} patients for "
-                f"{folds} folds, "
-                f"but {label} has {counts[label]}."
-            )
 
 
 def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:

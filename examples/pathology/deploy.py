@@ -11,18 +11,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from examples.pathology.bags import BagStore
-from examples.pathology.cohort import Cohort, Target, load_external
+from examples.pathology.cohort import Cohort, load_external
 from examples.pathology.config import read_toml, write_toml
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
 from examples.pathology.figures import draw_scores
 from examples.pathology.files import json_or_none, write_json
-from examples.pathology.measuring import summary_of_metrics
+from examples.pathology.measuring import describe_primary, summary_of_metrics, thresholds_of
 from examples.pathology.prediction import Fitted, PatientPrediction, predict
 from examples.pathology.results import (
     FEATURE_KEYS,
@@ -36,6 +36,9 @@ from examples.pathology.results import (
 )
 from examples.pathology.resume import clean, sole_writer
 from examples.pathology.tables import FILENAME, PATIENT
+
+if TYPE_CHECKING:
+    from examples.pathology.targets import Target
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class DeployConfig:
     device: str = "auto"
 
 
-def run_deploy(config: DeployConfig) -> dict[str, Any]:
+def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
     """Predict for an external cohort with every fold of a run and with their mean.
 
     Writes ``predictions.csv`` (the ensemble: the mean over folds of probabilities, and of
@@ -84,6 +87,7 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
 
     Args:
         config: What to predict for.
+        figures: Whether to draw what labels allow.
 
     Returns:
         What ``metrics.json`` holds.
@@ -108,10 +112,16 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
     logger.info("Patients: %s", " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))
     with sole_writer(config.out):
         clean(config.out)
-        settings = {k: str(v) for k, v in vars(config).items()}
-        write_toml(config.out / "deploy.toml", {"deploy": {**settings, "seed": config.seed}})
+        write_toml(config.out / "deploy.toml", deploy_settings(config))
         cohort.write_ledger(config.out / "ledger.csv")
-        return _predict_all(config, cohort, folders, [fitted for fitted, _ in models], device)
+        models_only = [fitted for fitted, _ in models]
+        return _predict_all(config, cohort, folders, models_only, device, figures=figures)
+
+
+def deploy_settings(config: DeployConfig) -> dict[str, dict[str, Any]]:
+    """Return what ``deploy.toml`` holds."""
+    settings = {name: str(value) for name, value in vars(config).items()}
+    return {"deploy": {**settings, "seed": config.seed}}
 
 
 def _predict_all(
@@ -120,6 +130,8 @@ def _predict_all(
     folders: Sequence[Path],
     models: Sequence[Fitted],
     device: str,
+    *,
+    figures: bool,
 ) -> dict[str, Any]:
     targets = models[0].targets
     bags = BagStore()
@@ -138,7 +150,7 @@ def _predict_all(
     thresholds = [result.threshold for result in results if not np.isnan(result.threshold)]
     ensemble = _result(path, together, float(np.mean(thresholds)) if thresholds else np.nan)
     summary = _summary(config, cohort, targets, results, ensemble)
-    if summary["labelled"]:
+    if figures and summary["labelled"]:
         draw_scores(config.out / "figures", summary, results, targets)
     write_json(config.out / "metrics.json", summary)
     logger.info(
@@ -232,21 +244,19 @@ def _summary(
 ) -> dict[str, Any]:
     trained = read_toml(config.run / "config.toml")["crossval"]
     labels = [patient.label for patient in cohort.patients if patient.label]
+    if thresholds := thresholds_of(targets[0], results):
+        thresholds["threshold_of_ensemble"] = json_or_none(ensemble.threshold)
     return {
         "format": 1,
         "run": str(config.run.resolve()),
         "method": trained["balancer"],
-        "target": targets[0].name,
-        "classes": list(targets[0].classes),
-        "positive": targets[0].positive,
+        **describe_primary(targets[0], labels),
         "patients": len(cohort.patients),
         "labelled": len(labels),
-        "positives": labels.count(targets[0].positive),
         "funnel": [list(stage) for stage in cohort.funnel],
         **features_of(cohort),
         "note": trained.get("note", ""),
-        "thresholds": [json_or_none(result.threshold) for result in results],
-        "threshold_of_ensemble": json_or_none(ensemble.threshold),
+        **thresholds,
         "metrics": summary_of_metrics(results, targets, config.seed),
         "metrics_of_ensemble": {
             name: value

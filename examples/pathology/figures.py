@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.pathology import history_plots, plots
-from examples.pathology.cohort import Target
+from examples.pathology.targets import Target
 
 if TYPE_CHECKING:
     from examples.pathology.results import FoldResult
@@ -34,23 +34,24 @@ def draw_figures(
     targets = [
         Target(
             str(summary["target"]),
-            "classification",
-            tuple(summary["classes"]),
-            str(summary["positive"]),
+            summary.get("kind", "classification"),  # runs of earlier releases have no other
+            tuple(summary.get("classes", ())),
+            str(summary.get("positive", "")),
         ),
         *(Target(str(t["name"]), t["kind"]) for t in summary["auxiliary"]),
     ]
     drawn = draw_scores(figures, summary, results, targets)
-    embedded = [
-        (result.embeddings, result.predictions[targets[0].name].to_numpy(dtype=str))
-        for result in results
-    ]
     path = figures / "tsne.png"
+    primary = targets[0]
+    labels = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
     plots.tsne(
-        embedded,
-        list(summary["classes"]),
+        [
+            (result.embeddings, each if primary.classes else each.astype(float))
+            for result, each in zip(results, labels, strict=True)
+        ],
+        primary.classes,
         path,
-        title=f"{summary['method']}: [cls] embedding by {targets[0].name}",
+        title=f"{summary['method']}: [cls] embedding by {primary.name}",
         caption=caption_of(summary),
         seed=seed,
     )
@@ -75,7 +76,7 @@ def draw_scores(
     results: Sequence[FoldResult],
     targets: Sequence[Target],
 ) -> list[tuple[str, Path]]:
-    """Draw ROC and PR curves of the primary target, and measured against predicted values.
+    """Draw ROC and PR curves of a primary class, and measured against predicted values.
 
     Args:
         figures: The folder to write to.
@@ -88,18 +89,13 @@ def draw_scores(
     """
     primary = targets[0]
     caption = caption_of(summary)
-    title = f"{summary['method']}: {primary.name} = {primary.positive}"
-    scored = []
-    for result in results:
-        known = result.predictions[result.predictions[primary.name] != ""]
-        truth = (known[primary.name] == primary.positive).to_numpy()
-        scored.append((truth, known[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)))
-    drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
-    plots.roc(scored, drawn[0][1], title=title, caption=caption)
-    plots.precision_recall(scored, drawn[1][1], title=title, caption=caption)
-    for number, target in enumerate(targets[1:], start=1):
+    drawn = []
+    if primary.kind == "classification":
+        drawn += _draw_ranking(figures, summary, results, primary)
+    for number, target in enumerate(targets):
         if target.kind == "regression":
-            path = figures / f"regression-{number}.png"  # its name may hold any character
+            # A target's name may hold any character.
+            path = figures / (f"regression-{number}.png" if number else "regression.png")
             points = []
             for result in results:
                 known = result.predictions[result.predictions[target.name] != ""]
@@ -110,6 +106,22 @@ def draw_scores(
             heading = f"{summary['method']}: {target.name}"
             plots.regression(points, path, title=heading, caption=caption)
             drawn.append((f"measured and predicted {target.name}", path))
+    return drawn
+
+
+def _draw_ranking(
+    figures: Path, summary: Mapping[str, Any], results: Sequence[FoldResult], primary: Target
+) -> list[tuple[str, Path]]:
+    caption = caption_of(summary)
+    title = f"{summary['method']}: {primary.name} = {primary.positive}"
+    scored = []
+    for result in results:
+        known = result.predictions[result.predictions[primary.name] != ""]
+        truth = (known[primary.name] == primary.positive).to_numpy()
+        scored.append((truth, known[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)))
+    drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
+    plots.roc(scored, drawn[0][1], title=title, caption=caption)
+    plots.precision_recall(scored, drawn[1][1], title=title, caption=caption)
     return drawn
 
 

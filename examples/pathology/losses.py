@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.pathology.cohort import known_values
 from examples.pathology.errors import UserError
 
 if TYPE_CHECKING:
-    from examples.pathology.cohort import Patient, Target
+    from examples.pathology.cohort import Patient
+    from examples.pathology.targets import Target
+
+Number = TypeVar("Number", float, NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,17 @@ class Scaler:
         """Return a value in [0, 1] for what lies within the training part's range."""
         return (value - self.low) / (self.high - self.low)
 
-    def unscale(self, value: float) -> float:
-        """Return a scaled value in the target's unit."""
+    def unscale(self, value: Number) -> Number:
+        """Return a scaled value, or an array of them, in the target's unit."""
         return self.low + value * (self.high - self.low)
 
 
 def fit_scalers(targets: Sequence[Target], patients: Sequence[Patient]) -> dict[str, Scaler]:
     """Fit one scaler per regression target on the training part.
+
+    Args:
+        targets: The primary target first.
+        patients: Of the training part.
 
     Raises:
         UserError: A target has fewer than two different values there.
@@ -50,7 +60,8 @@ def fit_scalers(targets: Sequence[Target], patients: Sequence[Patient]) -> dict[
     scalers = {}
     for target in targets:
         if target.kind == "regression":
-            values = [float(p.known[target.name]) for p in patients if target.name in p.known]
+            known = (known_values(patient, targets) for patient in patients)
+            values = [float(each[target.name]) for each in known if target.name in each]
             if len(set(values)) < 2:
                 raise UserError(
                     f"`{target.name}` must have at least 2 values in every training part, but has "
@@ -75,10 +86,11 @@ def task_losses(
         scalers: One per regression target.
     """
     losses = {}
-    for i, (target, output) in enumerate(zip(targets, outputs, strict=True)):
-        value = patient.label if i == 0 else patient.known.get(target.name)
-        if value in (None, ""):
+    known = known_values(patient, targets)
+    for target, output in zip(targets, outputs, strict=True):
+        if target.name not in known:
             continue
+        value = known[target.name]
         if target.kind == "classification":
             truth = torch.tensor([target.classes.index(str(value))], device=output.device)
             losses[target.name] = F.cross_entropy(output, truth)

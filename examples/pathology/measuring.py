@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,11 @@ from examples.pathology.splits import Fold, splits_sha256
 from examples.pathology.training import BASELINE
 
 if TYPE_CHECKING:
-    from examples.pathology.cohort import Cohort, Target
+    from examples.pathology.cohort import Cohort
     from examples.pathology.config import CrossvalConfig
     from examples.pathology.resampling import Resampled
     from examples.pathology.results import FoldResult
+    from examples.pathology.targets import Target
 
 
 def summarise(
@@ -28,13 +28,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Turn the predictions of all folds into what ``metrics.json`` holds."""
     targets = cohort.targets[:1] if config.balancer == BASELINE else cohort.targets
-    counts = Counter(patient.label for patient in cohort.patients)
     return {
         "format": 1,
         "method": config.balancer,
-        "target": cohort.target.name,
-        "classes": list(cohort.target.classes),
-        "positive": cohort.target.positive,
+        **describe_primary(cohort.target, [patient.label for patient in cohort.patients]),
         "auxiliary": [{"name": t.name, "kind": t.kind} for t in targets[1:]],
         "patients": len(cohort.patients),
         "training_only": 0 if config.balancer == BASELINE else len(cohort.training_only),
@@ -43,7 +40,6 @@ def summarise(
         "width": config.width,
         "layers": config.layers,
         "precision": config.precision,
-        "positives": counts[cohort.target.positive],
         "tiles": sum(patient.tiles for patient in cohort.patients),
         "funnel": [list(stage) for stage in cohort.funnel],
         "extractor": cohort.extractor,
@@ -54,10 +50,48 @@ def summarise(
         "best_epochs": [result.best_epoch for result in results],
         "epochs": [result.epochs for result in results],
         "seconds": [result.seconds for result in results],
-        "thresholds": [json_or_none(result.threshold) for result in results],
+        **thresholds_of(cohort.target, results),
         "share_waiting_for_data": _share_waiting(results),
         "metrics": summary_of_metrics(results, targets, config.seed),
     }
+
+
+def describe_primary(target: Target, labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a summary says of the primary target.
+
+    Args:
+        target: The primary target.
+        labels: Its values of the patients who have one.
+    """
+    about: dict[str, Any] = {"target": target.name, "kind": target.kind}
+    if target.kind == "classification":
+        cut = {} if target.cutoff is None else {"cutoff": target.cutoff}
+        return {
+            **about,
+            "classes": list(target.classes),
+            "positive": target.positive,
+            **cut,
+            "positives": list(labels).count(target.positive),
+        }
+    if not labels:
+        return about
+    values = np.array(labels, dtype=float)
+    return {
+        **about,
+        "values": {
+            "lowest": float(values.min()),
+            "highest": float(values.max()),
+            "mean": float(values.mean()),
+            "sd": float(values.std(ddof=1)),
+        },
+    }
+
+
+def thresholds_of(target: Target, results: Sequence[FoldResult]) -> dict[str, Any]:
+    """Return the thresholds of F1 of every fold; a regression has none."""
+    if target.kind == "regression":
+        return {}
+    return {"thresholds": [json_or_none(result.threshold) for result in results]}
 
 
 def _share_waiting(results: Sequence[FoldResult]) -> float | None:
@@ -74,7 +108,8 @@ class Measured:
 
     Args:
         score: The figure.
-        strata: The primary class of each patient that it is of ``(n,)``.
+        strata: The primary class of each patient that it is of ``(n,)``; all equal for a
+            regression.
         resampled: Computes it for resamples of them; ``None`` where it is not defined.
     """
 
@@ -86,9 +121,22 @@ class Measured:
 def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[str, Measured]:
     """Return every figure of one fold by name, the primary target's first."""
     primary = targets[0]
-    known = result.predictions[primary.name] != ""
+    known = (result.predictions[primary.name] != "").to_numpy()
     table = result.predictions[known]
-    strata = table[primary.name].to_numpy(dtype=str)
+    if primary.kind == "regression":
+        measured = _measure_numbers(table, primary, _strata(table, primary), "pearson", "mae")
+    else:
+        measured = _measure_classes(result, known, primary)
+    for target in targets[1:]:
+        measured |= _measure_auxiliary(result.predictions, target, primary)
+    return measured
+
+
+def _measure_classes(
+    result: FoldResult, known: NDArray[np.bool_], primary: Target
+) -> dict[str, Measured]:
+    table = result.predictions[known]
+    strata = _strata(table, primary)
     measured = _ranking(table, primary, primary.positive, strata, "auroc", "auprc")
     positive = strata == primary.positive
     score = table[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)
@@ -99,7 +147,7 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[str, Mea
         lambda weights: resampling.f1(positive, called, weights),
     )
     measured["prevalence"] = Measured(metrics.prevalence(positive), strata, None)
-    each = metrics.silhouettes(result.embeddings[known.to_numpy()], strata)
+    each = metrics.silhouettes(result.embeddings[known], strata)
     measured["silhouette"] = (
         Measured(each, strata, None)
         if isinstance(each, metrics.Score)
@@ -112,25 +160,48 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[str, Mea
     if len(primary.classes) > 2:
         for label in primary.classes:
             measured |= _ranking(table, primary, label, strata, f"auroc of {label}")
-    for target in targets[1:]:
-        measured |= _measure_auxiliary(result.predictions, target, primary)
     return measured
 
 
 def _measure_auxiliary(table: pd.DataFrame, target: Target, primary: Target) -> dict[str, Measured]:
     known = table[table[target.name] != ""]
-    strata = known[primary.name].to_numpy(dtype=str)
+    strata = _strata(known, primary)
     if target.kind == "classification":
         return _ranking(known, target, target.positive, strata, f"auroc/{target.name}")
-    truth = known[target.name].to_numpy(dtype=float)
-    predicted = known[f"{target.name}_pred"].to_numpy(dtype=float)
-    return {
-        f"pearson/{target.name}": _measured(
+    return _measure_numbers(known, target, strata, f"pearson/{target.name}")
+
+
+def _strata(table: pd.DataFrame, primary: Target) -> NDArray[np.str_]:
+    """Return what patients are resampled within: their class, or nothing for a regression."""
+    if primary.kind == "regression":
+        return np.full(len(table), "")
+    return table[primary.name].to_numpy(dtype=str)
+
+
+def _measure_numbers(
+    table: pd.DataFrame,
+    target: Target,
+    strata: NDArray[np.str_],
+    pearson: str,
+    mae: str | None = None,
+) -> dict[str, Measured]:
+    """Return how predicted and measured numbers agree, under the names given."""
+    truth = table[target.name].to_numpy(dtype=float)
+    predicted = table[f"{target.name}_pred"].to_numpy(dtype=float)
+    measured = {
+        pearson: _measured(
             metrics.pearson(truth, predicted),
             strata,
             lambda weights: resampling.pearson(truth, predicted, weights),
         )
     }
+    if mae is not None:
+        measured[mae] = _measured(
+            metrics.mean_absolute_error(truth, predicted),
+            strata,
+            lambda weights: resampling.mean(np.abs(truth - predicted), weights),
+        )
+    return measured
 
 
 def _ranking(

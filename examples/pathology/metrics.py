@@ -155,6 +155,17 @@ def pearson(truth: ArrayLike, predicted: ArrayLike) -> Score:
     return Score(float(np.corrcoef(x, y)[0, 1]))
 
 
+def mean_absolute_error(truth: ArrayLike, predicted: ArrayLike) -> Score:
+    """Mean distance between measured and predicted values, in their unit.
+
+    Args:
+        truth: Measured values ``(n,)``.
+        predicted: Predicted values ``(n,)``.
+    """
+    x, y = np.asarray(truth, dtype=float), np.asarray(predicted, dtype=float)
+    return Score(float(np.abs(x - y).mean())) if len(x) else Score(math.nan, "no patients")
+
+
 def over_folds(scores: Sequence[Score]) -> Summary:
     """Summarise one figure over folds, leaving out those where it is not defined."""
     values = np.array([s.value for s in scores if not math.isnan(s.value)])

@@ -11,10 +11,14 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PathCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
@@ -29,6 +33,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 GREY = "#666666"
 DPI = 150
 STYLE = {"font": 11, "small": 9.5}
+OF_EACH_FOLD = "t-SNE of each fold's test patients by that fold's own model; panels share no axes."
 
 Scored = Sequence[tuple[NDArray[np.bool_], NDArray[np.float64]]]
 
@@ -149,13 +154,15 @@ def regression(
 
 
 def tsne(
-    folds: Sequence[tuple[NDArray[np.float32], NDArray[np.str_]]],
+    folds: Sequence[tuple[NDArray[np.float32], NDArray[np.str_] | NDArray[np.float64]]],
     classes: Sequence[str],
     path: Path,
     *,
     title: str,
     caption: str = "",
     seed: int = 0,
+    names: Sequence[str] = (),
+    about: str = OF_EACH_FOLD,
 ) -> None:
     """Draw the t-SNE of each fold's test patients, one panel per fold.
 
@@ -163,55 +170,69 @@ def tsne(
     folds apart.
 
     Args:
-        folds: For each fold embeddings ``(n, d)`` and true classes ``(n,)``.
-        classes: All classes, which fixes their colours.
+        folds: For each fold embeddings ``(n, d)`` and true classes or values ``(n,)``.
+        classes: All classes, which fixes their colours; none: values have a scale of colours, the
+            same in all panels.
         path: The ``.png`` to write.
         title: Above the panels.
         caption: Below them.
         seed: Of the t-SNE.
+        names: What the panels show; none: fold after fold.
+        about: What stands before the caption.
     """
+    names = names or [f"fold {k + 1}" for k in range(len(folds))]
     columns = min(len(folds), 5)
     rows = -(-len(folds) // columns)
     figure = Figure(figsize=(2.5 * columns + 1.8, 2.6 * rows + 1.3), layout="constrained")
     figure.suptitle(title, fontsize=STYLE["font"] + 2)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    scale = None if classes else _scale([truth for _, truth in folds])
     for k, axes in enumerate(panels):
         axes.set_xticks([])
         axes.set_yticks([])
         if k >= len(folds):
             axes.set_visible(False)
             continue
-        embedding, labels = folds[k]
-        points = tsne_map(embedding, seed)
-        for i, label in enumerate(classes):
-            chosen = labels == label
-            axes.scatter(
-                points[chosen, 0],
-                points[chosen, 1],
-                s=46,
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                edgecolor="white",
-                linewidth=0.6,
-                label=label if k == 0 else None,
-            )
+        embedding, truth = folds[k]
+        points, heading = tsne_map(embedding, seed), f"{names[k]}: n = {len(truth)}"
+        if scale is None:
+            for i, label in enumerate(classes):
+                _points(axes, points[truth == label], **_mark(i))
+            score = metrics.silhouette(embedding, truth)
+            heading += "\n" + (score.reason or f"silhouette {score.value:.2f}")
+        else:
+            _points(axes, points, c=truth, cmap=scale.cmap, norm=scale.norm)
         axes.margins(0.15)
-        score = metrics.silhouette(embedding, labels)
-        shown = score.reason or f"silhouette {score.value:.2f}"
-        axes.set_title(f"fold {k + 1}: n = {len(labels)}\n{shown}", fontsize=STYLE["small"])
-    handles = [
-        panels[0].scatter(
-            [], [], s=46, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)]
+        axes.set_title(heading, fontsize=STYLE["small"])
+    if scale is None:
+        handles = [_points(panels[0], np.empty((0, 2)), **_mark(i)) for i in range(len(classes))]
+        figure.legend(
+            handles, list(classes), loc="outside right upper", fontsize=STYLE["font"], frameon=False
         )
-        for i in range(len(classes))
-    ]
-    figure.legend(
-        handles, list(classes), loc="outside right upper", fontsize=STYLE["font"], frameon=False
-    )
-    text = "t-SNE of each fold's test patients by that fold's own model; panels share no axes. "
+    else:
+        figure.colorbar(scale, ax=list(panels[: len(folds)]), shrink=0.8, label="Measured")
     width = 30 * columns
-    figure.supxlabel(wrap(text + caption, width), fontsize=STYLE["small"], color=GREY)
+    figure.supxlabel(wrap(f"{about} {caption}", width), fontsize=STYLE["small"], color=GREY)
     save(figure, path)
+
+
+def _scale(values: Sequence[NDArray[Any]]) -> ScalarMappable:
+    """Return colours from the lowest to the highest value."""
+    together = np.concatenate(values)
+    return ScalarMappable(Normalize(together.min(), together.max()), "viridis")
+
+
+def _mark(number: int) -> dict[str, str]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def _points(axes: Axes, points: NDArray[np.float64], **options: Any) -> PathCollection:
+    return axes.scatter(
+        points[:, 0], points[:, 1], s=46, edgecolor="white", linewidth=0.6, **options
+    )
 
 
 def tsne_map(embedding: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
@@ -245,7 +266,8 @@ def compare(
         path: The ``.png`` to write.
         metric: Name of the value axis.
         chance: What a random score would reach.
-        caption: Below the axes.
+        caption: Below the axes. The value axis runs from 0 to 1, or from the lowest value if that
+            is below 0.
     """
     figure, axes = new_figure(
         f"{metric} in every fold", caption, width=max(7.0, 1.7 * len(methods) + 2.6)
@@ -274,7 +296,8 @@ def compare(
     axes.axhline(chance, color=GREY, lw=1.2, ls=":", label=f"chance {chance:.2f}")
     axes.set_xticks(x, list(methods))
     axes.set_xlim(-0.5, len(methods) - 0.5)
-    axes.set_ylim(-0.03, 1.03)
+    lowest = min(0.0, float(np.nanmin(values, initial=0.0)))
+    axes.set_ylim(lowest - 0.03, 1.03)
     axes.set_ylabel(metric)
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=STYLE["small"], frameon=False

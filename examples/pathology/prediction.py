@@ -15,8 +15,9 @@ from examples.pathology.bags import BagStore
 from examples.pathology.model import JointTransformer, Prediction
 
 if TYPE_CHECKING:
-    from examples.pathology.cohort import Patient, Target
+    from examples.pathology.cohort import Patient
     from examples.pathology.losses import Scaler
+    from examples.pathology.targets import Target
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,15 @@ logger = logging.getLogger(__name__)
 
 CAUTION = (
     "Mean ± standard deviation over the folds of one cross-validation with one seed [95 % "
-    "bootstrap interval over the patients tested, the models taken as they are]. F1 is at the "
-    "threshold that is best on the validation part. The folds share training patients and are few "
-    "and small, so a difference between rows that is not clearly larger than their spread says "
-    "nothing, and no method is claimed to be better than another here."
+    "bootstrap interval over the patients tested, the models taken as they are]. {remark} The "
+    "folds share training patients and are few and small, so a difference between rows that is not "
+    "clearly larger than their spread says nothing, and no method is claimed to be better than "
+    "another here."
 )
+REMARKS = {
+    "classification": "F1 is at the threshold that is best on the validation part.",
+    "regression": "The mean absolute error is in the unit of the target.",
+}
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,12 @@ def _find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 def _read_runs(folders: Sequence[Path]) -> list[Run]:
     summaries = [json.loads((f / "metrics.json").read_text(encoding="utf-8")) for f in folders]
     for folder, summary in zip(folders, summaries, strict=True):
-        for key in ("target", "positive"):
-            if summary[key] != summaries[0][key]:
+        for key in ("target", "kind", "positive"):
+            first, other = summaries[0].get(key), summary.get(key)
+            if first != other:
                 raise UserError(
-                    f"All runs must have the same {key}, but {folders[0]} has "
-                    f"{summaries[0][key]!r} and "
-                    f"{folder} has {summary[key]!r}."
+                    f"All runs must have the same {key}, but {folders[0]} has {first!r} and "
+                    f"{folder} has {other!r}."
                 )
     count = Counter(summary["method"] for summary in summaries)
     runs = []
@@ -160,6 +164,8 @@ def _columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("f1", "F1"),
         ("silhouette", "Silhouette of [cls]"),
     ]
+    if is_regression(runs[0].summary):
+        columns = [("pearson", "Pearson r"), ("mae", "Mean absolute error")]
     extra = dict.fromkeys(key for run in runs for key in run.summary["metrics"])
     for key in extra:
         if key.startswith("pearson/"):
@@ -178,7 +184,10 @@ def _cells(run: Run, columns: Sequence[tuple[str, str]]) -> list[str]:
 def _markdown(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
     headings = ["Method", *(heading for _, heading in columns)]
     table = pages.table_markdown(headings, [_cells(run, columns) for run in runs])
-    remarks = [CAUTION, *([text] if (text := caption_of(runs[0].summary)) else [])]
+    remarks = [
+        _caution(runs[0].summary),
+        *([text] if (text := caption_of(runs[0].summary)) else []),
+    ]
     return table + "".join(f"\n{text}\n" for text in remarks)
 
 
@@ -197,11 +206,15 @@ def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path
     drawn = []
     caption = caption_of(runs[0].summary)
     folds = min(len(run.results) for run in runs)
-    chance = {"auroc": 0.5, "auprc": runs[0].summary["positives"] / runs[0].summary["patients"]}
-    for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC")):
+    if is_regression(first := runs[0].summary):
+        compared = [("pearson", "Pearson r", 0.0)]
+    else:
+        share = first["positives"] / first["patients"]
+        compared = [("auroc", "AUROC", 0.5), ("auprc", "AUPRC", share)]
+    for key, name, chance in compared:
         path = folder / f"compare-{key}.png"
         values = {run.name: [s.value for s in run.scores(key)][:folds] for run in runs}
-        plots.compare(values, path, metric=name, chance=chance[key], caption=caption)
+        plots.compare(values, path, metric=name, chance=chance, caption=caption)
         drawn.append((f"{name} in every fold", path))
     return drawn
 
@@ -214,18 +227,20 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     comparable = [
         run for run in runs[1:] if run.summary["splits_sha256"] == base.summary["splits_sha256"]
     ]
-    tests = [_delong(run, base) for run in comparable]
-    corrected = holm([test.p for test in tests])
+    if is_regression(base.summary):
+        key, name, tests = "pearson", "Pearson r", [""] * len(comparable)
+    else:
+        key, name, tests = "auroc", "AUROC", _delong_sentences(comparable, base)
     sentences = []
-    for run, test, p in zip(comparable, tests, corrected, strict=True):
-        ours, theirs = run.scores("auroc"), base.scores("auroc")
+    for run, test in zip(comparable, tests, strict=True):
+        ours, theirs = run.scores(key), base.scores(key)
         summary = metrics.paired_difference(ours, theirs)
         if summary.folds < 2:
             continue
         higher = sum(a.value > b.value for a, b in zip(ours, theirs, strict=True))
         inside = summary.low <= 0 <= summary.high
         sentences.append(
-            f"{run.name} minus {base.name}, AUROC fold by fold: {summary.mean:+.3f} ± "
+            f"{run.name} minus {base.name}, {name} fold by fold: {summary.mean:+.3f} ± "
             f"{summary.sd:.3f}; higher in "
             f"{higher} of {summary.folds} folds; 95 % t-interval over folds {summary.low:+.3f} to "
             f"{summary.high:+.3f}, which {'includes' if inside else 'excludes'} 0"
@@ -234,9 +249,15 @@ def _differences(runs: Sequence[Run]) -> list[str]:
                 if inside
                 else ", but folds are not independent, so this is no test of significance."
             )
-            + _test_sentence(test, p, len(comparable))
+            + test
         )
     return sentences
+
+
+def _delong_sentences(runs: Sequence[Run], base: Run) -> list[str]:
+    tests = [_delong(run, base) for run in runs]
+    corrected = holm([test.p for test in tests])
+    return [_test_sentence(test, p, len(runs)) for test, p in zip(tests, corrected, strict=True)]
 
 
 def _delong(ours: Run, theirs: Run) -> Comparison:
@@ -286,42 +307,69 @@ def _html(
     preface: str,
 ) -> str:
     first = runs[0].summary
-    share = first["positives"] / first["patients"]
     headings = ["Method", *(heading for _, heading in columns)]
     parts = [
         pages.paragraph_html(preface),
         *(pages.warning_html(text) for text in _warnings(runs, unfinished)),
         pages.paragraph_html(
-            f"{first['patients']} patients, {first['positives']} of them {first['positive']}; "
-            f"{first['tiles']} tiles; {len(runs[0].results)} folds by patient. The prevalence of "
-            f"{share:.2f} is the chance level of AUPRC; that of AUROC is 0.5. Features: "
-            f"{first['extractor']}."
+            f"{first['patients']} patients; {first['tiles']} tiles; {len(runs[0].results)} folds "
+            f"by patient. {_primary(first)} Features: {first['extractor']}."
         ),
         pages.table_html(headings, [_cells(run, columns) for run in runs]),
-        pages.paragraph_html(CAUTION),
+        pages.paragraph_html(_caution(first)),
         pages.list_html(_differences(runs)),
     ]
     for heading, drawn in figures:
         parts += [f"<h2>{html.escape(heading)}</h2>", pages.figures_html(drawn)]
     parts += [
         "<h2>Who was used, and who was not</h2>",
-        funnel_html(runs[0]),
+        funnel_html(runs[0].folder, runs[0].summary),
         "<h2>Runs</h2>",
         _runs_html(runs),
     ]
     return pages.page_html(f"Cross-validation of {first['target']}", parts)
 
 
-def funnel_html(run: Run) -> str:
-    """Return who was used in a run, and who was left out and why."""
-    with (run.folder / "ledger.csv").open(encoding="utf-8", newline="") as file:
+def _primary(summary: Mapping[str, Any]) -> str:
+    """Return in words what the primary target is like, and what chance would reach."""
+    if is_regression(summary):
+        values = summary["values"]
+        return (
+            f"{summary['target']} runs from {values['lowest']:g} to {values['highest']:g} with "
+            f"mean {values['mean']:.3g} and standard deviation {values['sd']:.3g}; chance has a "
+            "Pearson r of 0."
+        )
+    share = summary["positives"] / summary["patients"]
+    return (
+        f"{summary['positives']} patients are {summary['positive']}. The prevalence of {share:.2f} "
+        "is the chance level of AUPRC; that of AUROC is 0.5."
+    )
+
+
+def _caution(summary: Mapping[str, Any]) -> str:
+    return CAUTION.format(remark=REMARKS[summary.get("kind", "classification")])
+
+
+def is_regression(summary: Mapping[str, Any]) -> bool:
+    """Return whether the primary target of a run is a number."""
+    return bool(summary.get("kind") == "regression")
+
+
+def funnel_html(folder: Path, summary: Mapping[str, Any]) -> str:
+    """Return who was used, and who was left out and why.
+
+    Args:
+        folder: Of a run or a deployment.
+        summary: What its ``metrics.json`` holds.
+    """
+    with (folder / "ledger.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] != "used"]
     alone = [row for row in rows if row["status"] == TRAINING_ONLY]
     reasons = Counter(
         (row["item"], row["reason"]) for row in rows if row["status"] != TRAINING_ONLY
     )
     left_out = [f"{n} × {item}: {why}" for (item, why), n in reasons.most_common()]
-    stages = [f"{count} {stage}" for stage, count in run.summary["funnel"]]
+    stages = [f"{count} {stage}" for stage, count in summary["funnel"]]
     return (
         pages.paragraph_html("Patients:")
         + pages.list_html(stages, ordered=True)

@@ -9,7 +9,7 @@ import math
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from examples.pathology import metrics
-from examples.pathology.cohort import Target
 from examples.pathology.errors import UserError, listing, one_line
 from examples.pathology.files import json_or_none, write_bytes, write_json, write_text
 from examples.pathology.losses import Scaler
 from examples.pathology.prediction import Fitted
+from examples.pathology.targets import Target
 from examples.pathology.training import new_model
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def prediction_columns(targets: Sequence[Target]) -> list[str]:
     """
     columns = ["PATIENT"]
     for i, target in enumerate(targets):
-        columns += [target.name] if i == 0 else [target.name, f"{target.name}_pred"]
+        columns.append(target.name)
+        if i > 0 or target.kind == "regression":
+            columns.append(f"{target.name}_pred")
         columns += [f"{target.name}_{label}" for label in target.classes]
     twice = sorted(name for name, count in Counter(columns).items() if count > 1)
     if twice:
@@ -103,10 +105,7 @@ def write_fold(
     torch.save(
         {
             "state_dict": {key: value.cpu() for key, value in fitted.model.state_dict().items()},
-            "targets": [
-                {"name": t.name, "kind": t.kind, "classes": list(t.classes), "positive": t.positive}
-                for t in fitted.targets
-            ],
+            "targets": [{**asdict(t), "classes": list(t.classes)} for t in fitted.targets],
             "scalers": {name: [s.low, s.high] for name, s in fitted.scalers.items()},
             "network": {"width": fitted.model.d_model, "layers": fitted.model.layers},
             "precision": fitted.precision,
@@ -152,8 +151,7 @@ def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         targets = tuple(
-            Target(t["name"], t["kind"], tuple(t["classes"]), t["positive"])
-            for t in saved["targets"]
+            Target(**{**target, "classes": tuple(target["classes"])}) for target in saved["targets"]
         )
         model = new_model(targets, saved["in_features"], **saved["network"])
         model.load_state_dict(saved["state_dict"])
@@ -174,7 +172,12 @@ def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
 
 
 def threshold_of(target: Target, validated: Sequence[PatientPrediction]) -> float:
-    """Return the probability of the positive class from which F1 is highest on these patients."""
+    """Return the probability of the positive class from which F1 is highest on these patients.
+
+    It is NaN for a regression, and where one class is missing.
+    """
+    if target.kind == "regression":
+        return math.nan
     column = target.classes.index(target.positive)
     return metrics.best_threshold(
         [p.patient.label == target.positive for p in validated],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MIN_PER_CLASS = 5  # below, a class would be missing from a training, validation or test part
+BINS = 5
 VALIDATION_SHARE = 0.2  # of the training part: 64 / 16 / 20, as in the paper's code
 LOOKAHEAD_SHARE = 0.1  # of what is left to train on
 PARTS = ("train", "validation", "test", "lookahead")
@@ -54,13 +57,15 @@ class Fold:
 def make_splits(cohort: Cohort, folds: int, seed: int) -> list[Fold]:
     """Draw stratified folds of patients, each with a validation and a look-ahead share.
 
+    What they are stratified by, see `strata_of`.
+
     Args:
         cohort: Whose patients.
         folds: How many.
         seed: Of the draw.
     """
     names = np.array([p.name for p in cohort.patients])
-    labels = np.array([p.label for p in cohort.patients])
+    labels = strata_of(cohort, folds)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     drawn = []
     for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
@@ -89,7 +94,7 @@ def make_reference_splits(cohort: Cohort, folds: int) -> list[Fold]:
         folds: How many.
     """
     names = np.array([p.name for p in cohort.patients])
-    labels = np.array([p.label for p in cohort.patients])
+    labels = strata_of(cohort, folds)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=REFERENCE_SEED)
     drawn = []
     for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
@@ -101,6 +106,51 @@ def make_reference_splits(cohort: Cohort, folds: int) -> list[Fold]:
         parts = (train, held, test, train[ahead])
         drawn.append(Fold(*(tuple(map(str, names[np.sort(part)])) for part in parts)))
     return drawn
+
+
+def strata_of(cohort: Cohort, folds: int) -> NDArray[np.str_]:
+    """Return what to stratify patients by: the class, or of a regression the fifth of its values.
+
+    The fifths are of equal size, by rank; equal values at a border fall by name. There are fewer
+    and larger parts where a fifth could be missing from a test or validation part.
+
+    Args:
+        cohort: Whose patients.
+        folds: How many parts are to be drawn.
+
+    Returns:
+        ``(n,)``, in the order of ``cohort.patients``.
+    """
+    labels = np.array([p.label for p in cohort.patients])
+    if cohort.target.kind == "classification":
+        return labels
+    ranks = np.argsort(np.argsort(labels.astype(float), kind="stable"))
+    n = len(labels)
+    validated = int(VALIDATION_SHARE * (n - math.ceil(n / folds)))
+    bins = max(1, min(BINS, n // max(folds, MIN_PER_CLASS), validated))
+    return np.asarray(ranks * bins // n).astype(np.str_)
+
+
+def check_sizes(cohort: Cohort, folds: int) -> None:
+    """Check that every class can be in every part of every fold, or that values are enough.
+
+    Raises:
+        UserError: A class is too small; a regression has too few patients.
+    """
+    needed = max(folds, MIN_PER_CLASS)
+    least = max(2 * needed, 3 * folds)  # as for two classes; 3 patients at least have a correlation
+    if cohort.target.kind == "regression" and len(cohort.patients) < least:
+        raise UserError(
+            f"`{cohort.target.name}` must be known for at least {least} patients for {folds} "
+            f"folds, but is for {len(cohort.patients)}."
+        )
+    counts = Counter(patient.label for patient in cohort.patients)
+    for label in cohort.target.classes:
+        if counts[label] < needed:
+            raise UserError(
+                f"Every class of `{cohort.target.name}` must have at least {needed} patients for "
+                f"{folds} folds, but {label} has {counts[label]}."
+            )
 
 
 def stratified_share(

@@ -36,7 +36,8 @@ from examples.pathology.resume import Checkpoint, random_state, set_random_state
 from mtbalance import Balancer, make_balancer
 
 if TYPE_CHECKING:
-    from examples.pathology.cohort import Cohort, Patient, Target
+    from examples.pathology.cohort import Cohort, Patient
+    from examples.pathology.targets import Target
 
 logger = logging.getLogger(__name__)
 

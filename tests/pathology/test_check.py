@@ -18,7 +18,8 @@ def check(tables, **changes):
     """Return the exit code and the lines that were said."""
     lines: list[str] = []
     values = {"auxiliary": ("LF",), "folds": 2, **changes}
-    config = CheckConfig(tables.clini, tables.slides, tables.features, "isMSIH", **values)
+    target = values.pop("target", "isMSIH")
+    config = CheckConfig(tables.clini, tables.slides, tables.features, target, **values)
     return run_check(config, lines.append), lines
 
 
@@ -118,6 +119,25 @@ def test_lists_are_cut_to_their_limit(tables):
     _, lines = check(tables, limit=2)
     shown = following(lines, "Patients of the clinical table without a slide: 6")
     assert shown == ["P14", "P15", "... and 4 more (--limit shows more)"]
+
+
+def test_a_regression_is_checked_and_counted(tables):
+    header, *rows = rows_of(tables.clini)
+    write_table(tables.clini, header, [[name, label, i] for i, (name, label, _) in enumerate(rows)])
+    code, lines = check(tables, target="LF", auxiliary=(), kind=("LF=regression",))
+    assert code == 0
+    assert "  LF: regression, 0 to 19, median 9.5; missing for 0 of 20" in lines
+    assert "  fold 1 test          10   LF: 10" in lines
+
+
+def test_a_cut_off_is_checked_and_its_prevalence_shown(tables):
+    header, *rows = rows_of(tables.clini)
+    write_table(tables.clini, header, [[name, label, i] for i, (name, label, _) in enumerate(rows)])
+    _, lines = check(tables, target="LF", auxiliary=(), cutoff=15.0)
+    expected = "classification, <15 (15), >=15 (5); positive is >=15, prevalence 0.250"
+    assert f"  LF: {expected}; missing for 0 of 20" in lines
+    with pytest.raises(UserError, match="Every class of `LF` must have at least 5 patients"):
+        check(tables, target="LF", auxiliary=(), cutoff=16.0)
 
 
 def test_what_a_cross_validation_would_refuse_is_refused_after_the_lists(tables):

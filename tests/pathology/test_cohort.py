@@ -1,5 +1,6 @@
 import csv
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 
 from examples.pathology import cohort as module
 from examples.pathology.bags import BagStore
-from examples.pathology.cohort import load_cohort
+from examples.pathology.cohort import known_values
 from examples.pathology.errors import UserError
 from examples.pathology.features import read_features
 from examples.pathology.matching import match_files, slide_key
 from examples.pathology.tables import read_table
-from tests.pathology.tiny import make_tables, write_bag, write_table
+from examples.pathology.targets import Target
+from tests.pathology.tiny import Tables, make_tables, write_bag, write_table
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
@@ -75,9 +77,7 @@ def test_a_patient_with_an_auxiliary_value_alone_is_for_training_only(tables):
 
 def test_complete_cases_leave_out_whoever_lacks_a_value(tables):
     rewrite(tables.clini, lambda rows: [[rows[0][0], "", "0.5"], *rows[1:]])
-    cohort = load_cohort(
-        tables.clini, tables.slides, tables.features, "isMSIH", ["LF"], complete_cases=True
-    )
+    cohort = tables.load(complete_cases=True)
     assert reasons(cohort, "patient") == {
         "P00": "no isMSIH value, and only complete cases are used",
         "P03": "no LF value, and only complete cases are used",
@@ -93,7 +93,7 @@ def test_columns_may_have_other_names(tables):
         tables.slides.read_text(encoding="utf-8").replace("PATIENT", "case"), encoding="utf-8"
     )
     names = {"patient_column": "case", "filename_column": "slide"}
-    cohort = load_cohort(tables.clini, tables.slides, tables.features, "isMSIH", **names)
+    cohort = tables.load(auxiliary=(), **names)
     assert len(cohort.patients) == 12
     with pytest.raises(UserError, match=r"must have a column `PATIENT`, but has 'case'"):
         tables.load()
@@ -273,10 +273,40 @@ def test_an_auxiliary_target_needs_two_values(tables):
         tables.load()
 
 
-def test_a_measurement_is_no_primary_target(tmp_path):
-    tables = make_tables(tmp_path, patients=30, missing=())
-    with pytest.raises(UserError, match="must have at most 20 classes, but has"):
-        tables.load("LF", ())
+def test_a_measurement_is_a_regression_unless_it_is_cut_or_called_a_class(tmp_path):
+    tables = make_tables(tmp_path, patients=30, missing=(3,), extra={"grade": [1, 2, 3] * 10})
+    cohort = tables.load("LF", ("isMSIH", "grade"))
+    assert [t.kind for t in cohort.targets] == ["regression", "classification", "regression"]
+    assert [p.name for p in cohort.training_only] == ["P03"]
+    with tables.clini.open(encoding="utf-8", newline="") as file:
+        cells = {row["PATIENT"]: row["LF"] for row in csv.DictReader(file)}
+    assert {p.name: p.label for p in cohort.patients} == {n: c for n, c in cells.items() if c}
+    again = tables.load("LF", ("grade",), kind=("grade=classification",), cutoff=0.5)
+    assert again.target == Target("LF", "classification", ("<0.5", ">=0.5"), ">=0.5", 0.5)
+    assert again.auxiliary == (Target("grade", "classification", ("1", "2", "3"), "3"),)
+    assert {p.name for p in again.patients if p.label == ">=0.5"} == {
+        name for name, cell in cells.items() if cell and float(cell) >= 0.5
+    }
+    with pytest.raises(UserError, match=r"at most 20 classes, but has .*--kind LF=regression"):
+        tables.load("LF", (), kind=("LF=classification",))
+
+
+def test_few_numbers_are_classes_unless_called_a_regression(tmp_path):
+    tables = make_tables(tmp_path, extra={"grade": [1, 2, 3] * 4})
+    assert tables.load("grade", ()).target.classes == ("1", "2", "3")
+    assert tables.load("grade", (), kind=("grade=regression",)).target.kind == "regression"
+    with pytest.raises(UserError, match="`isMSIH` must hold numbers, but has 'MSIH', 'MSS'"):
+        tables.load("isMSIH", (), kind=("isMSIH=regression",))
+    with pytest.raises(UserError, match="`isMSIH` must hold numbers, but has"):
+        tables.load(cutoff=1.0)
+
+
+def test_known_values_are_classes_and_numbers(tables):
+    one = tables.load("LF", ("isMSIH",), kind=("LF=regression",))
+    values = known_values(one.patients[0], one.targets)
+    assert values == {"LF": float(one.patients[0].label), "isMSIH": "MSIH"}
+    (alone,) = one.training_only
+    assert known_values(alone, one.targets) == {"isMSIH": "MSS"}
 
 
 def test_a_missing_column_is_refused_with_the_nearest(tables):
@@ -296,18 +326,15 @@ def test_a_folder_without_features_is_refused(tables, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, words in ((tmp_path / "empty", "holds none"), (tmp_path / "no", "is no folder")):
         with pytest.raises(UserError, match=f"must be a folder of .h5 files, but .* {words}"):
-            load_cohort(tables.clini, tables.slides, folder, "isMSIH")
+            replace(tables, features=folder).load()
 
 
 def test_the_rarer_class_is_positive_unless_asked_otherwise(tables):
     rewrite(tables.clini, lambda rows: [["P00", "MSS", rows[0][2]], *rows[1:]])
     assert tables.load().target.positive == "MSIH"
-    chosen = load_cohort(
-        tables.clini, tables.slides, tables.features, "isMSIH", positive="MSS"
-    ).target
-    assert chosen.positive == "MSS"
+    assert tables.load(positive="MSS").target.positive == "MSS"
     with pytest.raises(UserError, match=r"`positive` must be a value of `isMSIH`.*'MSI-H'"):
-        load_cohort(tables.clini, tables.slides, tables.features, "isMSIH", positive="MSI-H")
+        tables.load(positive="MSI-H")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +356,7 @@ def test_tables_of_excel_are_read_as_they_look(tables, tmp_path):
     rows["PATIENT"] = " " + rows["PATIENT"] + " "
     path = tmp_path / "clini.xlsx"
     rows.to_excel(path, index=False)
-    ours = load_cohort(path, tables.slides, tables.features, "isMSIH", ["LF"])
+    ours = replace(tables, clini=path).load()
     assert ours.patients == tables.load().patients
 
 
@@ -375,7 +402,7 @@ def test_the_log_tells_classes_and_exclusions(tables, caplog):
     with caplog.at_level("INFO", logger=module.__name__):
         module.log_cohort(tables.load())
     assert "MSIH (5), MSS (6); positive is MSIH" in caplog.text
-    assert "LF: regression; known for 10 of 11 patients" in caplog.text
+    assert re.search(r"LF: regression, -1\.\d+ to .*; known for 10 of 11 patients", caplog.text)
     assert "Left out: 1 x slide: no feature file" in caplog.text
 
 
@@ -386,13 +413,10 @@ def test_real_tables_are_joined(tmp_path):
     for i, name in enumerate(slides["FILENAME"]):
         stem = f"{name}.23748e80-{i}" if i % 2 else name
         write_bag(tmp_path / f"{stem}.h5", np.ones((1, 4)))
-    cohort = load_cohort(
-        SHARED / "tables/tcga_crc_labels.csv",
-        SHARED / "tables/tcga_crc_slides.csv",
-        tmp_path,
-        "isMSIH",
-        ["Leukocyte Fraction"],
+    tables = Tables(
+        SHARED / "tables/tcga_crc_labels.csv", SHARED / "tables/tcga_crc_slides.csv", tmp_path
     )
+    cohort = tables.load(auxiliary=("Leukocyte Fraction",))
     clinical = pd.read_csv(SHARED / "tables/tcga_crc_labels.csv")
     expected = clinical[clinical["isMSIH"].notna() & clinical["PATIENT"].isin(slides["PATIENT"])]
     assert [p.name for p in cohort.patients] == sorted(expected["PATIENT"])
@@ -400,3 +424,20 @@ def test_real_tables_are_joined(tmp_path):
         expected["Leukocyte Fraction"].notna().sum()
     )
     assert not [row for row in cohort.ledger if row.status == "unclaimed"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real tables are not here")
+@pytest.mark.parametrize(("cutoff", "prevalence"), [(42.0, 15.8), (30.0, 37.1)])
+def test_cut_offs_of_the_real_hrd_scores(tmp_path, cutoff, prevalence):
+    slides = pd.read_csv(SHARED / "tables/tcga_luad_slides.csv")
+    for name in slides["FILENAME"]:
+        write_bag(tmp_path / f"{name}.h5", np.ones((1, 4)))
+    tables = Tables(
+        SHARED / "tables/tcga_luad_labels.csv", SHARED / "tables/tcga_luad_slides.csv", tmp_path
+    )
+    cohort = tables.load("HRD_score", (), cutoff=cutoff)
+    found = sum(p.label == cohort.target.positive for p in cohort.patients)
+    clinical = pd.read_csv(tables.clini)
+    scores = clinical["HRD_score"][clinical["PATIENT"].isin(slides["PATIENT"])]
+    assert found == (scores >= cutoff).sum()
+    assert round(100 * found / len(cohort.patients), 1) == prevalence

@@ -34,6 +34,12 @@ def make(**changes):
         ({"lookahead_data": "test"}, "`lookahead-data` must be one of heldout, train, but"),
         ({"target": ""}, "`target` must name a column"),
         ({"auxiliary": ("isMSIH",)}, "each target once, but got isMSIH twice"),
+        ({"cutoff": math.inf}, "`cutoff` must be a finite number, but got inf."),
+        ({"cutoff": 1.0, "kind": ("isMSIH=regression",)}, "`cutoff` makes classes of `isMSIH`, so"),
+        ({"kind": ("isMSIH=regresion",)}, "but got 'isMSIH=regresion'. Did you mean `regression`?"),
+        ({"kind": ("isMSI=regression",)}, "but got 'isMSI=regression'. Did you mean `isMSIH`?"),
+        ({"kind": ("regression",)}, "`kind` must be NAME=classification or NAME=regression, once"),
+        ({"kind": ("isMSIH=regression",) * 2}, "once for each of the targets (isMSIH)"),
     ],
 )
 def test_wrong_settings_are_told(changes, words):
@@ -99,6 +105,19 @@ def test_only_what_changes_the_result_counts_as_different():
     assert config.settings_that_differ(same, stored) == []
     assert config.settings_that_differ(make(seed=1), stored) == ["seed: 0 -> 1"]
     assert config.settings_that_differ(make(positive="a"), stored) == ["positive: None -> 'a'"]
+
+
+def test_the_name_of_a_target_may_hold_an_equals_sign():
+    made = make(auxiliary=("a=b",), kind=("a=b=regression", "isMSIH=classification"))
+    assert made.kinds == {"a=b": "regression", "isMSIH": "classification"}
+
+
+def test_runs_without_kind_and_cut_off_are_those_of_before():
+    assert not {"kind", "cutoff"} & set(make().resolved())
+    other = make(kind=("isMSIH=regression",))
+    assert config.settings_that_differ(other, make().resolved()) == [
+        "kind: None -> ['isMSIH=regression']"
+    ]
 
 
 def test_errors_help():

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.pathology.cohort import Patient, Target
+from examples.pathology.cohort import Patient
 from examples.pathology.errors import UserError
 from examples.pathology.losses import Scaler, fit_scalers, task_losses
+from examples.pathology.targets import Target
 
 LABEL = Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")
 LF = Target("LF", "regression")
@@ -22,6 +23,16 @@ def test_losses_worked_by_hand():
     losses = task_losses(outputs, patient(LF=30.0), [LABEL, LF], {"LF": Scaler(10.0, 50.0)})
     assert float(losses["isMSIH"]) == pytest.approx(math.log(1 + math.exp(-2)))
     assert float(losses["LF"]) == pytest.approx((0.75 - 0.5) ** 2)
+
+
+def test_a_regression_as_the_primary_target_worked_by_hand():
+    outputs = (torch.tensor([[0.75]]), torch.tensor([[2.0, 0.0]]))
+    one = patient(label="30", isMSIH="MSIH")
+    losses = task_losses(outputs, one, [LF, LABEL], {"LF": Scaler(10.0, 50.0)})
+    assert float(losses["LF"]) == pytest.approx((0.75 - 0.5) ** 2)
+    assert float(losses["isMSIH"]) == pytest.approx(math.log(1 + math.exp(-2)))
+    alone = task_losses(outputs, patient(label="", isMSIH="MSIH"), [LF, LABEL], {})
+    assert set(alone) == {"isMSIH"}
 
 
 def test_a_task_without_a_value_is_absent():
@@ -53,5 +64,7 @@ def test_a_scaler_goes_there_and_back(low, spread, value):
 def test_scalers_see_the_training_part_alone():
     patients = [patient(LF=value) for value in (3.0, 1.0, 2.0)] + [patient()]
     assert fit_scalers([LABEL, LF], patients) == {"LF": Scaler(1.0, 3.0)}
+    labelled = [patient(label=text) for text in ("-1.5", "0", "", "4e1")]
+    assert fit_scalers([LF, LABEL], labelled) == {"LF": Scaler(-1.5, 40.0)}
     with pytest.raises(UserError, match="`LF` must have at least 2 values in every training part"):
         fit_scalers([LABEL, LF], patients[:1])

@@ -140,3 +140,8 @@ def test_the_mean_curve_starts_at_zero_and_averages():
     mean, spread = metrics.mean_curve([diagonal, perfect], grid)
     assert mean.tolist() == [0.0, 0.75, 1.0]
     assert spread[1] == pytest.approx(np.std([0.5, 1.0], ddof=1))
+
+
+def test_the_mean_absolute_error_is_in_the_unit():
+    assert metrics.mean_absolute_error([1.0, 2.0, 6.0], [2.0, 2.0, 4.0]).value == 1.0
+    assert metrics.mean_absolute_error([], []).reason == "no patients"

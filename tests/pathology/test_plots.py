@@ -95,6 +95,19 @@ def test_tsne_has_a_panel_per_fold_and_a_colour_per_class(tmp_path, drawn, sizes
     assert len(colours) == 3
 
 
+def test_values_share_one_scale_of_colours(tmp_path, drawn):
+    folds = [(RANDOM.normal(size=(5, 8)), np.arange(5) + low) for low in (0.0, 10.0)]
+    plots.tsne(folds, (), tmp_path / "a.png", title="naive: HRD", caption=NOTE)
+    panels = [axes.collections[0] for axes in drawn[0].axes[:2]]
+    for points, (_, values) in zip(panels, folds, strict=True):
+        np.testing.assert_array_equal(points.get_array(), values)
+        assert (points.norm.vmin, points.norm.vmax) == (0.0, 14.0)
+    text = words(drawn[0])
+    assert "Measured" in text
+    assert "silhouette" not in text
+    assert NOTE in text
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 40])
 def test_a_map_has_a_point_per_patient_and_repeats_with_its_seed(n):
     embedding = RANDOM.normal(size=(n, 16)).astype(np.float32)
@@ -120,6 +133,13 @@ def test_compare_shows_every_method_and_takes_gaps(tmp_path, drawn):
     text = words(drawn[0])
     for expected in (*values, "AUROC in every fold", "chance 0.50", "mean", NOTE):
         assert expected in text
+
+
+def test_compare_shows_values_below_zero(tmp_path, drawn):
+    for values in ([0.1, 0.4], [-0.6, 0.4], [math.nan, math.nan]):
+        plots.compare({"naive": values}, tmp_path / "a.png", metric="Pearson r", chance=0.0)
+    ends = [figure.axes[0].get_ylim() for figure in drawn]
+    assert ends == [pytest.approx((low, 1.03)) for low in (-0.03, -0.63, -0.03)]
 
 
 def luminance(colour):

@@ -13,7 +13,7 @@ from examples.pathology.config import CrossvalConfig
 from examples.pathology.crossval import run_crossval
 from examples.pathology.errors import UserError
 from examples.pathology.model import JointTransformer
-from examples.pathology.report import CAUTION, write_report
+from examples.pathology.report import CAUTION, REMARKS, write_report
 from examples.pathology.resampling import compare_auroc
 from tests.pathology.tiny import make_tables, write_bag
 
@@ -132,7 +132,7 @@ def test_it_says_what_it_is_made_of_and_what_it_cannot_say(page):
     text = text_of(page)
     assert "<p class='warning'>SYNTHETIC &lt;features&gt; &amp; labels.</p>" in text
     assert "A &lt;preface&gt;." in text
-    assert CAUTION in text
+    assert CAUTION.format(remark=REMARKS["classification"]) in text
     assert "naive minus baseline, AUROC fold by fold" in text
 
 

@@ -8,24 +8,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from examples.pathology.cohort import Cohort, Patient, Target
+from examples.pathology.cohort import Cohort, Patient
 from examples.pathology.config import CrossvalConfig
 from examples.pathology.errors import UserError
 from examples.pathology.splits import (
     PARTS,
+    check_sizes,
     check_splits,
     fold_seed,
     load_or_make_splits,
     make_reference_splits,
     make_splits,
     splits_sha256,
+    strata_of,
     stratified_share,
 )
+from examples.pathology.targets import Target
 
 
 def cohort_of(labels: str) -> Cohort:
     patients = [Patient(f"P{i:03d}", label, {}, (), 1) for i, label in enumerate(labels)]
     target = Target("t", "classification", tuple(sorted(set(labels))), min(labels))
+    return Cohort(target, (), tuple(patients), (), (), (), "x", None, None, False, 768, "")
+
+
+def measured(values) -> Cohort:
+    patients = [Patient(f"P{i:03d}", str(value), {}, (), 1) for i, value in enumerate(values)]
+    target = Target("t", "regression")
     return Cohort(target, (), tuple(patients), (), (), (), "x", None, None, False, 768, "")
 
 
@@ -198,3 +207,53 @@ def test_reference_splits_are_scikit_learns():
         )
         for part, chosen in ((fold.train, train), (fold.validation, held), (fold.test, test)):
             assert set(part) == {cohort.patients[i].name for i in chosen}
+
+
+# --- a regression ---------------------------------------------------------------------------------
+
+VALUES = st.lists(st.integers(-3, 60) | st.floats(-5, 5), min_size=25, max_size=70)
+
+
+@pytest.mark.parametrize("draw", [make_reference_splits, lambda *a: make_splits(*a, 0)])
+@settings(deadline=None, max_examples=25)
+@given(values=VALUES, folds=st.integers(2, 5))
+def test_folds_of_a_regression_are_even_over_its_range(draw, values, folds):
+    """However many values are equal: every part of every fold has low, middle and high ones."""
+    cohort = measured(values)
+    drawn = draw(cohort, folds)
+    check_splits(drawn, cohort)
+    stratum = dict(zip((p.name for p in cohort.patients), strata_of(cohort, folds), strict=True))
+    sizes = Counter(stratum.values())
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    for fold in drawn:
+        tested = Counter(stratum[name] for name in fold.test)
+        for part, size in sizes.items():
+            assert abs(tested[part] - size / folds) < 1
+        assert {stratum[name] for name in fold.validation} == set(sizes)
+
+
+def test_strata_of_a_regression_are_fifths_in_order():
+    values = np.random.default_rng(0).permutation(100) / 7
+    strata = strata_of(measured(values), 5)
+    assert [int(stratum) for stratum in strata] == [int(value * 7) // 20 for value in values + 1e-9]
+    assert len(set(strata_of(measured(range(20)), 5))) == 3  # 16 / 5 patients to validate
+    assert len(set(strata_of(measured(range(16)), 2))) == 1
+
+
+def test_classes_are_strata_as_they_are():
+    assert list(strata_of(cohort_of("abba"), 2)) == list("abba")
+
+
+@pytest.mark.parametrize(
+    ("cohort", "folds", "words"),
+    [
+        (measured(range(9)), 2, "`t` must be known for at least 10 patients for 2 folds, but is"),
+        (measured(range(14)), 5, "at least 15 patients for 5 folds, but is for 14"),
+        (cohort_of("a" * 9 + "b" * 4), 3, "Every class of `t` must have at least 5 .* but b has 4"),
+        (cohort_of("a" * 9 + "b" * 6), 7, "at least 7 patients for 7 folds, but b has 6"),
+    ],
+)
+def test_too_few_patients_are_told(cohort, folds, words):
+    with pytest.raises(UserError, match=words):
+        check_sizes(cohort, folds)
+    check_sizes(replace(cohort, patients=cohort.patients * 2), folds)

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from examples.pathology.cohort import Cohort, load_cohort
+from examples.pathology.config import CohortConfig
 from examples.pathology.features import write_features
 
 
@@ -18,8 +20,14 @@ class Tables:
     slides: Path
     features: Path
 
-    def load(self, target: str = "isMSIH", auxiliary: tuple[str, ...] = ("LF",)) -> Cohort:
-        return load_cohort(self.clini, self.slides, self.features, target, auxiliary)
+    def load(
+        self, target: str = "isMSIH", auxiliary: tuple[str, ...] = ("LF",), **options: Any
+    ) -> Cohort:
+        return load_cohort(
+            CohortConfig(
+                self.clini, self.slides, self.features, target, auxiliary=auxiliary, **options
+            )
+        )
 
     def options(self) -> list[str]:
         """Return the options of the command line that name them."""
