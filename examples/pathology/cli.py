@@ -71,6 +71,9 @@ CompleteCases = Annotated[
 NoDevice = Annotated[str, typer.Option(help="Accepted as everywhere; none is needed here.")]
 PatientColumn = Annotated[str, typer.Option(help="Column of the patient in both tables.")]
 FilenameColumn = Annotated[str, typer.Option(help="Column of the file name in the slide table.")]
+MppTable = Annotated[
+    Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)]
 
 
@@ -87,9 +90,7 @@ def extract(
     extractor: Annotated[
         str, typer.Option(help="ctranspath, or timm:NAME for one of timm's models.")
     ] = "ctranspath",
-    slide_table: Annotated[
-        Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
-    ] = None,
+    slide_table: MppTable = None,
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of slides that do not tell theirs.")
     ] = None,
@@ -393,6 +394,7 @@ def heatmap(
     slide: Annotated[Path, typer.Option(help="The slide; of a DICOM series, any file.")],
     features: Annotated[Path, typer.Option(help="The slide's feature file (.h5).")],
     out: Annotated[Path, typer.Option(help="Where the pictures go.")],
+    slide_table: MppTable = None,
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of a slide that does not tell its own.")
     ] = None,
@@ -411,6 +413,7 @@ def heatmap(
             slide=slide,
             features=features,
             out=out,
+            slide_table=slide_table,
             default_mpp=default_mpp,
             top=top,
             device=device,
