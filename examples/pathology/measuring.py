@@ -147,15 +147,11 @@ def _measure_classes(
         lambda weights: resampling.f1(positive, called, weights),
     )
     measured["prevalence"] = Measured(metrics.prevalence(positive), strata, None)
-    each = metrics.silhouettes(result.embeddings[known], strata)
-    measured["silhouette"] = (
-        Measured(each, strata, None)
-        if isinstance(each, metrics.Score)
-        else Measured(
-            metrics.Score(float(each.mean())),
-            strata,
-            lambda weights: resampling.mean(each, weights),
-        )
+    embeddings = result.embeddings[known]
+    measured["silhouette"] = _measured(
+        metrics.silhouette(embeddings, strata),
+        strata,
+        lambda weights: resampling.silhouette(embeddings, strata, weights),
     )
     if len(primary.classes) > 2:
         for label in primary.classes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.spatial import distance
 
 RESAMPLES = 2000
 PERMUTATIONS = 9999
@@ -81,6 +82,38 @@ def pearson(truth: ArrayLike, predicted: ArrayLike, weights: Weights) -> NDArray
     xx, yy, xy = ((share * a).sum(axis=1) for a in (dx * dx, dy * dy, dx * dy))
     spread = np.sqrt(xx * yy)
     return _ratio(xy, np.where(spread > 1e-12 * np.abs(x).max() * np.abs(y).max(), spread, 0.0))
+
+
+def silhouette(embedding: ArrayLike, label: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Mean silhouette of every resample ``(b,)``; NaN where a single class was drawn.
+
+    Each patient is measured against those drawn, so that silhouettes of one resample depend on each
+    other as those of one sample do. A patient who was drawn twice is no neighbour of itself.
+
+    Args:
+        embedding: ``(n, d)``.
+        label: ``(n,)``, the true class.
+        weights: ``(b, n)``.
+    """
+    points, labels = np.asarray(embedding, dtype=float), np.asarray(label)
+    distances = distance.squareform(distance.pdist(points))
+    own = np.full(weights.shape, math.nan)  # mean distance to the patient's own class
+    nearest = np.full(weights.shape, math.inf)  # to the nearest other class
+    for name in np.unique(labels):
+        members = labels == name
+        drawn = weights * members
+        neighbours = drawn.sum(axis=1, keepdims=True) - drawn
+        average = _ratio(drawn @ distances, neighbours)
+        own[:, members] = average[:, members]
+        others = np.where(np.isnan(average), math.inf, average)
+        nearest[:, ~members] = np.minimum(nearest, others)[:, ~members]
+    alone, without_other = np.isnan(own), np.isinf(nearest)
+    nearest[without_other] = 0.0  # the whole resample is NaN then
+    own[alone] = nearest[alone]  # 0 for the only patient of a class: the usual convention
+    each = _ratio(nearest - own, np.maximum(nearest, own), 0.0)
+    averages = _ratio((each * weights).sum(axis=1), weights.sum(axis=1))
+    averages[(without_other & (weights > 0)).any(axis=1)] = math.nan
+    return averages
 
 
 def mean(values: ArrayLike, weights: Weights) -> NDArray[np.float64]:
@@ -247,6 +280,21 @@ def exchange_values(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> E
     return Exchange(len(differences), lambda swaps: (1 - 2 * swaps) @ differences / len(ours))
 
 
+def pseudo_values(figure: Resampled, patients: int) -> NDArray[np.float64]:
+    """Return the jackknife's pseudo-value of each patient ``(n,)``: what it adds to a figure.
+
+    A figure in which patients depend on each other, such as the silhouette, is no mean of
+    independent values. Of pseudo-values it nearly is (Tukey 1958): n times the figure of all, minus
+    n - 1 times that without the patient.
+
+    Args:
+        figure: Computes the figure of every resample.
+        patients: How many, n.
+    """
+    everybody = figure(np.ones((1, patients)))
+    return patients * everybody - (patients - 1) * figure(1 - np.eye(patients))
+
+
 def permutation_p(
     folds: Sequence[Exchange], *, seed: int, permutations: int = PERMUTATIONS
 ) -> float:
@@ -262,10 +310,15 @@ def permutation_p(
         folds: Both methods in every fold that has the figure; NaN without any.
         seed: Of the draw.
         permutations: How many draws.
+
+    Raises:
+        ValueError: The figure is not defined in a fold.
     """
     if not folds:
         return math.nan
     found = permuted_differences(folds, [np.zeros((1, fold.patients)) for fold in folds])[0]
+    if math.isnan(found):
+        raise ValueError("The figure must be defined in every fold, but is NaN in one.")
     random = np.random.default_rng(seed)
     extreme = 0
     for start in range(0, permutations, BLOCK):

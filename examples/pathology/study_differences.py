@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.pathology import metrics, resampling
+from examples.pathology import resampling
 from examples.pathology.errors import UserError
 from examples.pathology.measuring import Measured, measure_fold
-from examples.pathology.resampling import PERMUTATIONS, Exchange, Resampled
+from examples.pathology.resampling import (
+    PERMUTATIONS,
+    Resampled,
+    exchange_ranks,
+    exchange_values,
+    pseudo_values,
+)
 from examples.pathology.study_tables import NAIVE
 from examples.pathology.tables import PATIENT
 from examples.pathology.targets import Target
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE)
+AREAS = {"auroc": resampling.auroc, "auprc": resampling.auprc}
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,6 @@ class _Fold:
     patients: NDArray[np.str_]
     truth: NDArray[np.bool_]
     score: NDArray[np.float64]
-    silhouettes: NDArray[np.float64]  # NaN where they are not defined
     measured: dict[str, Measured]
 
 
@@ -194,12 +200,10 @@ def _fold(result: FoldResult, summary: Mapping[str, Any]) -> _Fold:
     table = result.predictions[known].iloc[order]
     embeddings = result.embeddings[known][order]
     labels = table[target.name].to_numpy(dtype=str)
-    each = metrics.silhouettes(embeddings, labels)
     return _Fold(
         table[PATIENT].to_numpy(dtype=str),
         labels == target.positive,
         table[f"{target.name}_{target.positive}"].to_numpy(dtype=float),
-        np.full(len(labels), np.nan) if isinstance(each, metrics.Score) else each,
         measure_fold(replace(result, predictions=table, embeddings=embeddings), [target]),
     )
 
@@ -223,9 +227,18 @@ def _measure(
         one, other = a.measured[key], b.measured[key]
         if one.resampled is None or other.resampled is None:
             continue  # not defined in this fold
+        if key == "silhouette":
+            if np.unique(one.strata, return_counts=True)[1].min() < 2:
+                continue  # not defined without the only patient of a class
+            exchange = exchange_values(
+                pseudo_values(one.resampled, len(a.patients)),
+                pseudo_values(other.resampled, len(a.patients)),
+            )
+        else:
+            exchange = exchange_ranks(a.truth, a.score, b.score, AREAS[key])
         values.append(one.score.value - other.score.value)
         intervals.append((one.strata, _minus(one.resampled, other.resampled)))
-        exchanges.append(_exchange(key, a, b))
+        exchanges.append(exchange)
     if not values:
         return what
     low, high = resampling.interval(intervals, seed=seed)
@@ -237,10 +250,3 @@ def _measure(
 
 def _minus(one: Resampled, other: Resampled) -> Resampled:
     return lambda weights: one(weights) - other(weights)
-
-
-def _exchange(key: str, a: _Fold, b: _Fold) -> Exchange:
-    if key == "silhouette":
-        return resampling.exchange_values(a.silhouettes, b.silhouettes)
-    area = resampling.auroc if key == "auroc" else resampling.auprc
-    return resampling.exchange_ranks(a.truth, a.score, b.score, area)

@@ -197,7 +197,7 @@ def _histories(run: Run) -> list[pd.DataFrame]:
 
 def _any_run(panel: Panel) -> Run:
     """Return a run that knows the auxiliary target, if there is one."""
-    return next((run for m, run in panel.runs.items() if m != BASELINE), panel.runs[BASELINE])
+    return min(panel.runs.items(), key=lambda item: item[0] == BASELINE)[1]
 
 
 def _warnings(study: Study) -> list[str]:

@@ -27,19 +27,17 @@ METHOD = (
     "A difference is a method's figure minus that of the reference on the same patients, its mean "
     "over folds, with a 95 % bootstrap interval over the patients tested. p is two-sided: the "
     "share of random exchanges of the two methods' results, patient by patient within each fold, "
-    f"that give a difference at least as large ({PERMUTATIONS} exchanges; ranks within the fold "
-    "for AUROC and AUPRC, silhouette values for the silhouette). It is corrected by Holm's method "
-    "for all comparisons of one metric with one reference in this benchmark; where it and the "
-    "interval disagree, it decides."
+    f"that give a difference at least as large ({PERMUTATIONS} exchanges; of ranks within the fold "
+    "for AUROC and AUPRC; for the silhouette, in which patients depend on each other, of the "
+    "jackknife's pseudo-values). It is corrected by Holm's method for all comparisons of one "
+    "metric with one reference in this benchmark; where it and the interval disagree, it decides."
 )
 GIVEN = (
     "All of this takes the trained models as they are: one seed and one set of splits. How far a "
     "figure moves when the same method is trained again, with another seed or on other patients, "
     "is not part of it, nor that the models of all folds share training patients. A significant "
     "difference is therefore one between these trained models and not yet one between methods; no "
-    "significant difference does not show that methods are equally good. The silhouettes of one "
-    "fold depend on each other, each being measured against the others, so that their p tends to "
-    "be too small."
+    "significant difference does not show that methods are equally good."
 )
 
 

@@ -240,6 +240,78 @@ def test_a_permutation_finds_a_difference_in_either_direction(name):
         assert sum(p < 0.05 for p in draws) >= 18
 
 
+def embeddings(random, *, patients=30, folds=2):
+    """Two embeddings of the same classes, equally well parted, of the same patients."""
+    label = np.arange(patients) % 3 == 0
+    for _ in range(folds):
+        shared = random.normal(size=(patients, 4)) + label[:, None]
+        yield label, *(shared + random.normal(size=(2, patients, 4)))
+
+
+def silhouette_exchange(label, ours, theirs):
+    return resampling.exchange_values(
+        *(
+            resampling.pseudo_values(lambda w, x=x: resampling.silhouette(x, label, w), len(label))
+            for x in (ours, theirs)
+        )
+    )
+
+
+def test_silhouettes_of_patients_are_not_exchangeable_but_their_pseudo_values_are():
+    """Patients are measured against each other: as if independent, a difference seems certain."""
+    random = np.random.default_rng(14)
+    p, as_if_independent = [], []
+    for _ in range(200):
+        folds = list(embeddings(random))
+        exchanges = [silhouette_exchange(*fold) for fold in folds]
+        p.append(resampling.permutation_p(exchanges, seed=0, permutations=199))
+        exchanges = [
+            resampling.exchange_values(*(metrics.silhouettes(x, label) for x in both))
+            for label, *both in folds
+        ]
+        as_if_independent.append(resampling.permutation_p(exchanges, seed=0, permutations=199))
+    most = stats.binom.ppf(0.9995, 200, 0.05)
+    assert sum(value <= 0.05 for value in p) <= most
+    assert sum(value <= 0.3 for value in p) >= stats.binom.ppf(0.0005, 200, 0.15)  # not timid
+    assert sum(value <= 0.05 for value in as_if_independent) > most
+
+
+def test_a_permutation_finds_a_better_parted_embedding():
+    random = np.random.default_rng(15)
+    exchanges = [
+        silhouette_exchange(label, ours + 2.0 * label[:, None], theirs)
+        for label, ours, theirs in embeddings(random)
+    ]
+    assert resampling.permutation_p(exchanges, seed=0) < 0.01
+
+
+def test_pseudo_values_of_a_mean_are_its_values():
+    x = RANDOM.normal(size=9)
+    assert resampling.pseudo_values(lambda w: resampling.mean(x, w), 9) == pytest.approx(x)
+
+
+def test_a_resampled_silhouette_is_that_of_the_patients_drawn():
+    random = np.random.default_rng(16)
+    points, label = random.normal(size=(30, 3)), np.array(list("abc") * 10)
+    weights = (random.random(size=(6, 30)) < 0.7).astype(float)
+    weights[0] = 1
+    found = resampling.silhouette(points, label, weights)
+    for row, value in zip(weights, found, strict=True):
+        drawn = row > 0
+        expected = sklearn_metrics.silhouette_score(points[drawn], label[drawn])
+        assert value == pytest.approx(expected)
+    alone = np.isin(np.arange(30), [0, 1, 4, 7]).astype(float)  # one a, three b
+    expected = sklearn_metrics.silhouette_score(points[alone > 0], label[alone > 0])
+    assert resampling.silhouette(points, label, alone[None])[0] == pytest.approx(expected)
+    only = (label == "a").astype(float)
+    assert math.isnan(resampling.silhouette(points, label, only[None])[0])
+    # Two copies of a patient count twice for others, and are no neighbours of each other.
+    twice = np.array([[2.0, 1.0, 1.0]])
+    line, two = np.array([[0.0], [1.0], [3.0]]), np.array(["a", "a", "b"])
+    near, far = (3 - 1) / 3, (2 - 1) / 2  # of the first and of the second; the third is alone
+    assert resampling.silhouette(line, two, twice)[0] == pytest.approx((2 * near + far + 0) / 4)
+
+
 def test_a_permutation_agrees_with_delong_for_many_patients():
     random = np.random.default_rng(13)
     for ours, theirs in ((1.0, 1.0), (1.2, 1.0), (1.0, 1.3)):
@@ -253,6 +325,8 @@ def test_a_permutation_cannot_tell_equal_ranks_apart_and_needs_a_fold():
     truth, score = np.arange(10) % 2 == 0, RANDOM.normal(size=10)
     assert p_of([(truth, score, np.exp(score))]) == 1.0
     assert math.isnan(resampling.permutation_p([], seed=0))
+    with pytest.raises(ValueError, match="must be defined in every fold, but is NaN in one"):
+        resampling.permutation_p([resampling.exchange_values(score, score * math.nan)], seed=0)
     perfect = [(np.arange(60) % 2 == 0, *np.stack([-(np.arange(60) % 2), np.arange(60)]))]
     assert p_of(perfect) == 1 / 1000  # the smallest there is: never 0
     assert p_of(perfect, seed=1) == p_of(perfect, seed=1)
