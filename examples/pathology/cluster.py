@@ -26,6 +26,15 @@ logger = logging.getLogger(__name__)
 THREADS = "mtbalance-threads"
 """Where a client's scheduler keeps the number of threads of its jobs, by client."""
 
+LOCAL_CONFIG = {
+    # A worker holds the job that it does and no other that would die with it.
+    "distributed.scheduler.worker-saturation": 1.0,
+    # Dask gives up a worker that is not back after 15 s, or dies again just then. Ours are always
+    # started again: they are all there are.
+    "distributed.deploy.lost-worker-timeout": "1000 days",
+}
+"""How Dask is set up for processes of our own."""
+
 PACKAGES = ("mtbalance", "torch", "distributed")
 """Packages that must be the same here and in the workers."""
 
@@ -45,7 +54,7 @@ def cluster(
     They see one GPU each, which is ``cuda`` for their jobs: the devices are dealt out in turn.
 
     Args:
-        workers: Number of processes to start; None: one per device, or as many as the cores allow.
+        workers: Number of processes to start; None: one per GPU, or as many as the cores allow.
         scheduler: Address of a Dask scheduler (``tcp://host:port``), or the path of its scheduler
             file, instead of processes of our own.
         threads_per_worker: Threads that PyTorch computes with in a job. Sums depend on it in their
@@ -83,7 +92,7 @@ def threads_of(client: Client) -> int:
 def _local(workers: int | None, threads: int, devices: Sequence[str]) -> Iterator[Client]:
     visible = _visible_devices(devices)
     if workers is None:
-        workers = len(visible) or max(1, CPU_COUNT // threads)
+        workers = sum(map(bool, visible)) or max(1, CPU_COUNT // threads)
     quiet = {"silence_logs": logging.ERROR}
     here = {"host": "127.0.0.1", "protocol": "tcp://"}
     common = {
@@ -102,7 +111,7 @@ def _local(workers: int | None, threads: int, devices: Sequence[str]) -> Iterato
     leader = {"cls": Scheduler, "options": leads}
     with ExitStack() as stack:
         stack.enter_context(_environment_restored())
-        stack.enter_context(dask.config.set({"distributed.scheduler.worker-saturation": 1.0}))
+        stack.enter_context(dask.config.set(LOCAL_CONFIG))
         processes = stack.enter_context(SpecCluster(nannies, leader, **quiet))
         client = stack.enter_context(Client(processes, set_as_default=False))
         client.register_plugin(_IgnoreInterrupts())
@@ -184,8 +193,8 @@ def _check_workers(client: Client) -> None:
         if isinstance(theirs, Exception):
             raise UserError(
                 "All workers must be able to import `examples.pathology`, but the one at "
-                f"{address} says: {one_line(theirs)}. Start workers in the root of the checkout "
-                "(or with it in PYTHONPATH), with the same environment as this process."
+                f"{address} says: {one_line(theirs)}. Start workers in the same environment "
+                "as this process, with the root of the checkout in PYTHONPATH."
             ) from theirs
         for name, version in ours.items():
             if theirs[name] != version:

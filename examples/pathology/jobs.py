@@ -308,24 +308,25 @@ class _Run:
         key = self._sent.pop(future, None)
         if key is None:  # taken back, since the run has ended
             return
-        if future.status == "finished":
+        # Not its status: the worker may have died since, and the job may be begun once more.
+        if isinstance(result, bytes):
             reply: _Reply = pickle.loads(result)
             for level, line in reply.lines:
                 logger.log(level, "%s: %s", key, line)
             self._end(reply.outcome, reply.trace)
-        elif future.status == "error" and isinstance(result[1], KilledWorker):
+        elif not isinstance(result, tuple):  # cancelled, and not by us
+            raise RunError(
+                f"The scheduler must stay reachable until all jobs are done, but it was lost at "
+                f"{key}. Run the command again: what is finished stays."
+            )
+        elif isinstance(result[1], KilledWorker):
             self._given_up[key] += 1
             if self._given_up[key] < self._deaths:  # the scheduler has less patience than we
                 self._submit(key)
             else:
                 self._end(_killed(key, self._deaths))
-        elif future.status == "error":
-            self._end(Outcome(key, "failed", error=_words(result[1])))
         else:
-            raise RunError(
-                f"The scheduler must stay reachable until all jobs are done, but it was lost at "
-                f"{key}. Run the command again: what is finished stays."
-            )
+            self._end(Outcome(key, "failed", error=_words(result[1])))
 
     def _end(self, outcome: Outcome, trace: str = "") -> None:
         """Write an outcome down, and end the run if it was one failure too many."""
@@ -345,7 +346,7 @@ class _Run:
                 self._end(Outcome(key, "skipped", error=self._stopped, attempts=0))
 
     def close(self) -> list[str]:
-        """Take back what is at the scheduler and return the keys; what runs elsewhere ends there."""
+        """Take back all jobs at the scheduler and return their keys."""
         sent, self._sent = self._sent, {}
         if self._client.status == "running":
             self._client.cancel(list(sent), force=True)
