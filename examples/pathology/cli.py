@@ -443,6 +443,111 @@ def report(
     typer.echo(write_report(run, out, seed=seed))
 
 
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="Where the cohort goes.")],
+    clini: Annotated[
+        Path | None,
+        typer.Option(help="Clinical table with real labels; default: labels are drawn as well."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Column of the biomarker.")] = "isMSIH",
+    auxiliary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Signature to keep as auxiliary target; may be given several times; default: all."
+        ),
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(help="Label that alters tumour tiles; default: the rarer one.")
+    ] = None,
+    patients: Annotated[
+        int | None, typer.Option(help="How many to draw without --clini; default: 450.")
+    ] = None,
+    slide_table: Annotated[
+        Path | None, typer.Option(help="Table of PATIENT and FILENAME; default: a slide each.")
+    ] = None,
+    external_clini: Annotated[
+        Path | None, typer.Option(help="Clinical table of another site, for OUT/external.")
+    ] = None,
+    composition: Annotated[
+        str, typer.Option(help="drawn from label and signatures, or measured.")
+    ] = "drawn",
+    tissue_fractions: Annotated[
+        Path | None, typer.Option(help="Table of measured fractions: PATIENT, ADI, BACK, ..., TUM.")
+    ] = None,
+    null: Annotated[
+        bool, typer.Option("--null", help="Shuffle the auxiliary values: they carry nothing.")
+    ] = False,
+    tiles: Annotated[int, typer.Option(help="Median number of tiles of a slide.")] = 200,
+    max_tiles: Annotated[int, typer.Option(help="Most tiles of a slide.")] = 1000,
+    tumour_shift: Annotated[
+        float | None,
+        typer.Option(help="Of altered tumour tiles, in sd; default: 6, or 0 if measured."),
+    ] = None,
+    tumour_share: Annotated[
+        float, typer.Option(help="Share of altered tumour tiles in the median positive patient.")
+    ] = 0.4,
+    tumour_noise: Annotated[
+        float, typer.Option(help="Sd of the log-odds of that share between patients.")
+    ] = 1.5,
+    lymphocyte_shift: Annotated[
+        float, typer.Option(help="What the biomarker adds to the log-share of lymphocytes.")
+    ] = 0.3,
+    signature_effect: Annotated[
+        float | None,
+        typer.Option(help="Of a signature on its tissue; default: 0.8, or 0 if measured."),
+    ] = None,
+    signature_shift: Annotated[
+        float, typer.Option(help="Of tumour tiles with proliferation and heterogeneity.")
+    ] = 0.4,
+    composition_noise: Annotated[
+        float, typer.Option(help="Sd of log-shares of tissue between patients alike.")
+    ] = 0.4,
+    batch_effect: Annotated[float, typer.Option(help="Between slides, in sd of a feature.")] = 0.2,
+    domain_shift: Annotated[float, typer.Option(help="Of the other site, likewise.")] = 0.3,
+    patient_column: PatientColumn = "PATIENT",
+    filename_column: FilenameColumn = "FILENAME",
+    seed: Seed = 0,
+    device: NoDevice = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Make feature bags with a known truth for the labels of a clinical table."""
+    from examples.pathology.simulate import run_simulate
+    from examples.pathology.simulation import SimulateConfig
+
+    cohort = run_simulate(
+        SimulateConfig(
+            out=out,
+            clini=clini,
+            target=target,
+            auxiliary=tuple(auxiliary or ()),
+            positive=positive,
+            patients=patients,
+            slide_table=slide_table,
+            external_clini=external_clini,
+            composition=composition,
+            tissue_fractions=tissue_fractions,
+            null=null,
+            tiles=tiles,
+            max_tiles=max_tiles,
+            tumour_shift=tumour_shift,
+            tumour_share=tumour_share,
+            tumour_noise=tumour_noise,
+            lymphocyte_shift=lymphocyte_shift,
+            signature_effect=signature_effect,
+            signature_shift=signature_shift,
+            composition_noise=composition_noise,
+            batch_effect=batch_effect,
+            domain_shift=domain_shift,
+            patient_column=patient_column,
+            filename_column=filename_column,
+            seed=seed,
+        )
+    )
+    typer.echo(cohort.clini.parent)
+
+
 def set_up_logging(*, verbose: bool = False) -> None:
     """Send log lines to stderr, past any progress bar."""
     root = logging.getLogger()

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from examples.pathology.config import CrossvalConfig, read_toml, write_toml
+from examples.pathology.config import CrossvalConfig, claim_folder, read_toml, write_toml
 from examples.pathology.crossval import run_crossval
-from examples.pathology.errors import RunError, UserError, listing
+from examples.pathology.errors import RunError
 from examples.pathology.features import extract
 from examples.pathology.report import write_report
 from examples.pathology.synthetic_slides import SlideCohort, make_slide_cohort
@@ -54,7 +53,7 @@ def run_demo(
         RunError: A slide gave no features.
     """
     settings = {"patients": patients, "epochs": epochs, "seed": seed}
-    _claim(out, settings)
+    claim_folder(out, "demo", settings)
     logger.info("Everything here is synthetic: %s", NOTE)
     seconds: dict[str, float] = {}
     with _timed("draw slides", seconds):
@@ -132,22 +131,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Mark the folder as a demo with these settings, or check that it is one."""
-    path = out / "demo.toml"
-    if path.exists():
-        stored = read_toml(path).get("demo", {})
-        differing = [
-            f"{k}: {stored.get(k)} -> {v}" for k, v in settings.items() if stored.get(k) != v
-        ]
-        if differing:
-            raise UserError(
-                f"`out` must be a new folder or one of the same demo, but {out} differs in "
-                f"{listing(differing)}."
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"`out` must be a new or empty folder, but {out} holds other files.")
-    else:
-        write_toml(path, {"demo": settings})
