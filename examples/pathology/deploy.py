@@ -48,6 +48,7 @@ NAMES = {
     "weights_sha256": "weights",
     "tile_size_um": "tile size in um",
     "random_weights": "random weights",
+    "simulated": "simulated features",
 }
 
 
@@ -205,6 +206,8 @@ def refuse_other_features(
     """
     for key in FEATURE_KEYS:
         was, now = trained[key], found[key]
+        if key == "simulated":  # labels may be drawn or shuffled in one of the two
+            was, now = bool(was), bool(now)
         if was is None or now is None:
             if was != now:
                 logger.warning("%s or %s does not tell the %s", model, features, NAMES[key])

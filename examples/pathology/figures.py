@@ -129,6 +129,8 @@ def caption_of(summary: Mapping[str, Any]) -> str:
     """Return the warning that belongs under every figure of a run."""
     note = str(summary["note"]).strip().rstrip(".")
     parts = [f"{note}."] if note else []
+    if simulated := summary.get("simulated"):  # runs of 0.1.0 do not say
+        parts.append(str(simulated))
     if summary["random_weights"]:
         parts.append("Features come from a network with RANDOM weights and carry no biology.")
     return " ".join(parts)

@@ -131,6 +131,7 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         "weights_sha256": bag.weights_sha256,
         "tile_size_um": bag.tile_size_um,
         "random_weights": bag.random_weights,
+        "simulated": bag.simulated,
     }
     for folder, (_, about) in zip(folders, models, strict=True):
         refuse_other_features(about, found, folder, config.features)
@@ -152,6 +153,7 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         "tiles": len(bag.feats),
         "tile_size_um": size_um,
         "random_weights": bag.random_weights,
+        "simulated": bag.simulated,
         "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
     }
     caption = caption_of(summary)

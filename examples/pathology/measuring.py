@@ -44,6 +44,7 @@ def summarise(
         "funnel": [list(stage) for stage in cohort.funnel],
         "extractor": cohort.extractor,
         "random_weights": cohort.random_weights,
+        "simulated": cohort.simulated,
         "note": config.note,
         "seed": config.seed,
         "splits_sha256": splits_sha256(folds),

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from examples.pathology.prediction import PatientPrediction
 
 DONE = "fold.json"  # written last: a fold that has it is finished
-FEATURE_KEYS = ("in_features", "extractor", "weights_sha256", "tile_size_um", "random_weights")
+FEATURE_KEYS = (
+    "in_features",
+    "extractor",
+    "weights_sha256",
+    "tile_size_um",
+    "random_weights",
+    "simulated",
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ def features_of(cohort: Cohort) -> dict[str, Any]:
         "weights_sha256": cohort.weights_sha256,
         "tile_size_um": cohort.tile_size_um,
         "random_weights": cohort.random_weights,
+        "simulated": cohort.simulated,
     }
 
 
