@@ -3,7 +3,6 @@ import csv
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
@@ -15,6 +14,7 @@ from examples.pathology.errors import UserError
 from examples.pathology.model import JointTransformer
 from examples.pathology.report import CAUTION, REMARKS, write_report
 from examples.pathology.resampling import compare_auroc
+from tests.pathology.parsing import sources_of
 from tests.pathology.tiny import make_tables, write_bag
 
 NOTE = "SYNTHETIC <features> & labels"
@@ -74,24 +74,9 @@ def copy_of(runs, tmp_path, change, name="naive"):
 
 
 def test_the_page_stands_alone(page):
-    class Links(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.sources, self.open_tags = [], []
-
-        def handle_starttag(self, tag, attrs):
-            self.sources += [value for name, value in attrs if name in ("src", "href")]
-            if tag not in ("meta", "img"):
-                self.open_tags.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.open_tags.pop() == tag
-
-    parser = Links()
-    parser.feed(text_of(page).removeprefix("<!doctype html>"))
-    assert parser.open_tags == []
-    assert len(parser.sources) == 2 + 6 + 4  # comparisons; naive; the baseline, which has no LF
-    for source in parser.sources:
+    sources = sources_of(text_of(page))
+    assert len(sources) == 2 + 6 + 4  # comparisons; naive; the baseline, which has no LF
+    for source in sources:
         head, data = source.split(",", 1)
         assert head == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")

@@ -1,0 +1,193 @@
+"""Benchmarks on disk whose truth is planted: how good each method is, what it cost, how it went."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from examples.pathology.config import write_toml
+from examples.pathology.measuring import summary_of_metrics
+from examples.pathology.results import read_fold
+from examples.pathology.study import EXTERNAL, LEDGER, RUNS, SETTINGS, read_deployed, run_folder
+from examples.pathology.targets import Target
+from examples.pathology.training import BASELINE
+
+PRIMARY = Target("isMSIH", "classification", ("MSS", "MSIH"), "MSIH")
+NOTE = "SIMULATED <features>"
+FOLDS, PATIENTS = 2, 36
+
+
+def write_study(
+    folder: Path,
+    *,
+    methods: Sequence[str] = (BASELINE, "naive", "dwa"),
+    auxiliary: Sequence[str] = ("LF", "Stroma/Fraction"),
+    shifts: Mapping[str, float] | None = None,
+    spreads: Mapping[str, float] | None = None,
+    deployed: bool = True,
+    own_baseline: bool = False,
+) -> Path:
+    """Write a benchmark as if it had been run.
+
+    Args:
+        folder: Where to.
+        methods: Its methods.
+        auxiliary: Its auxiliary targets.
+        shifts: By method, how far the scores of positive patients are above the others' (1).
+        spreads: By method, how far apart the classes are in the embedding (1).
+        deployed: Whether there is an external cohort.
+        own_baseline: Whether each auxiliary target has a baseline of its own.
+    """
+    for name in auxiliary:
+        for method in methods:
+            place = run_folder(name, method, own_baseline=own_baseline)
+            run = folder / RUNS / place
+            if run.exists():
+                continue
+            seed = abs(hash_of(f"{name}/{method}"))
+            shift, spread = ((each or {}).get(method, 1.0) for each in (shifts, spreads))
+            alone = method == BASELINE
+            targets = [PRIMARY, *([] if alone else [Target(name, "regression")])]
+            for k in range(1, FOLDS + 1):
+                write_fold(run / f"fold-{k}", method, targets, k, seed + k, shift, spread)
+            results = [read_fold(run / f"fold-{k}") for k in range(1, FOLDS + 1)]
+            summary = {
+                **about(method, PATIENTS * FOLDS),
+                "auxiliary": [{"name": t.name, "kind": t.kind} for t in targets[1:]],
+                "tiles": 1000,
+                "seed": 0,
+                "splits_sha256": "equal",
+                "seconds": [r.seconds for r in results],
+                "epochs": [r.epochs for r in results],
+                "best_epochs": [r.best_epoch for r in results],
+                "metrics": summary_of_metrics(results, targets, 0),
+            }
+            write_json(run / "metrics.json", summary)
+            write_ledger(run)
+            if deployed:
+                write_deployed(folder / EXTERNAL / place, method, seed, shift)
+    settings = {
+        "target": PRIMARY.name,
+        "auxiliary": list(auxiliary),
+        "methods": list(methods),
+        "complete_cases": own_baseline,
+        "seed": 0,
+    }
+    made = {"version": "9.9", "command": "python -m examples.pathology benchmark --out <here>"}
+    write_toml(folder / SETTINGS, {"benchmark": settings, "provenance": made})
+    write_jobs(folder, [])
+    return folder
+
+
+def hash_of(text: str) -> int:
+    """Return a number for a text, the same in every process."""
+    return sum((i + 1) * ord(letter) for i, letter in enumerate(text))
+
+
+def about(method: str, patients: int) -> dict[str, Any]:
+    return {
+        "method": method,
+        "target": PRIMARY.name,
+        "kind": PRIMARY.kind,
+        "classes": list(PRIMARY.classes),
+        "positive": PRIMARY.positive,
+        "patients": patients,
+        "positives": patients // 3,
+        "funnel": [[patients + 1, "in the table"], [patients, "with features"]],
+        "extractor": "tiny",
+        "random_weights": False,
+        "note": NOTE,
+        "simulated": "",
+    }
+
+
+def predictions_of(
+    targets: Sequence[Target], name: str, fold: int, seed: int, shift: float
+) -> pd.DataFrame:
+    """Draw predictions; what is hard about a patient is so for all methods."""
+    truth = np.arange(PATIENTS) % 3 == 0
+    shared = np.random.default_rng(fold).normal(size=PATIENTS)
+    random = np.random.default_rng(seed)
+    score = 1 / (1 + np.exp(-(shared + random.normal(size=PATIENTS) * 0.7 + shift * truth)))
+    table = {
+        "PATIENT": [f"{name}{fold}-{i:02d}" for i in range(PATIENTS)],
+        PRIMARY.name: np.where(truth, "MSIH", "MSS"),
+        f"{PRIMARY.name}_MSIH": score,
+        f"{PRIMARY.name}_MSS": 1 - score,
+    }
+    for target in targets[1:]:
+        table[target.name] = shared
+        table[f"{target.name}_pred"] = shared + random.normal(size=PATIENTS)
+    return pd.DataFrame(table)
+
+
+def write_fold(
+    folder: Path,
+    method: str,
+    targets: Sequence[Target],
+    k: int,
+    seed: int,
+    shift: float,
+    spread: float,
+) -> None:
+    folder.mkdir(parents=True)
+    table = predictions_of(targets, "P", k, seed, shift)
+    table.to_csv(folder / "predictions.csv", index=False)
+    embedding = np.random.default_rng(seed).normal(size=(PATIENTS, 4))
+    embedding[:, 0] += spread * (table[PRIMARY.name] == "MSIH")
+    np.save(folder / "embeddings.npy", embedding.astype(np.float32))
+    history_of(method, [t.name for t in targets]).to_csv(folder / "history.csv", index=False)
+    done = {"best_epoch": 2, "epochs": 3, "threshold": 0.5, "seconds": 9.0}
+    write_json(folder / "fold.json", done)
+
+
+def history_of(method: str, tasks: Sequence[str]) -> pd.DataFrame:
+    """Three epochs: dwa moves its weights and takes twice as long, pcgrad knows conflicts."""
+    table: dict[str, Sequence[float]] = {
+        "epoch": [1, 2, 3],
+        "seconds": [8.0, 4.0, 4.0] if method == "dwa" else [5.0, 2.0, 2.0],
+        "active": [1.5, 1.5, 1.5],  # every second step has both tasks
+    }
+    for number, task in enumerate(tasks):
+        moved = 0.1 * number if method == "dwa" else 0.0
+        table[f"weight/{task}"] = [1.0, 1.0 + moved, 1.0 - moved]
+    if method.endswith("pcgrad"):
+        table["conflicts"] = [0.1, 0.2, 0.3]
+    return pd.DataFrame(table)
+
+
+def write_deployed(folder: Path, method: str, seed: int, shift: float) -> None:
+    for number, place in enumerate([*(folder / f"fold-{k + 1}" for k in range(FOLDS)), folder]):
+        place.mkdir(parents=True, exist_ok=True)
+        table = predictions_of([PRIMARY], "E", 0, seed + 10 + number, shift)
+        table.to_csv(place / "predictions.csv", index=False)
+        np.save(place / "embeddings.npy", np.zeros((PATIENTS, 4), dtype=np.float32))
+    summary = {
+        **about(method, PATIENTS),
+        "labelled": PATIENTS,
+        "thresholds": [0.5] * FOLDS,
+        "threshold_of_ensemble": 0.5,
+    }
+    write_json(folder / "metrics.json", summary)
+    read = read_deployed(folder, method)
+    summary["metrics"] = summary_of_metrics(read.results, [PRIMARY], 0)
+    summary["metrics_of_ensemble"] = summary_of_metrics([read.ensemble], [PRIMARY], 0)
+    write_json(folder / "metrics.json", summary)
+    write_ledger(folder)
+
+
+def write_ledger(folder: Path) -> None:
+    rows = ["item,name,status,reason", "patient,P1-00,used,", "patient,X,excluded,no <label>"]
+    (folder / "ledger.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def write_jobs(folder: Path, rows: Sequence[Sequence[object]]) -> None:
+    table = pd.DataFrame(rows, columns=["job", "status", "error", "seconds", "attempts"])
+    table.to_csv(folder / LEDGER, index=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
