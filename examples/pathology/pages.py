@@ -70,12 +70,12 @@ def table_html(
         headings: Of the columns.
         rows: The cells.
         names: How many of the first columns say what a row is.
-        dense: Whether to set it small, for many columns; intervals stay on one line then.
+        dense: Whether to set it small, for many columns.
     """
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     lines = []
     for row in rows:
-        cells = [html.escape(_keep_intervals(str(cell)) if dense else str(cell)) for cell in row]
+        cells = [html.escape(_keep_together(str(cell))) for cell in row]
         lines.append(
             "<tr>"
             + "".join(f"<th>{cell}</th>" for cell in cells[:names])
@@ -156,8 +156,9 @@ def metric_numbers(value: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def _keep_intervals(text: str) -> str:
-    return re.sub(r"\[[^\[\]]+\]", lambda found: found[0].replace(" ", NO_BREAK), text)
+def _keep_together(text: str) -> str:
+    """Keep an interval, and a number with its spread, on one line."""
+    return re.sub(r"\[[^\[\]]+\]| ± ", lambda found: found[0].replace(" ", NO_BREAK), text)
 
 
 _PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first chunk
