@@ -1,32 +1,40 @@
-"""One run over a folder of slides: deals them out to the devices and keeps the ledger.
+"""One run over a folder of slides: deals them out and keeps the ledger.
 
-One device works in this process; several get a process each, with slides dealt out by size so that
-each has about as much to do. A process that dies takes none of the others with it.
+One process works on them here; several, and the workers of a Dask scheduler, get them in batches
+as they have room. A process that dies takes no slide with it but one that kills every process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import RunError, UserError
-from examples.pathology.extraction import Report, Rows, Settings, extract_slides, make_network
-from examples.pathology.ledger import ExtractSummary, LedgerRow, write_ledger
+from examples.pathology.extraction import (
+    Report,
+    Rows,
+    Settings,
+    default_workers,
+    extract_slides,
+    make_network,
+    retire,
+)
+from examples.pathology.ledger import TILING, ExtractSummary, LedgerRow, write_ledger
 
 if TYPE_CHECKING:
+    from examples.pathology.inference import Network
+    from examples.pathology.jobs import Outcome
     from examples.pathology.slides import SlideFile
 
 logger = logging.getLogger(__name__)
@@ -34,8 +42,14 @@ logger = logging.getLogger(__name__)
 LEDGER_PERIOD_S = 10.0
 """The ledger on disk is at most this old, so that a killed run leaves one too."""
 
-START_METHOD: Final = "spawn"
-"""CUDA does not survive a fork."""
+MOST_IN_BATCH = 8
+"""Slides that a process gets at once: while it works on one, it opens the next."""
+
+BATCHES_PER_PROCESS = 4
+"""With few slides batches are smaller, so that processes end at about the same time."""
+
+DEATHS = 3
+"""A slide fails when this many processes have died while they had nothing but it to do."""
 
 
 def resolve_devices(names: str) -> list[torch.device]:
@@ -50,26 +64,33 @@ def resolve_devices(names: str) -> list[torch.device]:
 def run(
     files: Sequence[SlideFile],
     settings: Settings,
-    devices: Sequence[torch.device],
+    device: str,
     *,
+    processes: int | None = None,
+    scheduler: str | None = None,
     max_failures: int | None = None,
 ) -> ExtractSummary:
-    """Extract slides on one or more devices; the ledger is written whatever happens.
+    """Extract slides in one or more processes; the ledger is written whatever happens.
 
     Args:
         files: The slides.
         settings: What to do.
-        devices: Where; at least one.
+        device: Where, as `resolve_devices` takes it; with `scheduler`, one for each worker.
+        processes: How many processes here; None: one per device.
+        scheduler: A Dask scheduler whose workers do it, as `cluster` takes it; None: here.
         max_failures: End the run when more slides than this have failed; None: never.
 
     Raises:
-        UserError: If the network cannot be built as asked for.
+        UserError: If the network cannot be built as asked for, or no workers can be had.
     """
-    if len(devices) == 1:
-        network = make_network(settings, devices[0])
-        work: Callable[[Report], None] = partial(extract_slides, files, settings, network)
+    work: Callable[[Report], None]
+    if scheduler is None:
+        work = _here(files, settings, device, processes)
+    elif processes is None:
+        files = [replace(file, path=file.path.absolute()) for file in files]
+        work = functools.partial(_spread, files, settings, device, {"scheduler": scheduler})
     else:
-        work = _Workers(files, settings, devices).collect
+        raise UserError("`processes` must be left out where `scheduler` is given.")
     rows: dict[str, Rows] = {}
     ledger = settings.out / "ledger.csv"
     stopped, failed = "", 0
@@ -110,81 +131,106 @@ def run(
     return summary
 
 
-class _Workers:
-    """A process per device, each with its share of the slides.
+def _here(
+    files: Sequence[SlideFile], settings: Settings, device: str, processes: int | None
+) -> Callable[[Report], None]:
+    """Return what does the work on this machine: in this process if one is enough."""
+    devices = resolve_devices(device)
+    if processes is not None and processes < len(devices):
+        raise UserError(
+            f"`processes` must be at least 1 and at least the {len(devices)} devices of `device`, "
+            f"but got {processes}."
+        )
+    count = processes or len(devices)
+    if count == 1:
+        return functools.partial(
+            extract_slides, files, settings, make_network(settings, devices[0])
+        )
+    if settings.workers is None:
+        settings = replace(settings, workers=max(1, default_workers(devices[0]) // count))
+    place = {
+        "workers": count,
+        "threads_per_worker": max(1, torch.get_num_threads() // count),
+        "devices": () if device == "auto" else [str(each) for each in devices],
+    }
+    # "auto", since a process sees the device that is its own, and no other.
+    return functools.partial(_spread, files, settings, "auto", place)
+
+
+class _EnoughError(Exception):
+    """Whoever was told of a slide wants no more of them."""
+
+
+def _spread(
+    files: Sequence[SlideFile],
+    settings: Settings,
+    device: str,
+    place: Mapping[str, Any],
+    report: Report,
+) -> None:
+    """Extract slides in several processes, in batches; each slide is reported once.
 
     Args:
         files: The slides.
-        settings: What to do; the threads that read are shared out.
-        devices: The devices.
-
-    Raises:
-        UserError: If the network cannot be built as asked for.
+        settings: What to do.
+        device: The device in a process.
+        place: Which processes, as `cluster` takes it.
+        report: Told of each slide as its batch ends; returns whether to go on.
     """
+    from examples.pathology.jobs import Job, cluster, run_jobs  # one process needs none of it
 
-    def __init__(
-        self, files: Sequence[SlideFile], settings: Settings, devices: Sequence[torch.device]
-    ) -> None:
-        workers = max(1, settings.workers // len(devices))
-        settings = replace(settings, workers=workers, show_tiles=False)
-        context = multiprocessing.get_context(START_METHOD)
-        self._running: dict[Connection, tuple[BaseProcess, torch.device]] = {}
-        for device, shard in zip(devices, deal(files, len(devices)), strict=True):
-            receiver, sender = context.Pipe(duplex=False)
-            threads = max(1, torch.get_num_threads() // len(devices))
-            process = context.Process(
-                target=_work, args=(sender, shard, settings, str(device), threads), daemon=True
-            )
-            process.start()
-            sender.close()  # ours; once the process has closed its own, the pipe is at its end
-            self._running[receiver] = process, device
+    left = {file.name: file for file in files}
+    settings = replace(
+        settings,
+        out=settings.out.absolute(),  # processes elsewhere are in other folders
+        weights=settings.weights and settings.weights.absolute(),
+        show_tiles=False,
+    )
+    run_id = uuid.uuid4().hex
 
-    def collect(self, report: Report) -> None:
-        """Report the rows of each slide as they come; end the processes when told to.
+    def jobs_of(batches: Iterable[Sequence[SlideFile]]) -> list[Job]:
+        return [
+            Job(_title(batch), extract_batch, (tuple(batch), settings, device, run_id))
+            for batch in batches
+        ]
 
-        Raises:
-            RunError: If a process died; only after the others have finished.
-        """
-        lost: list[str] = []
-        try:
-            while self._running:
-                for connection in wait(list(self._running)):
-                    assert isinstance(connection, Connection)  # noqa: S101 - no sockets here
-                    process, device = self._running[connection]
-                    try:
-                        message = connection.recv()
-                    except EOFError:
-                        process.join()
-                        lost.append(f"the process on {device} ended with code {process.exitcode}")
-                        message = None
-                    if message is None:
-                        del self._running[connection]
-                    elif isinstance(message, Exception):
-                        raise message
-                    elif not report(message):
-                        return
-        finally:
-            for process, _ in self._running.values():
-                process.terminate()
-                process.join()
-        if lost:
-            raise RunError(
-                f"All processes must finish, but {' and '.join(lost)}. Run the command again: "
-                "what is finished stays."
-            )
+    def tell(rows: Rows) -> None:
+        del left[rows[0].slide]
+        if not report(rows):
+            raise _EnoughError
+
+    def take(outcome: Outcome) -> None:
+        if isinstance(outcome.value, UserError):
+            raise outcome.value
+        for rows in outcome.value or ():
+            tell(rows)
+
+    def take_or_give_up(outcome: Outcome) -> None:
+        take(outcome)
+        if outcome.status == "failed":
+            file = left[outcome.key]
+            retire(settings.out / f"{file.stem}.h5")
+            tell((LedgerRow(file.name, TILING, "failed", outcome.error),))
+
+    with cluster(**place) as client, contextlib.suppress(_EnoughError):
+        batches = deal(files, len(client.nthreads()))
+        run_jobs(jobs_of(batches), client, on_outcome=take, title="", deaths=1)
+        if left:
+            logger.warning("The %d slides of batches that failed are taken one by one.", len(left))
+            singly = jobs_of([file] for file in list(left.values()))
+            run_jobs(singly, client, on_outcome=take_or_give_up, title="", deaths=DEATHS)
 
 
-def deal(files: Sequence[SlideFile], count: int) -> list[list[SlideFile]]:
-    """Deal slides out in `count` shares of about the same number of bytes, the largest first."""
-    shares: list[list[SlideFile]] = [[] for _ in range(count)]
-    weights = [0] * count
-    for size, _, file in sorted(
-        ((_bytes(file.path), -number, file) for number, file in enumerate(files)), reverse=True
-    ):
-        lightest = weights.index(min(weights))
-        shares[lightest].append(file)
-        weights[lightest] += size + 1  # so that empty files are shared out too
-    return shares
+def _title(batch: Sequence[SlideFile]) -> str:
+    more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+    return f"{batch[0].name}{more}"
+
+
+def deal(files: Sequence[SlideFile], processes: int) -> list[list[SlideFile]]:
+    """Deal slides out in batches, the largest slides first, so that none is left to wait for."""
+    size = min(MOST_IN_BATCH, max(1, len(files) // (BATCHES_PER_PROCESS * processes)))
+    ordered = sorted(files, key=lambda file: _bytes(file.path), reverse=True)
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
 def _bytes(path: Path) -> int:
@@ -194,27 +240,35 @@ def _bytes(path: Path) -> int:
         return 0
 
 
-def _work(
-    connection: Connection,
-    files: list[SlideFile],
-    settings: Settings,
-    device: str,
-    threads: int,
-) -> None:
-    """Extract a share of the slides in a process of its own; sends rows, then None or an error."""
+def extract_batch(
+    files: Sequence[SlideFile], settings: Settings, device: str, run_id: str
+) -> list[Rows] | UserError:
+    """Extract slides in a process of a cluster; slides that are finished are found so.
+
+    Args:
+        files: The slides.
+        settings: What to do.
+        device: Where.
+        run_id: The run they belong to; a process keeps its network for one run.
+
+    Returns:
+        The rows of each slide, or the error with which the network could not be built.
+    """
     try:
-        torch.set_num_threads(threads)
-        network = make_network(settings, torch.device(device))
-
-        def report(rows: Rows) -> bool:
-            connection.send(rows)
-            return True
-
-        extract_slides(files, settings, network, report)
-        connection.send(None)
+        network = _network(settings, device, run_id)
     except UserError as error:
-        connection.send(error)
-    except KeyboardInterrupt:  # the parent got it as well and ends the run
-        pass
-    finally:
-        connection.close()
+        return error
+    found: list[Rows] = []
+
+    def report(rows: Rows) -> bool:
+        found.append(rows)
+        return True
+
+    extract_slides(files, settings, network, report)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _network(settings: Settings, device: str, run_id: str) -> Network:  # noqa: ARG001
+    """Build the network of a run once; the next run may have other weights of the same name."""
+    return make_network(settings, torch.device(resolve_device(device)))

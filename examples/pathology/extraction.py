@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Settings:
         seed: Seed of random weights.
         precision: ``float32`` or ``bfloat16``.
         batch_size: Tiles per call of the network.
-        workers: Threads that read.
+        workers: Threads that read, in each process; None: what suits the device.
         layout: Layout of the feature files.
         table_mpp: Microns per pixel by stem of the slide, from the slide table.
         default_mpp: What to assume for slides that do not say.
@@ -76,15 +76,15 @@ class Settings:
     seed: int
     precision: str
     batch_size: int
-    workers: int
+    workers: int | None
     layout: str
-    table_mpp: dict[str, float]
+    table_mpp: dict[str, float] = field(hash=False)
     default_mpp: float | None
     show_tiles: bool = True
 
     def __post_init__(self) -> None:
         check_settings(self.precision, self.batch_size)
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise UserError(f"`workers` must be at least 1, but got {self.workers}.")
         if self.layout not in LAYOUTS:
             raise UserError(
@@ -100,16 +100,13 @@ class Job:
         settings: What to do.
         network: The network.
         pool: Threads that read tiles.
+        ahead: Blocks of tiles read ahead; together with their size they bound the memory.
     """
 
     settings: Settings
     network: Network
     pool: ThreadPoolExecutor
-
-    @property
-    def ahead(self) -> int:
-        """Blocks of tiles read ahead; together with their size they bound the memory."""
-        return 2 * self.settings.workers
+    ahead: int
 
 
 def default_workers(device: torch.device) -> int:
@@ -139,12 +136,13 @@ def extract_slides(
         report: Called with the ledger rows of each slide, in the order of `files`; returns whether
             to go on.
     """
+    threads = settings.workers or default_workers(network.device)
     with (
-        ThreadPoolExecutor(settings.workers, thread_name_prefix="tiles") as pool,
+        ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool,
         ThreadPoolExecutor(1, thread_name_prefix="opener") as opener,
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
     ):
-        job = Job(settings, network, pool)
+        job = Job(settings, network, pool, ahead=2 * threads)
         coming = deque(opener.submit(_prepare, file, job) for file in files[:1])
         ending: deque[Future[Rows]] = deque()
         try:
@@ -305,7 +303,7 @@ def _conclude(file: SlideFile, computed: _Computed, job: Job) -> Rows:
             rows = (row, replace(row, stage=FEATURES))
         else:
             logger.warning("%s: %s", file.name, row.reason)
-            _retire(job.settings.out / f"{file.stem}.h5")
+            retire(job.settings.out / f"{file.stem}.h5")
     except Exception as error:  # noqa: BLE001 - see `_failure`
         return _failure(file, error, clock, job, rows)
     return _timed(rows, clock)
@@ -326,7 +324,7 @@ def _failure(file: SlideFile, error: Exception, clock: Clock, job: Job, rows: Ro
     else:
         logger.error("%s failed: %s", file.name, reason, exc_info=None if expected else error)
         status = "failed"
-    _retire(job.settings.out / f"{file.stem}.h5")
+    retire(job.settings.out / f"{file.stem}.h5")
     return _timed((*rows, LedgerRow(file.name, clock.stage, status, reason)), clock)
 
 
@@ -335,7 +333,7 @@ def _timed(rows: Rows, clock: Clock) -> Rows:
     return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
 
 
-def _retire(path: Path) -> None:
+def retire(path: Path) -> None:
     """Rename features that an earlier run made of a slide that gives none now."""
     if path.is_file():
         old = path.with_name(path.name + ".old")

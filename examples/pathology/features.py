@@ -252,6 +252,8 @@ def extract(
     slide_table: Path | None = None,
     default_mpp: float | None = None,
     workers: int | None = None,
+    processes: int | None = None,
+    scheduler: str | None = None,
     device: str = "auto",
     seed: int = 0,
     batch_size: int = 64,
@@ -274,9 +276,13 @@ def extract(
         weights: The extractor's checkpoint; None for random weights, which is said in every file.
         slide_table: Table (.csv, .xlsx) whose columns FILENAME and MPP give pixel sizes in um.
         default_mpp: Microns per pixel of slides that do not say.
-        workers: Threads that read while the network runs; None: 2 on a CPU, as many as there are
-            cores, 16 at most, with a GPU.
-        device: ``auto``, ``cpu`` or ``cuda``, or several with commas: ``cuda:0,cuda:1``.
+        workers: Threads that read while the network runs, in each process; None: 2 on a CPU; with
+            a GPU as many as there are cores, 16 at most, shared out among the processes.
+        processes: Processes that share the slides; None: one per device.
+        scheduler: Address or scheduler file of a running Dask scheduler whose workers share the
+            slides instead. They read and write the same folders under the same paths.
+        device: ``auto``, ``cpu`` or ``cuda``, or several with commas: ``cuda:0,cuda:1``. With
+            `scheduler`, the one that each worker uses.
         seed: Seed of the random weights.
         batch_size: Tiles per call of the network; at most 8 are used on a CPU.
         tile_rules: Tile size and tissue thresholds; None for the protocol's.
@@ -295,7 +301,6 @@ def extract(
     from examples.pathology.pixelsizes import mpp_of_slides
     from examples.pathology.slides import find_slides
 
-    devices = dispatch.resolve_devices(device)
     files = find_slides(slides, skip=out)
     stems = [file.stem for file in files]
     settings = extraction.Settings(
@@ -306,9 +311,16 @@ def extract(
         seed=seed,
         precision=precision,
         batch_size=batch_size,
-        workers=extraction.default_workers(devices[0]) if workers is None else workers,
+        workers=workers,
         layout=layout,
         table_mpp={} if slide_table is None else mpp_of_slides(slide_table, stems),
         default_mpp=default_mpp,
     )
-    return dispatch.run(files, settings, devices, max_failures=max_failures)
+    return dispatch.run(
+        files,
+        settings,
+        device,
+        processes=processes,
+        scheduler=scheduler,
+        max_failures=max_failures,
+    )

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -185,78 +184,118 @@ def test_the_next_slide_is_read_while_the_network_works(tmp_path, network, monke
     assert seen[0] == ("a.tif", "b.tif")
 
 
-def work_cheaply(*arguments, original=dispatch._work):
-    extraction.make_extractor = build  # in the new process
-    original(*arguments)
+# What processes of a cluster do instead of `dispatch.extract_batch`, with the cheap network.
 
 
-def test_several_devices_give_what_one_gives(tmp_path, network, monkeypatch):
-    monkeypatch.setattr(dispatch, "_work", work_cheaply)
+def work_cheaply(*arguments, original=dispatch.extract_batch):
+    extraction.make_extractor = build
+    return original(*arguments)
+
+
+def work_or_die(files, *more):
+    """Die when slide b comes, after the smaller ones of its batch are done."""
+    if any(file.stem == "b" for file in files):
+        work_cheaply([file for file in files if file.stem < "b"], *more)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work_cheaply(files, *more)
+
+
+def complain(*_):
+    return UserError("No such weights.")
+
+
+CHEAP = {"weights": None, "extractor": "patches"}
+
+
+def test_several_processes_give_what_one_gives(tmp_path, network, monkeypatch):
+    monkeypatch.setattr(dispatch, "extract_batch", work_cheaply)
+    monkeypatch.chdir(tmp_path)
     make_slides(tmp_path / "in", 3)
     (tmp_path / "in" / "d.svs").write_bytes(b"no slide")
-    options = {"weights": None, "extractor": "patches"}
-    one = extract(tmp_path / "in", tmp_path / "one", device="cpu", **options)
-    two = extract(tmp_path / "in", tmp_path / "two", device="cpu,cpu", **options)
+    one = extract(Path("in"), Path("one"), device="cpu", **CHEAP)
+    two = extract(Path("in"), Path("two"), device="cpu,cpu", **CHEAP)
     assert (two.done, two.failed, two.exit_code) == (one.done, one.failed, 1) == (3, 1, 1)
     assert [(row.slide, row.stage, row.status) for row in two.rows] == [
         (row.slide, row.stage, row.status) for row in one.rows
     ]
-    for name in ("a.h5", "b.h5", "c.h5"):
-        with h5py.File(tmp_path / "one" / name) as x, h5py.File(tmp_path / "two" / name) as y:
-            np.testing.assert_array_equal(x["coords"], y["coords"])
-            np.testing.assert_array_equal(x["feats"], y["feats"])
-            assert x.attrs["mtbalance_parameters"] == y.attrs["mtbalance_parameters"]
+    ours, theirs = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert ours == theirs
 
 
-def die(connection, files, *_):
-    """Stand in for a worker: the first slide's process is killed, the other one has no work."""
-    if files:
-        os.kill(os.getpid(), signal.SIGKILL)
-    connection.send(None)
+def test_a_slide_that_kills_its_process_takes_no_other_with_it(
+    tmp_path, network, monkeypatch, caplog
+):
+    monkeypatch.setattr(dispatch, "extract_batch", work_or_die)
+    monkeypatch.setattr(dispatch, "DEATHS", 1)
+    monkeypatch.setattr(dispatch, "BATCHES_PER_PROCESS", 1)
+    make_slides(tmp_path / "in", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.h5").write_bytes(b"of an earlier run")
+    summary = extract(tmp_path / "in", tmp_path / "out", device="cpu", processes=2, **CHEAP)
+    assert (summary.done, summary.failed, summary.stopped, summary.exit_code) == (3, 1, "", 1)
+    assert {row.slide: row.reason for row in summary.rows if row.status == "failed"} == {
+        "b.tif": "its worker died once while at it"
+    }
+    assert "slides of batches that failed are taken one by one" in caplog.text
+    assert (tmp_path / "out" / "b.h5.old").is_file()
+    undisturbed = extract(tmp_path / "in", tmp_path / "whole", device="cpu", **CHEAP)
+    assert undisturbed.done == 4
+    ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    for name in ("a.h5", "c.h5", "d.h5"):
+        assert ours[name] == theirs[name]
 
 
-def complain(connection, files, *_):
-    connection.send(UserError("No such weights."))
+def test_workers_of_a_scheduler_share_the_slides(tmp_path, network, monkeypatch):
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(dispatch, "extract_batch", work_cheaply)
+    monkeypatch.chdir(tmp_path)
+    make_slides(Path("in"), 2)
+    for name in ("x", "y", "z"):
+        Path("in", f"{name}.svs").write_bytes(b"no slide")
+    options = {"device": "cpu", **CHEAP}
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs="ERROR"
+    ) as workers:
+        address = workers.scheduler_address
+        summary = extract(Path("in"), Path("out"), scheduler=address, **options)
+        again = extract(Path("in"), Path("out"), scheduler=address, max_failures=0, **options)
+        with pytest.raises(UserError, match="`processes` must be left out where `scheduler`"):
+            extract(Path("in"), Path("out"), scheduler=address, processes=2, **options)
+        monkeypatch.setattr(dispatch, "extract_batch", complain)
+        with pytest.raises(UserError, match=r"No such weights"):
+            extract(Path("in"), Path("wrong"), scheduler=address, **options)
+    assert Path("wrong", "ledger.csv").is_file()
+    assert (summary.done, summary.failed, summary.skipped) == (2, 3, 0)
+    assert again.stopped == "more than 0 slides failed."
+    assert again.slides < 5
+    extract(Path("in"), Path("one"), **options)
+    for name in ("a.h5", "b.h5"):
+        assert contents(Path("out"))[name] == contents(Path("one"))[name]
 
 
-@pytest.fixture
-def quick_start(monkeypatch):
-    """Fork: no waiting for imports; fine for processes that use neither torch nor a GPU."""
-    monkeypatch.setattr(dispatch, "START_METHOD", "fork")
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-@pytest.mark.usefixtures("quick_start")
-def test_a_process_that_dies_is_reported_and_takes_no_other_with_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("device", "processes"), [("cpu,cpu", 1), ("cpu", 0)])
+def test_each_device_needs_a_process(tmp_path, device, processes):
     make_slides(tmp_path / "in", 1)
-    monkeypatch.setattr(dispatch, "_work", die)
-    summary = extract(tmp_path / "in", tmp_path / "out", weights=None, device="cpu,cpu")
-    assert summary.exit_code == 1
-    assert "the process on cpu ended with code -9. Run the command again" in summary.stopped
-    assert (tmp_path / "out" / "ledger.csv").is_file()
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-@pytest.mark.usefixtures("quick_start")
-def test_wrong_use_in_a_process_is_wrong_use_of_the_command(tmp_path, monkeypatch):
-    make_slides(tmp_path / "in", 1)
-    monkeypatch.setattr(dispatch, "_work", complain)
-    with pytest.raises(UserError, match="No such weights"):
-        extract(tmp_path / "in", tmp_path / "out", weights=None, device="cpu,cpu")
+    with pytest.raises(UserError, match=f"devices of `device`, but got {processes}."):
+        extract(tmp_path / "in", tmp_path / "out", device=device, processes=processes, **CHEAP)
 
 
 def test_slides_are_dealt_out_by_size(tmp_path):
     files = []
-    for number, size in enumerate([5, 70, 10, 40, 20, 0]):
+    for number, size in enumerate([5, 70, 10, 40, 20, 0] * 10):
         path = tmp_path / f"{number}.svs"
         path.write_bytes(b"x" * size)
         files.append(SlideFile(path, path.name, path.stem))
-    shares = dispatch.deal(files, 2)
-    sizes = [[file.path.stat().st_size for file in share] for share in shares]
-    assert sorted([*sizes[0], *sizes[1]]) == [0, 5, 10, 20, 40, 70]
-    assert abs(sum(sizes[0]) - sum(sizes[1])) <= 5
-    assert all(share == sorted(share, reverse=True) for share in sizes)
-    assert dispatch.deal(files[:1], 3)[1:] == [[], []]
+    batches = dispatch.deal(files, 3)
+    dealt = [file for batch in batches for file in batch]
+    sizes = [file.path.stat().st_size for file in dealt]
+    assert sorted(dealt, key=files.index) == files
+    assert sizes == sorted(sizes, reverse=True)
+    assert {len(batch) for batch in batches} == {5}
+    assert [len(batch) for batch in dispatch.deal(files, 1)] == [8] * 7 + [4]
+    assert [len(batch) for batch in dispatch.deal(files[:2], 3)] == [1, 1]
+    assert dispatch.deal([SlideFile(tmp_path / "gone", "gone", "gone")], 2)
     assert dispatch.resolve_devices("cpu, cpu") == [torch.device("cpu")] * 2
 
 
