@@ -10,9 +10,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from examples.pathology.errors import UserError
 
-SLIDE_SUFFIXES = frozenset(
-    "bif czi dcm mrxs ndpi qptiff scn svs svslide tif tiff vms vmu".split()  # noqa: SIM905
-)
+# fmt: off
+SLIDE_SUFFIXES = frozenset((
+    ".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".qptiff", ".scn", ".svs", ".svslide", ".tif",
+    ".tiff", ".vms", ".vmu",
+))
+# fmt: on
 # Identifiers of a study look alike: below this, the nearest one is as a rule another patient's.
 NEAR = 0.9
 
@@ -34,7 +37,7 @@ def slide_key(name: str, table: Path, column: str = "FILENAME") -> str:
             f"{table}: `{column}` must be a path inside the folder of slides or features, but "
             f"got {name!r}."
         )
-    if relative.suffix.lower().lstrip(".") in {*SLIDE_SUFFIXES, "h5"}:
+    if relative.suffix.lower() in {*SLIDE_SUFFIXES, ".h5"}:
         relative = relative.with_suffix("")
     return str(relative)
 

@@ -17,16 +17,11 @@ import openslide
 from PIL import Image, ImageColor
 
 from examples.pathology.errors import UserError
+from examples.pathology.matching import SLIDE_SUFFIXES
 from examples.pathology.units import Mpp, SlideError, find_mpp
 
 logger = logging.getLogger(__name__)
 
-# fmt: off
-SLIDE_SUFFIXES = frozenset((
-    ".bif", ".czi", ".mrxs", ".ndpi", ".qptiff", ".scn", ".svs", ".svslide", ".tif", ".tiff",
-    ".vms", ".vmu",
-))
-# fmt: on
 FLAT_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png"))
 """Pictures that people do put among slides, but that have no pyramid and no pixel size."""
 
@@ -79,7 +74,7 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
             suffix = path.suffix.lower()
             relative = path.relative_to(folder)
             stem = relative.with_suffix("").as_posix()
-            if suffix in SLIDE_SUFFIXES:
+            if suffix in SLIDE_SUFFIXES - {".dcm"}:  # those are series, see above
                 found.append(SlideFile(path, relative.as_posix(), stem))
             elif suffix in FLAT_SUFFIXES and not suffixes & {".vms", ".vmu"}:
                 # Hamamatsu's .vms slides keep their pixels in .jpg files next to them.
@@ -87,7 +82,7 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
                 problem += "have no pixel size. Convert it to a pyramidal TIFF with a resolution."
                 found.append(SlideFile(path, relative.as_posix(), relative.as_posix(), problem))
     if not any(slide.problem is None for slide in found):
-        known = " ".join(sorted(SLIDE_SUFFIXES | {".dcm"}))
+        known = " ".join(sorted(SLIDE_SUFFIXES))
         raise UserError(f"{folder} must hold slides ({known}), but there are none.")
     return sorted(_without_collisions(found), key=lambda slide: slide.name)
 
