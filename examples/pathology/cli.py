@@ -97,7 +97,18 @@ def extract(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Threads that read tiles; default: 2 on a CPU, one per core with a GPU."
+            min=1,
+            help="Threads that read tiles, in each process; default: 2 on a CPU, with a GPU one "
+            "per core.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That share the slides; default: one per device.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT", help="Of Dask, whose workers share the slides instead."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles per forward pass.")] = 64,
@@ -138,6 +149,8 @@ def extract(
         slide_table=slide_table,
         default_mpp=default_mpp,
         workers=workers,
+        processes=processes,
+        scheduler=scheduler,
         device=device,
         seed=seed,
         batch_size=batch_size,

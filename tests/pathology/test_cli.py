@@ -175,6 +175,10 @@ def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_pat
         "timm:x", "bfloat16", "stamp-v2", 0,
     )  # fmt: skip
     assert (asked["tile_rules"].canny_low, asked["workers"]) == (30, None)
+    assert (asked["processes"], asked["scheduler"]) == (None, None)
+    options = ["--processes", 2, "--scheduler", "tcp://a:1"]
+    assert run("extract", "--slides", "s", "--out", "o", *options) == code
+    assert (asked["processes"], asked["scheduler"]) == (2, "tcp://a:1")
 
 
 @pytest.mark.parametrize(("released", "code"), [(True, 0), (False, 1)])
