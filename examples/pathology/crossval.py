@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +51,27 @@ from examples.pathology.training import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A cross-validation whose folder is claimed and whose folds are drawn: small enough to send.
+
+    Args:
+        config: All settings.
+        cohort: Whom to train and test on.
+        folds: The splits.
+        lookahead: Whether the method needs a second batch at every step.
+    """
+
+    config: CrossvalConfig
+    cohort: Cohort
+    folds: tuple[Fold, ...]
+    lookahead: bool
+
+    def folder(self, k: int) -> Path:
+        """Return the folder of fold ``k``, counted from 1."""
+        return self.config.out / f"fold-{k}"
+
+
 def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
     """Cross-validate one method and write its run folder.
 
@@ -62,55 +85,89 @@ def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
         UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
         RunError: A loss is not finite.
     """
-    config = with_reference_protocol(config)
-    device = resolve_device(config.device)
-    lookahead = needs_lookahead(config.balancer, [config.target, *config.auxiliary])
-    cohort = load_cohort(config)
+    resolve_device(config.device)  # a wrong one is told before tables are read
+    needs_lookahead(config.balancer, [config.target, *config.auxiliary])  # a wrong name as well
+    cohort = load_cohort_of(config)
+    with sole_writer(config.out):
+        plan = make_plan(config, cohort)
+        bags = BagStore(round(config.cache_gb * 2**30))
+        for k, fold in enumerate(plan.folds, start=1):
+            log_fold(k, fold)
+            run_fold(plan, k, bags)
+        return finish(plan)
+
+
+def load_cohort_of(config: CrossvalConfig) -> Cohort:
+    """Join the tables and files that the settings name, and say who is left.
+
+    Raises:
+        UserError: They do not fit together, or a class is too small.
+    """
+    cohort = load_cohort(with_reference_protocol(config))
     log_cohort(cohort)
     check_sizes(cohort, config.folds)
     prediction_columns(cohort.targets)  # a clash is told before the first fold, not after
-    with sole_writer(config.out):
-        return _run_folds(config, cohort, device, lookahead=lookahead)
+    return cohort
 
 
-def _run_folds(
-    config: CrossvalConfig, cohort: Cohort, device: str, *, lookahead: bool
-) -> dict[str, Any]:
+def make_plan(config: CrossvalConfig, cohort: Cohort) -> Plan:
+    """Claim the run folder and draw the folds, or take up those that are there.
+
+    Nobody else may work in the folder.
+
+    Raises:
+        UserError: The folder belongs to another run, or the splits to another cohort.
+    """
+    config = with_reference_protocol(config)
     clean(config.out)
     clean(config.out / "figures")
     _claim_run_folder(config, cohort)
     cohort.write_ledger(config.out / "ledger.csv")
-    folds = load_or_make_splits(config, cohort)
-    bags = BagStore(round(config.cache_gb * 2**30))
-    for k, fold in enumerate(folds, start=1):
-        log_fold(k, fold)
-        if (config.out / f"fold-{k}" / DONE).exists():
-            logger.info("Fold %d is finished already", k)
-        else:
-            _run_fold(config, cohort, k, fold, bags, device, lookahead=lookahead)
-        clean(config.out / f"fold-{k}", finished=True)
-    results = [read_fold(config.out / f"fold-{k}") for k in range(1, len(folds) + 1)]
-    summary = summarise(config, cohort, folds, results)
-    draw_figures(config.out / "figures", summary, results, seed=config.seed)
-    write_json(config.out / "metrics.json", summary)  # last: a run that has it is finished
+    folds = tuple(load_or_make_splits(config, cohort))
+    lookahead = needs_lookahead(config.balancer, [target.name for target in cohort.targets])
+    return Plan(config, cohort, folds, lookahead)
+
+
+def run_fold(plan: Plan, k: int, bags: BagStore) -> None:
+    """Train and test fold ``k`` (from 1), or go on where it stopped; finished, it stays as it is.
+
+    Raises:
+        RunError: A loss is not finite.
+    """
+    folder = plan.folder(k)
+    if (folder / DONE).exists():
+        logger.info("Fold %d is finished already", k)
+    else:
+        _train_and_test(plan, k, bags, resolve_device(plan.config.device))
+    clean(folder, finished=True)
+
+
+def finish(plan: Plan, *, figures: bool = True) -> dict[str, Any]:
+    """Sum up a run all of whose folds are finished.
+
+    Args:
+        plan: The run.
+        figures: Whether to draw it; `report` draws it as well.
+
+    Returns:
+        What ``metrics.json`` holds; it is written last: a run that has it is finished.
+    """
+    config = plan.config
+    results = [read_fold(plan.folder(k)) for k in range(1, len(plan.folds) + 1)]
+    summary = summarise(config, plan.cohort, plan.folds, results)
+    if figures:
+        draw_figures(config.out / "figures", summary, results, seed=config.seed)
+    write_json(config.out / "metrics.json", summary)
     _log_summary(summary)
     return summary
 
 
-def _run_fold(
-    config: CrossvalConfig,
-    cohort: Cohort,
-    k: int,
-    fold: Fold,
-    bags: BagStore,
-    device: str,
-    *,
-    lookahead: bool,
-) -> None:
+def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
     started = time.perf_counter()
-    folder = config.out / f"fold-{k}"
+    config, cohort, fold, folder = plan.config, plan.cohort, plan.folds[k - 1], plan.folder(k)
     by_name = {patient.name: patient for patient in cohort.patients}
-    train = [by_name[name] for name in _train_names(fold, lookahead, config.lookahead_data)]
+    names = _train_names(fold, plan.lookahead, config.lookahead_data)
+    train = [by_name[name] for name in names]
     if config.balancer != BASELINE:  # it knows the primary target alone
         train += cohort.training_only
     fitted = fit_fold(
@@ -133,7 +190,7 @@ def _run_fold(
             device=device,
         ),
         lookahead=[
-            by_name[name] for name in _lookahead_names(fold, lookahead, config.lookahead_data)
+            by_name[name] for name in _lookahead_names(fold, plan.lookahead, config.lookahead_data)
         ],
         bags=bags,
         name=f"fold {k}",
