@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = (BASELINE, *PAPER_COMBINATIONS)
 SPLITS = "splits.json"
+Settings = TypeVar("Settings", "CrossvalConfig", "ExternalCohort")
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
         UserError: Tables, features, settings or names are wrong, or a folder is another's.
     """
     plans: dict[Path, Plan] = {}
-    shared = config.crossval.splits  # of all runs; without complete cases, the first run's
+    common = absolute(config.crossval)
+    shared = common.splits  # of all runs; without complete cases, the first run's
     for auxiliary in config.auxiliary:
         cohort, splits = None, shared
         for method in config.methods:
@@ -262,10 +264,10 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
                 continue
             alone = method == BASELINE and not config.own_baseline
             run = replace(
-                config.crossval,
+                common,
                 auxiliary=() if alone else (auxiliary,),
                 balancer=method,
-                out=config.crossval.out / RUNS / place,
+                out=common.out / RUNS / place,
                 splits=splits,
                 device=config.job_device,
             )
@@ -288,10 +290,19 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
     return plans
 
 
+def absolute(settings: Settings) -> Settings:
+    """Return settings whose paths mean the same in a process that works in another folder."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    paths: dict[str, Any] = {k: v.resolve() for k, v in values.items() if isinstance(v, Path)}
+    return replace(settings, **paths)
+
+
 def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
     """Return the jobs: folds, then their summary, then its deployment, run after run."""
     jobs = []
-    logs = config.crossval.out / "logs"
+    out = config.crossval.out.resolve()
+    logs = out / "logs"
+    external = None if config.external is None else absolute(config.external)
     for place, plan in plans.items():
         key = place.as_posix()
         folds = [f"{key}/fold-{k}" for k in range(1, len(plan.folds) + 1)]
@@ -299,13 +310,13 @@ def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
             jobs.append(Job(name, fold_job, (plan, k, _log_file(logs, name))))
         results = f"{key}/results"
         jobs.append(Job(results, results_job, (plan, _log_file(logs, results)), needs=tuple(folds)))
-        if config.external is not None:
+        if external is not None:
             deploy = DeployConfig(
                 plan.config.out,
-                config.external.clini,
-                config.external.slide_table,
-                config.external.features,
-                config.crossval.out / EXTERNAL / place,
+                external.clini,
+                external.slide_table,
+                external.features,
+                out / EXTERNAL / place,
                 patient_column=plan.config.patient_column,
                 filename_column=plan.config.filename_column,
                 seed=plan.config.seed,

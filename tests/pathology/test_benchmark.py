@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -292,6 +293,32 @@ def test_devices_are_shared_out_and_jobs_see_their_own(tables, tmp_path):
     ):
         on = replace(config, crossval=replace(config.crossval, device=device))
         assert (on.devices, on.job_device) == (shared, own)
+
+
+def test_paths_reach_the_workers_whole(study, monkeypatch):
+    out = study.crossval.out
+    monkeypatch.chdir(out.parent)
+    names = ("clini", "slide_table", "features")
+    config = replace(
+        study,
+        crossval=replace(
+            study.crossval,
+            out=Path(out.name),
+            **{name: Path(os.path.relpath(getattr(study.crossval, name))) for name in names},
+        ),
+        external=ExternalCohort(
+            *(Path(os.path.relpath(getattr(study.external, name))) for name in names)
+        ),
+    )
+    plans = benchmark.make_plans(config)
+    for job in benchmark.make_jobs(config, plans):
+        about, *_, log = job.arguments
+        assert log.is_absolute()
+        settings = getattr(about, "config", about)
+        for value in vars(settings).values():
+            assert not isinstance(value, Path) or value.is_absolute()
+        if settings is not about:
+            assert all(path.is_absolute() for p in about.cohort.patients for path in p.files)
 
 
 def test_settings_can_be_read_back(study):
