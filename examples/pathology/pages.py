@@ -157,8 +157,8 @@ def metric_numbers(value: Mapping[str, Any]) -> list[object]:
 
 
 def _keep_together(text: str) -> str:
-    """Keep an interval, and a number with its spread, on one line."""
-    return re.sub(r"\[[^\[\]]+\]| ± ", lambda found: found[0].replace(" ", NO_BREAK), text)
+    """Keep an interval, a number with its spread, and an equation on one line."""
+    return re.sub(r"\[[^\[\]]+\]| ± | = ", lambda found: found[0].replace(" ", NO_BREAK), text)
 
 
 _PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first chunk

@@ -75,7 +75,9 @@ def verdict(metric: Metric, reference: str, family: Sequence[Difference]) -> str
     after = f"after correction for {many} comparison{'s' * (many > 1)}"
     found = f"{reference} in {metric.title} {after}"
     if better:
-        others = f" Significantly worse: {_named(worse)}." if worse else " None is worse."
+        others = (
+            f" Significantly worse: {_named(worse)}." if worse else " None is significantly worse."
+        )
         return f"Significantly better than {found}: {_named(better)}.{others}"
     if worse:
         higher = [each.corrected for each in known if each.difference > 0]
@@ -123,8 +125,12 @@ def differences_table(differences: Sequence[Difference], reference: str) -> Tabl
     for auxiliary, method in dict.fromkeys((d.auxiliary, d.method) for d in chosen):
         found = [by_place.get((auxiliary, method, metric)) for metric in compared]
         rows.append((auxiliary, method, *map(_difference_cell, found)))
-    headings = ("Auxiliary target", "Method", *(metric.title for metric in compared))
+    headings = ("Auxiliary target", "Method", *(_capital(metric.title) for metric in compared))
     return Table(headings, tuple(rows))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _difference_cell(d: Difference | None) -> str:

@@ -21,3 +21,34 @@ def test_a_number_its_spread_and_its_interval_are_not_torn_apart():
     text = pages.table_html(["", "r, a b"], [["a b", "0.5 ± 0.1 [0.3, 0.7] (4 of 5 folds)"]])
     assert "0.5\xa0±\xa00.1 [0.3,\xa00.7] (4 of 5 folds)" in text
     assert "a b</th>" in text
+
+
+def test_tables_escape_what_their_format_would_read():
+    headings, rows = ("a|b", "c"), [("<x> & y", None), ("1|2", 0.5)]
+    assert pages.table_markdown(headings, rows).splitlines() == [
+        "| a\\|b | c |",
+        "| --- | --- |",
+        "| <x> & y | None |",
+        "| 1\\|2 | 0.5 |",
+    ]
+    assert pages.table_csv(headings, rows) == "a|b,c\n<x> & y,\n1|2,0.5\n"
+    assert "<tr><th>&lt;x&gt; &amp; y</th><td>None</td></tr>" in pages.table_html(headings, rows)
+
+
+def test_an_equation_is_not_torn_apart_in_a_dense_table():
+    text = pages.table_html(("a",), [("p = 0.04, so so",)], names=0, dense=True)
+    assert "<td>p\xa0=\xa00.04, so so</td>" in text
+    assert "<div class='scroll dense'>" in text
+
+
+def test_a_figure_in_words():
+    value = {
+        "mean": 0.75, "sd": 0.1, "ci95_over_patients": [0.6, 0.9], "ci95_over_folds": [0.5, 1.0],
+        "folds": [0.7, None, 0.8], "folds_with_value": 2, "undefined": {"2": "one class only"},
+    }  # fmt: skip
+    assert pages.metric_cell(value) == "0.750 ± 0.100 [0.600, 0.900] (2 of 3 folds)"
+    assert pages.metric_cell(value, sd=False) == "0.750 [0.600, 0.900] (2 of 3 folds)"
+    assert pages.metric_numbers(value) == [0.75, 0.1, 0.6, 0.9, 0.5, 1.0, 2, "0.7  0.8"]
+    assert len(pages.METRIC_COLUMNS) == len(pages.metric_numbers(value))
+    assert pages.metric_cell({**value, "mean": None}) == "undefined: one class only"
+    assert pages.metric_cell(None) == "–"

@@ -151,7 +151,8 @@ BETTER = "Significantly better than naive in AUROC after correction for"
             [of("dwa", 0.2, 0.01), of("autol", 0.4, 0.3)],
             [
                 f"{BETTER} 2 comparisons:",
-                "dwa with LF (+0.200 [+0.100, +0.300], corrected p = 0.010). None is worse.",
+                "dwa with LF (+0.200 [+0.100, +0.300], corrected p = 0.010). None is significantly",
+                "worse.",
             ],
         ),
     ],
