@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from examples.pathology.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from examples.pathology.config import CohortConfig
+
+Settings = TypeVar("Settings", bound="CohortConfig")
 
 app = typer.Typer(
     add_completion=False,
@@ -74,6 +81,69 @@ FilenameColumn = Annotated[str, typer.Option(help="Column of the file name in th
 MppTable = Annotated[
     Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
 ]
+Clini = Annotated[
+    Path, typer.Option(help="Clinical table (.csv, .xlsx) with the patient and targets.")
+]
+SlideTable = Annotated[Path, typer.Option(help="Table of patient and file name.")]
+Features = Annotated[Path, typer.Option(help="Folder of feature files (.h5).")]
+Target = Annotated[
+    str,
+    typer.Option(help="Column of the primary target; numbers of over 20 values are a regression."),
+]
+Auxiliary = Annotated[
+    list[str] | None, typer.Option(help="Column of a further target; may be given several times.")
+]
+Kind = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=classification|regression",
+        help="What a target is, where its values do not tell; may be given several times.",
+    ),
+]
+Cutoff = Annotated[
+    float | None,
+    typer.Option(help="Makes two classes of a numeric --target: from here on it is positive."),
+]
+Positive = Annotated[
+    str | None, typer.Option(help="Class whose AUROC is reported; default: the rarer one.")
+]
+Folds = Annotated[int, typer.Option(min=2, help="Number of folds.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Most epochs per fold.")]
+Patience = Annotated[
+    int, typer.Option(min=1, help="Epochs without a lower validation loss before a fold stops.")
+]
+LearningRate = Annotated[float, typer.Option(help="Of AdamW.")]
+WeightDecay = Annotated[float, typer.Option(help="Of AdamW.")]
+Schedule = Annotated[str, typer.Option(help="constant, cosine (per epoch) or cosine-per-step.")]
+Standardize = Annotated[
+    bool,
+    typer.Option("--standardize", help="Scale tile features by mean and sd of the training part."),
+]
+LookaheadData = Annotated[
+    str,
+    typer.Option(help="Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train."),
+]
+Splits = Annotated[
+    Path | None, typer.Option(help="splits.json of another run, to compare on equal folds.")
+]
+Width = Annotated[
+    int, typer.Option(min=1, help="Of the Transformer, a multiple of its 6 attention heads.")
+]
+Layers = Annotated[int, typer.Option(min=1, help="Of its encoder, and of its decoder.")]
+MaxTiles = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most tiles per patient and step, drawn anew in every epoch."),
+]
+Precision = Annotated[str, typer.Option(help="float32; on a GPU also tf32 or bfloat16 (autocast).")]
+CacheGb = Annotated[float, typer.Option(min=0, help="Memory for tiles, in GB.")]
+ReferenceProtocol = Annotated[
+    bool,
+    typer.Option(
+        "--reference-protocol",
+        help="Splits, complete cases, schedule and patience of the paper's published code.",
+    ),
+]
+Note = Annotated[str, typer.Option(help="A sentence for figures and report.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)]
 
 
@@ -187,20 +257,15 @@ def verify_weights(
 
 @app.command()
 def check(
-    clini: Annotated[
-        Path, typer.Option(help="Clinical table (.csv, .xlsx) with the patient and targets.")
-    ],
-    slide_table: Annotated[Path, typer.Option(help="Table of patient and file name.")],
-    features: Annotated[Path, typer.Option(help="Folder of feature files (.h5).")],
-    target: Annotated[str, typer.Option(help="Column of the primary, categorical target.")],
-    auxiliary: Annotated[
-        list[str] | None,
-        typer.Option(help="Column of a further target; may be given several times."),
-    ] = None,
-    positive: Annotated[
-        str | None, typer.Option(help="Class whose AUROC is reported; default: the rarer one.")
-    ] = None,
-    folds: Annotated[int, typer.Option(min=2, help="Number of folds to count for.")] = 5,
+    clini: Clini,
+    slide_table: SlideTable,
+    features: Features,
+    target: Target,
+    auxiliary: Auxiliary = None,
+    kind: Kind = None,
+    cutoff: Cutoff = None,
+    positive: Positive = None,
+    folds: Folds = 5,
     complete_cases: CompleteCases = False,
     patient_column: PatientColumn = "PATIENT",
     filename_column: FilenameColumn = "FILENAME",
@@ -216,96 +281,45 @@ def check(
     """
     from examples.pathology.check import CheckConfig, run_check
 
-    code = run_check(
-        CheckConfig(
-            clini=clini,
-            slide_table=slide_table,
-            features=features,
-            target=target,
-            auxiliary=tuple(auxiliary or ()),
-            positive=positive,
-            folds=folds,
-            complete_cases=complete_cases,
-            patient_column=patient_column,
-            filename_column=filename_column,
-            limit=limit,
-            seed=seed,
-        ),
-        typer.echo,
-    )
-    raise typer.Exit(code)
+    raise typer.Exit(run_check(_settings(CheckConfig, locals()), typer.echo))
 
 
 @app.command()
 def crossval(
-    clini: Annotated[
-        Path, typer.Option(help="Clinical table (.csv, .xlsx) with PATIENT and targets.")
-    ],
-    slide_table: Annotated[Path, typer.Option(help="Table of PATIENT and FILENAME.")],
-    features: Annotated[Path, typer.Option(help="Folder of feature files (.h5).")],
-    target: Annotated[str, typer.Option(help="Column of the primary, categorical target.")],
+    clini: Clini,
+    slide_table: SlideTable,
+    features: Features,
+    target: Target,
     out: Annotated[Path, typer.Option(help="The run folder; a stopped run is taken up again.")],
-    auxiliary: Annotated[
-        list[str] | None,
-        typer.Option(help="Column of a further target; may be given several times."),
-    ] = None,
+    auxiliary: Auxiliary = None,
     balancer: Annotated[
         str,
         typer.Option(
             help="baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."
         ),
     ] = "naive",
-    positive: Annotated[
-        str | None, typer.Option(help="Class whose AUROC is reported; default: the rarer one.")
-    ] = None,
-    folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
-    epochs: Annotated[int, typer.Option(min=1, help="Most epochs per fold.")] = 32,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Epochs without a lower validation loss before a fold stops.")
-    ] = 7,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
-    schedule: Annotated[
-        str, typer.Option(help="constant, cosine (per epoch) or cosine-per-step.")
-    ] = "constant",
-    standardize: Annotated[
-        bool,
-        typer.Option(
-            "--standardize", help="Scale tile features by mean and sd of the training part."
-        ),
-    ] = False,
-    lookahead_data: Annotated[
-        str,
-        typer.Option(
-            help="Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train."
-        ),
-    ] = "heldout",
-    splits: Annotated[
-        Path | None, typer.Option(help="splits.json of another run, to compare on equal folds.")
-    ] = None,
+    kind: Kind = None,
+    cutoff: Cutoff = None,
+    positive: Positive = None,
+    folds: Folds = 5,
+    epochs: Epochs = 32,
+    patience: Patience = 7,
+    learning_rate: LearningRate = 1e-4,
+    weight_decay: WeightDecay = 0.01,
+    schedule: Schedule = "constant",
+    standardize: Standardize = False,
+    lookahead_data: LookaheadData = "heldout",
+    splits: Splits = None,
     complete_cases: CompleteCases = False,
-    width: Annotated[
-        int, typer.Option(min=1, help="Of the Transformer, a multiple of its 6 attention heads.")
-    ] = 384,
-    layers: Annotated[int, typer.Option(min=1, help="Of its encoder, and of its decoder.")] = 2,
-    max_tiles: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most tiles per patient and step, drawn anew in every epoch."),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="float32; on a GPU also tf32 or bfloat16 (autocast).")
-    ] = "float32",
-    cache_gb: Annotated[float, typer.Option(min=0, help="Memory for tiles, in GB.")] = 4.0,
-    reference_protocol: Annotated[
-        bool,
-        typer.Option(
-            "--reference-protocol",
-            help="Splits, complete cases, schedule and patience of the paper's published code.",
-        ),
-    ] = False,
+    width: Width = 384,
+    layers: Layers = 2,
+    max_tiles: MaxTiles = None,
+    precision: Precision = "float32",
+    cache_gb: CacheGb = 4.0,
+    reference_protocol: ReferenceProtocol = False,
     patient_column: PatientColumn = "PATIENT",
     filename_column: FilenameColumn = "FILENAME",
-    note: Annotated[str, typer.Option(help="A sentence for figures and report.")] = "",
+    note: Note = "",
     seed: Seed = 0,
     device: Device = "auto",
     config: Config = None,
@@ -315,39 +329,106 @@ def crossval(
     from examples.pathology.config import CrossvalConfig
     from examples.pathology.crossval import run_crossval
 
-    run_crossval(
-        CrossvalConfig(
-            clini=clini,
-            slide_table=slide_table,
-            features=features,
-            target=target,
-            out=out,
-            auxiliary=tuple(auxiliary or ()),
-            balancer=balancer,
-            positive=positive,
-            folds=folds,
-            epochs=epochs,
-            patience=patience,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            standardize=standardize,
-            lookahead_data=lookahead_data,
-            splits=splits,
-            complete_cases=complete_cases,
-            width=width,
-            layers=layers,
-            max_tiles=max_tiles,
-            precision=precision,
-            cache_gb=cache_gb,
-            reference_protocol=reference_protocol,
-            patient_column=patient_column,
-            filename_column=filename_column,
-            note=note,
-            seed=seed,
-            device=device,
+    run_crossval(_settings(CrossvalConfig, locals()))
+
+
+def _settings(kind: type[Settings], arguments: Mapping[str, Any]) -> Settings:
+    """Return the settings that a command was given: its arguments bear their names."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.name in arguments:
+            value = arguments[field.name]
+            values[field.name] = tuple(value or ()) if isinstance(field.default, tuple) else value
+    return kind(**values)
+
+
+@app.command()
+def benchmark(
+    clini: Clini,
+    slide_table: SlideTable,
+    features: Features,
+    target: Target,
+    auxiliary: Annotated[
+        list[str],
+        typer.Option(help="Auxiliary target, joined with the primary one on its own; several."),
+    ],
+    out: Annotated[Path, typer.Option(help="Its folder; a stopped benchmark is taken up again.")],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", help="baseline or a balancer; several; default: baseline and all 16."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start; default: one per GPU, or one per core."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="tcp://HOST:PORT", help="A running Dask scheduler to use instead."),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of PyTorch in each job; the last digits depend on it.")
+    ] = 1,
+    external_clini: Annotated[
+        Path | None, typer.Option(help="Clinical table of a cohort to deploy every run on.")
+    ] = None,
+    external_slide_table: Annotated[Path | None, typer.Option(help="Its slide table.")] = None,
+    external_features: Annotated[Path | None, typer.Option(help="Its feature files.")] = None,
+    max_failures: Annotated[
+        int | None, typer.Option(min=0, help="End when more jobs than this have failed.")
+    ] = None,
+    cutoff: Cutoff = None,
+    positive: Positive = None,
+    folds: Folds = 5,
+    epochs: Epochs = 32,
+    patience: Patience = 7,
+    learning_rate: LearningRate = 1e-4,
+    weight_decay: WeightDecay = 0.01,
+    schedule: Schedule = "constant",
+    standardize: Standardize = False,
+    lookahead_data: LookaheadData = "heldout",
+    splits: Splits = None,
+    complete_cases: CompleteCases = False,
+    width: Width = 384,
+    layers: Layers = 2,
+    max_tiles: MaxTiles = None,
+    precision: Precision = "float32",
+    cache_gb: CacheGb = 4.0,
+    reference_protocol: ReferenceProtocol = False,
+    patient_column: PatientColumn = "PATIENT",
+    filename_column: FilenameColumn = "FILENAME",
+    note: Note = "",
+    seed: Seed = 0,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; several (cuda:0,cuda:1) share the jobs.")
+    ] = "auto",
+    config: Config = None,
+    verbose: Verbose = False,
+) -> None:
+    """Compare all balancers with the baseline on the same folds: tables, tests, a report.
+
+    The exit code is 1 if a job failed; run again, only what is missing is done.
+    """
+    arguments = {**locals(), "auxiliary": ()}
+    from examples.pathology import benchmark as stage
+    from examples.pathology.config import CrossvalConfig
+
+    page, missing = stage.run_benchmark(
+        stage.BenchmarkConfig(
+            _settings(CrossvalConfig, arguments),
+            auxiliary=tuple(auxiliary),
+            methods=tuple(methods or stage.METHODS),
+            external=stage.external_cohort(external_clini, external_slide_table, external_features),
+            workers=workers,
+            scheduler=scheduler,
+            threads=threads,
+            max_failures=max_failures,
+            command=shlex.join(["python", "-m", "examples.pathology", *sys.argv[1:]]),
         )
     )
+    typer.echo(page)
+    raise typer.Exit(1 if missing else 0)
 
 
 @app.command()
@@ -438,12 +519,17 @@ def heatmap(
 def report(
     run: Annotated[
         list[Path],
-        typer.Option(help="A run folder, or a folder of runs; may be given several times."),
+        typer.Option(
+            help="A run folder, or a folder of runs; may be given several times. Or a benchmark's "
+            "folder: its page is written again."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Where the page goes; default: report/ in the first --run.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the t-SNE.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the t-SNE; a benchmark has a seed of its own.")
+    ] = 0,
     device: Annotated[
         str, typer.Option(help="Accepted as everywhere; a report needs none.")
     ] = "auto",
@@ -452,8 +538,17 @@ def report(
 ) -> None:
     """Write the figures and numbers of one or more finished runs on one page."""
     from examples.pathology.report import write_report
+    from examples.pathology.study import SETTINGS, read_study
+    from examples.pathology.study_report import write_study_report
 
-    typer.echo(write_report(run, out, seed=seed))
+    if not any((folder / SETTINGS).exists() for folder in run):
+        typer.echo(write_report(run, out, seed=seed))
+    elif len(run) == 1:
+        typer.echo(write_study_report(read_study(run[0]), out))
+    else:
+        raise UserError(
+            f"A benchmark must be reported alone, but got {len(run)} folders. Give its --run only."
+        )
 
 
 @app.command()

@@ -1,15 +1,28 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from examples.pathology import check, cli, crossval, demo, deploy, features, heatmap, report
+from examples.pathology import (
+    benchmark,
+    check,
+    cli,
+    crossval,
+    demo,
+    deploy,
+    features,
+    heatmap,
+    report,
+)
+from examples.pathology.config import write_toml
 from examples.pathology.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["extract", "verify-weights", "crossval", "demo", "report", "check", "deploy", "heatmap"]
+COMMANDS = [
+    "extract", "verify-weights", "check", "crossval", "benchmark", "report", "deploy", "heatmap",
+    "simulate", "demo",
+]  # fmt: skip
 NEEDED = ["--clini", "c.csv", "--slide-table", "s.csv", "--features", "f", "--target", "isMSIH"]
 
 
@@ -28,20 +41,19 @@ def asked(monkeypatch):
     return caught
 
 
-def test_help_is_quick_and_imports_no_heavy_package():
+def test_help_imports_no_heavy_package():
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from examples.pathology import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'sklearn', 'openslide', 'rich'}\n"
+        "heavy.add('distributed')\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert time.perf_counter() - start < 5  # a tenth of a second where nothing else runs
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(command in done.stdout for command in COMMANDS)
 
@@ -79,10 +91,9 @@ def test_the_config_file_gives_defaults_and_the_command_line_wins(asked, tmp_pat
 
 
 def test_the_config_of_a_run_repeats_it(asked, tmp_path):
-    assert run("crossval", *NEEDED, "--out", tmp_path / "a", "--auxiliary", "LF") == 0
+    options = ["--auxiliary", "LF", "--kind", "LF=classification", "--cutoff", 30]
+    assert run("crossval", *NEEDED, "--out", tmp_path / "a", *options) == 0
     path = tmp_path / "config.toml"
-    from examples.pathology.config import write_toml
-
     write_toml(path, {"crossval": asked[0].resolved(), "provenance": {"torch": "2"}})
     assert run("crossval", "--config", path) == 0
     assert asked[1].resolved() == asked[0].resolved()
@@ -234,10 +245,12 @@ def test_check_passes_its_options_on_prints_and_returns_its_code(monkeypatch, ca
 
     monkeypatch.setattr(check, "run_check", run_check)
     options = ["--auxiliary", "LF", "--folds", "3", "--patient-column", "case"]
+    options += ["--cutoff", "42", "--kind", "LF=classification"]
     assert run("check", *NEEDED, *options, "--complete-cases") == code
     (config,) = asked
     assert (config.auxiliary, config.folds, config.patient_column) == (("LF",), 3, "case")
     assert config.complete_cases
+    assert (config.cutoff, config.kind) == (42.0, ("LF=classification",))
     assert capsys.readouterr().out == "a line\n"
 
 
@@ -262,10 +275,46 @@ def test_crossval_passes_every_setting_on(asked):
     given = {
         "complete_cases": True, "max_tiles": 7, "precision": "bfloat16", "cache_gb": 0.5,
         "reference_protocol": True, "patient_column": "case", "filename_column": "slide",
-        "schedule": "cosine-per-step",
+        "schedule": "cosine-per-step", "cutoff": 42.0, "kind": ("isMSIH=classification",),
     }  # fmt: skip
     options = []
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    options[-1] = "isMSIH=classification"
     assert run("crossval", *NEEDED, "--out", "run", *options) == 0
     assert {name: getattr(asked[0], name) for name in given} == given
+
+
+def test_benchmark_passes_every_setting_on_and_its_settings_repeat_it(
+    monkeypatch, tmp_path, capsys
+):
+    asked = []
+
+    def run_benchmark(config):
+        asked.append(config)
+        return Path("page"), len(asked) - 1
+
+    monkeypatch.setattr(benchmark, "run_benchmark", run_benchmark)
+    options = [
+        *NEEDED, "--auxiliary", "LF", "--auxiliary", "ITH", "--out", tmp_path / "out",
+        "--method", "naive", "--method", "autol+cagrad", "--workers", 3, "--threads", 2,
+        "--external-clini", "ec.csv", "--external-slide-table", "es.csv",
+        "--external-features", "ef", "--max-failures", 4, "--epochs", 5, "--width", 96,
+        "--device", "cpu", "--note", "n", "--cutoff", 30,
+    ]  # fmt: skip
+    assert run("benchmark", *options) == 0
+    config = asked[0]
+    assert (config.auxiliary, config.methods) == (("LF", "ITH"), ("naive", "autol+cagrad"))
+    assert (config.workers, config.threads, config.max_failures) == (3, 2, 4)
+    assert config.crossval.cutoff == 30.0
+    assert config.external.slide_table == Path("es.csv")
+    assert (config.crossval.epochs, config.crossval.width, config.crossval.note) == (5, 96, "n")
+    assert config.command.startswith("python -m examples.pathology ")
+    path = tmp_path / "study.toml"
+    write_toml(path, {"benchmark": config.resolved(), "provenance": {"torch": "2"}})
+    assert run("benchmark", "--config", path) == 1  # of the second, one job failed
+    assert asked[1].resolved() == asked[0].resolved()
+    assert capsys.readouterr().out.split() == ["page", "page"]
+    assert run("benchmark", *NEEDED, "--auxiliary", "LF", "--out", "o") == 1
+    assert asked[2].methods == benchmark.METHODS
+    assert asked[2].external is None
