@@ -93,10 +93,12 @@ class BenchmarkConfig:
     Args:
         crossval: What all runs have in common: tables, features, target, folds, epochs, seed, ...;
             its `out` is the folder of the benchmark, its `device` may name several for workers to
-            share (``cuda:0,cuda:1``), its `cache_gb` is for each worker, and its `auxiliary` and
-            `balancer` are not used.
+            share (``cuda:0,cuda:1``), its `cache_gb` is for each worker, and its `auxiliary`,
+            `kind` and `balancer` are not used.
         auxiliary: Auxiliary targets, each combined with the primary one on its own, as in the
             paper; at least one.
+        kind: ``NAME=classification`` or ``NAME=regression``, as in `config.CohortConfig`, for
+            targets whose values do not tell.
         methods: ``baseline`` and names that ``mtbalance`` knows.
         external: A cohort to deploy every run on.
         workers: Worker processes on this machine; ``None``: one per GPU, or as many as the cores
@@ -110,6 +112,7 @@ class BenchmarkConfig:
 
     crossval: CrossvalConfig
     auxiliary: tuple[str, ...]
+    kind: tuple[str, ...] = ()
     methods: tuple[str, ...] = METHODS
     external: ExternalCohort | None = None
     workers: int | None = None
@@ -135,6 +138,8 @@ class BenchmarkConfig:
         if not self.methods:
             raise UserError("`methods` must name at least one method, but names none.")
         refuse_clashes(self.auxiliary)
+        # What each run is told is told here: a wrong kind is refused before anything is read.
+        replace(self.crossval, auxiliary=self.auxiliary, kind=self.kind)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -152,6 +157,10 @@ class BenchmarkConfig:
         """Whether each auxiliary target has patients, splits and a baseline of its own."""
         return with_reference_protocol(self.crossval).complete_cases
 
+    def kind_of(self, *targets: str) -> tuple[str, ...]:
+        """Return what `kind` says of some targets."""
+        return tuple(text for text in self.kind if text.rpartition("=")[0] in targets)
+
     def resolved(self) -> dict[str, Any]:
         """Return the settings as plain values that TOML can hold."""
         common = with_reference_protocol(self.crossval).resolved()
@@ -162,6 +171,7 @@ class BenchmarkConfig:
             **common,
             "schedule": self.crossval.schedule,
             "auxiliary": list(self.auxiliary),
+            "kind": list(self.kind),
             "methods": list(self.methods),
             "threads": self.threads,
         }
@@ -266,6 +276,7 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
             run = replace(
                 common,
                 auxiliary=() if alone else (auxiliary,),
+                kind=config.kind_of(common.target, *(() if alone else (auxiliary,))),
                 balancer=method,
                 out=common.out / RUNS / place,
                 splits=splits,

@@ -378,6 +378,7 @@ def benchmark(
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="End when more jobs than this have failed.")
     ] = None,
+    kind: Kind = None,
     cutoff: Cutoff = None,
     positive: Positive = None,
     folds: Folds = 5,
@@ -410,7 +411,7 @@ def benchmark(
 
     The exit code is 1 if a job failed; run again, only what is missing is done.
     """
-    arguments = {**locals(), "auxiliary": ()}
+    arguments = {**locals(), "auxiliary": (), "kind": ()}
     from examples.pathology import benchmark as stage
     from examples.pathology.config import CrossvalConfig
 
@@ -418,6 +419,7 @@ def benchmark(
         stage.BenchmarkConfig(
             _settings(CrossvalConfig, arguments),
             auxiliary=tuple(auxiliary),
+            kind=tuple(kind or ()),
             methods=tuple(methods or stage.METHODS),
             external=stage.external_cohort(external_clini, external_slide_table, external_features),
             workers=workers,

@@ -40,13 +40,13 @@ def other(tmp_path_factory):
 
 
 def config_of(tables, out, **changes) -> BenchmarkConfig:
-    names = CrossvalConfig.__dataclass_fields__
+    names = set(CrossvalConfig.__dataclass_fields__)
     common = CrossvalConfig(
         tables.clini,
         tables.slides,
         tables.features,
-        "isMSIH",
-        out,
+        changes.pop("target", "isMSIH"),
+        out=out,
         **{
             "folds": 2,
             "epochs": 2,
@@ -54,7 +54,7 @@ def config_of(tables, out, **changes) -> BenchmarkConfig:
             "width": 6,
             "layers": 1,
             "device": "cpu",
-            **{k: changes.pop(k) for k in list(changes) if k in names and k != "auxiliary"},
+            **{k: changes.pop(k) for k in list(changes) if k in names - {"auxiliary", "kind"}},
         },
     )
     values = {"auxiliary": ("LF", "Prolif/A"), "methods": METHODS, "workers": 2, **changes}
@@ -224,6 +224,21 @@ def test_complete_cases_have_a_baseline_of_their_own(tables, tmp_path):
     assert sizes == [15] * 3 + [16] * 3  # one patient has no LF
 
 
+def test_a_kind_is_told_to_the_runs_that_have_the_target(tables, tmp_path):
+    kind = ("isMSIH=classification", "Prolif/A=regression")
+    config = config_of(tables, tmp_path / "study", kind=kind)
+    told = {place.as_posix(): p.config.kind for place, p in benchmark.make_plans(config).items()}
+    assert told["baseline"] == told["lf/naive"] == kind[:1]
+    assert told["prolif-a/naive"] == kind
+
+
+def test_a_number_to_predict_is_refused(tables, tmp_path):
+    config = config_of(tables, tmp_path / "study", target="LF", auxiliary=("Prolif/A",))
+    config = replace(config, kind=("LF=regression",))
+    with pytest.raises(UserError, match=r"`LF` is a regression. Give --cutoff."):
+        benchmark.make_plans(config)
+
+
 def test_the_reference_protocol_steps_the_schedule_for_several_targets_alone(tables, tmp_path):
     config = config_of(tables, tmp_path / "study", reference_protocol=True)
     schedules = {
@@ -250,6 +265,7 @@ def test_the_reference_protocol_steps_the_schedule_for_several_targets_alone(tab
             "`workers` and `scheduler` must not be given together",
         ),
         ({"workers": 0}, "`workers` must be at least 1, but got 0."),
+        ({"kind": ("LFF=regression",)}, "`kind` must be NAME="),
     ],
 )
 def test_wrong_settings_are_told(tables, tmp_path, changes, words):
