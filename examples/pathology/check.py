@@ -14,7 +14,7 @@ from statistics import median
 
 from examples.pathology.cohort import TRAINING_ONLY, Cohort, known_values, load_cohort
 from examples.pathology.config import CohortConfig
-from examples.pathology.joining import Joined, join
+from examples.pathology.joining import Joined, join_for
 from examples.pathology.matching import near_matches
 from examples.pathology.results import prediction_columns
 from examples.pathology.splits import Fold, check_sizes, make_splits
@@ -52,17 +52,9 @@ def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
         UserError: A table cannot be read or contradicts itself, a file name leads out of the
             folder, or a cross-validation would refuse what is there.
     """
-    wanted = [config.target, *config.auxiliary]
-    joined = join(
-        config.clini,
-        config.slide_table,
-        config.features,
-        wanted,
-        patient_column=config.patient_column,
-        filename_column=config.filename_column,
-    )
+    joined = join_for(config)
     problems = _say_joining(joined, config, say)
-    _say_labels(joined, wanted, say)
+    _say_labels(joined, [config.target, *config.auxiliary], say)
     cohort = load_cohort(config)
     problems += _say_files(cohort, config.limit, say)
     _say_cohort(cohort, say)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from examples.pathology.bags import Inspection
 from examples.pathology.errors import UserError, listing
 from examples.pathology.files import write_text
-from examples.pathology.joining import Joined, join
+from examples.pathology.joining import Joined, join, join_for
 from examples.pathology.tables import FILENAME, PATIENT
 from examples.pathology.targets import (
     MAX_AUXILIARY_CLASSES,
@@ -170,14 +170,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
             are mixed, or nobody is left.
     """
     clini, target, auxiliary = config.clini, config.target, config.auxiliary
-    joined = join(
-        clini,
-        config.slide_table,
-        config.features,
-        [target, *auxiliary],
-        patient_column=config.patient_column,
-        filename_column=config.filename_column,
-    )
+    joined = join_for(config)
     if config.cutoff is not None:
         joined = _cut(joined, target, config.cutoff, clini)
     kinds = {target: kind_of(joined.clinical[target], MAX_CLASSES)}

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,9 @@ import pandas as pd
 from examples.pathology.errors import UserError, listing
 from examples.pathology.matching import match_files, slide_key
 from examples.pathology.tables import FILENAME, PATIENT, read_table
+
+if TYPE_CHECKING:
+    from examples.pathology.config import CohortConfig
 
 
 def read_clinical_table(
@@ -118,6 +122,18 @@ def join(
     found = match_files((key for _, key in slides), files)
     _refuse_shared_files(slides, found, slide_table)
     return Joined(clinical, slides, files, found)
+
+
+def join_for(config: CohortConfig) -> Joined:
+    """Read and match what a cohort is made of; its targets must be columns."""
+    return join(
+        config.clini,
+        config.slide_table,
+        config.features,
+        [config.target, *config.auxiliary],
+        patient_column=config.patient_column,
+        filename_column=config.filename_column,
+    )
 
 
 def find_feature_files(folder: Path) -> dict[str, Path]:

@@ -1,9 +1,8 @@
 """One fold: fit on the training part, stop on the validation part, hand back the best checkpoint.
 
-The primary target's cross-entropy and each auxiliary loss (cross-entropy, or the mean squared error
-of a target scaled to [0, 1] by the training part) meet in a `mtbalance.Balancer`. The baseline
-trains the same network with the primary target's token alone, under the same protocol. Nothing here
-ever sees the test fold.
+The losses of all targets (`losses`) meet in a `mtbalance.Balancer`. The baseline trains the same
+network with the primary target's token alone, under the same protocol. Nothing here ever sees the
+test fold.
 """
 
 from __future__ import annotations
@@ -97,7 +96,8 @@ def fit_fold(
     Args:
         cohort: Tells the targets and the length of a feature vector.
         train: Patients to step on; a step is one patient with all tiles, or `max_tiles` of them.
-        validation: Patients whose mean primary cross-entropy decides when to stop and what to keep.
+        validation: Patients whose mean loss of the primary target decides when to stop and what to
+            keep.
         config: How.
         lookahead: Patients for the look-ahead batches of a weighting that needs them (Auto-Lambda).
             Those that are not in ``train`` count as training part too: scalers see them.
@@ -111,7 +111,7 @@ def fit_fold(
 
     Raises:
         RunError: A loss is not finite; the fold, epoch, patient and target are named.
-        UserError: The balancer's name is unknown, or an auxiliary target cannot be scaled.
+        UserError: The balancer's name is unknown, or a regression target cannot be scaled.
     """
     bags = bags or BagStore()
     device = torch.device(config.device)
