@@ -106,8 +106,8 @@ class FeatureSpace:
         if external:
             feats *= 1 + DOMAIN_GAIN * shifts.domain_shift * self.domain_gain
             feats += shifts.domain_shift * self.domain
-        # Neighbours in a smooth field are of one tissue, and of one kind of tumour.
-        order = np.lexsort((altered, clone, generator.permutation(len(TISSUES))[kinds]))
+        # Neighbours in a smooth field are of one tissue, and of one clone.
+        order = np.lexsort((clone, generator.permutation(len(TISSUES))[kinds]))
         cells, rank = _layout(count, generator)
         tile_of_cell = order[rank]
         return feats[tile_of_cell], cells * TILE_SIZE_UM

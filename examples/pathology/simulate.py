@@ -238,7 +238,7 @@ def _readme(config: SimulateConfig, cohort: SimulatedCohort, left_out: int) -> s
         "they say nothing about how well it works on real slides.",
         "",
         f"{cohort.patients} patients, {cohort.slides} slides.",
-        f"Tumour tiles are altered where `{cohort.target}` is {cohort.positive}.",
+        _planted(config, cohort),
         f"Labels and signatures: {labels}.",
         "A value that is missing stays missing in clini.csv; for the bags it is drawn given the",
         "others, so that the bags of such patients are like any other.",
@@ -257,6 +257,13 @@ def _readme(config: SimulateConfig, cohort: SimulatedCohort, left_out: int) -> s
         ]
     lines += ["", "simulation.toml: all settings. truth.csv: what made each patient's bags.", ""]
     return "\n".join(lines)
+
+
+def _planted(config: SimulateConfig, cohort: SimulatedCohort) -> str:
+    """Return in words what of the label and the signatures is in the bags."""
+    if config.strength("tumour_shift") or config.strength("signature_effect"):
+        return f"Planted: `{cohort.target}` = {cohort.positive} and the signatures; see truth.csv."
+    return "Nothing is planted: what the bags say of labels and signatures, the fractions say."
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:

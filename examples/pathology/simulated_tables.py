@@ -104,6 +104,13 @@ def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -
         logger.warning("Left out: %d slides of patients who are not in %s", unknown, clini)
     if not slides:
         raise UserError(f"{slide_table} must have slides of patients of {clini}, but has none.")
+    owners: dict[str, str] = {}
+    for patient, key in slides:
+        if (owner := owners.setdefault(key, patient)) != patient:
+            raise UserError(
+                f"{slide_table}: each slide must belong to one patient, but {key} is claimed by "
+                f"{owner} and {patient}."
+            )
     return Source(clinical, slides)
 
 
