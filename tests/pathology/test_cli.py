@@ -309,7 +309,7 @@ def test_benchmark_passes_every_setting_on_and_its_settings_repeat_it(
     assert config.crossval.cutoff == 30.0
     assert config.external.slide_table == Path("es.csv")
     assert (config.crossval.epochs, config.crossval.width, config.crossval.note) == (5, 96, "n")
-    assert config.command.startswith("python -m examples.pathology ")
+    assert config.command.startswith("python -m examples.pathology")
     path = tmp_path / "study.toml"
     write_toml(path, {"benchmark": config.resolved(), "provenance": {"torch": "2"}})
     assert run("benchmark", "--config", path) == 1  # of the second, one job failed
