@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ LOCAL_CONFIG = {
 }
 """How Dask is set up for processes of our own."""
 
+CONNECT_S = 30.0
+"""How long to wait for the answer of a scheduler, in s."""
+
 PACKAGES = ("mtbalance", "torch", "distributed")
 """Packages that must be the same here and in the workers."""
 
@@ -60,7 +63,7 @@ def cluster(
         threads_per_worker: Threads that PyTorch computes with in a job. Sums depend on it in their
             last digits, so it is fixed and does not follow from the number of workers or cores.
         devices: ``cuda:N`` or ``cpu`` of this machine for the processes to start; empty: all GPUs.
-        wait_s: How long to wait for the scheduler and for its first worker, in s.
+        wait_s: How long to wait for the first worker of `scheduler`, in s.
 
     Yields:
         A client of the scheduler, for `run_jobs`.
@@ -113,11 +116,24 @@ def _local(workers: int | None, threads: int, devices: Sequence[str]) -> Iterato
         stack.enter_context(_environment_restored())
         stack.enter_context(dask.config.set(LOCAL_CONFIG))
         processes = stack.enter_context(SpecCluster(nannies, leader, **quiet))
+        stack.callback(processes.sync, _kill_workers, processes)
         client = stack.enter_context(Client(processes, set_as_default=False))
         client.register_plugin(_IgnoreInterrupts())
         if with_dashboard:
             logger.info("The dashboard of the workers is at %s", processes.dashboard_link)
         yield client
+
+
+async def _kill_workers(processes: SpecCluster) -> None:
+    """End the workers at once: none has anything to lose, and one may be in the middle of a job.
+
+    Closing the cluster alone would ask them, wait for some seconds, and on a busy machine give up.
+    """
+    for nanny in processes.workers.values():
+        nanny.close_gracefully()  # it does not start another one
+        if nanny.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(nanny.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def _visible_devices(devices: Sequence[str]) -> list[str]:
@@ -163,7 +179,7 @@ def _existing(scheduler: str, wait_s: float) -> Iterator[Client]:
     if Path(scheduler).is_file():
         where = {"scheduler_file": scheduler}
     try:
-        client = Client(**where, timeout=wait_s, set_as_default=False)
+        client = Client(**where, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise UserError(
             "`scheduler` must be the address or the scheduler file of a running Dask scheduler, "

@@ -289,7 +289,11 @@ def test_a_scheduler_elsewhere_gives_the_same_with_any_number_of_workers(two, sc
     with pytest.raises(UserError, match=r"at least one worker, but .* none for 0.2 s"):
         cluster(scheduler=address, wait_s=0.2).__enter__()
     jobs = [Job(f"{seed}", occupy, (seed,)) for seed in range(6)]
-    with worker_of(scheduler, cwd=ROOT), cluster(scheduler=str(scheduler)) as client:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    with (
+        worker_of(scheduler, cwd=ROOT, env=environment),
+        cluster(scheduler=str(scheduler)) as client,
+    ):
         (threads,) = client.nthreads().values()
         assert threads == 4
         one = run_jobs(jobs, client, title="")
@@ -329,9 +333,10 @@ def test_other_packages_in_the_workers_are_told(two, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "no such file"])
-def test_a_scheduler_that_is_not_there_is_wrong_use(address):
+def test_a_scheduler_that_is_not_there_is_wrong_use(address, monkeypatch):
+    monkeypatch.setattr(cluster_module, "CONNECT_S", 0.5)
     with pytest.raises(UserError, match=f"running Dask scheduler, but got {address}"):
-        cluster(scheduler=address, wait_s=0.5).__enter__()
+        cluster(scheduler=address).__enter__()
 
 
 @pytest.mark.parametrize(
