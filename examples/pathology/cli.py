@@ -22,8 +22,9 @@ from examples.pathology.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from examples.pathology.config import CohortConfig
+    from examples.pathology.simulation import SimulateConfig
 
-Settings = TypeVar("Settings", bound="CohortConfig")
+Settings = TypeVar("Settings", bound="CohortConfig | SimulateConfig")
 
 app = typer.Typer(
     add_completion=False,
@@ -626,35 +627,7 @@ def simulate(
     from examples.pathology.simulate import run_simulate
     from examples.pathology.simulation import SimulateConfig
 
-    cohort = run_simulate(
-        SimulateConfig(
-            out=out,
-            clini=clini,
-            target=target,
-            auxiliary=tuple(auxiliary or ()),
-            positive=positive,
-            patients=patients,
-            slide_table=slide_table,
-            external_clini=external_clini,
-            composition=composition,
-            tissue_fractions=tissue_fractions,
-            null=null,
-            tiles=tiles,
-            max_tiles=max_tiles,
-            tumour_shift=tumour_shift,
-            tumour_share=tumour_share,
-            tumour_noise=tumour_noise,
-            lymphocyte_shift=lymphocyte_shift,
-            signature_effect=signature_effect,
-            signature_shift=signature_shift,
-            composition_noise=composition_noise,
-            batch_effect=batch_effect,
-            domain_shift=domain_shift,
-            patient_column=patient_column,
-            filename_column=filename_column,
-            seed=seed,
-        )
-    )
+    cohort = run_simulate(_settings(SimulateConfig, locals()))
     typer.echo(cohort.clini.parent)
 
 
