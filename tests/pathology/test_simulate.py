@@ -23,6 +23,7 @@ from examples.pathology.feature_space import FeatureSpace
 from examples.pathology.features import read_features
 from examples.pathology.figures import caption_of
 from examples.pathology.simulate import run_simulate
+from examples.pathology.simulated_tables import shuffled
 from examples.pathology.simulation import SimulateConfig
 from tests.pathology.tiny import write_bag, write_table
 
@@ -221,6 +222,19 @@ def test_in_the_null_setting_auxiliary_values_say_nothing_of_label_or_bag(drawn)
     assert before["Leukocyte Fraction"].astype(float).corr(seen) > 1.5 * chance
     assert "SHUFFLED among patients (null setting)" in null.simulated
     assert "Null setting" in (null.clini.parent / "README.txt").read_text()
+
+
+def test_patients_with_and_without_a_label_are_shuffled_apart(tmp_path):
+    rows = {f"P{i:02d}": ["MSS" if i % 2 else "", f"{i}"] for i in range(60)}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["isMSIH", "Proliferation"])
+    mixed = shuffled(table, SimulateConfig(tmp_path))
+    assert list(mixed["isMSIH"]) == list(table["isMSIH"])
+    for labelled in (True, False):
+        before, after = (
+            t["Proliferation"][(t["isMSIH"] != "") == labelled] for t in (table, mixed)
+        )
+        assert sorted(before) == sorted(after)
+        assert (before == after).mean() < 0.2  # by chance, one of 30 stays on average
 
 
 def test_drawn_labels_say_so_and_lack_as_many_values_as_real_ones(drawn):
