@@ -232,8 +232,6 @@ def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[JobRow]:
         rows[outcome.key] = JobRow(
             outcome.key, outcome.status, outcome.error, outcome.seconds, outcome.attempts
         )
-        if outcome.status == "failed":
-            logger.warning("%s failed: %s", outcome.key, outcome.error)
 
     try:
         if left:

@@ -32,6 +32,9 @@ LOCAL_CONFIG = {
     # Dask gives up a worker that is not back after 15 s, or dies again just then. Ours are always
     # started again: they are all there are.
     "distributed.deploy.lost-worker-timeout": "1000 days",
+    # Dask makes the C library give every freed block back to the system at once. Getting it again
+    # costs more than the work of a small step: GradDrop took 1.5 times as long.
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
 }
 """How Dask is set up for processes of our own."""
 

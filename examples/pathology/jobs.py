@@ -238,6 +238,8 @@ class _Run:
     ) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self._jobs = {job.key: job for job in jobs}
+        # What waited for others goes before what was there all the time but stands behind it.
+        self._priorities = {job.key: -number for number, job in enumerate(jobs)}
         self._sorter = _sorted(jobs)
         self._client = client
         self._on_outcome = on_outcome
@@ -298,6 +300,7 @@ class _Run:
             self._threads,
             self._deaths,
             key=(self._id, f"{key}#{self._given_up[key]}"),
+            priority=self._priorities[key],
             pure=False,
         )
         self._sent[future] = key

@@ -221,7 +221,7 @@ def load_or_make_splits(config: CrossvalConfig, cohort: Cohort) -> list[Fold]:
         folds = make_splits(cohort, config.folds, config.seed)
     check_splits(folds, cohort)
     if sources:
-        logger.info("Splits taken from %s", sources[0])
+        logger.debug("Splits taken from %s", sources[0])
     if not own.exists():
         value = {
             "format": 1,
