@@ -58,6 +58,11 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def begin_and_die(path):
+    append(path, "begun")
+    die()
+
+
 def train(path, *, steps=6):
     """Sum random products, a checkpoint after every step; killed in the middle, but only once."""
     mark = path.with_suffix(".killed")
@@ -174,12 +179,16 @@ def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(two, tmp_path,
     assert "killed was begun 2 times, since its worker died" in caplog.text
 
 
-def test_a_job_that_kills_its_workers_fails_and_takes_no_other_with_it(two):
-    jobs = [Job("deadly", die, ()), *(Job(f"{n}", square, (n,)) for n in range(8))]
+def test_a_job_that_kills_its_workers_fails_and_takes_no_other_with_it(two, tmp_path):
+    jobs = [
+        Job("deadly", begin_and_die, (tmp_path / "times",)),
+        *(Job(f"{n}", square, (n,)) for n in range(8)),
+    ]
     outcomes = run_jobs(jobs, two, title="", deaths=2)
     deadly = outcomes.pop("deadly")
     assert (deadly.status, deadly.attempts) == ("failed", 2)
     assert deadly.error == "its worker died 2 times while at it"
+    assert (tmp_path / "times").read_text().split() == ["begun"] * 2
     assert [outcome.value for outcome in outcomes.values()] == [n * n for n in range(8)]
     assert {outcome.attempts for outcome in outcomes.values()} == {1}
 
