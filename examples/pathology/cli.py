@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from examples.pathology.config import CohortConfig
     from examples.pathology.simulation import SimulateConfig
 
+OURS = ("examples", "mtbalance")  # packages whose log lines a user wants to see
 Settings = TypeVar("Settings", bound="CohortConfig | SimulateConfig")
 
 app = typer.Typer(
@@ -639,11 +640,16 @@ def set_up_logging(*, verbose: bool = False) -> None:
             root.removeHandler(handler)
     handler = _ProgressHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_ours_or_warning)  # Dask gives its own loggers a lower level than the root's
     root.addHandler(handler)
-    root.setLevel(logging.WARNING)  # other packages
+    root.setLevel(logging.WARNING)
     level = logging.DEBUG if verbose else logging.INFO
-    logging.getLogger("examples").setLevel(level)
-    logging.getLogger("mtbalance").setLevel(level)
+    for name in OURS:
+        logging.getLogger(name).setLevel(level)
+
+
+def _ours_or_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in OURS
 
 
 class _ProgressHandler(logging.Handler):

@@ -221,17 +221,20 @@ def test_demo_and_report_print_where_the_page_is(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == "b\n"
 
 
-def test_logs_go_to_stderr(capsys):
+def test_logs_go_to_stderr(capsys, monkeypatch):
     cli.set_up_logging()
     cli.set_up_logging()  # twice must not double the lines
     import logging
 
     logging.getLogger("examples.pathology.x").info("a line")
+    monkeypatch.setattr(logging.getLogger("another.package"), "level", logging.DEBUG)
     logging.getLogger("another.package").info("noise")
+    logging.getLogger("another.package").warning("trouble")
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.count("a line") == 1
     assert "noise" not in shown.err
+    assert "trouble" in shown.err
 
 
 @pytest.mark.parametrize("code", [0, 1])
