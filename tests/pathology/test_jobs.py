@@ -37,6 +37,11 @@ def append(path, word):
         file.write(f"{word}\n")
 
 
+def linger(path, word):
+    time.sleep(0.1)
+    append(path, word)
+
+
 def divide():
     raise ZeroDivisionError("not\nby zero")
 
@@ -91,7 +96,9 @@ def occupy(seed):
 
 
 def process():
-    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    names = (
+        "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MALLOC_TRIM_THRESHOLD_",
+    )  # fmt: skip
     return os.getpid(), torch.get_num_threads(), *map(os.environ.get, names)
 
 
@@ -136,6 +143,18 @@ def test_jobs_wait_for_those_they_need(two, tmp_path):
     assert set(statuses(outcomes).values()) == {"done"}
     assert sorted(seen, key=lambda o: o.key) == sorted(outcomes.values(), key=lambda o: o.key)
     assert (seen[0].key, seen[-1].key) == ("splits", "table")
+
+
+def test_a_job_whose_needs_are_done_goes_before_those_that_stand_behind_it(two, tmp_path):
+    path = tmp_path / "words"
+    jobs = [
+        Job("fold", append, (path, "fold")),
+        Job("results", append, (path, "results"), needs=("fold",)),
+        *(Job(f"later/{n}", linger, (path, "later")) for n in range(24)),
+    ]
+    run_jobs(jobs, two, title="")
+    words = path.read_text().split()
+    assert words.index("results") < 20  # without an order it would be the last
 
 
 def test_what_fails_is_told_and_ends_nothing(two, caplog):
@@ -233,10 +252,10 @@ def test_wrong_jobs_are_told_before_any_runs(two, jobs, words):
 def test_workers_have_their_threads_and_leave_this_process_alone(two):
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONHASHSEED")}
     jobs = [Job(str(n), process, ()) for n in range(4)]
-    for _, threads, gpu, omp, policy in [o.value for o in run_jobs(jobs, two, title="").values()]:
-        assert (threads, gpu, omp, policy) == (1, "", "1", "PASSIVE")
+    for _, *seen in [outcome.value for outcome in run_jobs(jobs, two, title="").values()]:
+        assert seen == [1, "", "1", "PASSIVE", None]  # None: freed memory is kept
     with cluster(workers=1, threads_per_worker=2) as client:
-        pid, threads, _, omp, _ = run_jobs(jobs[:1], client, title="")["0"].value
+        pid, threads, _, omp, *_ = run_jobs(jobs[:1], client, title="")["0"].value
         assert (threads, omp) == (2, "2")
     assert {name: os.environ.get(name) for name in before} == before
     assert not is_running(pid)
