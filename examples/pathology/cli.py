@@ -1,4 +1,4 @@
-# ruff: noqa: ARG001  (--config and --verbose act while the arguments are read)
+# ruff: noqa: ARG001, TC001  (--config and --verbose act, and annotations count, as arguments are read)
 """The command line: reads the arguments, calls one stage, turns its outcome into an exit code.
 
 0: all well; 1: some items failed, or the run did; 2: wrong use. Logs and progress go to stderr.
@@ -7,7 +7,6 @@ Every stage is imported when it is asked for, so that ``--help`` answers at once
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from examples.pathology import options
 from examples.pathology.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from examples.pathology.config import CohortConfig
     from examples.pathology.simulation import SimulateConfig
 
-OURS = ("examples", "mtbalance")  # packages whose log lines a user wants to see
 Settings = TypeVar("Settings", bound="CohortConfig | SimulateConfig")
 
 app = typer.Typer(
@@ -34,119 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich alone would take a third of the second
     help="Whole-slide images in, a cross-validated multi-task biomarker model out.",
 )
-
-
-def _use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Let a section of a TOML file supply the defaults of this command's options."""
-    if path is None:
-        return None
-    from examples.pathology.config import read_section
-
-    section = str(context.info_name)
-    parents = context.parent.command if context.parent else context.command
-    sections = [*getattr(parents, "commands", {section: None}), "provenance"]
-    own = {"config", "help"}
-    known = [str(p.name) for p in context.command.params if p.name not in own]
-    values = read_section(path, section, known, sections)
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
-
-
-def _quiet_or_not(verbose: bool) -> bool:
-    set_up_logging(verbose=verbose)
-    return verbose
-
-
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE.toml",
-        help="Defaults for these options, from the section named like the command; "
-        "the command line wins.",
-        is_eager=True,
-        callback=_use_config,
-    ),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-CompleteCases = Annotated[
-    bool,
-    typer.Option(
-        "--complete-cases",
-        help="Leave out patients who lack a value of any target, as the paper does.",
-    ),
-]
-NoDevice = Annotated[str, typer.Option(help="Accepted as everywhere; none is needed here.")]
-PatientColumn = Annotated[str, typer.Option(help="Column of the patient in both tables.")]
-FilenameColumn = Annotated[str, typer.Option(help="Column of the file name in the slide table.")]
-MppTable = Annotated[
-    Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
-]
-Clini = Annotated[
-    Path, typer.Option(help="Clinical table (.csv, .xlsx) with the patient and targets.")
-]
-SlideTable = Annotated[Path, typer.Option(help="Table of patient and file name.")]
-Features = Annotated[Path, typer.Option(help="Folder of feature files (.h5).")]
-Target = Annotated[
-    str,
-    typer.Option(help="Column of the primary target; numbers of over 20 values are a regression."),
-]
-Auxiliary = Annotated[
-    list[str] | None, typer.Option(help="Column of a further target; may be given several times.")
-]
-Kind = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=classification|regression",
-        help="What a target is, where its values do not tell; may be given several times.",
-    ),
-]
-Cutoff = Annotated[
-    float | None,
-    typer.Option(help="Makes two classes of a numeric --target: from here on it is positive."),
-]
-Positive = Annotated[
-    str | None, typer.Option(help="Class whose AUROC is reported; default: the rarer one.")
-]
-Folds = Annotated[int, typer.Option(min=2, help="Number of folds.")]
-Epochs = Annotated[int, typer.Option(min=1, help="Most epochs per fold.")]
-Patience = Annotated[
-    int, typer.Option(min=1, help="Epochs without a lower validation loss before a fold stops.")
-]
-LearningRate = Annotated[float, typer.Option(help="Of AdamW.")]
-WeightDecay = Annotated[float, typer.Option(help="Of AdamW.")]
-Schedule = Annotated[str, typer.Option(help="constant, cosine (per epoch) or cosine-per-step.")]
-Standardize = Annotated[
-    bool,
-    typer.Option("--standardize", help="Scale tile features by mean and sd of the training part."),
-]
-LookaheadData = Annotated[
-    str,
-    typer.Option(help="Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train."),
-]
-Splits = Annotated[
-    Path | None, typer.Option(help="splits.json of another run, to compare on equal folds.")
-]
-Width = Annotated[
-    int, typer.Option(min=1, help="Of the Transformer, a multiple of its 6 attention heads.")
-]
-Layers = Annotated[int, typer.Option(min=1, help="Of its encoder, and of its decoder.")]
-MaxTiles = Annotated[
-    int | None,
-    typer.Option(min=1, help="Most tiles per patient and step, drawn anew in every epoch."),
-]
-Precision = Annotated[str, typer.Option(help="float32; on a GPU also tf32 or bfloat16 (autocast).")]
-CacheGb = Annotated[float, typer.Option(min=0, help="Memory for tiles, in GB.")]
-ReferenceProtocol = Annotated[
-    bool,
-    typer.Option(
-        "--reference-protocol",
-        help="Splits, complete cases, schedule and patience of the paper's published code.",
-    ),
-]
-Note = Annotated[str, typer.Option(help="A sentence for figures and report.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)]
 
 
 @app.command()
@@ -162,7 +48,7 @@ def extract(
     extractor: Annotated[
         str, typer.Option(help="ctranspath, or timm:NAME for one of timm's models.")
     ] = "ctranspath",
-    slide_table: MppTable = None,
+    slide_table: options.MppTable = None,
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of slides that do not tell theirs.")
     ] = None,
@@ -204,12 +90,12 @@ def extract(
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="End the run when more slides than this have failed.")
     ] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; several with commas share the slides.")
     ] = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Cut slides into tiles of 256 um and compute their CTransPath features."""
     from examples.pathology import features, tiling
@@ -246,8 +132,8 @@ def verify_weights(
     weights: Annotated[Path, typer.Option(help="A CTransPath checkpoint.")],
     seed: Annotated[int, typer.Option(min=0, help="Accepted as everywhere; not used.")] = 0,
     device: Annotated[str, typer.Option(help="Accepted as everywhere; not used.")] = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Say whether a file is the released CTransPath (0), another usable one (1) or unusable (2)."""
     from examples.pathology import ctranspath
@@ -259,23 +145,23 @@ def verify_weights(
 
 @app.command()
 def check(
-    clini: Clini,
-    slide_table: SlideTable,
-    features: Features,
-    target: Target,
-    auxiliary: Auxiliary = None,
-    kind: Kind = None,
-    cutoff: Cutoff = None,
-    positive: Positive = None,
-    folds: Folds = 5,
-    complete_cases: CompleteCases = False,
-    patient_column: PatientColumn = "PATIENT",
-    filename_column: FilenameColumn = "FILENAME",
+    clini: options.Clini,
+    slide_table: options.SlideTable,
+    features: options.Features,
+    target: options.Target,
+    auxiliary: options.Auxiliary = None,
+    kind: options.Kind = None,
+    cutoff: options.Cutoff = None,
+    positive: options.Positive = None,
+    folds: options.Folds = 5,
+    complete_cases: options.CompleteCases = False,
+    patient_column: options.PatientColumn = "PATIENT",
+    filename_column: options.FilenameColumn = "FILENAME",
     limit: Annotated[int, typer.Option(min=1, help="Most names that a list shows.")] = 20,
-    seed: Seed = 0,
-    device: NoDevice = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    seed: options.Seed = 0,
+    device: options.NoDevice = "auto",
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Say what of tables and features fits together, what does not, and what is known.
 
@@ -288,44 +174,44 @@ def check(
 
 @app.command()
 def crossval(
-    clini: Clini,
-    slide_table: SlideTable,
-    features: Features,
-    target: Target,
+    clini: options.Clini,
+    slide_table: options.SlideTable,
+    features: options.Features,
+    target: options.Target,
     out: Annotated[Path, typer.Option(help="The run folder; a stopped run is taken up again.")],
-    auxiliary: Auxiliary = None,
+    auxiliary: options.Auxiliary = None,
     balancer: Annotated[
         str,
         typer.Option(
             help="baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."
         ),
     ] = "naive",
-    kind: Kind = None,
-    cutoff: Cutoff = None,
-    positive: Positive = None,
-    folds: Folds = 5,
-    epochs: Epochs = 32,
-    patience: Patience = 7,
-    learning_rate: LearningRate = 1e-4,
-    weight_decay: WeightDecay = 0.01,
-    schedule: Schedule = "constant",
-    standardize: Standardize = False,
-    lookahead_data: LookaheadData = "heldout",
-    splits: Splits = None,
-    complete_cases: CompleteCases = False,
-    width: Width = 384,
-    layers: Layers = 2,
-    max_tiles: MaxTiles = None,
-    precision: Precision = "float32",
-    cache_gb: CacheGb = 4.0,
-    reference_protocol: ReferenceProtocol = False,
-    patient_column: PatientColumn = "PATIENT",
-    filename_column: FilenameColumn = "FILENAME",
-    note: Note = "",
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    kind: options.Kind = None,
+    cutoff: options.Cutoff = None,
+    positive: options.Positive = None,
+    folds: options.Folds = 5,
+    epochs: options.Epochs = 32,
+    patience: options.Patience = 7,
+    learning_rate: options.LearningRate = 1e-4,
+    weight_decay: options.WeightDecay = 0.01,
+    schedule: options.Schedule = "constant",
+    standardize: options.Standardize = False,
+    lookahead_data: options.LookaheadData = "heldout",
+    splits: options.Splits = None,
+    complete_cases: options.CompleteCases = False,
+    width: options.Width = 384,
+    layers: options.Layers = 2,
+    max_tiles: options.MaxTiles = None,
+    precision: options.Precision = "float32",
+    cache_gb: options.CacheGb = 4.0,
+    reference_protocol: options.ReferenceProtocol = False,
+    patient_column: options.PatientColumn = "PATIENT",
+    filename_column: options.FilenameColumn = "FILENAME",
+    note: options.Note = "",
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Cross-validate the joint Transformer by patient, with all results in one run folder."""
     from examples.pathology.config import CrossvalConfig
@@ -346,10 +232,10 @@ def _settings(kind: type[Settings], arguments: Mapping[str, Any]) -> Settings:
 
 @app.command()
 def benchmark(
-    clini: Clini,
-    slide_table: SlideTable,
-    features: Features,
-    target: Target,
+    clini: options.Clini,
+    slide_table: options.SlideTable,
+    features: options.Features,
+    target: options.Target,
     auxiliary: Annotated[
         list[str],
         typer.Option(help="Auxiliary target, joined with the primary one on its own; several."),
@@ -380,34 +266,34 @@ def benchmark(
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="End when more jobs than this have failed.")
     ] = None,
-    kind: Kind = None,
-    cutoff: Cutoff = None,
-    positive: Positive = None,
-    folds: Folds = 5,
-    epochs: Epochs = 32,
-    patience: Patience = 7,
-    learning_rate: LearningRate = 1e-4,
-    weight_decay: WeightDecay = 0.01,
-    schedule: Schedule = "constant",
-    standardize: Standardize = False,
-    lookahead_data: LookaheadData = "heldout",
-    splits: Splits = None,
-    complete_cases: CompleteCases = False,
-    width: Width = 384,
-    layers: Layers = 2,
-    max_tiles: MaxTiles = None,
-    precision: Precision = "float32",
-    cache_gb: CacheGb = 4.0,
-    reference_protocol: ReferenceProtocol = False,
-    patient_column: PatientColumn = "PATIENT",
-    filename_column: FilenameColumn = "FILENAME",
-    note: Note = "",
-    seed: Seed = 0,
+    kind: options.Kind = None,
+    cutoff: options.Cutoff = None,
+    positive: options.Positive = None,
+    folds: options.Folds = 5,
+    epochs: options.Epochs = 32,
+    patience: options.Patience = 7,
+    learning_rate: options.LearningRate = 1e-4,
+    weight_decay: options.WeightDecay = 0.01,
+    schedule: options.Schedule = "constant",
+    standardize: options.Standardize = False,
+    lookahead_data: options.LookaheadData = "heldout",
+    splits: options.Splits = None,
+    complete_cases: options.CompleteCases = False,
+    width: options.Width = 384,
+    layers: options.Layers = 2,
+    max_tiles: options.MaxTiles = None,
+    precision: options.Precision = "float32",
+    cache_gb: options.CacheGb = 4.0,
+    reference_protocol: options.ReferenceProtocol = False,
+    patient_column: options.PatientColumn = "PATIENT",
+    filename_column: options.FilenameColumn = "FILENAME",
+    note: options.Note = "",
+    seed: options.Seed = 0,
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda; several (cuda:0,cuda:1) share the jobs.")
     ] = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compare all balancers with the baseline on the same folds: tables, tests, a report.
 
@@ -444,12 +330,12 @@ def deploy(
     slide_table: Annotated[Path, typer.Option(help="Table of patient and file name.")],
     features: Annotated[Path, typer.Option(help="Folder of feature files (.h5).")],
     out: Annotated[Path, typer.Option(help="Where the results go.")],
-    patient_column: PatientColumn = "PATIENT",
-    filename_column: FilenameColumn = "FILENAME",
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    patient_column: options.PatientColumn = "PATIENT",
+    filename_column: options.FilenameColumn = "FILENAME",
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Predict for another cohort with every fold of a run, and with their mean."""
     from examples.pathology.deploy import DeployConfig, run_deploy
@@ -474,10 +360,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
     patients: Annotated[int, typer.Option(min=10, help="Size of the synthetic cohort.")] = 40,
     epochs: Annotated[int, typer.Option(min=1, help="Most epochs per fold.")] = 6,
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Run everything on synthetic slides: extract, compare three methods, report; CPU, minutes."""
     from examples.pathology.demo import run_demo
@@ -492,15 +378,15 @@ def heatmap(
     slide: Annotated[Path, typer.Option(help="The slide; of a DICOM series, any file.")],
     features: Annotated[Path, typer.Option(help="The slide's feature file (.h5).")],
     out: Annotated[Path, typer.Option(help="Where the pictures go.")],
-    slide_table: MppTable = None,
+    slide_table: options.MppTable = None,
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of a slide that does not tell its own.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=32, help="How many top tiles to show.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Accepted as everywhere; not used.")] = 0,
-    device: Device = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    device: options.Device = "auto",
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show what each tile of a slide says: attention and class score over the slide, top tiles."""
     from examples.pathology.heatmap import HeatmapConfig, run_heatmap
@@ -537,8 +423,8 @@ def report(
     device: Annotated[
         str, typer.Option(help="Accepted as everywhere; a report needs none.")
     ] = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write the figures and numbers of one or more finished runs on one page."""
     from examples.pathology.report import write_report
@@ -617,12 +503,12 @@ def simulate(
     ] = 0.4,
     batch_effect: Annotated[float, typer.Option(help="Between slides, in sd of a feature.")] = 0.2,
     domain_shift: Annotated[float, typer.Option(help="Of the other site, likewise.")] = 0.3,
-    patient_column: PatientColumn = "PATIENT",
-    filename_column: FilenameColumn = "FILENAME",
-    seed: Seed = 0,
-    device: NoDevice = "auto",
-    config: Config = None,
-    verbose: Verbose = False,
+    patient_column: options.PatientColumn = "PATIENT",
+    filename_column: options.FilenameColumn = "FILENAME",
+    seed: options.Seed = 0,
+    device: options.NoDevice = "auto",
+    config: options.Config = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Make feature bags with a known truth for the labels of a clinical table."""
     from examples.pathology.simulate import run_simulate
@@ -630,35 +516,6 @@ def simulate(
 
     cohort = run_simulate(_settings(SimulateConfig, locals()))
     typer.echo(cohort.clini.parent)
-
-
-def set_up_logging(*, verbose: bool = False) -> None:
-    """Send log lines to stderr, past any progress bar."""
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        if isinstance(handler, _ProgressHandler):
-            root.removeHandler(handler)
-    handler = _ProgressHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(_ours_or_warning)  # Dask gives its own loggers a lower level than the root's
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING)
-    level = logging.DEBUG if verbose else logging.INFO
-    for name in OURS:
-        logging.getLogger(name).setLevel(level)
-
-
-def _ours_or_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in OURS
-
-
-class _ProgressHandler(logging.Handler):
-    """Writes a line without tearing a progress bar apart."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -670,9 +527,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Threads of PyTorch that wait spin by default. With anything else running on the same cores,
     # they take the time from those that work: a training step was 15 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options: dict[str, Any] = {"prog_name": "python -m examples.pathology"}
+    how: dict[str, Any] = {"prog_name": "python -m examples.pathology"}
     try:
-        app(list(arguments) if arguments is not None else None, **options)
+        app(list(arguments) if arguments is not None else None, **how)
     except UserError as error:
         _complain(error)
         raise SystemExit(2) from None

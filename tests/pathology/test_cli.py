@@ -13,6 +13,7 @@ from examples.pathology import (
     deploy,
     features,
     heatmap,
+    logs,
     report,
 )
 from examples.pathology.config import write_toml
@@ -222,8 +223,8 @@ def test_demo_and_report_print_where_the_page_is(monkeypatch, tmp_path, capsys):
 
 
 def test_logs_go_to_stderr(capsys, monkeypatch):
-    cli.set_up_logging()
-    cli.set_up_logging()  # twice must not double the lines
+    logs.set_up_logging()
+    logs.set_up_logging()  # twice must not double the lines
     import logging
 
     logging.getLogger("examples.pathology.x").info("a line")
