@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
@@ -17,6 +18,7 @@ import dask
 import torch
 from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
+from tqdm import tqdm
 
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError, one_line
@@ -121,7 +123,7 @@ def _local(workers: int | None, threads: int, devices: Sequence[str]) -> Iterato
         processes = stack.enter_context(SpecCluster(nannies, leader, **quiet))
         stack.callback(processes.sync, _kill_workers, processes)
         client = stack.enter_context(Client(processes, set_as_default=False))
-        client.register_plugin(_IgnoreInterrupts())
+        client.register_plugin(_EndedByUs())
         if with_dashboard:
             logger.info("The dashboard of the workers is at %s", processes.dashboard_link)
         yield client
@@ -167,13 +169,16 @@ def _environment_restored() -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _IgnoreInterrupts(WorkerPlugin):
-    """Ctrl-C reaches all processes of a terminal; the one that started the workers ends them."""
+class _EndedByUs(WorkerPlugin):
+    """Prepares a worker for its end, which is sudden: the process that started it kills it."""
 
-    name = "mtbalance-ignore-interrupts"
+    name = "mtbalance-ended-by-us"
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002 - the signature of the base
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
+        # Bars of several processes share a lock by default, which a process that is killed leaves
+        # behind in the system. Here no bar is shown.
+        tqdm.set_lock(threading.RLock())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,19 +70,25 @@ def table_html(
     Args:
         headings: Of the columns.
         rows: The cells.
-        names: How many of the first columns say what a row is.
+        names: How many of the first columns say what a row is; of several, the first one says it
+            once for all rows that follow each other and have it in common.
         dense: Whether to set it small, for many columns.
     """
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     lines = []
-    for row in rows:
-        cells = [html.escape(_keep_together(str(cell))) for cell in row]
-        lines.append(
-            "<tr>"
-            + "".join(f"<th>{cell}</th>" for cell in cells[:names])
-            + "".join(f"<td>{cell}</td>" for cell in cells[names:])
-            + "</tr>"
-        )
+    # Without a common name every row is a group of its own.
+    for _, group in itertools.groupby(rows, key=lambda row: row[0] if names > 1 else object()):
+        together = list(group)
+        for number, row in enumerate(together):
+            cells = [html.escape(_keep_together(str(cell))) for cell in row]
+            named = [f"<th>{cell}</th>" for cell in cells[:names]]
+            if number:
+                del named[0]
+            elif len(together) > 1:
+                named[0] = f"<th rowspan='{len(together)}'>{cells[0]}</th>"
+            lines.append(
+                f"<tr>{''.join(named)}{''.join(f'<td>{cell}</td>' for cell in cells[names:])}</tr>"
+            )
     return (
         f"<div class='scroll{' dense' * dense}'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -170,6 +177,7 @@ _STYLE = (
     ".9rem;"
     "text-align:left}thead th{border-bottom:2px solid #222}.scroll{overflow-x:auto}"
     ".dense{font-size:.85rem}.dense th,.dense td{padding:.2rem .5rem}"
+    "th[rowspan]{vertical-align:top;max-width:9rem}"
     ".warning{background:#fff3cd;border-left:4px solid #e69f00;padding:.6rem 1rem}"
     ".figures{display:flex;flex-wrap:wrap;gap:1rem}img{max-width:100%;height:auto}"
     "img.wide{width:100%}"

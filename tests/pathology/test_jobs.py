@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from examples.pathology import cluster as cluster_module
 from examples.pathology.cluster import cluster
@@ -100,6 +101,11 @@ def process():
         "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MALLOC_TRIM_THRESHOLD_",
     )  # fmt: skip
     return os.getpid(), torch.get_num_threads(), *map(os.environ.get, names)
+
+
+def lock_of_bars():
+    with tqdm(total=1):
+        return type(tqdm.get_lock()).__module__
 
 
 def kill(pid):
@@ -261,6 +267,11 @@ def test_workers_have_their_threads_and_leave_this_process_alone(two):
     assert not is_running(pid)
 
 
+def test_a_worker_that_is_killed_leaves_no_lock_behind(two):
+    used = run_jobs([Job("bar", lock_of_bars, ())], two, title="")["bar"].value
+    assert used == "_thread"  # and not of multiprocessing, which lives in the system
+
+
 def test_each_worker_sees_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -383,13 +394,14 @@ def test_wrong_use_of_a_cluster(options, words):
 # ---------------------------------------------------------------------------- Ctrl-C, progress
 
 SCRIPT = """
-import os, sys, time
+import signal, sys
 from pathlib import Path
 from examples.pathology.cluster import cluster
 from examples.pathology.jobs import Job, run_jobs
 from tests.pathology.test_jobs import forever
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background
     with cluster(workers=1) as client:
         run_jobs([Job(str(n), forever, (Path(sys.argv[1]),)) for n in range(3)], client)
 """
@@ -400,35 +412,41 @@ def forever(folder):
     time.sleep(600)
 
 
+def wait_until(holds, process=None, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process is None or process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left(end, tmp_path):
     """After Ctrl-C, which reaches all processes of a terminal; after kill -9 of the first one."""
     script, pids = tmp_path / "script.py", tmp_path / "pids"
     script.write_text(SCRIPT)
     pids.mkdir()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, script, pids],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (workers := list(pids.iterdir())):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    if end == signal.SIGINT:
-        os.killpg(process.pid, end)
-    else:
-        process.send_signal(end)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == -end
-    deadline = time.monotonic() + 10
-    while any(is_running(int(worker.name)) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    ) as process:
+        try:
+            wait_until(lambda: any(pids.iterdir()), process)
+            workers = [int(path.name) for path in pids.iterdir()]
+            if end == signal.SIGINT:
+                os.killpg(process.pid, end)
+            else:
+                process.send_signal(end)
+            _, told = process.communicate(timeout=120)
+            assert process.returncode == -end
+            wait_until(lambda: not any(map(is_running, workers)))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if end == signal.SIGINT:
         assert told.count("Traceback") == 1, told  # the script's own
 

@@ -35,6 +35,18 @@ def test_tables_escape_what_their_format_would_read():
     assert "<tr><th>&lt;x&gt; &amp; y</th><td>None</td></tr>" in pages.table_html(headings, rows)
 
 
+def test_what_rows_have_in_common_is_said_once():
+    rows = [("LF", "naive", 1), ("LF", "dwa", 2), ("ITH", "naive", 3)]
+    text = pages.table_html(("Target", "Method", "n"), rows, names=2)
+    assert text.partition("<tbody>")[2].startswith(
+        "<tr><th rowspan='2'>LF</th><th>naive</th><td>1</td></tr>"
+        "<tr><th>dwa</th><td>2</td></tr>"
+        "<tr><th>ITH</th><th>naive</th><td>3</td></tr>"
+    )
+    alone = pages.table_html(("Target", "n"), [("LF", 1), ("LF", 2)])
+    assert alone.count("<th>LF</th>") == 2
+
+
 def test_an_equation_is_not_torn_apart_in_a_dense_table():
     text = pages.table_html(("a",), [("p = 0.04, so so",)], names=0, dense=True)
     assert "<td>p\xa0=\xa00.04, so so</td>" in text
