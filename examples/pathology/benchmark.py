@@ -281,16 +281,15 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
                 device=config.job_device,
             )
             if alone:
-                plan = make_plan(run, load_cohort_of(run))
+                members = load_cohort_of(run)
             else:
-                cohort = cohort or load_cohort_of(run)
-                plan = make_plan(run, cohort)
-            if plan.cohort.target.kind != "classification":
+                members = cohort = cohort or load_cohort_of(run)
+            if members.target.kind != "classification":
                 raise UserError(
                     f"`target` must be a classification to compare methods by AUROC, but "
-                    f"`{plan.cohort.target.name}` is a {plan.cohort.target.kind}. Give --cutoff."
+                    f"`{members.target.name}` is a {members.target.kind}. Give --cutoff."
                 )
-            plans[place] = plan
+            plans[place] = make_plan(run, members)
             splits = splits or run.out / SPLITS
         if not config.own_baseline:
             shared = splits

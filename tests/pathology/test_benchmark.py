@@ -237,6 +237,7 @@ def test_a_number_to_predict_is_refused(tables, tmp_path):
     config = replace(config, kind=("LF=regression",))
     with pytest.raises(UserError, match=r"`LF` is a regression. Give --cutoff."):
         benchmark.make_plans(config)
+    assert not (tmp_path / "study").exists()  # nothing that --cutoff would not fit
 
 
 def test_the_reference_protocol_steps_the_schedule_for_several_targets_alone(tables, tmp_path):
