@@ -49,6 +49,7 @@ def extract(
         str, typer.Option(help="ctranspath, or timm:NAME for one of timm's models.")
     ] = "ctranspath",
     slide_table: options.MppTable = None,
+    filename_column: options.FilenameColumn = "FILENAME",
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of slides that do not tell theirs.")
     ] = None,
@@ -105,6 +106,7 @@ def extract(
         out,
         weights=weights,
         slide_table=slide_table,
+        filename_column=filename_column,
         default_mpp=default_mpp,
         workers=workers,
         processes=processes,
@@ -379,6 +381,7 @@ def heatmap(
     features: Annotated[Path, typer.Option(help="The slide's feature file (.h5).")],
     out: Annotated[Path, typer.Option(help="Where the pictures go.")],
     slide_table: options.MppTable = None,
+    filename_column: options.FilenameColumn = "FILENAME",
     default_mpp: Annotated[
         float | None, typer.Option(help="um per pixel of a slide that does not tell its own.")
     ] = None,
@@ -398,6 +401,7 @@ def heatmap(
             features=features,
             out=out,
             slide_table=slide_table,
+            filename_column=filename_column,
             default_mpp=default_mpp,
             top=top,
             device=device,

@@ -250,6 +250,7 @@ def extract(
     *,
     weights: Path | None,
     slide_table: Path | None = None,
+    filename_column: str = "FILENAME",
     default_mpp: float | None = None,
     workers: int | None = None,
     processes: int | None = None,
@@ -274,7 +275,8 @@ def extract(
         slides: Folder of slides.
         out: Output folder; made if missing.
         weights: The extractor's checkpoint; None for random weights, which is said in every file.
-        slide_table: Table (.csv, .xlsx) whose columns FILENAME and MPP give pixel sizes in um.
+        slide_table: Table (.csv, .xlsx) whose column MPP gives pixel sizes in um by file name.
+        filename_column: Its column of the file name.
         default_mpp: Microns per pixel of slides that do not say.
         workers: Threads that read while the network runs, in each process; None: 2 on a CPU; with
             a GPU as many as there are cores, 16 at most, shared out among the processes.
@@ -313,7 +315,9 @@ def extract(
         batch_size=batch_size,
         workers=workers,
         layout=layout,
-        table_mpp={} if slide_table is None else mpp_of_slides(slide_table, stems),
+        table_mpp=(
+            {} if slide_table is None else mpp_of_slides(slide_table, stems, filename_column)
+        ),
         default_mpp=default_mpp,
     )
     return dispatch.run(

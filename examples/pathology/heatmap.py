@@ -35,6 +35,7 @@ from examples.pathology.pixelsizes import mpp_of_slide
 from examples.pathology.prediction import Fitted, forward
 from examples.pathology.results import read_model
 from examples.pathology.slides import LevelError, Slide, open_slide, slide_file
+from examples.pathology.tables import FILENAME
 from examples.pathology.tiling import TileRules, plan_tiles
 from examples.pathology.units import SlideError
 
@@ -60,6 +61,7 @@ class HeatmapConfig:
         features: Its feature file.
         out: Where the pictures go.
         slide_table: Table whose column MPP gives the slide's microns per pixel, as in `extract`.
+        filename_column: Its column of the file name.
         default_mpp: Microns per pixel of a slide that does not tell its own.
         top: How many top tiles to show.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -70,6 +72,7 @@ class HeatmapConfig:
     features: Path
     out: Path
     slide_table: Path | None = None
+    filename_column: str = FILENAME
     default_mpp: float | None = None
     top: int = 8
     device: str = "auto"
@@ -119,7 +122,9 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         open_slide,
         config.slide,
         name,
-        table_mpp=None if table is None else mpp_of_slide(table, config.slide),
+        table_mpp=None
+        if table is None
+        else mpp_of_slide(table, config.slide, config.filename_column),
         default_mpp=config.default_mpp,
     )
     with closing(_open(opener)) as slide:

@@ -55,7 +55,7 @@ NoDevice = Annotated[str, typer.Option(help="Accepted as everywhere; none is nee
 PatientColumn = Annotated[str, typer.Option(help="Column of the patient in both tables.")]
 FilenameColumn = Annotated[str, typer.Option(help="Column of the file name in the slide table.")]
 MppTable = Annotated[
-    Path | None, typer.Option(help="Table whose MPP column gives um per pixel by FILENAME.")
+    Path | None, typer.Option(help="Table whose MPP column gives um per pixel by file name.")
 ]
 Clini = Annotated[
     Path, typer.Option(help="Clinical table (.csv, .xlsx) with the patient and targets.")

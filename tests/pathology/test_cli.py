@@ -266,12 +266,13 @@ def test_deploy_and_heatmap_pass_their_options_on(monkeypatch):
     assert run("deploy", "--run", "r", *tables, "--out", "o", "--filename-column", "slide") == 0
     assert run(
         "heatmap", "--run", "r", "--slide", "a.svs", "--features", "a.h5", "--out", "o", "--top", 3,
-        "--slide-table", "t.csv", "--default-mpp", 0.25,
+        "--slide-table", "t.csv", "--filename-column", "slide", "--default-mpp", 0.25,
     ) == 0  # fmt: skip
     deployed, drawn = asked
     assert (deployed.run, deployed.filename_column) == (Path("r"), "slide")
     assert (drawn.slide, drawn.features, drawn.top) == (Path("a.svs"), Path("a.h5"), 3)
-    assert (drawn.slide_table, drawn.default_mpp) == (Path("t.csv"), 0.25)
+    assert (drawn.slide_table, drawn.filename_column) == (Path("t.csv"), "slide")
+    assert drawn.default_mpp == 0.25
 
 
 def test_crossval_passes_every_setting_on(asked):

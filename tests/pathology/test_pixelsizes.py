@@ -87,3 +87,13 @@ def test_a_dicom_series_is_found_by_its_folder_and_two_by_their_identifiers(tmp_
     for name, series in (("x", "11.2.3"), ("y", "1.2.3")):
         (tmp_path / "two" / f"{name}.dcm").write_bytes(dicom(series))
     assert mpp_of_slide(rows, tmp_path / "two" / "y.dcm") == 0.4
+
+
+def test_the_column_of_the_file_name_may_have_another_name(tmp_path):
+    rows = table(tmp_path, "a,0.5", "b,0.25", "x,0.3", header="slide,MPP")
+    assert mpp_of_slides(rows, ["a", "b"], "slide") == {"a": 0.5, "b": 0.25}
+    assert mpp_of_slide(rows, tmp_path / "b.svs", "slide") == 0.25
+    with pytest.raises(UserError, match="FILENAME"):
+        mpp_of_slides(rows, ["a"])
+    with pytest.raises(UserError, match="Write `slide` in full"):
+        mpp_of_slides(rows, ["1/x", "2/x"], "slide")
