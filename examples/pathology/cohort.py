@@ -8,9 +8,7 @@ primary label but with an auxiliary value are trained on and never tested: they 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from examples.pathology.bags import Inspection
 from examples.pathology.errors import UserError, listing
-from examples.pathology.files import write_text
+from examples.pathology.files import table_csv, write_text
 from examples.pathology.joining import Joined, join, join_for
 from examples.pathology.tables import FILENAME, PATIENT
 from examples.pathology.targets import (
@@ -149,11 +147,9 @@ class Cohort:
 
     def write_ledger(self, path: Path) -> None:
         """Write the ledger as a CSV table."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["item", "name", "patient", "status", "reason"])
-        writer.writerows((r.item, r.name, r.patient, r.status, r.reason) for r in self.ledger)
-        write_text(path, text.getvalue())
+        headings = ["item", "name", "patient", "status", "reason"]
+        cells = ((r.item, r.name, r.patient, r.status, r.reason) for r in self.ledger)
+        write_text(path, table_csv(headings, cells))
 
 
 def load_cohort(config: CohortConfig) -> Cohort:

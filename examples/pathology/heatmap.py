@@ -8,8 +8,6 @@ means over folds.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ from examples.pathology.devices import resolve_device
 from examples.pathology.errors import UserError
 from examples.pathology.features import Bag, read_features
 from examples.pathology.figures import caption_of
-from examples.pathology.files import write_json, write_text
+from examples.pathology.files import table_csv, write_json, write_text
 from examples.pathology.pixelsizes import mpp_of_slide
 from examples.pathology.prediction import Fitted, forward
 from examples.pathology.results import read_model
@@ -290,11 +288,6 @@ def _read_pictures(
 
 
 def _tiles_csv(bag: Bag, values: TileValues, score: str) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["x_um", "y_um", "attention", score])
-    for (x, y), attention, score in zip(
-        bag.coords_um.tolist(), values.attention.tolist(), values.score.tolist(), strict=True
-    ):
-        writer.writerow([x, y, attention, score])
-    return text.getvalue()
+    columns = bag.coords_um.tolist(), values.attention.tolist(), values.score.tolist()
+    rows = ((x, y, attention, value) for (x, y), attention, value in zip(*columns, strict=True))
+    return table_csv(["x_um", "y_um", "attention", score], rows)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.pathology.files import write_text
+from examples.pathology.files import table_csv, write_text
 
 TILING, FEATURES = "tiling", "features"
 """The stages: from a slide file to tiles of tissue, and from these to a feature file."""
@@ -147,10 +145,5 @@ def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
         path: Where to.
         rows: The rows; their order is kept.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(LEDGER_COLUMNS)
-    for row in rows:
-        values = [getattr(row, name) for name in LEDGER_COLUMNS]
-        writer.writerow(["" if value is None else value for value in values])
-    write_text(path, text.getvalue())
+    cells = ([getattr(row, name) for name in LEDGER_COLUMNS] for row in rows)
+    write_text(path, table_csv(LEDGER_COLUMNS, cells))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -101,15 +99,6 @@ def table_markdown(headings: Sequence[str], rows: Sequence[Row]) -> str:
     return "".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines
     )
-
-
-def table_csv(headings: Sequence[str], rows: Sequence[Row]) -> str:
-    """Return a table as CSV; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headings)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def figures_html(figures: Sequence[tuple[str, Path]], *, wide: bool = False) -> str:

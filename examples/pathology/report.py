@@ -18,7 +18,7 @@ from examples.pathology import metrics, pages, plots
 from examples.pathology.cohort import TRAINING_ONLY
 from examples.pathology.errors import UserError
 from examples.pathology.figures import caption_of, draw_figures
-from examples.pathology.files import write_text
+from examples.pathology.files import table_csv, write_text
 from examples.pathology.resampling import Comparison, compare_auroc, holm
 from examples.pathology.results import FoldResult, read_fold
 from examples.pathology.training import BASELINE
@@ -199,7 +199,7 @@ def _csv(runs: Sequence[Run], columns: Sequence[tuple[str, str]]) -> str:
         for key in [*(key for key, _ in columns), "prevalence"]
         if (value := run.summary["metrics"].get(key)) is not None
     ]
-    return pages.table_csv(["method", "metric", *pages.METRIC_COLUMNS], rows)
+    return table_csv(["method", "metric", *pages.METRIC_COLUMNS], rows)
 
 
 def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:

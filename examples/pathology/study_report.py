@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.pathology import pages, plots, study_plots
 from examples.pathology.figures import caption_of
-from examples.pathology.files import write_text
+from examples.pathology.files import table_csv, write_text
 from examples.pathology.report import Run, funnel_html
 from examples.pathology.study import REPORT, Deployed, Panel, Study
 from examples.pathology.study_differences import REFERENCES, all_differences
@@ -78,7 +78,7 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     write_text(out / "table1.csv", numbers(study, lambda key: key in areas))
     write_text(out / "table2.csv", numbers(study, lambda key: key == "silhouette" or "/" in key))
     write_text(out / "differences.csv", differences_csv(differences))
-    write_text(out / "cost.csv", pages.table_csv(CostRow._fields, cost_rows(study)))
+    write_text(out / "cost.csv", table_csv(CostRow._fields, cost_rows(study)))
     page = out / "index.html"
     write_text(page, _html(study, differences, first, second, figures))
     logger.info("The report is %s", page)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from examples.pathology import pages
+from examples.pathology.files import table_csv
 from examples.pathology.study import Deployed, JobRow, Panel, Study, run_folder
 from examples.pathology.training import BASELINE
 
@@ -269,7 +270,7 @@ def numbers(study: Study, keys: Callable[[str], bool]) -> str:
             blank = [""] * len(pages.METRIC_COLUMNS)
             rows.append([*names, "external", "", *blank, row.deploy_failure])
     headings = ["auxiliary", "method", "cohort", "metric", *pages.METRIC_COLUMNS, "status"]
-    return pages.table_csv(headings, rows)
+    return table_csv(headings, rows)
 
 
 def _summaries(row: StudyRow) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from examples.pathology import pages
-from examples.pathology.files import json_or_none
+from examples.pathology.files import json_or_none, table_csv
 from examples.pathology.resampling import PERMUTATIONS
 from examples.pathology.study_differences import METRICS, REFERENCES, Difference, Metric
 from examples.pathology.study_tables import Mark, Table, study_rows
@@ -156,7 +156,7 @@ def differences_csv(differences: Sequence[Difference]) -> str:
         "comparisons",
         "folds",
     )
-    return pages.table_csv(
+    return table_csv(
         headings,
         [
             (

@@ -3,6 +3,7 @@ import re
 from PIL import Image
 
 from examples.pathology import pages
+from examples.pathology.files import table_csv
 
 
 def test_figures_are_shown_on_one_scale_so_that_their_letters_are_of_one_size(tmp_path):
@@ -31,7 +32,7 @@ def test_tables_escape_what_their_format_would_read():
         "| <x> & y | None |",
         "| 1\\|2 | 0.5 |",
     ]
-    assert pages.table_csv(headings, rows) == "a|b,c\n<x> & y,\n1|2,0.5\n"
+    assert table_csv(headings, rows) == "a|b,c\n<x> & y,\n1|2,0.5\n"
     assert "<tr><th>&lt;x&gt; &amp; y</th><td>None</td></tr>" in pages.table_html(headings, rows)
 
 
