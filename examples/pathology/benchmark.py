@@ -8,9 +8,7 @@ is, `study_report` what came out.
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import logging
 import os
 import platform
@@ -29,7 +27,7 @@ from examples.pathology.crossval import Plan, finish, load_cohort_of, log_fold, 
 from examples.pathology.deploy import DeployConfig, deploy_settings, run_deploy
 from examples.pathology.devices import resolve_device
 from examples.pathology.errors import RunError, UserError, listing
-from examples.pathology.files import write_text
+from examples.pathology.files import table_csv, write_text
 from examples.pathology.jobs import Job, Outcome, cluster, run_jobs
 from examples.pathology.resume import sole_writer
 from examples.pathology.study import (
@@ -347,7 +345,7 @@ def is_done(job: Job) -> bool:
 def fold_job(plan: Plan, k: int, log: Path) -> None:
     """Train and test one fold, unless that is done; runs in a worker."""
     with _logged(log), sole_writer(plan.folder(k)):
-        run_fold(plan, k, _bags_of(plan.config.features, round(plan.config.cache_gb * 2**30)))
+        run_fold(plan, k, _bags_of(plan.cohort.digest, round(plan.config.cache_gb * 2**30)))
 
 
 def results_job(plan: Plan, log: Path) -> None:
@@ -373,8 +371,12 @@ def _is_deployed(config: DeployConfig) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _bags_of(_features: Path, cache_bytes: int) -> BagStore:
-    """Keep the tiles of one cohort in a worker from job to job."""
+def _bags_of(_digest: str, cache_bytes: int) -> BagStore:
+    """Keep the tiles of one cohort in a worker from job to job.
+
+    The cohort is known by its content: a worker of a scheduler outlives a benchmark, and files of
+    the same name may hold other features by the next.
+    """
     return BagStore(cache_bytes)
 
 
@@ -417,7 +419,7 @@ def _write_settings(config: BenchmarkConfig, plan: Plan) -> None:
                 "system": f"{platform.system()} {platform.machine()}",
                 "processors": os.cpu_count() or 0,
                 "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-                "workers": config.scheduler or config.workers or 1,
+                "workers": config.scheduler or config.workers or "one per GPU, or per core",
                 "command": config.command or Path(sys.argv[0]).name,
             },
         },
@@ -425,8 +427,6 @@ def _write_settings(config: BenchmarkConfig, plan: Plan) -> None:
 
 
 def _write_ledger(path: Path, rows: Sequence[JobRow]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["job", "status", "error", "seconds", "attempts"])
-    writer.writerows((r.key, r.status, r.error, f"{r.seconds:.3f}", r.attempts) for r in rows)
-    write_text(path, text.getvalue())
+    headings = ["job", "status", "error", "seconds", "attempts"]
+    cells = ((r.key, r.status, r.error, f"{r.seconds:.3f}", r.attempts) for r in rows)
+    write_text(path, table_csv(headings, cells))

@@ -346,6 +346,25 @@ def test_settings_can_be_read_back(study):
     assert "balancer" not in stored
 
 
+def test_a_worker_that_stays_reads_new_features_of_the_same_name(tmp_path):
+    tables = make_tables(tmp_path / "cohort", tiles=3)
+
+    def predictions(name, job):
+        config = config_of(tables, tmp_path / name, auxiliary=("LF",), methods=("naive",))
+        (plan,) = benchmark.make_plans(config).values()
+        job(plan)
+        return (plan.folder(1) / "predictions.csv").read_bytes()
+
+    def as_job(plan):
+        benchmark.fold_job(plan, 1, tmp_path / "log")
+
+    first = predictions("first", as_job)
+    make_tables(tmp_path / "cohort", tiles=3, seed=1)  # other features in the same files
+    second = predictions("second", as_job)
+    assert second != first
+    assert second == predictions("anew", lambda plan: run_fold(plan, 1, BagStore()))
+
+
 class StopError(Exception):
     """Ends a run on purpose."""
 
