@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from examples.pathology import options
-from examples.pathology.errors import RunError, UserError
+from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.settings import options
 
 if TYPE_CHECKING:
-    from examples.pathology.config import CohortConfig
-    from examples.pathology.simulation import SimulateConfig
+    from examples.pathology.settings.crossval import CohortConfig
+    from examples.pathology.settings.simulate import SimulateConfig
 
 Settings = TypeVar("Settings", bound="CohortConfig | SimulateConfig")
 
@@ -99,7 +99,8 @@ def extract(
     verbose: options.Verbose = False,
 ) -> None:
     """Cut slides into tiles of 256 um and compute their CTransPath features."""
-    from examples.pathology import features, tiling
+    from examples.pathology.features import files as features
+    from examples.pathology.slides import tiling
 
     summary = features.extract(
         slides,
@@ -138,7 +139,7 @@ def verify_weights(
     verbose: options.Verbose = False,
 ) -> None:
     """Say whether a file is the released CTransPath (0), another usable one (1) or unusable (2)."""
-    from examples.pathology import ctranspath
+    from examples.pathology.extractors import ctranspath
 
     verdict = ctranspath.verify_weights(weights)
     typer.echo(verdict.sentence)
@@ -169,7 +170,7 @@ def check(
 
     The exit code is 1 if a name has no partner or a file cannot be used.
     """
-    from examples.pathology.check import CheckConfig, run_check
+    from examples.pathology.cohort.check import CheckConfig, run_check
 
     raise typer.Exit(run_check(_settings(CheckConfig, locals()), typer.echo))
 
@@ -216,8 +217,8 @@ def crossval(
     verbose: options.Verbose = False,
 ) -> None:
     """Cross-validate the joint Transformer by patient, with all results in one run folder."""
-    from examples.pathology.config import CrossvalConfig
-    from examples.pathology.crossval import run_crossval
+    from examples.pathology.runs.crossval import run_crossval
+    from examples.pathology.settings.crossval import CrossvalConfig
 
     run_crossval(_settings(CrossvalConfig, locals()))
 
@@ -302,8 +303,8 @@ def benchmark(
     The exit code is 1 if a job failed; run again, only what is missing is done.
     """
     arguments = {**locals(), "auxiliary": (), "kind": ()}
-    from examples.pathology import benchmark as stage
-    from examples.pathology.config import CrossvalConfig
+    from examples.pathology.settings.crossval import CrossvalConfig
+    from examples.pathology.study import benchmark as stage
 
     page, missing = stage.run_benchmark(
         stage.BenchmarkConfig(
@@ -340,7 +341,7 @@ def deploy(
     verbose: options.Verbose = False,
 ) -> None:
     """Predict for another cohort with every fold of a run, and with their mean."""
-    from examples.pathology.deploy import DeployConfig, run_deploy
+    from examples.pathology.runs.deploy import DeployConfig, run_deploy
 
     run_deploy(
         DeployConfig(
@@ -392,7 +393,7 @@ def heatmap(
     verbose: options.Verbose = False,
 ) -> None:
     """Show what each tile of a slide says: attention and class score over the slide, top tiles."""
-    from examples.pathology.heatmap import HeatmapConfig, run_heatmap
+    from examples.pathology.runs.heatmap import HeatmapConfig, run_heatmap
 
     run_heatmap(
         HeatmapConfig(
@@ -431,9 +432,9 @@ def report(
     verbose: options.Verbose = False,
 ) -> None:
     """Write the figures and numbers of one or more finished runs on one page."""
-    from examples.pathology.report import write_report
-    from examples.pathology.study import SETTINGS, read_study
-    from examples.pathology.study_report import write_study_report
+    from examples.pathology.report.report import write_report
+    from examples.pathology.study.folder import SETTINGS, read_study
+    from examples.pathology.study.report import write_study_report
 
     if not any((folder / SETTINGS).exists() for folder in run):
         typer.echo(write_report(run, out, seed=seed))
@@ -515,8 +516,8 @@ def simulate(
     verbose: options.Verbose = False,
 ) -> None:
     """Make feature bags with a known truth for the labels of a clinical table."""
-    from examples.pathology.simulate import run_simulate
-    from examples.pathology.simulation import SimulateConfig
+    from examples.pathology.settings.simulate import SimulateConfig
+    from examples.pathology.simulation.simulate import run_simulate
 
     cohort = run_simulate(_settings(SimulateConfig, locals()))
     typer.echo(cohort.clini.parent)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from examples.pathology.config import CrossvalConfig, claim_folder, read_toml, write_toml
-from examples.pathology.crossval import run_crossval
-from examples.pathology.errors import RunError
-from examples.pathology.features import extract
-from examples.pathology.report import write_report
-from examples.pathology.synthetic_slides import SlideCohort, make_slide_cohort
+from examples.pathology.common.errors import RunError
+from examples.pathology.features.files import extract
+from examples.pathology.report.report import write_report
+from examples.pathology.runs.crossval import run_crossval
+from examples.pathology.settings.crossval import CrossvalConfig, claim_folder, read_toml, write_toml
+from examples.pathology.simulation.slides import SlideCohort, make_slide_cohort
 
 logger = logging.getLogger(__name__)
 

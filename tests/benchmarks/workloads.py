@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from examples.pathology.model import JointTransformer
+from examples.pathology.training.model import JointTransformer
 
 F = nn.functional
 

@@ -20,11 +20,14 @@ import pytest
 import torch
 import torch._dynamo  # optimizers import it when they are first used, in every child
 
-import examples.pathology.features  # noqa: F401  (so do feature files)
-from examples.pathology import crossval, files, resume, training
-from examples.pathology.config import CrossvalConfig
-from examples.pathology.files import write_bytes
-from examples.pathology.model import JointTransformer
+import examples.pathology.features.files  # noqa: F401  (so do feature files)
+from examples.pathology.common import files
+from examples.pathology.common.files import write_bytes
+from examples.pathology.runs import crossval
+from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.training import checkpoint as resume
+from examples.pathology.training import fold as training
+from examples.pathology.training.model import JointTransformer
 from tests.pathology.tiny import Tables, make_tables
 
 METHODS = ("uncert+graddrop", "autol+cagrad")

@@ -6,7 +6,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from examples.pathology.synthetic_slides import write_pyramid
+from examples.pathology.simulation.slides import write_pyramid
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -4,20 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from examples.pathology import (
-    benchmark,
-    check,
-    cli,
-    crossval,
-    demo,
-    deploy,
-    features,
-    heatmap,
-    logs,
-    report,
-)
-from examples.pathology.config import write_toml
-from examples.pathology.errors import RunError, UserError
+from examples.pathology import cli, demo
+from examples.pathology.cohort import check
+from examples.pathology.common import logs
+from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.features import files as features
+from examples.pathology.report import report
+from examples.pathology.runs import crossval, deploy, heatmap
+from examples.pathology.settings.crossval import write_toml
+from examples.pathology.study import benchmark
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -197,7 +192,7 @@ def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_pat
 def test_the_verdict_on_weights_is_printed_and_is_the_exit_code(
     monkeypatch, capsys, released, code
 ):
-    from examples.pathology import ctranspath
+    from examples.pathology.extractors import ctranspath
 
     verdict = ctranspath.Verdict(released, "w.pth is so and so.")
     monkeypatch.setattr(ctranspath, "verify_weights", lambda path: verdict)

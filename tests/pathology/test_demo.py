@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.pathology import crossval, demo, training
-from examples.pathology.errors import RunError, UserError
-from examples.pathology.model import JointTransformer
-from examples.pathology.synthetic_slides import SlideCohort
+from examples.pathology import demo
+from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.runs import crossval
+from examples.pathology.simulation.slides import SlideCohort
+from examples.pathology.training import fold as training
+from examples.pathology.training.model import JointTransformer
 from tests.pathology.tiny import make_tables
 
 

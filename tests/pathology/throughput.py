@@ -26,17 +26,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the comm
 
 import torch
 
-from examples.pathology.extraction import (
+from examples.pathology.features.extraction import (
     Rows,
     Settings,
     default_workers,
     extract_slides,
     make_network,
 )
-from examples.pathology.inference import Clock, Network, infer
-from examples.pathology.slides import SlideFile, find_slides, open_slide
-from examples.pathology.tiling import TileBlock, TileReader, TileRules, plan_tiles
-from examples.pathology.units import SlideError
+from examples.pathology.features.inference import Clock, Network, infer
+from examples.pathology.slides.slide import SlideFile, find_slides, open_slide
+from examples.pathology.slides.tiling import TileBlock, TileReader, TileRules, plan_tiles
+from examples.pathology.slides.units import SlideError
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from examples.pathology.cohort import Cohort, load_cohort
-from examples.pathology.config import CohortConfig
-from examples.pathology.features import write_features
+from examples.pathology.cohort.cohort import Cohort, load_cohort
+from examples.pathology.features.files import write_features
+from examples.pathology.settings.crossval import CohortConfig
 
 
 @dataclass(frozen=True)

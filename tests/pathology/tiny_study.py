@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from examples.pathology.config import write_toml
-from examples.pathology.measuring import summary_of_metrics
-from examples.pathology.results import read_fold
-from examples.pathology.study import EXTERNAL, LEDGER, RUNS, SETTINGS, read_deployed, run_folder
-from examples.pathology.targets import Target
-from examples.pathology.training import BASELINE
+from examples.pathology.cohort.targets import Target
+from examples.pathology.results.folds import read_fold
+from examples.pathology.results.measuring import summary_of_metrics
+from examples.pathology.settings.crossval import write_toml
+from examples.pathology.study.folder import (
+    EXTERNAL,
+    LEDGER,
+    RUNS,
+    SETTINGS,
+    read_deployed,
+    run_folder,
+)
+from examples.pathology.training.fold import BASELINE
 
 PRIMARY = Target("isMSIH", "classification", ("MSS", "MSIH"), "MSIH")
 NOTE = "SIMULATED <features>"

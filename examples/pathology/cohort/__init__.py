@@ -1,0 +1,1 @@
+"""Tables and feature files to labelled patients, and these to folds."""

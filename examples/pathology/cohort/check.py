@@ -1,0 +1,218 @@
+"""What a cross-validation would get: what fits together, what does not, and what is known.
+
+Nothing is written and nothing trained. Everything that would leave a patient out is listed, with
+the nearest name on the other side where one may have been meant.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from examples.pathology.cohort.cohort import TRAINING_ONLY, Cohort, known_values, load_cohort
+from examples.pathology.cohort.joining import Joined, join_for
+from examples.pathology.cohort.splits import Fold, check_sizes, make_splits
+from examples.pathology.cohort.targets import Target, describe
+from examples.pathology.results.folds import prediction_columns
+from examples.pathology.settings.crossval import CohortConfig
+from examples.pathology.tables.matching import near_matches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckConfig(CohortConfig):
+    """What to check; what it is of, see `CohortConfig`.
+
+    Args:
+        folds: For how many folds to count.
+        limit: How many names a list shows at most.
+        seed: Of the splits.
+    """
+
+    folds: int = 5
+    limit: int = 20
+    seed: int = 0
+
+
+def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
+    """Say what fits together and what does not.
+
+    Args:
+        config: What to check.
+        say: Takes one line of the report.
+
+    Returns:
+        0 if everything fits, 1 if something is listed as left out.
+
+    Raises:
+        UserError: A table cannot be read or contradicts itself, a file name leads out of the
+            folder, or a cross-validation would refuse what is there.
+    """
+    joined = join_for(config)
+    problems = _say_joining(joined, config, say)
+    _say_labels(joined, [config.target, *config.auxiliary], say)
+    cohort = load_cohort(config)
+    problems += _say_files(cohort, config.limit, say)
+    _say_cohort(cohort, say)
+    prediction_columns(cohort.targets)
+    check_sizes(cohort, config.folds)
+    _say_folds(cohort, make_splits(cohort, config.folds, config.seed), say)
+    say("")
+    if problems:
+        say(f"{problems} names do not fit together; see the lists above.")
+    else:
+        say("Everything fits together.")
+    return int(problems > 0)
+
+
+def _say_joining(joined: Joined, config: CheckConfig, say: Callable[[str], None]) -> int:
+    """List names without a partner in both directions; return how many there are."""
+    clinical = [str(name) for name in joined.clinical.index]
+    slides_of = joined.slides_of
+    say(f"{len(clinical)} patients in {config.clini}")
+    say(f"{len(joined.slides)} slides of {len(slides_of)} patients in {config.slide_table}")
+    say(f"{len(joined.files)} feature files in {config.features}")
+    no_slide = [name for name in clinical if name not in slides_of]
+    no_row = [name for name in slides_of if name not in set(clinical)]
+    no_file = sorted(key for key, found in joined.found.items() if not found)
+    ambiguous = {key: found for key, found in joined.found.items() if len(found) > 1}
+    lists: list[tuple[str, Sequence[str], Mapping[str, str]]] = [
+        (
+            "Patients of the clinical table without a slide",
+            no_slide,
+            _did_you_mean(no_slide, no_row),
+        ),
+        (
+            "Patients of the slide table without a clinical row",
+            no_row,
+            _did_you_mean(no_row, no_slide),
+        ),
+        (
+            "Slides of the slide table without a feature file",
+            no_file,
+            _did_you_mean(no_file, joined.unclaimed),
+        ),
+        (
+            "Feature files without a row in the slide table",
+            joined.unclaimed,
+            _did_you_mean(joined.unclaimed, no_file),
+        ),
+        (
+            "Slides that may mean several feature files",
+            list(ambiguous),
+            {key: ": " + ", ".join(found) for key, found in ambiguous.items()},
+        ),
+    ]
+    for title, names, notes in lists:
+        _say_list(title, names, notes, config.limit, say)
+    several = Counter(len(keys) for keys in slides_of.values() if len(keys) > 1)
+    if several:
+        say("")
+        parts = [f"{count} with {slides}" for slides, count in sorted(several.items())]
+        say(f"Patients with several slides, which are joined: {', '.join(parts)}")
+        names = sorted(name for name, keys in slides_of.items() if len(keys) > 1)
+        _say_names(names, {n: f": {len(slides_of[n])} slides" for n in names}, config.limit, say)
+    return sum(len(names) for _, names, _ in lists)
+
+
+def _did_you_mean(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    near = near_matches(names, others)
+    return {name: f" (near: {other})" for name, other in near.items()}
+
+
+def _say_list(
+    title: str,
+    names: Sequence[str],
+    notes: Mapping[str, str],
+    limit: int,
+    say: Callable[[str], None],
+) -> None:
+    if names:
+        say("")
+        say(f"{title}: {len(names)}")
+        _say_names(names, notes, limit, say)
+
+
+def _say_names(
+    names: Sequence[str], notes: Mapping[str, str], limit: int, say: Callable[[str], None]
+) -> None:
+    """Show names with a note first: those are the ones that can be mended."""
+    for name in sorted(names, key=lambda name: name not in notes)[:limit]:
+        say(f"  {name}{notes.get(name, '')}")
+    if len(names) > limit:
+        say(f"  ... and {len(names) - limit} more (--limit shows more)")
+
+
+def _say_labels(joined: Joined, wanted: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say which values each column has, before anybody is left out."""
+    say("")
+    say("Values in the clinical table")
+    for name in wanted:
+        column = joined.clinical[name]
+        known = [value for value in column if value]
+        counts = Counter(known)
+        shown = (
+            ", ".join(f"{value} ({count})" for value, count in counts.most_common(8))
+            if len(counts) <= 8
+            else f"{len(counts)} different values, such as {', '.join(list(counts)[:3])}"
+        )
+        say(f"  {name}: {shown or 'none'}; missing for {len(column) - len(known)}")
+
+
+def _say_files(cohort: Cohort, limit: int, say: Callable[[str], None]) -> int:
+    """List slides whose feature file is there but cannot be used; return how many."""
+    bad = {
+        row.name: f": {row.reason}"
+        for row in cohort.ledger
+        if row.item == "slide"
+        and row.status == "excluded"
+        and row.reason.startswith(("unreadable", "no tiles", "listed more"))
+    }
+    _say_list("Feature files that cannot be used", list(bad), bad, limit, say)
+    return len(bad)
+
+
+def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
+    say("")
+    say("Patients: " + " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))
+    everybody = [*cohort.patients, *cohort.training_only]
+    tiles = sorted(patient.tiles for patient in everybody)
+    say(f"Tiles per patient: {tiles[0]} to {tiles[-1]}, median {median(tiles):g}")
+    weights = " with RANDOM WEIGHTS" if cohort.random_weights else ""
+    sha = f", weights {cohort.weights_sha256[:12]}" if cohort.weights_sha256 else ""
+    say(f"Features: {cohort.in_features} numbers per tile by {cohort.extractor}{weights}{sha}")
+    if cohort.simulated:
+        say(cohort.simulated)
+    everybodys = [known_values(patient, cohort.targets) for patient in everybody]
+    for target in cohort.targets:
+        known = [values[target.name] for values in everybodys if target.name in values]
+        absent = len(everybody) - len(known)
+        what = describe(target, known)
+        say(f"  {target.name}: {what}; missing for {absent} of {len(everybody)}")
+    alone = [row.name for row in cohort.ledger if row.status == TRAINING_ONLY]
+    if alone:
+        say(f"  {len(alone)} without {cohort.target.name} are trained on for the others only")
+
+
+def _say_folds(cohort: Cohort, folds: Sequence[Fold], say: Callable[[str], None]) -> None:
+    """Say how many know each target in every part of every fold, and how many are positive."""
+    known = {patient.name: known_values(patient, cohort.targets) for patient in cohort.patients}
+    say("")
+    say("Folds: patients, and of each target the positive / the known ones")
+    for k, fold in enumerate(folds, start=1):
+        for part in ("train", "validation", "test"):
+            members = [known[name] for name in getattr(fold, part)]
+            cells = [_counted(members, target) for target in cohort.targets]
+            say(f"  fold {k} {part:<10} {len(members):5d}   " + "   ".join(cells))
+
+
+def _counted(members: Sequence[Mapping[str, str | float]], target: Target) -> str:
+    values = [values[target.name] for values in members if target.name in values]
+    if target.kind == "regression":
+        return f"{target.name}: {len(values)}"
+    positives = sum(value == target.positive for value in values)
+    return f"{target.name}: {positives} / {len(values)}"

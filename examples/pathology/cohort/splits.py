@@ -1,0 +1,269 @@
+"""Who is trained, validated and tested on: drawn once by patient, saved, checked, reused.
+
+Every method that is compared gets the same splits; a hash of patients and labels tells when they
+belong to another cohort.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold, train_test_split
+
+from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import write_json
+from examples.pathology.settings.crossval import REFERENCE_SEED
+
+if TYPE_CHECKING:
+    from examples.pathology.cohort.cohort import Cohort
+    from examples.pathology.settings.crossval import CrossvalConfig
+
+logger = logging.getLogger(__name__)
+
+MIN_PER_CLASS = 5  # below, a class would be missing from a training, validation or test part
+BINS = 5
+VALIDATION_SHARE = 0.2  # of the training part: 64 / 16 / 20, as in the paper's code
+LOOKAHEAD_SHARE = 0.1  # of what is left to train on
+PARTS = ("train", "validation", "test", "lookahead")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The patients of one fold, by name.
+
+    Args:
+        train: For gradient steps, and for scalers.
+        validation: For early stopping.
+        test: For the numbers, once.
+        lookahead: The share of ``train`` that Auto-Lambda looks ahead on.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+    lookahead: tuple[str, ...]
+
+
+def make_splits(cohort: Cohort, folds: int, seed: int) -> list[Fold]:
+    """Draw stratified folds of patients, each with a validation and a look-ahead share.
+
+    What they are stratified by, see `strata_of`.
+
+    Args:
+        cohort: Whose patients.
+        folds: How many.
+        seed: Of the draw.
+    """
+    names = np.array([p.name for p in cohort.patients])
+    labels = strata_of(cohort, folds)
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    drawn = []
+    for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
+        random = np.random.default_rng(fold_seed(seed, k))
+        held = stratified_share(labels[rest], VALIDATION_SHARE, random)
+        train = np.delete(rest, held)
+        ahead = stratified_share(labels[train], LOOKAHEAD_SHARE, random)
+        drawn.append(
+            Fold(
+                tuple(map(str, names[train])),
+                tuple(map(str, names[np.sort(rest[held])])),
+                tuple(map(str, names[test])),
+                tuple(map(str, names[np.sort(train[ahead])])),
+            )
+        )
+    return drawn
+
+
+def make_reference_splits(cohort: Cohort, folds: int) -> list[Fold]:
+    """Draw folds as the paper's published code does: by scikit-learn alone, with its seed.
+
+    The look-ahead share is not used there; one is drawn so that all splits look alike.
+
+    Args:
+        cohort: Whose patients, in order of their names.
+        folds: How many.
+    """
+    names = np.array([p.name for p in cohort.patients])
+    labels = strata_of(cohort, folds)
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=REFERENCE_SEED)
+    drawn = []
+    for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
+        train, held = train_test_split(
+            rest, test_size=VALIDATION_SHARE, stratify=labels[rest], random_state=REFERENCE_SEED
+        )
+        random = np.random.default_rng(fold_seed(REFERENCE_SEED, k))
+        ahead = stratified_share(labels[train], LOOKAHEAD_SHARE, random)
+        parts = (train, held, test, train[ahead])
+        drawn.append(Fold(*(tuple(map(str, names[np.sort(part)])) for part in parts)))
+    return drawn
+
+
+def strata_of(cohort: Cohort, folds: int) -> NDArray[np.str_]:
+    """Return what to stratify patients by: the class, or of a regression the fifth of its values.
+
+    The fifths are of equal size, by rank; equal values at a border fall by name. There are fewer
+    and larger parts where a fifth could be missing from a test or validation part.
+
+    Args:
+        cohort: Whose patients.
+        folds: How many parts are to be drawn.
+
+    Returns:
+        ``(n,)``, in the order of ``cohort.patients``.
+    """
+    labels = np.array([p.label for p in cohort.patients])
+    if cohort.target.kind == "classification":
+        return labels
+    ranks = np.argsort(np.argsort(labels.astype(float), kind="stable"))
+    n = len(labels)
+    validated = int(VALIDATION_SHARE * (n - math.ceil(n / folds)))
+    bins = max(1, min(BINS, n // max(folds, MIN_PER_CLASS), validated))
+    return np.asarray(ranks * bins // n).astype(np.str_)
+
+
+def check_sizes(cohort: Cohort, folds: int) -> None:
+    """Check that every class can be in every part of every fold, or that values are enough.
+
+    Raises:
+        UserError: A class is too small; a regression has too few patients.
+    """
+    needed = max(folds, MIN_PER_CLASS)
+    least = max(2 * needed, 3 * folds)  # as for two classes; 3 patients at least have a correlation
+    if cohort.target.kind == "regression" and len(cohort.patients) < least:
+        raise UserError(
+            f"`{cohort.target.name}` must be known for at least {least} patients for {folds} "
+            f"folds, but is for {len(cohort.patients)}."
+        )
+    counts = Counter(patient.label for patient in cohort.patients)
+    for label in cohort.target.classes:
+        if counts[label] < needed:
+            raise UserError(
+                f"Every class of `{cohort.target.name}` must have at least {needed} patients for "
+                f"{folds} folds, but {label} has {counts[label]}."
+            )
+
+
+def stratified_share(
+    labels: NDArray[np.str_], share: float, random: np.random.Generator
+) -> NDArray[np.intp]:
+    """Draw about a share of every class, by largest remainders, at least one member in all.
+
+    Args:
+        labels: ``(n,)``, the class of each candidate.
+        share: Between 0 and 1.
+        random: Generator of the draw.
+
+    Returns:
+        Indices ``(round(share * n),)``, never the last member of a class.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = counts * share
+    take = np.floor(exact).astype(int)
+    missing = max(1, round(share * len(labels))) - take.sum()
+    for i in np.argsort(-(exact - take), kind="stable")[: max(0, missing)]:
+        take[i] += 1
+    take = np.minimum(take, counts - 1)
+    drawn = [
+        random.permutation(np.flatnonzero(labels == label))[:n]
+        for label, n in zip(classes, take, strict=True)
+    ]
+    return np.concatenate(drawn)
+
+
+def check_splits(folds: Sequence[Fold], cohort: Cohort) -> None:
+    """Check that no patient is in two parts of a fold, or in the test part of two folds.
+
+    Raises:
+        UserError: The splits do not fit the cohort, or leak.
+    """
+    everyone = {patient.name for patient in cohort.patients}
+    tested = Counter(name for fold in folds for name in fold.test)
+    if set(tested) != everyone or max(tested.values()) > 1:
+        raise UserError(
+            "Every patient must be in the test part of exactly one fold, but some are not."
+        )
+    for k, fold in enumerate(folds, start=1):
+        parts = [*fold.train, *fold.validation, *fold.test]
+        if len(parts) != len(set(parts)) or set(parts) != everyone:
+            raise UserError(f"Every patient must be in one part of fold {k}, but some are not.")
+        if not set(fold.lookahead) < set(fold.train) or not fold.lookahead:
+            raise UserError(f"The look-ahead share of fold {k} must be part of its training part.")
+
+
+def load_or_make_splits(config: CrossvalConfig, cohort: Cohort) -> list[Fold]:
+    """Return the splits of the run folder, of ``config.splits``, or new ones, and save them.
+
+    Raises:
+        UserError: Stored splits belong to other patients or labels, or to another number of folds.
+    """
+    own = config.out / "splits.json"
+    sources = [
+        path for path in (config.splits, own) if path is not None and (path.exists() or path != own)
+    ]
+    stored = [_read_splits(path, cohort, config.folds) for path in sources]
+    if len(stored) == 2 and stored[0] != stored[1]:
+        raise UserError(f"{own} must hold the splits of {config.splits}, but holds others.")
+    if stored:
+        folds = stored[0]
+    elif config.reference_protocol:
+        folds = make_reference_splits(cohort, config.folds)
+    else:
+        folds = make_splits(cohort, config.folds, config.seed)
+    check_splits(folds, cohort)
+    if sources:
+        logger.debug("Splits taken from %s", sources[0])
+    if not own.exists():
+        value = {
+            "format": 1,
+            "target": cohort.target.name,
+            "cohort_sha256": cohort.labels_sha256(),
+            "folds": [{part: list(getattr(f, part)) for part in PARTS} for f in folds],
+        }
+        write_json(own, value)
+    return folds
+
+
+def _read_splits(path: Path, cohort: Cohort, folds: int) -> list[Fold]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        read = [Fold(*(tuple(map(str, fold[part])) for part in PARTS)) for fold in value["folds"]]
+        digest = value["cohort_sha256"]
+    except OSError as error:
+        raise UserError(
+            f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} must hold splits of ours, but does not ({error!r}).") from error
+    if digest != cohort.labels_sha256():
+        raise UserError(
+            f"{path} must be of the same patients and labels, but its hash is {str(digest)[:12]} "
+            "and that of "
+            f"these tables {cohort.labels_sha256()[:12]}. Use another --out, or the tables it was "
+            "made for."
+        )
+    if len(read) != folds:
+        raise UserError(
+            f"{path} must have {folds} folds, but has {len(read)}. Use --folds {len(read)}."
+        )
+    return read
+
+
+def fold_seed(seed: int, fold: int) -> int:
+    """Return the seed of one fold, which depends on nothing that happened in another."""
+    return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
+
+
+def splits_sha256(folds: Sequence[Fold]) -> str:
+    """Return a hash by which runs tell whether they were made on the same folds."""
+    parts = repr([(fold.train, fold.validation, fold.test) for fold in folds])
+    return hashlib.sha256(parts.encode()).hexdigest()

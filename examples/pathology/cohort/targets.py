@@ -1,0 +1,169 @@
+"""What a column of the clinical table is to predict: classes, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from examples.pathology.common.errors import UserError, listing, nearest
+
+if TYPE_CHECKING:
+    from examples.pathology.settings.crossval import CohortConfig, Kind
+
+# Numbers with more different values than this are a measurement, not names of classes.
+MAX_CLASSES = 20
+MAX_AUXILIARY_CLASSES = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """One column to predict.
+
+    Args:
+        name: The column.
+        kind: ``classification`` or ``regression``.
+        classes: The class labels in order of the logits; empty for a regression.
+        positive: The class whose AUROC is reported; empty for a regression.
+        cutoff: Where numbers were cut into the two classes, in their unit; ``None``: nowhere.
+    """
+
+    name: str
+    kind: Kind
+    classes: tuple[str, ...] = ()
+    positive: str = ""
+    cutoff: float | None = None
+
+    @property
+    def width(self) -> int:
+        """Width of the head: the number of classes, or 1."""
+        return len(self.classes) if self.kind == "classification" else 1
+
+
+def kind_of(column: pd.Series[str], most_classes: int) -> Kind:
+    """Return what a column is taken for: numbers of more different values make a regression."""
+    values = {value for value in column if value}
+    measured = len(values) > most_classes and all(map(_is_number, values))
+    return "regression" if measured else "classification"
+
+
+def cut_classes(cutoff: float) -> tuple[str, str]:
+    """Return the names of the classes below a cut-off, and at or above it."""
+    return f"<{cutoff:.15g}", f">={cutoff:.15g}"
+
+
+def cut(name: str, column: pd.Series[str], cutoff: float, table: Path) -> pd.Series[str]:
+    """Return a column whose numbers are cut into two classes; what is not known stays empty.
+
+    Args:
+        name: Of the column, for the error.
+        column: Cells as text.
+        cutoff: The least number of the upper class.
+        table: Where the column stands, for the error.
+
+    Raises:
+        UserError: It holds words.
+    """
+    refuse_words(name, column, table)
+    below, above = cut_classes(cutoff)
+    return column.map(lambda cell: cell and (above if float(cell) >= cutoff else below))
+
+
+def refuse_words(name: str, column: pd.Series[str], table: Path) -> None:
+    """Raise if a column holds anything but numbers and empty cells."""
+    if strange := sorted({value for value in column if value and not _is_number(value)}):
+        raise UserError(
+            f"{table}: `{name}` must hold numbers, but has {listing(map(repr, strange))}."
+        )
+
+
+def make_target(
+    name: str, kind: Kind, values: Sequence[str | float], config: CohortConfig
+) -> Target:
+    """Return what a column is to predict.
+
+    Args:
+        name: The column.
+        kind: What it is taken for.
+        values: What is known of the patients used.
+        config: Tells the primary target, its positive class and its cut-off.
+
+    Raises:
+        UserError: There are too few or too many values, or `positive` is none of them.
+    """
+    table, primary = config.clini, name == config.target
+    found = sorted(set(map(str, values)))
+    if len(found) < 2:
+        raise UserError(
+            f"{table}: `{name}` must have at least 2 values among the patients used, but has "
+            f"{listing(found) or 'none'}."
+        )
+    if kind == "regression":
+        if primary and config.positive is not None:
+            raise UserError(
+                f"`positive` must be left out for `{name}`, a regression, but got "
+                f"{config.positive!r}. Give --cutoff to make two classes of it."
+            )
+        return Target(name, "regression")
+    if len(found) > MAX_CLASSES:
+        remedy = f" Give --kind {name}=regression, or --cutoff." * all(map(_is_number, found))
+        raise UserError(
+            f"{table}: `{name}` must have at most {MAX_CLASSES} classes, but has {len(found)} "
+            f"values.{remedy}"
+        )
+    positive = rarer_class([str(value) for value in values])
+    if not primary:
+        return Target(name, "classification", tuple(found), positive)
+    if config.cutoff is not None:
+        positive = cut_classes(config.cutoff)[1]
+    if config.positive is not None:
+        positive = config.positive
+    if positive not in found:
+        raise UserError(
+            f"`positive` must be a value of `{name}` ({listing(found)}), but got {positive!r}."
+            f"{nearest(positive, found)}"
+        )
+    return Target(name, "classification", tuple(found), positive, config.cutoff)
+
+
+def rarer_class(labels: Sequence[str]) -> str:
+    """Return the rarest label, what a biomarker looks for; of equally rare ones the last."""
+    counts = Counter(labels)
+    return min(sorted(counts, reverse=True), key=lambda label: counts[label])
+
+
+def refuse_foreign_values(target: Target, column: pd.Series[str], table: Path) -> None:
+    """Raise if an external table has values of a target that was not trained on them."""
+    values = sorted({value for value in column if value})
+    if target.kind == "regression":
+        refuse_words(target.name, column, table)
+        return
+    if strange := [value for value in values if value not in target.classes]:
+        raise UserError(
+            f"{table}: `{target.name}` must be one of {listing(target.classes)}, as in training, "
+            f"but has {listing(map(repr, strange))}.{nearest(strange[0], target.classes)}"
+        )
+
+
+def describe(target: Target, known: Sequence[str | float]) -> str:
+    """Return in words what a target is, and the values that are known."""
+    if target.kind == "regression":
+        numbers = sorted(map(float, known))
+        return f"regression, {numbers[0]:g} to {numbers[-1]:g}, median {median(numbers):g}"
+    counts = Counter(known)
+    share = counts[target.positive] / len(known)
+    classes = ", ".join(f"{label} ({counts[label]})" for label in target.classes)
+    return f"classification, {classes}; positive is {target.positive}, prevalence {share:.3f}"
+
+
+def _is_number(value: str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False

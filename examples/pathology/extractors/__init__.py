@@ -1,0 +1,1 @@
+"""Networks that turn tiles into features, behind one contract."""

@@ -1,0 +1,1 @@
+"""Tiles to feature files: the network over one slide, and over many."""

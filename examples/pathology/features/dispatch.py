@@ -1,0 +1,274 @@
+"""One run over a folder of slides: deals them out and keeps the ledger.
+
+One process works on them here; several, and the workers of a Dask scheduler, get them in batches
+as they have room. A process that dies takes no slide with it but one that kills every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from examples.pathology.common.devices import resolve_device
+from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.features.extraction import (
+    Report,
+    Rows,
+    Settings,
+    default_workers,
+    extract_slides,
+    make_network,
+    retire,
+)
+from examples.pathology.features.ledger import TILING, ExtractSummary, LedgerRow, write_ledger
+
+if TYPE_CHECKING:
+    from examples.pathology.features.inference import Network
+    from examples.pathology.jobs.engine import Outcome
+    from examples.pathology.slides.slide import SlideFile
+
+logger = logging.getLogger(__name__)
+
+LEDGER_PERIOD_S = 10.0
+"""The ledger on disk is at most this old, so that a killed run leaves one too."""
+
+MOST_IN_BATCH = 8
+"""Slides that a process gets at once: while it works on one, it opens the next."""
+
+BATCHES_PER_PROCESS = 4
+"""With few slides batches are smaller, so that processes end at about the same time."""
+
+DEATHS = 3
+"""A slide fails when this many processes have died while they had nothing but it to do."""
+
+
+def resolve_devices(names: str) -> list[torch.device]:
+    """Turn ``auto``, ``cuda:1`` or a list such as ``cuda:0,cuda:1`` into devices.
+
+    Raises:
+        UserError: One of them is no device, or not there.
+    """
+    return [torch.device(resolve_device(name.strip())) for name in names.split(",")]
+
+
+def run(
+    files: Sequence[SlideFile],
+    settings: Settings,
+    device: str,
+    *,
+    processes: int | None = None,
+    scheduler: str | None = None,
+    max_failures: int | None = None,
+) -> ExtractSummary:
+    """Extract slides in one or more processes; the ledger is written whatever happens.
+
+    Args:
+        files: The slides.
+        settings: What to do.
+        device: Where, as `resolve_devices` takes it; with `scheduler`, one for each worker.
+        processes: How many processes here; None: one per device.
+        scheduler: A Dask scheduler whose workers do it, as `cluster` takes it; None: here.
+        max_failures: End the run when more slides than this have failed; None: never.
+
+    Raises:
+        UserError: If the network cannot be built as asked for, or no workers can be had.
+    """
+    work: Callable[[Report], None]
+    if scheduler is None:
+        work = _here(files, settings, device, processes)
+    elif processes is None:
+        files = [replace(file, path=file.path.absolute()) for file in files]
+        work = functools.partial(_spread, files, settings, device, {"scheduler": scheduler})
+    else:
+        raise UserError("`processes` must be left out where `scheduler` is given.")
+    rows: dict[str, Rows] = {}
+    ledger = settings.out / "ledger.csv"
+    stopped, failed = "", 0
+    started = written = time.monotonic()
+
+    def ordered() -> list[LedgerRow]:
+        return [row for file in files for row in rows.get(file.name, ())]
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: write_ledger(ledger, ordered()))  # after Ctrl-C as well
+        bar = stack.enter_context(tqdm(total=len(files), desc="extracting", unit="slide"))
+
+        def report(found: Rows) -> bool:
+            nonlocal failed, stopped, written
+            rows[found[0].slide] = found
+            failed += found[-1].status == "failed"
+            bar.update()
+            bar.set_postfix_str(found[0].slide, refresh=False)
+            if time.monotonic() - written > LEDGER_PERIOD_S:
+                write_ledger(ledger, ordered())
+                written = time.monotonic()
+            if max_failures is not None and failed > max_failures:
+                stopped = f"more than {max_failures} slides failed."
+            return not stopped
+
+        try:
+            work(report)
+        except RunError as error:
+            stopped = str(error)
+    summary = ExtractSummary(
+        rows=tuple(ordered()),
+        ledger=ledger,
+        found=len(files),
+        seconds=time.monotonic() - started,
+        stopped=stopped,
+    )
+    logger.log(logging.ERROR if stopped else logging.INFO, "%s", summary)
+    return summary
+
+
+def _here(
+    files: Sequence[SlideFile], settings: Settings, device: str, processes: int | None
+) -> Callable[[Report], None]:
+    """Return what does the work on this machine: in this process if one is enough."""
+    devices = resolve_devices(device)
+    if processes is not None and processes < len(devices):
+        raise UserError(
+            f"`processes` must be at least 1 and at least the {len(devices)} devices of `device`, "
+            f"but got {processes}."
+        )
+    count = processes or len(devices)
+    if count == 1:
+        return functools.partial(
+            extract_slides, files, settings, make_network(settings, devices[0])
+        )
+    if settings.workers is None:
+        settings = replace(settings, workers=max(1, default_workers(devices[0]) // count))
+    place = {
+        "workers": count,
+        "threads_per_worker": max(1, torch.get_num_threads() // count),
+        "devices": () if device == "auto" else [str(each) for each in devices],
+    }
+    # "auto", since a process sees the device that is its own, and no other.
+    return functools.partial(_spread, files, settings, "auto", place)
+
+
+class _EnoughError(Exception):
+    """Whoever was told of a slide wants no more of them."""
+
+
+def _spread(
+    files: Sequence[SlideFile],
+    settings: Settings,
+    device: str,
+    place: Mapping[str, Any],
+    report: Report,
+) -> None:
+    """Extract slides in several processes, in batches; each slide is reported once.
+
+    Args:
+        files: The slides.
+        settings: What to do.
+        device: The device in a process.
+        place: Which processes, as `cluster` takes it.
+        report: Told of each slide as its batch ends; returns whether to go on.
+    """
+    from examples.pathology.jobs.engine import Job, cluster, run_jobs
+
+    left = {file.name: file for file in files}
+    settings = replace(
+        settings,
+        out=settings.out.absolute(),  # processes elsewhere are in other folders
+        weights=settings.weights and settings.weights.absolute(),
+        show_tiles=False,
+    )
+    run_id = uuid.uuid4().hex
+
+    def jobs_of(batches: Iterable[Sequence[SlideFile]]) -> list[Job]:
+        return [
+            Job(_title(batch), extract_batch, (tuple(batch), settings, device, run_id))
+            for batch in batches
+        ]
+
+    def tell(rows: Rows) -> None:
+        del left[rows[0].slide]
+        if not report(rows):
+            raise _EnoughError
+
+    def take(outcome: Outcome) -> None:
+        if isinstance(outcome.value, UserError):
+            raise outcome.value
+        for rows in outcome.value or ():
+            tell(rows)
+
+    def take_or_give_up(outcome: Outcome) -> None:
+        take(outcome)
+        if outcome.status == "failed":
+            file = left[outcome.key]
+            retire(settings.out / f"{file.stem}.h5")
+            tell((LedgerRow(file.name, TILING, "failed", outcome.error),))
+
+    with cluster(**place) as client, contextlib.suppress(_EnoughError):
+        batches = deal(files, len(client.nthreads()))
+        run_jobs(jobs_of(batches), client, on_outcome=take, title="", deaths=1)
+        if left:
+            logger.warning("The %d slides of batches that failed are taken one by one.", len(left))
+            singly = jobs_of([file] for file in list(left.values()))
+            run_jobs(singly, client, on_outcome=take_or_give_up, title="", deaths=DEATHS)
+
+
+def _title(batch: Sequence[SlideFile]) -> str:
+    more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+    return f"{batch[0].name}{more}"
+
+
+def deal(files: Sequence[SlideFile], processes: int) -> list[list[SlideFile]]:
+    """Deal slides out in batches, the largest slides first, so that none is left to wait for."""
+    size = min(MOST_IN_BATCH, max(1, len(files) // (BATCHES_PER_PROCESS * processes)))
+    ordered = sorted(files, key=lambda file: _bytes(file.path), reverse=True)
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # it gets its row when it is opened
+        return 0
+
+
+def extract_batch(
+    files: Sequence[SlideFile], settings: Settings, device: str, run_id: str
+) -> list[Rows] | UserError:
+    """Extract slides in a process of a cluster; slides that are finished are found so.
+
+    Args:
+        files: The slides.
+        settings: What to do.
+        device: Where.
+        run_id: The run they belong to; a process keeps its network for one run.
+
+    Returns:
+        The rows of each slide, or the error with which the network could not be built.
+    """
+    try:
+        network = _network(settings, device, run_id)
+    except UserError as error:
+        return error
+    found: list[Rows] = []
+
+    def report(rows: Rows) -> bool:
+        found.append(rows)
+        return True
+
+    extract_slides(files, settings, network, report)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _network(settings: Settings, device: str, run_id: str) -> Network:  # noqa: ARG001
+    """Build the network of a run once; the next run may have other weights of the same name."""
+    return make_network(settings, torch.device(resolve_device(device)))

@@ -1,0 +1,331 @@
+"""Feature files: one ``.h5`` per slide, readable by STAMP and by us, and the stage that makes them.
+
+Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers accept the file):
+
+- ``feats`` float16 ``(n, 768)``, ``coords`` float32 ``(n, 2)``: x and y of each tile's top-left
+  corner in um, ``augmented`` bool ``(n,)``, all False;
+- attributes ``extractor``, ``unit="um"``, ``tile_size=256.0``, ``tile_size_um=256.0``,
+  ``tile_size_px=224``, ``feat_type="tile"``, ``stamp_version="2.0.0"``;
+- with ``layout="stamp-v1"`` instead ``coords`` int64 in pixels of which a tile has 224, and of
+  these attributes only ``extractor`` and ``tile_size=224.0``;
+- our provenance: ``mtbalance_version``, ``mtbalance_weights_sha256``, ``mtbalance_random_weights``,
+  ``mtbalance_parameters`` (JSON) and more; ``mtbalance_simulated``, a sentence, where no network
+  made the features but a program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import publish
+
+if TYPE_CHECKING:
+    from examples.pathology.features.ledger import ExtractSummary
+    from examples.pathology.slides.tiling import TileRules
+
+FEATURE_NAMES = ("feats", "features", "patch_embeddings")
+"""Names under which STAMP, TRIDENT/CLAM and others store the features."""
+
+V1_TILE_PX = 224
+"""STAMP v1 counts coordinates in pixels of which a tile of 256 um has 224."""
+
+TILE_SIZE_UM = 256.0
+
+LAYOUTS = ("stamp-v2", "stamp-v1")
+"""Layouts of feature files that can be written."""
+
+
+@dataclass(frozen=True)
+class Bag:
+    """The features of one slide.
+
+    Attributes:
+        feats: Tile features, ``(n, d)`` float32; d is 768 for CTransPath.
+        coords_um: x and y of each tile's top-left corner in um, ``(n, 2)`` float32. NaN where the
+            file gives pixels of an unknown size (TRIDENT and CLAM store no microns per pixel).
+        extractor: Name of the network that made the features; empty if the file does not say.
+        weights_sha256: Checksum of its weights; None if unknown or random.
+        random_weights: Whether the network had seeded random weights, so that the features carry
+            no learned biology.
+        path: The file they came from.
+        tile_size_um: Edge of a tile on the slide in um; None if the file does not say.
+        tile_size_px: Edge of a tile in pixels as the network saw it; None if it does not say.
+        simulated: A sentence that says so where the features are simulated; empty otherwise.
+    """
+
+    feats: npt.NDArray[np.float32]
+    coords_um: npt.NDArray[np.float32]
+    extractor: str
+    weights_sha256: str | None
+    random_weights: bool
+    path: Path
+    tile_size_um: float | None = None
+    tile_size_px: int | None = None
+    simulated: str = ""
+
+
+def read_features(path: Path, *, mpp: float | None = None) -> Bag:
+    """Read a feature file of ours, of STAMP (v1 and v2), of TRIDENT or of CLAM.
+
+    Args:
+        path: The ``.h5`` file.
+        mpp: Microns per pixel of the slide, where they are known from elsewhere: TRIDENT and CLAM
+            count coordinates in the slide's pixels and do not store how large these are.
+
+    Returns:
+        The slide's features with coordinates in um.
+
+    Raises:
+        UserError: If the file is missing, not HDF5 or holds no usable features; it is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"The feature file must exist, but {path} does not. Run `extract` first.")
+    try:
+        with h5py.File(path, "r") as file:
+            return _read_open(file, path, mpp)
+    except OSError as error:
+        raise UserError(
+            f"The feature file must be a complete HDF5 file, but {path} is not ({error}). "
+            "Delete it and extract the slide again."
+        ) from error
+
+
+def _read_open(file: h5py.File, path: Path, mpp: float | None) -> Bag:
+    name = next((name for name in FEATURE_NAMES if name in file), None)
+    if name is None or "coords" not in file:
+        raise UserError(
+            f"The feature file must hold `coords` and one of {', '.join(FEATURE_NAMES)}, "
+            f"but {path} holds {', '.join(sorted(file)) or 'nothing'}."
+        )
+    feats = np.asarray(file[name], dtype=np.float32)
+    coords = np.asarray(file["coords"])
+    if feats.ndim != 2 or coords.shape != (len(feats), 2):
+        raise UserError(
+            f"`{name}` must be (n, d) and `coords` (n, 2), but {path} has {feats.shape} and "
+            f"{coords.shape}."
+        )
+    if not np.isfinite(feats).all():
+        raise UserError(f"`{name}` must be finite, but {path} holds NaN or infinite values.")
+    attributes = dict(file.attrs)
+    extractor = _text(attributes.get("extractor", file[name].attrs.get("encoder", "")))
+    sha256 = _text(attributes.get("mtbalance_weights_sha256", "")) or None
+    um_per_unit, tile_um, tile_px = _geometry(file, name, coords, attributes, extractor, mpp)
+    return Bag(
+        feats=feats,
+        coords_um=(coords * um_per_unit).astype(np.float32),
+        extractor=extractor,
+        weights_sha256=sha256,
+        random_weights=bool(attributes.get("mtbalance_random_weights", False)),
+        path=path,
+        tile_size_um=tile_um,
+        tile_size_px=tile_px,
+        simulated=_text(attributes.get("mtbalance_simulated", "")),
+    )
+
+
+def _geometry(
+    file: h5py.File,
+    feature_name: str,
+    coords: npt.NDArray[Any],
+    attributes: Mapping[str, Any],
+    extractor: str,
+    mpp: float | None,
+) -> tuple[float, float | None, int | None]:
+    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edges."""
+    stored = attributes.get("tile_size_um", attributes.get("tile_size"))
+    pixels = attributes.get("tile_size_px")
+    tile_px = None if pixels is None else int(pixels)
+    if "tile_size_um" in attributes or _text(attributes.get("unit", "")) == "um":
+        return 1.0, None if stored is None else float(stored), tile_px
+    if feature_name == "feats" and _is_stamp_v1(coords, attributes, extractor):
+        return TILE_SIZE_UM / V1_TILE_PX, TILE_SIZE_UM, V1_TILE_PX
+    notes = dict(file["coords"].attrs)  # TRIDENT's
+    size = notes.get("patch_size")
+    level0 = notes.get("patch_size_level0")
+    tile_um = None if level0 is None or mpp is None else float(level0) * mpp
+    return mpp or math.nan, tile_um, None if size is None else int(size)
+
+
+def _is_stamp_v1(coords: npt.NDArray[Any], attributes: Mapping[str, Any], extractor: str) -> bool:
+    if round(float(attributes.get("tile_size", 0))) == V1_TILE_PX:
+        return True
+    if extractor.startswith(("STAMP-extract", "marugoto", "xiyuewang-ctranspath")):
+        return True  # also right for a bag of one tile, which has no stride to measure
+    strides = [step for axis in coords.T for step in np.diff(np.unique(axis))]
+    return bool(strides) and round(float(min(strides))) == V1_TILE_PX
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def write_features(
+    path: Path,
+    feats: npt.NDArray[np.floating[Any]],
+    coords_um: npt.NDArray[np.floating[Any]],
+    *,
+    extractor: str,
+    weights_sha256: str | None,
+    random_weights: bool,
+    tile_size_um: float = TILE_SIZE_UM,
+    tile_size_px: int = V1_TILE_PX,
+    layout: str = "stamp-v2",
+    simulated: str = "",
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a feature file; it appears under its name only when complete and on disk.
+
+    Args:
+        path: Where to; missing folders are made, an existing file is replaced.
+        feats: Tile features, ``(n, d)``; stored as float16.
+        coords_um: x and y of the top-left corners in um, ``(n, 2)``.
+        extractor: Name of the network.
+        weights_sha256: Checksum of its weights, None for random ones.
+        random_weights: Whether the weights are random.
+        tile_size_um: Edge of a tile on the slide in um.
+        tile_size_px: Edge of a tile in pixels.
+        layout: ``stamp-v2``, which all readers but the strictest take, or ``stamp-v1``: whole
+            pixels of which a tile has `tile_size_px`, and no word of microns.
+        simulated: A sentence that says so, if the features are simulated.
+        provenance: More attributes; their names get the prefix ``mtbalance_``.
+
+    Raises:
+        UserError: If the shapes do not belong together, or a feature is too large for float16.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"`layout` must be one of {', '.join(LAYOUTS)}, but got {layout!r}.")
+    stored = np.asarray(feats).astype(np.float16)
+    coords = np.asarray(coords_um, dtype=np.float32)
+    if stored.ndim != 2 or coords.shape != (len(stored), 2):
+        raise UserError(
+            f"`feats` must be (n, d) and `coords_um` (n, 2), but got {stored.shape} and "
+            f"{coords.shape}."
+        )
+    if not np.isfinite(stored).all():
+        raise UserError(f"`feats` must be finite and below 65504, but those for {path} are not.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")  # no `.h5` at the end: readers pass it by
+    try:
+        with h5py.File(temporary, "w") as file:
+            file["feats"] = stored
+            file["augmented"] = np.zeros(len(stored), dtype=bool)
+            file.attrs["extractor"] = extractor
+            if layout == "stamp-v1":
+                pixels = np.rint(coords * (tile_size_px / tile_size_um))
+                file["coords"] = pixels.astype(np.int64)
+                # STAMP v1 writes no size. With it, v2 and we know the unit of a single tile too.
+                file.attrs["tile_size"] = float(tile_size_px)
+            else:
+                file["coords"] = coords
+                file.attrs["unit"] = "um"
+                file.attrs["tile_size"] = tile_size_um
+                file.attrs["tile_size_um"] = tile_size_um
+                file.attrs["tile_size_px"] = tile_size_px
+                file.attrs["feat_type"] = "tile"
+                file.attrs["stamp_version"] = "2.0.0"
+            file.attrs["mtbalance_weights_sha256"] = weights_sha256 or ""
+            file.attrs["mtbalance_random_weights"] = random_weights
+            if simulated:
+                file.attrs["mtbalance_simulated"] = simulated
+            for name, value in (provenance or {}).items():
+                file.attrs[f"mtbalance_{name}"] = value
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def extract(
+    slides: Path,
+    out: Path,
+    *,
+    weights: Path | None,
+    slide_table: Path | None = None,
+    filename_column: str = "FILENAME",
+    default_mpp: float | None = None,
+    workers: int | None = None,
+    processes: int | None = None,
+    scheduler: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    batch_size: int = 64,
+    tile_rules: TileRules | None = None,
+    extractor: str = "ctranspath",
+    precision: str = "float32",
+    layout: str = "stamp-v2",
+    max_failures: int | None = None,
+) -> ExtractSummary:
+    """Turn a folder of slides into feature files, tile pictures and a ledger.
+
+    Writes ``<out>/<stem>.h5`` (sub-folders kept), ``<out>/thumbnails/<stem>.jpg`` and
+    ``<out>/ledger.csv``. Slides that an earlier run finished with the same parameters are left
+    alone; with other parameters they are redone, and the log says which changed. A slide that
+    cannot be used gets a row in the ledger and never stops the run.
+
+    Args:
+        slides: Folder of slides.
+        out: Output folder; made if missing.
+        weights: The extractor's checkpoint; None for random weights, which is said in every file.
+        slide_table: Table (.csv, .xlsx) whose column MPP gives pixel sizes in um by file name.
+        filename_column: Its column of the file name.
+        default_mpp: Microns per pixel of slides that do not say.
+        workers: Threads that read while the network runs, in each process; None: 2 on a CPU; with
+            a GPU as many as there are cores, 16 at most, shared out among the processes.
+        processes: Processes that share the slides; None: one per device.
+        scheduler: Address or scheduler file of a running Dask scheduler whose workers share the
+            slides instead. They read and write the same folders under the same paths.
+        device: ``auto``, ``cpu`` or ``cuda``, or several with commas: ``cuda:0,cuda:1``. With
+            `scheduler`, the one that each worker uses.
+        seed: Seed of the random weights.
+        batch_size: Tiles per call of the network; at most 8 are used on a CPU.
+        tile_rules: Tile size and tissue thresholds; None for the protocol's.
+        extractor: ``ctranspath``, or ``timm:`` and the name of one of timm's models.
+        precision: ``float32``, or ``bfloat16`` for autocast.
+        layout: ``stamp-v2`` or ``stamp-v1``; see `write_features`.
+        max_failures: End the run when more slides than this have failed; None: never.
+
+    Returns:
+        What became of every slide; its `exit_code` is 1 if some failed.
+
+    Raises:
+        UserError: If the call is wrong: no slides, unusable weights, a broken table.
+    """
+    from examples.pathology.features import dispatch, extraction
+    from examples.pathology.slides import tiling
+    from examples.pathology.slides.pixelsizes import mpp_of_slides
+    from examples.pathology.slides.slide import find_slides
+
+    files = find_slides(slides, skip=out)
+    stems = [file.stem for file in files]
+    settings = extraction.Settings(
+        out=out,
+        rules=tile_rules if tile_rules is not None else tiling.TileRules(),
+        extractor=extractor,
+        weights=weights,
+        seed=seed,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        layout=layout,
+        table_mpp=(
+            {} if slide_table is None else mpp_of_slides(slide_table, stems, filename_column)
+        ),
+        default_mpp=default_mpp,
+    )
+    return dispatch.run(
+        files,
+        settings,
+        device,
+        processes=processes,
+        scheduler=scheduler,
+        max_failures=max_failures,
+    )

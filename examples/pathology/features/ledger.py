@@ -1,0 +1,149 @@
+"""The ledger of an extraction: what became of every slide in every stage, and the funnel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.pathology.common.files import table_csv, write_text
+
+TILING, FEATURES = "tiling", "features"
+"""The stages: from a slide file to tiles of tissue, and from these to a feature file."""
+
+LEDGER_COLUMNS = (
+    "slide",
+    "stage",
+    "status",
+    "reason",
+    "tiles_total",
+    "tiles_kept",
+    "mpp",
+    "mpp_source",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What became of one slide in one stage.
+
+    Attributes:
+        slide: Its path relative to the folder of slides.
+        stage: ``tiling`` or ``features``; a slide that ends in the first has no second row.
+        status: ``ok``, ``empty`` (no tissue), ``failed`` or ``excluded`` (not a usable kind).
+        reason: Why, unless it is simply ok.
+        tiles_total: Whole tiles that fit on the slide; None if it did not get that far.
+        tiles_kept: Tiles of tissue, or tiles with features.
+        mpp: Microns per pixel of level 0 along x.
+        mpp_source: Where that came from.
+        seconds: Time spent on the stage; for a finished slide, when it was made. Tiling and
+            network overlap: of reading tiles only the time counts that the network waited for.
+        skipped: Whether an earlier run had finished it.
+    """
+
+    slide: str
+    stage: str
+    status: str
+    reason: str = ""
+    tiles_total: int | None = None
+    tiles_kept: int | None = None
+    mpp: float | None = None
+    mpp_source: str = ""
+    seconds: float = 0.0
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class ExtractSummary:
+    """What became of all slides.
+
+    Attributes:
+        rows: One row per slide and stage.
+        ledger: The file with the same rows.
+        found: Slides and pictures in the folder.
+        seconds: How long the run took.
+        stopped: Why the run ended before the last slide; empty if it did not.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    ledger: Path
+    found: int
+    seconds: float
+    stopped: str = ""
+
+    def count(self, status: str, stage: str | None = None) -> int:
+        """Return the number of slides with this status, in this stage or in any."""
+        return sum(row.status == status and stage in (None, row.stage) for row in self.rows)
+
+    @property
+    def slides(self) -> int:
+        """Slides and pictures that were looked at."""
+        return len({row.slide for row in self.rows})
+
+    @property
+    def tiled(self) -> int:
+        """Slides with tiles of tissue."""
+        return self.count("ok", TILING)
+
+    @property
+    def done(self) -> int:
+        """Slides with features, those that an earlier run had finished included."""
+        return self.count("ok", FEATURES)
+
+    @property
+    def empty(self) -> int:
+        """Slides without tissue."""
+        return self.count("empty")
+
+    @property
+    def excluded(self) -> int:
+        """Pictures and slides that the protocol does not cover."""
+        return self.count("excluded")
+
+    @property
+    def failed(self) -> int:
+        """Slides that could not be used."""
+        return self.count("failed")
+
+    @property
+    def skipped(self) -> int:
+        """Slides that an earlier run had finished; they count as done too."""
+        return sum(row.skipped for row in self.rows if row.stage == FEATURES)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every slide was looked at and none failed, otherwise 1."""
+        return int(self.failed > 0 or bool(self.stopped))
+
+    @property
+    def funnel(self) -> str:
+        """How many slides were left after each stage."""
+        return f"{self.found} slides -> {self.tiled} tiled -> {self.done} with features"
+
+    def __str__(self) -> str:
+        tiles = sum(row.tiles_kept or 0 for row in self.rows if row.stage == FEATURES)
+        seconds = {
+            stage: sum(row.seconds for row in self.rows if row.stage == stage and not row.skipped)
+            for stage in (TILING, FEATURES)
+        }
+        left = self.found - self.slides
+        stopped = f" Stopped early, {left} not looked at: {self.stopped}" if self.stopped else ""
+        return (
+            f"{self.funnel} ({self.skipped} finished before, {tiles} tiles in all); "
+            f"{self.empty} empty, {self.excluded} excluded, {self.failed} failed; "
+            f"tiling {seconds[TILING]:.1f} s, features {seconds[FEATURES]:.1f} s in "
+            f"{self.seconds:.1f} s. "
+            f"Each slide is in {self.ledger}.{stopped}"
+        )
+
+
+def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
+    """Write one line per slide and stage; the file on disk is always whole.
+
+    Args:
+        path: Where to.
+        rows: The rows; their order is kept.
+    """
+    cells = ([getattr(row, name) for name in LEDGER_COLUMNS] for row in rows)
+    write_text(path, table_csv(LEDGER_COLUMNS, cells))

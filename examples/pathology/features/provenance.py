@@ -1,0 +1,111 @@
+"""What a feature file was made with, and whether one that exists is still the right one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+
+from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
+
+if TYPE_CHECKING:
+    from examples.pathology.features.extraction import Job
+    from examples.pathology.slides.slide import Slide, SlideFile
+
+logger = logging.getLogger(__name__)
+
+
+def parameters_of(file: SlideFile, slide: Slide, job: Job) -> dict[str, Any]:
+    """Return all that decides what a slide's features are; a file made with others is redone."""
+    return {
+        **asdict(job.settings.rules),
+        "extractor": job.network.extractor.identifier,
+        "weights_sha256": job.network.extractor.weights_sha256,
+        "precision": job.network.precision,
+        "layout": job.settings.layout,
+        "slide_bytes": file.path.stat().st_size,
+        "slide_quickhash": slide.quickhash,
+        "slide_width_px": slide.width_px,
+        "slide_height_px": slide.height_px,
+        "slide_mpp_x": round(slide.mpp.x, 9),
+        "slide_mpp_y": round(slide.mpp.y, 9),
+    }
+
+
+def provenance_of(slide: Slide, row: LedgerRow, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return what a feature file says about itself, by attribute name without our prefix."""
+    return {
+        "version": _version(),
+        "slide": slide.name,
+        "slide_mpp": slide.mpp.x,
+        "slide_mpp_y": slide.mpp.y,
+        "slide_mpp_source": slide.mpp.source,
+        "slide_width_px": slide.width_px,
+        "slide_height_px": slide.height_px,
+        "precision": parameters["precision"],
+        "tiles_total": row.tiles_total,
+        "parameters": json.dumps(parameters, sort_keys=True),
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("mtbalance")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def finished_rows(
+    path: Path, file: SlideFile, parameters: dict[str, Any]
+) -> tuple[LedgerRow, ...] | None:
+    """Return the rows of a slide whose features exist already, or None if there is work to do."""
+    if not path.is_file():
+        return None
+    try:
+        with h5py.File(path, "r") as stored:
+            attributes = dict(stored.attrs)
+            kept = len(stored["feats"])
+            whole = kept == len(stored["coords"])
+    except (OSError, KeyError) as error:
+        logger.warning("%s is damaged (%s); %s is extracted again.", path, error, file.name)
+        return None
+    try:
+        old = dict(json.loads(attributes["mtbalance_parameters"]))
+        row = LedgerRow(
+            slide=file.name,
+            stage=TILING,
+            status="ok",
+            reason="finished before",
+            tiles_total=int(attributes["mtbalance_tiles_total"]),
+            tiles_kept=kept,
+            mpp=float(attributes["mtbalance_slide_mpp"]),
+            mpp_source=str(attributes["mtbalance_slide_mpp_source"]),
+            seconds=round(float(attributes["mtbalance_seconds_tiling"]), 3),
+            skipped=True,
+        )
+        seconds = round(float(attributes["mtbalance_seconds_features"]), 3)
+    except (KeyError, TypeError, ValueError):
+        logger.warning(
+            "%s was made by another program or release; %s is extracted again.", path, file.name
+        )
+        return None
+    if not whole:
+        logger.warning("%s is damaged; %s is extracted again.", path, file.name)
+        return None
+    changed = [
+        key for key in sorted(old.keys() | parameters) if old.get(key) != parameters.get(key)
+    ]
+    if changed:
+        logger.warning(
+            "%s was made with other parameters (%s); %s is extracted again.",
+            path,
+            ", ".join(f"{key} {old.get(key)} -> {parameters.get(key)}" for key in changed),
+            file.name,
+        )
+        return None
+    return row, replace(row, stage=FEATURES, seconds=seconds)

@@ -1,0 +1,1 @@
+"""Numbers to figures: nothing else imports matplotlib."""

@@ -1,0 +1,137 @@
+"""What a run says, drawn: its ranking, its embedding, its measurements and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.pathology.cohort.targets import Target
+from examples.pathology.figures import history as history_plots
+from examples.pathology.figures import plots
+
+if TYPE_CHECKING:
+    from examples.pathology.results.folds import FoldResult
+
+
+def draw_figures(
+    figures: Path,
+    summary: Mapping[str, Any],
+    results: Sequence[FoldResult],
+    *,
+    seed: int,
+) -> list[tuple[str, Path]]:
+    """Draw what a run says: its ranking, its embedding, its measurements and its training.
+
+    Args:
+        figures: The folder to write to.
+        summary: What ``metrics.json`` holds.
+        results: Of all folds.
+        seed: Of the t-SNE.
+
+    Returns:
+        A title and the file of every figure.
+    """
+    targets = [
+        Target(
+            str(summary["target"]),
+            summary.get("kind", "classification"),  # runs of earlier releases have no other
+            tuple(summary.get("classes", ())),
+            str(summary.get("positive", "")),
+        ),
+        *(Target(str(t["name"]), t["kind"]) for t in summary["auxiliary"]),
+    ]
+    drawn = draw_scores(figures, summary, results, targets)
+    path = figures / "tsne.png"
+    primary = targets[0]
+    labels = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
+    plots.tsne(
+        [
+            (result.embeddings, each if primary.classes else each.astype(float))
+            for result, each in zip(results, labels, strict=True)
+        ],
+        primary.classes,
+        path,
+        title=f"{summary['method']}: [cls] embedding by {primary.name}",
+        caption=caption_of(summary),
+        seed=seed,
+    )
+    drawn.append(("t-SNE", path))
+    histories = [result.history for result in results if len(result.history)]
+    if histories:
+        tasks = [target.name for target in targets]
+        method, caption = str(summary["method"]), caption_of(summary)
+        best = [result.best_epoch for result in results if len(result.history)]
+        path = figures / "training.png"
+        history_plots.training(histories, best, tasks, path, title=method, caption=caption)
+        drawn.append(("training", path))
+        path = figures / "balance.png"
+        if history_plots.balance(histories, tasks, path, title=method, caption=caption):
+            drawn.append(("task weights and gradient conflict", path))
+    return drawn
+
+
+def draw_scores(
+    figures: Path,
+    summary: Mapping[str, Any],
+    results: Sequence[FoldResult],
+    targets: Sequence[Target],
+) -> list[tuple[str, Path]]:
+    """Draw ROC and PR curves of a primary class, and measured against predicted values.
+
+    Args:
+        figures: The folder to write to.
+        summary: What ``metrics.json`` holds.
+        results: Of all folds; patients without a label are left out.
+        targets: What was predicted, the primary target first.
+
+    Returns:
+        A title and the file of every figure.
+    """
+    primary = targets[0]
+    caption = caption_of(summary)
+    drawn = []
+    if primary.kind == "classification":
+        drawn += _draw_ranking(figures, summary, results, primary)
+    for number, target in enumerate(targets):
+        if target.kind == "regression":
+            # A target's name may hold any character.
+            path = figures / (f"regression-{number}.png" if number else "regression.png")
+            points = []
+            for result in results:
+                known = result.predictions[result.predictions[target.name] != ""]
+                measured = known[target.name].to_numpy(dtype=float)
+                points.append((measured, known[f"{target.name}_pred"].to_numpy(dtype=float)))
+            if not any(len(measured) for measured, _ in points):
+                continue  # an external cohort need not know it
+            heading = f"{summary['method']}: {target.name}"
+            plots.regression(points, path, title=heading, caption=caption)
+            drawn.append((f"measured and predicted {target.name}", path))
+    return drawn
+
+
+def _draw_ranking(
+    figures: Path, summary: Mapping[str, Any], results: Sequence[FoldResult], primary: Target
+) -> list[tuple[str, Path]]:
+    caption = caption_of(summary)
+    title = f"{summary['method']}: {primary.name} = {primary.positive}"
+    scored = []
+    for result in results:
+        known = result.predictions[result.predictions[primary.name] != ""]
+        truth = (known[primary.name] == primary.positive).to_numpy()
+        scored.append((truth, known[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)))
+    drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
+    plots.roc(scored, drawn[0][1], title=title, caption=caption)
+    plots.precision_recall(scored, drawn[1][1], title=title, caption=caption)
+    return drawn
+
+
+def caption_of(summary: Mapping[str, Any]) -> str:
+    """Return the warning that belongs under every figure of a run."""
+    note = str(summary["note"]).strip().rstrip(".")
+    parts = [f"{note}."] if note else []
+    if simulated := summary.get("simulated"):  # runs of 0.1.0 do not say
+        parts.append(str(simulated))
+    if summary["random_weights"]:
+        parts.append("Features come from a network with RANDOM weights and carry no biology.")
+    return " ".join(parts)

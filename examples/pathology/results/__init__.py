@@ -1,0 +1,1 @@
+"""Predictions to numbers: folds on disk, metrics, resampling, comparisons."""

@@ -1,0 +1,262 @@
+"""What a cross-validation leaves on disk: written fold by fold, and read back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import pickle
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from examples.pathology.cohort.targets import Target
+from examples.pathology.common.errors import UserError, listing, one_line
+from examples.pathology.common.files import json_or_none, write_bytes, write_json, write_text
+from examples.pathology.results import metrics
+from examples.pathology.training.fold import new_model
+from examples.pathology.training.losses import Scaler
+from examples.pathology.training.prediction import Fitted
+
+if TYPE_CHECKING:
+    from examples.pathology.cohort.cohort import Cohort
+    from examples.pathology.training.prediction import PatientPrediction
+
+DONE = "fold.json"  # written last: a fold that has it is finished
+FEATURE_KEYS = (
+    "in_features",
+    "extractor",
+    "weights_sha256",
+    "tile_size_um",
+    "random_weights",
+    "simulated",
+)
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What a finished fold left on disk, read back.
+
+    Args:
+        predictions: One row per test patient, as in ``predictions.csv``, all strings.
+        embeddings: The [cls] embedding ``(n, d)`` in the same order.
+        best_epoch: The epoch whose parameters were kept.
+        epochs: How many were run.
+        seconds: How long it took.
+        threshold: The probability from which a patient is called positive; NaN without one.
+        history: One row per epoch.
+    """
+
+    predictions: pd.DataFrame
+    embeddings: NDArray[np.float32]
+    best_epoch: int
+    epochs: int
+    seconds: float
+    threshold: float = math.nan
+    history: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+
+def prediction_columns(targets: Sequence[Target]) -> list[str]:
+    """Return the columns of ``predictions.csv``.
+
+    Raises:
+        UserError: Two of them have the same name.
+    """
+    columns = ["PATIENT"]
+    for i, target in enumerate(targets):
+        columns.append(target.name)
+        if i > 0 or target.kind == "regression":
+            columns.append(f"{target.name}_pred")
+        columns += [f"{target.name}_{label}" for label in target.classes]
+    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
+    if twice:
+        raise UserError(
+            "The columns of predictions.csv must have different names, but two targets or classes "
+            "give "
+            f"{listing(twice)}. Rename a column of the clinical table."
+        )
+    return columns
+
+
+def write_fold(
+    folder: Path,
+    fitted: Fitted,
+    tested: Sequence[PatientPrediction],
+    validated: Sequence[PatientPrediction],
+    cohort: Cohort,
+    seconds: float,
+) -> None:
+    """Write what a fold leaves behind; the file that says it is finished comes last.
+
+    Args:
+        folder: Of the fold.
+        fitted: The trained fold.
+        tested: Its predictions for the test part.
+        validated: Its predictions for the validation part, which set the threshold of F1.
+        cohort: What the features are.
+        seconds: How long it took.
+    """
+    write_predictions(folder / "predictions.csv", fitted.targets, tested)
+    write_predictions(folder / "validation.csv", fitted.targets, validated)
+    write_text(folder / "history.csv", _csv_of(fitted.history))
+    write_embeddings(folder / "embeddings.npy", tested)
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "state_dict": {key: value.cpu() for key, value in fitted.model.state_dict().items()},
+            "targets": [{**asdict(t), "classes": list(t.classes)} for t in fitted.targets],
+            "scalers": {name: [s.low, s.high] for name, s in fitted.scalers.items()},
+            "network": {"width": fitted.model.d_model, "layers": fitted.model.layers},
+            "precision": fitted.precision,
+            "best_epoch": fitted.best_epoch,
+            **features_of(cohort),
+        },
+        buffer,
+    )
+    write_bytes(folder / "model.pt", buffer.getvalue())
+    threshold = threshold_of(fitted.targets[0], validated)
+    write_json(
+        folder / DONE,
+        {
+            "best_epoch": fitted.best_epoch,
+            "epochs": len(fitted.history),
+            "threshold": json_or_none(threshold),
+            "seconds": round(seconds, 3),
+        },
+    )
+
+
+def features_of(cohort: Cohort) -> dict[str, Any]:
+    """Return what a model must be told about the features that it was trained on."""
+    return {
+        "in_features": cohort.in_features,
+        "extractor": cohort.extractor,
+        "weights_sha256": cohort.weights_sha256,
+        "tile_size_um": cohort.tile_size_um,
+        "random_weights": cohort.random_weights,
+        "simulated": cohort.simulated,
+    }
+
+
+def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
+    """Read a trained fold and what it says about the features it was trained on.
+
+    Args:
+        path: ``model.pt`` of a fold.
+        device: Where the model goes.
+
+    Raises:
+        UserError: The file is missing or holds no model of ours.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        targets = tuple(
+            Target(**{**target, "classes": tuple(target["classes"])}) for target in saved["targets"]
+        )
+        model = new_model(targets, saved["in_features"], **saved["network"])
+        model.load_state_dict(saved["state_dict"])
+        scalers = {name: Scaler(*ends) for name, ends in saved["scalers"].items()}
+        fitted = Fitted(
+            model.to(device).eval(), targets, scalers, (), saved["best_epoch"], saved["precision"]
+        )
+        about = {name: saved[name] for name in FEATURE_KEYS}
+    except OSError as error:
+        raise UserError(
+            f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
+    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} must hold a model of this release, but does not: {one_line(error)}."
+        ) from error
+    return fitted, about
+
+
+def threshold_of(target: Target, validated: Sequence[PatientPrediction]) -> float:
+    """Return the probability of the positive class from which F1 is highest on these patients.
+
+    It is NaN for a regression, and where one class is missing.
+    """
+    if target.kind == "regression":
+        return math.nan
+    column = target.classes.index(target.positive)
+    return metrics.best_threshold(
+        [p.patient.label == target.positive for p in validated],
+        [p.probabilities[target.name][column] for p in validated],
+    )
+
+
+def write_embeddings(path: Path, predictions: Sequence[PatientPrediction]) -> None:
+    """Write the [cls] embeddings ``(n, d)`` as ``.npy``."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.stack([p.embedding for p in predictions]), allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def write_predictions(
+    path: Path, targets: Sequence[Target], predictions: Sequence[PatientPrediction]
+) -> None:
+    """Write one row per patient: what is known, and what is predicted."""
+    write_text(path, _predictions_csv(targets, predictions))
+
+
+def _predictions_csv(targets: Sequence[Target], tested: Sequence[PatientPrediction]) -> str:
+    rows = []
+    for prediction in tested:
+        patient = prediction.patient
+        row: dict[str, Any] = {"PATIENT": patient.name, targets[0].name: patient.label}
+        for target in targets:
+            if target is not targets[0]:
+                row[target.name] = patient.known.get(target.name, "")
+            if target.kind == "classification":
+                probabilities = prediction.probabilities[target.name]
+                for label, probability in zip(target.classes, probabilities, strict=True):
+                    row[f"{target.name}_{label}"] = float(probability)
+                if target is not targets[0]:
+                    row[f"{target.name}_pred"] = target.classes[int(probabilities.argmax())]
+            else:
+                row[f"{target.name}_pred"] = prediction.numbers[target.name]
+        rows.append(row)
+    return _csv_of(rows, prediction_columns(targets))
+
+
+def _csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    names = list(columns or dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_fold(folder: Path) -> FoldResult:
+    """Read back a finished fold.
+
+    Raises:
+        UserError: The fold is not finished.
+    """
+    if not (folder / DONE).exists():
+        raise UserError(f"{folder} must be a finished fold, but is not. Run `crossval` again.")
+    done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    threshold = done.get("threshold")
+    return FoldResult(
+        read_predictions(folder / "predictions.csv"),
+        np.load(folder / "embeddings.npy", allow_pickle=False),
+        int(done["best_epoch"]),
+        int(done["epochs"]),
+        float(done["seconds"]),
+        math.nan if threshold is None else float(threshold),
+        pd.read_csv(folder / "history.csv"),
+    )
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read back what `write_predictions` wrote, all as text."""
+    return pd.read_csv(path, dtype=str, keep_default_na=False)

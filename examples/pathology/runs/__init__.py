@@ -1,0 +1,1 @@
+"""Whole runs: cross-validation, deployment on another cohort, heat maps."""

@@ -1,0 +1,270 @@
+"""Cross-validation by patient, in one run folder that can be stopped and taken up again.
+
+The splits are drawn once, saved with a hash of patients and labels, and used by every method that
+is compared. A fold's test part is looked at once: after its model has been chosen on the validation
+part.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.pathology.cohort.cohort import Cohort, load_cohort, log_cohort
+from examples.pathology.cohort.splits import Fold, check_sizes, fold_seed, load_or_make_splits
+from examples.pathology.common.devices import resolve_device
+from examples.pathology.common.errors import UserError, listing
+from examples.pathology.common.files import write_json
+from examples.pathology.figures.run import draw_figures
+from examples.pathology.results.folds import (
+    DONE,
+    features_of,
+    prediction_columns,
+    read_fold,
+    write_fold,
+)
+from examples.pathology.results.measuring import summarise
+from examples.pathology.settings.crossval import (
+    CrossvalConfig,
+    read_toml,
+    settings_that_differ,
+    with_reference_protocol,
+    write_toml,
+)
+from examples.pathology.training.bags import BagStore
+from examples.pathology.training.checkpoint import CHECKPOINT, clean, sole_writer
+from examples.pathology.training.fold import BASELINE, TrainingConfig, fit_fold, needs_lookahead
+from examples.pathology.training.prediction import predict
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cross-validation whose folder is claimed and whose folds are drawn: small enough to send.
+
+    Args:
+        config: All settings.
+        cohort: Whom to train and test on.
+        folds: The splits.
+        lookahead: Whether the method needs a second batch at every step.
+    """
+
+    config: CrossvalConfig
+    cohort: Cohort
+    folds: tuple[Fold, ...]
+    lookahead: bool
+
+    def folder(self, k: int) -> Path:
+        """Return the folder of fold ``k``, counted from 1."""
+        return self.config.out / f"fold-{k}"
+
+
+def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
+    """Cross-validate one method and write its run folder.
+
+    Args:
+        config: All settings.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
+        RunError: A loss is not finite.
+    """
+    resolve_device(config.device)  # a wrong one is told before tables are read
+    needs_lookahead(config.balancer, [config.target, *config.auxiliary])  # a wrong name as well
+    cohort = load_cohort_of(config)
+    with sole_writer(config.out):
+        plan = make_plan(config, cohort)
+        bags = BagStore(round(config.cache_gb * 2**30))
+        for k, fold in enumerate(plan.folds, start=1):
+            log_fold(k, fold)
+            run_fold(plan, k, bags)
+        return finish(plan)
+
+
+def load_cohort_of(config: CrossvalConfig) -> Cohort:
+    """Join the tables and files that the settings name, and say who is left.
+
+    Raises:
+        UserError: They do not fit together, or a class is too small.
+    """
+    cohort = load_cohort(with_reference_protocol(config))
+    log_cohort(cohort)
+    check_sizes(cohort, config.folds)
+    prediction_columns(cohort.targets)  # a clash is told before the first fold, not after
+    return cohort
+
+
+def make_plan(config: CrossvalConfig, cohort: Cohort) -> Plan:
+    """Claim the run folder and draw the folds, or take up those that are there.
+
+    Nobody else may work in the folder.
+
+    Raises:
+        UserError: The folder belongs to another run, or the splits to another cohort.
+    """
+    config = with_reference_protocol(config)
+    clean(config.out)
+    clean(config.out / "figures")
+    _claim_run_folder(config, cohort)
+    cohort.write_ledger(config.out / "ledger.csv")
+    folds = tuple(load_or_make_splits(config, cohort))
+    lookahead = needs_lookahead(config.balancer, [target.name for target in cohort.targets])
+    return Plan(config, cohort, folds, lookahead)
+
+
+def run_fold(plan: Plan, k: int, bags: BagStore) -> None:
+    """Train and test fold ``k`` (from 1), or go on where it stopped; finished, it stays as it is.
+
+    Raises:
+        RunError: A loss is not finite.
+    """
+    folder = plan.folder(k)
+    if (folder / DONE).exists():
+        logger.info("Fold %d is finished already", k)
+    else:
+        _train_and_test(plan, k, bags, resolve_device(plan.config.device))
+    clean(folder, finished=True)
+
+
+def finish(plan: Plan, *, figures: bool = True) -> dict[str, Any]:
+    """Sum up a run all of whose folds are finished.
+
+    Args:
+        plan: The run.
+        figures: Whether to draw it; `report` draws it as well.
+
+    Returns:
+        What ``metrics.json`` holds; it is written last: a run that has it is finished.
+    """
+    config = plan.config
+    results = [read_fold(plan.folder(k)) for k in range(1, len(plan.folds) + 1)]
+    summary = summarise(config, plan.cohort, plan.folds, results)
+    if figures:
+        draw_figures(config.out / "figures", summary, results, seed=config.seed)
+    write_json(config.out / "metrics.json", summary)
+    _log_summary(summary)
+    return summary
+
+
+def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
+    started = time.perf_counter()
+    config, cohort, fold, folder = plan.config, plan.cohort, plan.folds[k - 1], plan.folder(k)
+    by_name = {patient.name: patient for patient in cohort.patients}
+    names = _train_names(fold, plan.lookahead, config.lookahead_data)
+    train = [by_name[name] for name in names]
+    if config.balancer != BASELINE:  # it knows the primary target alone
+        train += cohort.training_only
+    fitted = fit_fold(
+        cohort,
+        train,
+        [by_name[name] for name in fold.validation],
+        TrainingConfig(
+            balancer=config.balancer,
+            epochs=config.epochs,
+            patience=config.patience,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            schedule=config.schedule,
+            standardize=config.standardize,
+            width=config.width,
+            layers=config.layers,
+            max_tiles=config.max_tiles,
+            precision=config.precision,
+            seed=fold_seed(config.seed, k),
+            device=device,
+        ),
+        lookahead=[
+            by_name[name] for name in _lookahead_names(fold, plan.lookahead, config.lookahead_data)
+        ],
+        bags=bags,
+        name=f"fold {k}",
+        checkpoint=folder / CHECKPOINT,
+    )
+    validated, tested = (
+        predict(fitted, [by_name[name] for name in names], bags=bags, device=device)
+        for names in (fold.validation, fold.test)
+    )
+    seconds = sum(row["seconds"] for row in fitted.history)
+    write_fold(folder, fitted, tested, validated, cohort, seconds)
+    logger.info(
+        "Fold %d: %d epochs, the best was %d; %.0f s, %.1f %% of training spent waiting for tiles",
+        k,
+        len(fitted.history),
+        fitted.best_epoch,
+        time.perf_counter() - started,
+        100 * sum(r["seconds_waiting_for_data"] for r in fitted.history) / max(seconds, 1e-9),
+    )
+
+
+def log_fold(k: int, fold: Fold) -> None:
+    """Log the sizes of a fold's parts, whose disjointness `check_splits` has made sure of."""
+    logger.info(
+        "Fold %d: %d patients to train, %d to validate, %d to test; no patient in two parts",
+        k,
+        len(fold.train),
+        len(fold.validation),
+        len(fold.test),
+    )
+
+
+def _train_names(fold: Fold, lookahead: bool, source: str) -> list[str]:
+    held = set(fold.lookahead) if lookahead and source == "heldout" else set()
+    return [name for name in fold.train if name not in held]
+
+
+def _lookahead_names(fold: Fold, lookahead: bool, source: str) -> tuple[str, ...]:
+    if not lookahead:
+        return ()
+    return fold.lookahead if source == "heldout" else fold.train
+
+
+def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
+    """Write the resolved settings, or check that those in the folder are the same."""
+    path = config.out / "config.toml"
+    if path.exists():
+        stored = read_toml(path)
+        differing = settings_that_differ(config, stored.get("crossval", {}))
+        if stored.get("provenance", {}).get("data_sha256") != cohort.digest:
+            differing.append("the content of tables or features")
+        if differing:
+            raise UserError(
+                f"`out` must be a new folder or one of the same run, but {config.out} differs in "
+                f"{listing(differing)}."
+            )
+        logger.info("Taking up the run in %s", config.out)
+        return
+
+    try:
+        own = version("mtbalance")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    provenance = {
+        "mtbalance": own,
+        "torch": torch.__version__,
+        **{name: value for name, value in features_of(cohort).items() if value is not None},
+        "data_sha256": cohort.digest,
+    }
+    write_toml(path, {"crossval": config.resolved(), "provenance": provenance})
+
+
+def _log_summary(summary: Mapping[str, Any]) -> None:
+    for name, value in summary["metrics"].items():
+        mean, sd = value["mean"], value["sd"]
+        shown = "undefined" if mean is None else f"{mean:.3f}"
+        spread = "" if sd is None else f" +/- {sd:.3f} (sd over {value['folds_with_value']} folds)"
+        low, high = value["ci95_over_patients"]
+        interval = "" if low is None else f", 95 % interval over patients {low:.3f} to {high:.3f}"
+        logger.info("%s %s: %s%s%s", summary["method"], name, shown, spread, interval)
+        for fold, reason in value["undefined"].items():
+            logger.warning("%s is not defined in fold %s: %s", name, fold, reason)

@@ -1,0 +1,269 @@
+"""A trained run on another cohort: every fold's model, and all of them together.
+
+The external cohort needs no label: what is known of it is compared with the predictions, what is
+not stays empty. Features must be of the extractor, weights and tile size that the run was trained
+on; anything else is refused, since numbers would come out all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from examples.pathology.cohort.cohort import Cohort, load_external
+from examples.pathology.common.devices import resolve_device
+from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import json_or_none, write_json
+from examples.pathology.figures.run import draw_scores
+from examples.pathology.results.folds import (
+    FEATURE_KEYS,
+    FoldResult,
+    features_of,
+    read_fold,
+    read_model,
+    read_predictions,
+    write_embeddings,
+    write_predictions,
+)
+from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
+from examples.pathology.settings.crossval import read_toml, write_toml
+from examples.pathology.tables.reading import FILENAME, PATIENT
+from examples.pathology.training.bags import BagStore
+from examples.pathology.training.checkpoint import clean, sole_writer
+from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
+
+if TYPE_CHECKING:
+    from examples.pathology.cohort.targets import Target
+
+logger = logging.getLogger(__name__)
+
+NAMES = {
+    "in_features": "length",
+    "extractor": "extractor",
+    "weights_sha256": "weights",
+    "tile_size_um": "tile size in um",
+    "random_weights": "random weights",
+    "simulated": "simulated features",
+}
+
+
+@dataclass(frozen=True)
+class DeployConfig:
+    """What to predict for.
+
+    Args:
+        run: A finished run of `crossval`.
+        clini: Clinical table of the external cohort; columns of targets may be missing.
+        slide_table: The patient and the file name, one row per slide.
+        features: Folder of feature files.
+        out: Where the results go.
+        patient_column: Column of the patient in both tables.
+        filename_column: Column of the file name in the slide table.
+        seed: Of the bootstrap.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    run: Path
+    clini: Path
+    slide_table: Path
+    features: Path
+    out: Path
+    patient_column: str = PATIENT
+    filename_column: str = FILENAME
+    seed: int = 0
+    device: str = "auto"
+
+
+def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
+    """Predict for an external cohort with every fold of a run and with their mean.
+
+    Writes ``predictions.csv`` (the ensemble: the mean over folds of probabilities, and of
+    predicted values in the target's unit), ``fold-K/predictions.csv`` and ``embeddings.npy``,
+    ``ledger.csv``, ``deploy.toml``, ``metrics.json`` and, where labels are known, ``figures/``.
+
+    Args:
+        config: What to predict for.
+        figures: Whether to draw what labels allow.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        UserError: The run is not finished, the features are of another kind, or nobody is left.
+    """
+    device = resolve_device(config.device)
+    folders = fold_folders(config.run)
+    models = [read_model(folder / "model.pt", device) for folder in folders]
+    targets = models[0][0].targets
+    cohort = load_external(
+        config.clini,
+        config.slide_table,
+        config.features,
+        targets,
+        patient_column=config.patient_column,
+        filename_column=config.filename_column,
+    )
+    for folder, (_, about) in zip(folders, models, strict=True):
+        refuse_other_features(about, features_of(cohort), folder, config.features)
+    logger.info("Patients: %s", " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))
+    with sole_writer(config.out):
+        clean(config.out)
+        write_toml(config.out / "deploy.toml", deploy_settings(config))
+        cohort.write_ledger(config.out / "ledger.csv")
+        models_only = [fitted for fitted, _ in models]
+        return _predict_all(config, cohort, folders, models_only, device, figures=figures)
+
+
+def deploy_settings(config: DeployConfig) -> dict[str, dict[str, Any]]:
+    """Return what ``deploy.toml`` holds."""
+    settings = {name: str(value) for name, value in vars(config).items()}
+    return {"deploy": {**settings, "seed": config.seed}}
+
+
+def _predict_all(
+    config: DeployConfig,
+    cohort: Cohort,
+    folders: Sequence[Path],
+    models: Sequence[Fitted],
+    device: str,
+    *,
+    figures: bool,
+) -> dict[str, Any]:
+    targets = models[0].targets
+    bags = BagStore()
+    by_fold, results = [], []
+    for folder, fitted in zip(folders, models, strict=True):
+        predictions = predict(fitted, cohort.patients, bags=bags, device=device)
+        out = config.out / folder.name
+        write_predictions(out / "predictions.csv", targets, predictions)
+        write_embeddings(out / "embeddings.npy", predictions)
+        by_fold.append(predictions)
+        threshold = read_fold(folder).threshold
+        results.append(_result(out / "predictions.csv", predictions, threshold))
+    together = mean_prediction(by_fold)
+    path = config.out / "predictions.csv"
+    write_predictions(path, targets, together)
+    thresholds = [result.threshold for result in results if not np.isnan(result.threshold)]
+    ensemble = _result(path, together, float(np.mean(thresholds)) if thresholds else np.nan)
+    summary = _summary(config, cohort, targets, results, ensemble)
+    if figures and summary["labelled"]:
+        draw_scores(config.out / "figures", summary, results, targets)
+    write_json(config.out / "metrics.json", summary)
+    logger.info(
+        "%d patients, %d with a label; %s", len(cohort.patients), summary["labelled"], config.out
+    )
+    return summary
+
+
+def mean_prediction(by_fold: Sequence[Sequence[PatientPrediction]]) -> list[PatientPrediction]:
+    """Return the mean over models of what each says of the same patients.
+
+    Args:
+        by_fold: Predictions of every model, in the same order of patients.
+
+    Returns:
+        Mean probabilities and mean numbers. Embeddings of different models have no common axes:
+        those of the first model stand in.
+    """
+    together = []
+    for each in zip(*by_fold, strict=True):
+        first = each[0]
+        together.append(
+            PatientPrediction(
+                first.patient,
+                {
+                    name: np.mean([p.probabilities[name] for p in each], axis=0)
+                    for name in first.probabilities
+                },
+                {name: float(np.mean([p.numbers[name] for p in each])) for name in first.numbers},
+                first.embedding,
+            )
+        )
+    return together
+
+
+def refuse_other_features(
+    trained: Mapping[str, Any], found: Mapping[str, Any], model: Path, features: Path
+) -> None:
+    """Raise if features are not of the kind that a model was trained on.
+
+    A file of another tool may not say its weights or tile size; what is not said is no difference,
+    and is logged.
+
+    Args:
+        trained: What the model was trained on.
+        found: What the features are.
+        model: Of whom, for the error.
+        features: Where they are, for the error.
+
+    Raises:
+        UserError: They differ.
+    """
+    for key in FEATURE_KEYS:
+        was, now = trained[key], found[key]
+        if key == "simulated":  # labels may be drawn or shuffled in one of the two
+            was, now = bool(was), bool(now)
+        if was is None or now is None:
+            if was != now:
+                logger.warning("%s or %s does not tell the %s", model, features, NAMES[key])
+        elif was != now:
+            raise UserError(
+                f"`features` must have the {NAMES[key]} that the model was trained on ({was}), "
+                f"but {features} has {now}. Extract the slides again with the settings of the run."
+            )
+
+
+def fold_folders(run: Path) -> list[Path]:
+    """Return the folders of the folds of a finished run.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not (run / "metrics.json").exists():
+        raise UserError(
+            f"`run` must be a finished run of `crossval`, but {run} is none. Run `crossval` first, "
+            "or again to finish it."
+        )
+    count = int(read_toml(run / "config.toml")["crossval"]["folds"])
+    return [run / f"fold-{k}" for k in range(1, count + 1)]
+
+
+def _result(path: Path, predictions: Sequence[PatientPrediction], threshold: float) -> FoldResult:
+    embeddings = np.stack([p.embedding for p in predictions])
+    return FoldResult(read_predictions(path), embeddings, 0, 0, 0.0, threshold)
+
+
+def _summary(
+    config: DeployConfig,
+    cohort: Cohort,
+    targets: Sequence[Target],
+    results: Sequence[FoldResult],
+    ensemble: FoldResult,
+) -> dict[str, Any]:
+    trained = read_toml(config.run / "config.toml")["crossval"]
+    labels = [patient.label for patient in cohort.patients if patient.label]
+    if thresholds := thresholds_of(targets[0], results):
+        thresholds["threshold_of_ensemble"] = json_or_none(ensemble.threshold)
+    return {
+        "format": 1,
+        "run": str(config.run.resolve()),
+        "method": trained["balancer"],
+        **describe_primary(targets[0], labels),
+        "patients": len(cohort.patients),
+        "labelled": len(labels),
+        "funnel": [list(stage) for stage in cohort.funnel],
+        **features_of(cohort),
+        "note": trained.get("note", ""),
+        **thresholds,
+        "metrics": summary_of_metrics(results, targets, config.seed),
+        "metrics_of_ensemble": {
+            name: value
+            for name, value in summary_of_metrics([ensemble], targets, config.seed).items()
+            if name != "silhouette"  # the mean of several models has no embedding
+        },
+    }

@@ -1,0 +1,1 @@
+"""What may be asked for: one light file per command, which imports nothing heavy."""

@@ -1,0 +1,1 @@
+"""Cohorts and slides whose truth is known."""

@@ -1,0 +1,270 @@
+"""A cohort of feature bags for real labels, made by a program, so that the truth is known.
+
+Labels and signatures come from a clinical table (or are drawn with the correlations of one). Who
+has which tissue is the business of `composition`, what its tiles look like that of
+`feature_space`; here tables are read and files written. A patient's bags depend on the seed, the
+patient's row and the settings, and on no other patient.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from examples.pathology.cohort.targets import make_target, refuse_foreign_values
+from examples.pathology.common.files import write_text
+from examples.pathology.features.files import write_features
+from examples.pathology.settings.crossval import CohortConfig, claim_folder
+from examples.pathology.settings.simulate import SimulateConfig, settings_of
+from examples.pathology.simulation.composition import TISSUES, Tissue, complete, draw_tissue
+from examples.pathology.simulation.feature_space import FeatureSpace
+from examples.pathology.simulation.tables import (
+    Source,
+    auxiliary_of,
+    generator_of,
+    read_source,
+    shuffled,
+    source_of,
+)
+from examples.pathology.tables.reading import FILENAME, PATIENT
+from examples.pathology.training.checkpoint import sole_writer
+
+logger = logging.getLogger(__name__)
+
+TILES_LOG_SD = 0.8  # of the log-normal number of tiles of a slide
+MIN_TILES = 8
+
+
+@dataclass(frozen=True)
+class SimulatedCohort:
+    """Where a simulated cohort lies and what is in it.
+
+    Args:
+        clini: Clinical table: ``PATIENT``, the target, the auxiliary columns.
+        slide_table: ``PATIENT`` and ``FILENAME``.
+        features: Folder of feature files.
+        truth: What made each patient's bags.
+        target: The biomarker.
+        positive: Its label that alters tumour tiles.
+        auxiliary: The auxiliary columns.
+        patients: Number of patients.
+        slides: Number of slides.
+        simulated: The sentence that every file bears.
+        external: The cohort of the other site.
+    """
+
+    clini: Path
+    slide_table: Path
+    features: Path
+    truth: Path
+    target: str
+    positive: str
+    auxiliary: tuple[str, ...]
+    patients: int
+    slides: int
+    simulated: str
+    external: SimulatedCohort | None = None
+
+
+def run_simulate(config: SimulateConfig) -> SimulatedCohort:
+    """Make feature bags for a clinical table.
+
+    Writes ``features/*.h5``, ``clini.csv``, ``slides.csv``, ``truth.csv``, the same four in
+    ``external/`` where asked for, ``simulation.toml`` and ``README.txt``. The same settings give
+    the same content; bags that are there already are kept.
+
+    Args:
+        config: All settings.
+
+    Returns:
+        Where everything is.
+
+    Raises:
+        UserError: Tables or settings are wrong, or the folder holds another simulation.
+    """
+    source = source_of(config)
+    labels = [label for label in source.clinical[config.target] if label]
+    table = Path("the drawn table") if config.clini is None else config.clini
+    asked = CohortConfig(table, config.out, config.out, config.target, positive=config.positive)
+    target = make_target(config.target, "classification", labels, asked)
+    auxiliary = auxiliary_of(config, source.clinical)
+    external = None
+    if config.external_clini is not None:
+        external = read_source(config.external_clini, None, config)
+        labels_there = external.clinical[config.target]
+        refuse_foreign_values(target, labels_there, config.external_clini)
+    with sole_writer(config.out):
+        claim_folder(config.out, "simulation", settings_of(config, target.positive))
+        cohort = _write(config, source, config.out, target.positive, auxiliary)
+        if external is not None:
+            here = tuple(name for name in auxiliary if name in external.clinical)
+            folder = config.out / "external"
+            other = _write(config, external, folder, target.positive, here, external=True)
+            cohort = replace(cohort, external=other)
+        write_text(config.out / "README.txt", _readme(config, cohort, source.left_out))
+    logger.warning("%s", cohort.simulated)
+    return cohort
+
+
+def _write(
+    config: SimulateConfig,
+    source: Source,
+    out: Path,
+    positive: str,
+    auxiliary: tuple[str, ...],
+    *,
+    external: bool = False,
+) -> SimulatedCohort:
+    """Write the bags and tables of one cohort."""
+    simulated = _sentence(config, drawn=source.drawn, external=external)
+    tissues, truth = {}, {}
+    for name, row in source.clinical.iterrows():
+        cells = {str(column): str(cell) for column, cell in row.items()}
+        tissues[str(name)], truth[str(name)] = _tissue(config, source, str(name), cells, positive)
+    _write_bags(config, source, out / "features", tissues, simulated, external=external)
+    clinical = source.clinical[[config.target, *auxiliary]]
+    if config.null and not external:
+        clinical = shuffled(clinical, config)
+    _write_csv(out / "clini.csv", clinical.reset_index(names=PATIENT))
+    _write_csv(out / "slides.csv", pd.DataFrame(source.slides, columns=[PATIENT, FILENAME]))
+    _write_csv(out / "truth.csv", pd.DataFrame(list(truth.values())))
+    return SimulatedCohort(
+        clini=out / "clini.csv",
+        slide_table=out / "slides.csv",
+        features=out / "features",
+        truth=out / "truth.csv",
+        target=config.target,
+        positive=positive,
+        auxiliary=auxiliary,
+        patients=len(clinical),
+        slides=len(source.slides),
+        simulated=simulated,
+    )
+
+
+def _write_bags(
+    config: SimulateConfig,
+    source: Source,
+    folder: Path,
+    tissues: Mapping[str, Tissue],
+    simulated: str,
+    *,
+    external: bool,
+) -> None:
+    """Write the feature files that are not there yet."""
+    space, shifts = FeatureSpace(config.seed), config.shifts()
+    site = "external" if external else "internal"
+    for patient, key in tqdm(source.slides, desc=f"{site} bags", unit="slide", leave=False):
+        path = folder / f"{key}.h5"
+        if path.exists():  # whole, as it has its name, and of these settings, as the folder is
+            continue
+        generator = generator_of(config.seed, "slide", site, patient, key)
+        size = round(config.tiles * float(np.exp(TILES_LOG_SD * generator.standard_normal())))
+        size = min(max(size, MIN_TILES), config.max_tiles)
+        feats, coords = space.tiles(tissues[patient], size, shifts, generator, external=external)
+        write_features(
+            path,
+            feats,
+            coords,
+            extractor=f"simulated-seed{config.seed}",
+            weights_sha256=None,
+            random_weights=False,
+            simulated=simulated,
+        )
+
+
+def _tissue(
+    config: SimulateConfig, source: Source, name: str, cells: Mapping[str, str], positive: str
+) -> tuple[Tissue, dict[str, Any]]:
+    """Return what a patient's slides are made of, and the row of ``truth.csv`` that says so."""
+    population = config.population
+    known = {s: float(cells[s]) for s in population.signatures if cells.get(s)}
+    label = cells[config.target]
+    generator = generator_of(config.seed, "patient", name)
+    status, z = complete(
+        population,
+        population.standardized(known),
+        generator,
+        positive=label == positive if label else None,
+    )
+    measured = None if source.fractions is None else source.fractions[name]
+    tissue = draw_tissue(
+        population, z, config.effects(), generator, positive=status, measured=measured
+    )
+    truth = {
+        PATIENT: name,
+        "positive": int(status),
+        **{f"z {s}": round(float(v), 6) for s, v in zip(population.signatures, z, strict=True)},
+        **{t: round(float(share), 6) for t, share in zip(TISSUES, tissue.shares, strict=True)},
+        "altered share of tumour": round(tissue.altered, 6),
+        "second clone's share of tumour": round(tissue.clone, 6),
+        "growth": round(tissue.growth, 6),
+    }
+    return tissue, truth
+
+
+def _sentence(config: SimulateConfig, *, drawn: bool, external: bool) -> str:
+    """Return the sentence that every file, table and figure is to bear."""
+    parts = ["Features are SIMULATED by a program"]
+    if config.composition == "measured":
+        parts.append("tissue fractions are measured")
+    parts.append("labels are DRAWN as well" if drawn else "labels are those of a clinical table")
+    if config.null and not external:
+        parts.append("auxiliary values are SHUFFLED among patients (null setting)")
+    return "; ".join(parts) + "."
+
+
+def _readme(config: SimulateConfig, cohort: SimulatedCohort, left_out: int) -> str:
+    """Return what a reader of the folder must know, in plain words."""
+    labels = "drawn, of no patient" if config.clini is None else f"as in {config.clini.name}"
+    tissue = "drawn given label and signatures"
+    if config.tissue_fractions is not None:
+        tissue = (
+            f"the fractions of {config.tissue_fractions.name}, without background and\n"
+            f"renormalised. {left_out} patients without fractions are left out"
+        )
+    lines = [
+        cohort.simulated,
+        "",
+        "No slide was looked at: every tile feature in features/ is a random number that a program",
+        "has drawn. Results on them say what a method does with a signal of known kind and size;",
+        "they say nothing about how well it works on real slides.",
+        "",
+        f"{cohort.patients} patients, {cohort.slides} slides.",
+        _planted(config, cohort),
+        f"Labels and signatures: {labels}.",
+        "A value that is missing stays missing in clini.csv; for the bags it is drawn given the",
+        "others, so that the bags of such patients are like any other.",
+        f"Tissue: {tissue}.",
+    ]
+    if config.null:
+        lines += [
+            "Null setting: clini.csv gives every patient the auxiliary values of another one, so",
+            "that they say nothing of the patient's label or bags. The bags are those of the same",
+            "settings without it.",
+        ]
+    if cohort.external is not None and config.external_clini is not None:
+        lines += [
+            f"external/: {cohort.external.patients} patients of {config.external_clini.name}, with",
+            "features shifted as those of another site may be.",
+        ]
+    lines += ["", "simulation.toml: all settings. truth.csv: what made each patient's bags.", ""]
+    return "\n".join(lines)
+
+
+def _planted(config: SimulateConfig, cohort: SimulatedCohort) -> str:
+    """Return in words what of the label and the signatures is in the bags."""
+    if config.strength("tumour_shift") or config.strength("signature_effect"):
+        return f"Planted: `{cohort.target}` = {cohort.positive} and the signatures; see truth.csv."
+    return "Nothing is planted: what the bags say of labels and signatures, the fractions say."
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))

@@ -1,0 +1,176 @@
+"""The tables behind a simulated cohort: read, drawn, or shuffled."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from examples.pathology.cohort.joining import read_clinical_table, read_slide_table
+from examples.pathology.cohort.targets import refuse_words
+from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.simulation.composition import (
+    BACKGROUND,
+    SIGNATURES,
+    TISSUES,
+    Vector,
+    complete,
+    shares_from,
+)
+from examples.pathology.tables.matching import slide_key
+
+if TYPE_CHECKING:
+    from examples.pathology.settings.simulate import SimulateConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PATIENTS = 450  # about as many as TCGA-CRC has with label and slide
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the tables say of one cohort.
+
+    Args:
+        clinical: The target and signatures by patient, as text; empty where missing.
+        slides: Patient and key of every slide.
+        drawn: Whether the labels are drawn.
+        fractions: Measured shares of tissue by patient; ``None``: shares are to be drawn.
+        left_out: How many patients were left out as nothing was measured of them.
+    """
+
+    clinical: pd.DataFrame
+    slides: Sequence[tuple[str, str]]
+    drawn: bool = False
+    fractions: Mapping[str, Vector] | None = None
+    left_out: int = 0
+
+
+def source_of(config: SimulateConfig) -> Source:
+    """Return the cohort to make bags for.
+
+    Raises:
+        UserError: A table is wrong, or the tables have no patient in common.
+    """
+    if config.clini is None:
+        return _draw(config)
+    source = read_source(config.clini, config.slide_table, config)
+    if config.tissue_fractions is None:
+        return source
+    path = config.tissue_fractions
+    table = read_clinical_table(path, [BACKGROUND, *TISSUES], config.patient_column)
+    fractions = {
+        str(name): shares_from({tissue: str(row[tissue]) for tissue in TISSUES}, str(name))
+        for name, row in table.iterrows()
+    }
+    clinical = source.clinical[source.clinical.index.isin(list(fractions))]
+    if clinical.empty:
+        raise UserError(f"{path} must have patients of {config.clini}, but has none.")
+    left_out = len(source.clinical) - len(clinical)
+    logger.warning("Left out: %d patients without measured tissue fractions", left_out)
+    slides = [(patient, key) for patient, key in source.slides if patient in clinical.index]
+    return Source(clinical, slides, fractions=fractions, left_out=left_out)
+
+
+def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -> Source:
+    """Read the target and all signatures of a clinical table, and its slides.
+
+    Args:
+        clini: Clinical table.
+        slide_table: One row per slide; ``None``: each patient has one, of the patient's name.
+        config: Names the columns.
+
+    Raises:
+        UserError: A table is wrong, or the two have no patient in common.
+    """
+    table = read_clinical_table(clini, [config.target], config.patient_column)
+    names = [name for name in config.population.signatures if name in table]
+    for name in names:
+        refuse_words(name, table[name], clini)
+    clinical = table[[config.target, *names]]
+    if slide_table is None:
+        patients = [str(patient) for patient in clinical.index]
+        keys = [slide_key(name, clini, config.patient_column) for name in patients]
+        return Source(clinical, list(zip(patients, keys, strict=True)))
+    everyone = read_slide_table(slide_table, config.patient_column, config.filename_column)
+    slides = [(patient, key) for patient, key in everyone if patient in clinical.index]
+    if unknown := len(everyone) - len(slides):
+        logger.warning("Left out: %d slides of patients who are not in %s", unknown, clini)
+    if not slides:
+        raise UserError(f"{slide_table} must have slides of patients of {clini}, but has none.")
+    owners: dict[str, str] = {}
+    for patient, key in slides:
+        if (owner := owners.setdefault(key, patient)) != patient:
+            raise UserError(
+                f"{slide_table}: each slide must belong to one patient, but {key} is claimed by "
+                f"{owner} and {patient}."
+            )
+    return Source(clinical, slides)
+
+
+def _draw(config: SimulateConfig) -> Source:
+    """Draw labels, signatures and which of them are missing."""
+    population = config.population
+    rows = {}
+    for number in range(1, (config.patients or DEFAULT_PATIENTS) + 1):
+        name = f"DRAWN-{number:04d}"
+        generator = generator_of(config.seed, "row", name)
+        unknown = np.full(len(population.signatures), np.nan)
+        positive, z = complete(population, unknown, generator, positive=None)
+        missing = generator.random(1 + len(z)) < [population.unlabelled, *population.missing]
+        cells = [population.positive if positive else population.negative]
+        cells += [str(value) for value in population.in_units(z).values()]
+        rows[name] = ["" if gone else cell for gone, cell in zip(missing, cells, strict=True)]
+    columns = [config.target, *population.signatures]
+    clinical = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return Source(clinical, [(name, name) for name in rows], drawn=True)
+
+
+def shuffled(clinical: pd.DataFrame, config: SimulateConfig) -> pd.DataFrame:
+    """Give every patient the auxiliary values of another one, whole rows at a time.
+
+    Those with and without a label are shuffled apart, so that as many stay usable as before.
+
+    Args:
+        clinical: The target in the first column, the auxiliary values in the others.
+        config: Of the seed.
+    """
+    table: pd.DataFrame = clinical.copy()
+    for labelled in (True, False):
+        rows = np.flatnonzero((clinical[config.target] != "") == labelled)
+        donors = generator_of(config.seed, "null", str(labelled)).permutation(rows)
+        table.iloc[rows, 1:] = clinical.iloc[donors, 1:].to_numpy()
+    return table
+
+
+def auxiliary_of(config: SimulateConfig, clinical: pd.DataFrame) -> tuple[str, ...]:
+    """Return the signatures that the cohort's clinical table is to have.
+
+    Raises:
+        UserError: One that is asked for is none, or is not in the table.
+    """
+    here = tuple(name for name in SIGNATURES if name in clinical)
+    for name in config.auxiliary:
+        if name not in SIGNATURES:
+            raise UserError(
+                f"`auxiliary` must be one of {listing(SIGNATURES)}, but got {name!r}."
+                f"{nearest(name, SIGNATURES)}"
+            )
+        if name not in here:
+            raise UserError(
+                f"`auxiliary` must be a column of the clinical table ({listing(here) or 'none'}), "
+                f"but got {name!r}."
+            )
+    return config.auxiliary or here
+
+
+def generator_of(seed: int, *names: str) -> np.random.Generator:
+    """Return random numbers of their own for whatever has a name."""
+    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big"))

@@ -1,0 +1,329 @@
+"""Finding slides in a folder, opening them, and reading them in microns instead of pixels."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import openslide
+from PIL import Image, ImageColor
+
+from examples.pathology.common.errors import UserError
+from examples.pathology.slides.units import Mpp, SlideError, find_mpp
+from examples.pathology.tables.matching import SLIDE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+FLAT_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png"))
+"""Pictures that people do put among slides, but that have no pyramid and no pixel size."""
+
+LEVEL_TOLERANCE = 0.01
+"""A level this little coarser than asked for still counts as fine enough."""
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """A slide in the input folder; a DICOM series of many files is one slide.
+
+    Attributes:
+        path: The file to open.
+        name: Its path relative to the input folder, for messages and the ledger.
+        stem: Path of its outputs relative to the output folder, without suffix.
+        problem: Why it cannot be a slide; None if it may be one.
+    """
+
+    path: Path
+    name: str
+    stem: str
+    problem: str | None = None
+
+
+def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
+    """List the slides below a folder in alphabetical order.
+
+    Suffixes count in upper and lower case. Two slides that would share an output name, such as
+    ``a.svs`` and ``a.tif``, get outputs with the full file name, and a warning.
+
+    Args:
+        folder: Where to look, sub-folders included.
+        skip: A folder below it to leave out, such as the output folder.
+
+    Returns:
+        The slides, and pictures that look like slides but cannot be used, with the reason.
+
+    Raises:
+        UserError: If the folder does not exist or holds no slide.
+    """
+    if not folder.is_dir():
+        raise UserError(f"The folder of slides must exist, but {folder} does not.")
+    found: list[SlideFile] = []
+    for directory, names in _walk(folder, skip):
+        suffixes = {Path(name).suffix.lower() for name in names}
+        dicom = [directory / name for name in names if name.lower().endswith(".dcm")]
+        found += _dicom_slides(folder, directory, dicom)
+        for name in names:
+            path = directory / name
+            suffix = path.suffix.lower()
+            relative = path.relative_to(folder)
+            stem = relative.with_suffix("").as_posix()
+            if suffix in SLIDE_SUFFIXES - {".dcm"}:  # those are series, see above
+                found.append(SlideFile(path, relative.as_posix(), stem))
+            elif suffix in FLAT_SUFFIXES and not suffixes & {".vms", ".vmu"}:
+                # Hamamatsu's .vms slides keep their pixels in .jpg files next to them.
+                problem = f"{relative.as_posix()} is a flat picture, not a slide: {suffix} files "
+                problem += "have no pixel size. Convert it to a pyramidal TIFF with a resolution."
+                found.append(SlideFile(path, relative.as_posix(), relative.as_posix(), problem))
+    if not any(slide.problem is None for slide in found):
+        known = " ".join(sorted(SLIDE_SUFFIXES))
+        raise UserError(f"{folder} must hold slides ({known}), but there are none.")
+    return sorted(_without_collisions(found), key=lambda slide: slide.name)
+
+
+def slide_file(path: Path) -> SlideFile:
+    """Return a single slide as `find_slides` would list it in the root of the file system.
+
+    Args:
+        path: The slide, absolute; of a DICOM series, any file.
+    """
+    root = Path(path.anchor)
+    if path.suffix.lower() == ".dcm":
+        uid = _dicom_series(path) or path.stem
+        series = sorted(file for file in path.parent.iterdir() if file.suffix.lower() == ".dcm")
+        found = list(_dicom_slides(root, path.parent, series))
+        return next((slide for slide in found if Path(slide.name).name == uid), found[0])
+    relative = path.relative_to(root)
+    return SlideFile(path, relative.as_posix(), relative.with_suffix("").as_posix())
+
+
+def _walk(folder: Path, skip: Path | None) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders below one, links followed, with their visible files in order."""
+    seen = {skip.resolve()} if skip is not None else set()
+    for directory, children, names in os.walk(folder, followlinks=True):
+        here = Path(directory).resolve()
+        if here in seen:  # the output folder, or a link that leads back
+            children.clear()
+            continue
+        seen.add(here)
+        children[:] = sorted(child for child in children if not child.startswith("."))
+        yield Path(directory), sorted(name for name in names if not name.startswith("."))
+
+
+def _dicom_slides(root: Path, directory: Path, files: list[Path]) -> Iterator[SlideFile]:
+    """Group the DICOM files of one folder by series; each series is one slide."""
+    series: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        series[_dicom_series(path) or path.stem].append(path)
+    relative = directory.relative_to(root)
+    for uid, members in series.items():
+        # Any member opens the series; the largest is sure to be one with pixels.
+        path = max(members, key=lambda member: (member.stat().st_size, member.name))
+        if len(series) == 1:
+            name = relative.as_posix() if relative.parts else root.resolve().name
+        else:
+            name = (relative / uid).as_posix()
+        yield SlideFile(path, name, name)
+
+
+def _dicom_series(path: Path) -> str | None:
+    """Return the SeriesInstanceUID (0020,000E) of a DICOM file, or None if it has none.
+
+    In the data set it follows the StudyInstanceUID (0020,000D) at once; requiring both passes by
+    the series that nested sequences refer to. A full DICOM reader is not needed for that.
+    """
+    with path.open("rb") as file:
+        head = file.read(1 << 18)
+    uid = rb"[0-9.]{1,64}\x00?"
+    explicit = rb"\x20\x00\x0d\x00UI.." + uid + rb"\x20\x00\x0e\x00UI..(" + uid + rb")"
+    implicit = rb"\x20\x00\x0d\x00.\x00\x00\x00" + uid + rb"\x20\x00\x0e\x00.\x00\x00\x00("
+    found = re.search(explicit, head, re.DOTALL) or re.search(implicit + uid + rb")", head, re.S)
+    return found.group(1).rstrip(b"\0").decode() if found else None
+
+
+def _without_collisions(found: Iterable[SlideFile]) -> Iterator[SlideFile]:
+    by_stem: dict[str, list[SlideFile]] = defaultdict(list)
+    for slide in found:
+        by_stem[slide.stem].append(slide)
+    for stem, slides in by_stem.items():
+        if len(slides) == 1:
+            yield slides[0]
+            continue
+        names = ", ".join(slide.name for slide in slides)
+        logger.warning(
+            "%s would share the output name %s.h5; theirs keep the full file name instead. "
+            "Use it in the slide table.",
+            names,
+            stem,
+        )
+        for slide in slides:
+            suffix = slide.path.suffix.lower()
+            full = slide.name if slide.name.lower().endswith(suffix) else slide.name + suffix
+            yield replace(slide, stem=full)
+
+
+class LevelError(SlideError):
+    """A level of the pyramid cannot be decoded.
+
+    Args:
+        level: The level.
+        message: What happened.
+    """
+
+    def __init__(self, level: int, message: str) -> None:
+        super().__init__(message)
+        self.level = level
+
+
+class Slide:
+    """An open slide that is read in microns; close it after use.
+
+    Args:
+        handle: The open OpenSlide object.
+        name: Name of the slide, for messages.
+        mpp: Size of its level-0 pixels.
+        broken_levels: Levels that are known to be unreadable and are passed by.
+    """
+
+    def __init__(
+        self,
+        handle: openslide.OpenSlide,
+        name: str,
+        mpp: Mpp,
+        broken_levels: frozenset[int] = frozenset(),
+    ) -> None:
+        self._handle = handle
+        self._broken_levels = broken_levels
+        self.name = name
+        self.mpp = mpp
+        self.width_px, self.height_px = handle.dimensions
+        self.width_um = self.width_px * mpp.x
+        self.height_um = self.height_px * mpp.y
+        # A checksum of a part of the pixels and of the metadata; OpenSlide makes it on opening.
+        self.quickhash = handle.properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")
+        hexcode = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
+        self.background: tuple[int, ...] = ImageColor.getrgb(f"#{hexcode.lstrip('#')}")[:3]
+
+    def close(self) -> None:
+        """Release the file."""
+        self._handle.close()
+
+    def level_for(self, mpp: float) -> int:
+        """Return the coarsest level that is at least as fine as `mpp` um/px, or level 0."""
+        own = max(self.mpp.x, self.mpp.y)
+        fine_enough = [
+            level
+            for level, downsample in enumerate(self._handle.level_downsamples)
+            if own * downsample <= mpp * (1 + LEVEL_TOLERANCE) and level not in self._broken_levels
+        ]
+        return max(fine_enough, key=lambda level: self._handle.level_downsamples[level], default=0)
+
+    def level_mpp(self, level: int) -> float:
+        """Return the pixel size of a level in um."""
+        return float(max(self.mpp.x, self.mpp.y) * self._handle.level_downsamples[level])
+
+    def read(
+        self, x_um: float, y_um: float, width_um: float, height_um: float, size_px: tuple[int, int]
+    ) -> npt.NDArray[np.uint8]:
+        """Read a rectangle of the slide, resampled with antialiasing.
+
+        The rectangle need not fall on pixel borders, and pixels around it take part in the
+        resampling, so that a tile looks the same alone and as a part of a larger read.
+
+        Args:
+            x_um: Left edge in um.
+            y_um: Top edge in um.
+            width_um: Width in um.
+            height_um: Height in um.
+            size_px: Width and height of the result in pixels.
+
+        Returns:
+            RGB, ``(height, width, 3)``, on the slide's background colour where it is transparent.
+
+        Raises:
+            LevelError: If the pixels cannot be decoded. OpenSlide gives nothing more from this
+                handle then; the slide has to be opened again, without that level.
+        """
+        level = self.level_for(min(width_um / size_px[0], height_um / size_px[1]))
+        scale = float(self._handle.level_downsamples[level])
+        limit_x, limit_y = self._handle.level_dimensions[level]
+        x0, x1, box_x = _span(x_um, width_um, self.mpp.x * scale, limit_x, size_px[0])
+        y0, y1, box_y = _span(y_um, height_um, self.mpp.y * scale, limit_y, size_px[1])
+        try:
+            region = self._handle.read_region(
+                (round(x0 * scale), round(y0 * scale)), level, (x1 - x0, y1 - y0)
+            )
+        except openslide.OpenSlideError as error:
+            raise LevelError(
+                level,
+                f"The pixels of {self.name} must be readable, but at ({x_um:.0f}, {y_um:.0f}) um "
+                f"of level {level} OpenSlide says: {error}.",
+            ) from error
+        if np.asarray(region.getchannel("A")).min() < 255:  # few slides have transparent pixels
+            canvas = Image.new("RGBA", region.size, (*self.background, 255))
+            region = Image.alpha_composite(canvas, region)
+        flat = region.convert("RGB")
+        box = (box_x[0], box_y[0], box_x[1], box_y[1])
+        return np.asarray(flat.resize(size_px, Image.Resampling.BICUBIC, box=box))
+
+
+def _span(
+    start_um: float, length_um: float, um_per_px: float, limit_px: int, out_px: int
+) -> tuple[int, int, tuple[float, float]]:
+    """Return which pixels of an axis to read, and where in them the wanted stretch lies."""
+    start, stop = start_um / um_per_px, (start_um + length_um) / um_per_px
+    # Two output pixels on either side: as far as the bicubic kernel looks.
+    margin = math.ceil(2 * max(1.0, (stop - start) / out_px)) + 1
+    first = max(0, min(math.floor(start) - margin, limit_px - 1))
+    last = max(first + 1, min(math.ceil(stop) + margin, limit_px))
+    size = float(last - first)
+    inner = min(max(start - first, 0.0), size - 1e-3)
+    return first, last, (inner, min(max(stop - first, inner + 1e-3), size))
+
+
+def open_slide(
+    path: Path,
+    name: str,
+    *,
+    table_mpp: float | None = None,
+    default_mpp: float | None = None,
+    broken_levels: frozenset[int] = frozenset(),
+) -> Slide:
+    """Open a slide file and find the size of its pixels.
+
+    Args:
+        path: The file; for DICOM, any file of the series.
+        name: Name of the slide, for messages.
+        table_mpp: Its microns per pixel according to the slide table, if any.
+        default_mpp: Microns per pixel to assume if the file does not say.
+        broken_levels: Levels of the pyramid to pass by.
+
+    Returns:
+        The open slide.
+
+    Raises:
+        SlideError: If OpenSlide cannot open it or its pixel size is unknown or implausible.
+    """
+    if path.stat().st_size == 0:
+        raise SlideError(f"{name} must hold a slide, but the file is empty. Copy it again.")
+    try:
+        handle = openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(
+            f"{name} must be a slide that OpenSlide reads, but it is damaged, incomplete or of "
+            f"another format ({error}). Copy it again or convert it to a pyramidal TIFF."
+        ) from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{name} must be readable, but OpenSlide says: {error}.") from error
+    try:
+        mpp = find_mpp(handle.properties, slide=name, table_mpp=table_mpp, default_mpp=default_mpp)
+    except SlideError:
+        handle.close()
+        raise
+    return Slide(handle, name, mpp, broken_levels)

@@ -1,0 +1,369 @@
+"""Cutting a slide into tiles of tissue, in microns from the first line to the last.
+
+A tile is 256 um wide and becomes 224 px, whatever the scanner. The grid starts at the top-left
+corner of the slide; tiles that would hang over its edge are dropped. Glass is found on a small
+overview picture and never read in detail; of the other tiles, those without edges (blur, ink,
+empty mucus) are dropped by the Canny rule of STAMP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from examples.pathology.common.errors import UserError
+from examples.pathology.slides.units import SlideError
+
+if TYPE_CHECKING:
+    from examples.pathology.slides.slide import Slide
+
+Pixels = npt.NDArray[np.uint8]
+
+READ_EDGE_PX = 2048
+"""Largest edge of one read; together with the number of workers it bounds the memory."""
+
+OVERVIEW_EDGE_PX = 1600
+"""About how large the overview picture gets at most."""
+
+
+class SlideExcludedError(SlideError):
+    """A slide that is sound, but of a kind that the protocol does not cover."""
+
+
+class TileStatus(IntEnum):
+    """What became of a tile of the grid."""
+
+    KEPT = 0
+    BRIGHT = 1  # glass
+    SMOOTH = 2  # too few edges
+    PENDING = 3  # not glass, not looked at in detail yet
+
+
+@dataclass(frozen=True)
+class TileRules:
+    """What a tile is and which tiles are kept.
+
+    Attributes:
+        tile_size_um: Edge of a tile on the slide in um; 256 as in STAMP.
+        tile_size_px: Edge of a tile in pixels; 224 as CTransPath wants.
+        brightness_cutoff: Tiles at least this bright on average (0 to 255) are glass.
+        canny_low: Lower threshold of Canny's edge detector.
+        canny_high: Upper threshold of Canny's edge detector.
+        min_edge_share: Tiles with a smaller share of edge pixels are dropped.
+        max_dark_share: Slides with a larger share of dark pixels are taken for fluorescence.
+    """
+
+    tile_size_um: float = 256.0
+    tile_size_px: int = 224
+    brightness_cutoff: float = 240.0
+    canny_low: float = 40.0
+    canny_high: float = 100.0
+    min_edge_share: float = 0.02
+    max_dark_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("tile_size_um", 1, 10_000),
+            ("tile_size_px", 1, 10_000),
+            ("brightness_cutoff", 0, 256),
+            ("canny_low", 0, 10_000),
+            ("canny_high", 0, 10_000),
+            ("min_edge_share", 0, 1),
+            ("max_dark_share", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"`{name}` must be between {low} and {high}, but got {value}.")
+
+
+DARK_GREY = 40
+"""Pixels darker than this are dark: stained nuclei are brighter, fluorescence background is not."""
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The grid of a slide and what is known about its tiles.
+
+    Attributes:
+        status: One `TileStatus` per tile, ``(rows, columns)`` uint8; changes while tiles are read.
+        overview: The whole slide as a small picture, RGB ``(h, w, 3)``.
+        tile_px: Edge of a tile in the overview in pixels.
+    """
+
+    status: npt.NDArray[np.uint8]
+    overview: Pixels
+    tile_px: int
+
+    def count(self, status: TileStatus) -> int:
+        """Return the number of tiles with this status."""
+        return int(np.count_nonzero(self.status == status))
+
+
+@dataclass(frozen=True)
+class TileBlock:
+    """Neighbouring tiles that were read together.
+
+    Attributes:
+        positions: Row and column of each tile, ``(k, 2)``.
+        pixels: RGB of the tiles, ``(k, tile_size_px, tile_size_px, 3)``.
+        edge_share: Share of edge pixels of each tile, ``(k,)``.
+    """
+
+    positions: npt.NDArray[np.int64]
+    pixels: Pixels
+    edge_share: npt.NDArray[np.float64]
+
+
+def grid_shape(width_um: float, height_um: float, tile_size_um: float) -> tuple[int, int]:
+    """Return the rows and columns of whole tiles that fit on a slide.
+
+    Args:
+        width_um: Width of the slide in um.
+        height_um: Height of the slide in um.
+        tile_size_um: Edge of a tile in um.
+    """
+    # A millionth of a tile forgives the rounding of resolutions such as 20040.08 px/cm.
+    rows, columns = (math.floor(side / tile_size_um + 1e-6) for side in (height_um, width_um))
+    return rows, columns
+
+
+def plan_tiles(slide: Slide, rules: TileRules) -> TilePlan:
+    """Lay the grid on a slide and find the tiles that are glass.
+
+    Args:
+        slide: The open slide.
+        rules: What is a tile and what is glass.
+
+    Returns:
+        The plan, with every tile either bright or pending.
+
+    Raises:
+        SlideError: If the slide cannot be read.
+        SlideExcludedError: If it looks like fluorescence.
+    """
+    rows, columns = grid_shape(slide.width_um, slide.height_um, rules.tile_size_um)
+    tile_px = min(max(OVERVIEW_EDGE_PX // max(rows, columns, 1), 4), 160)
+    overview = _read_overview(slide, rules.tile_size_um, tile_px)
+    grey = cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY)
+    dark = float(np.mean(grey < DARK_GREY))
+    if dark > rules.max_dark_share:
+        raise SlideExcludedError(
+            f"A slide must have a bright background, but {dark:.0%} of {slide.name} is dark: it "
+            "looks like fluorescence, for which the tissue rules are not made."
+        )
+    whole = grey[: rows * tile_px, : columns * tile_px].astype(np.float64)
+    brightness = whole.reshape(rows, tile_px, columns, tile_px).mean(axis=(1, 3))
+    bright = brightness >= rules.brightness_cutoff
+    status = np.where(bright, TileStatus.BRIGHT, TileStatus.PENDING).astype(np.uint8)
+    return TilePlan(status=status, overview=overview, tile_px=tile_px)
+
+
+def _read_overview(slide: Slide, tile_size_um: float, tile_px: int) -> Pixels:
+    """Read the whole slide at `tile_px` pixels per tile, block by block to bound the memory."""
+    um_per_px = tile_size_um / tile_px
+    width = max(1, round(slide.width_um / um_per_px))
+    height = max(1, round(slide.height_um / um_per_px))
+    level_mpp = slide.level_mpp(slide.level_for(um_per_px))
+    step = max(1, int(READ_EDGE_PX * level_mpp / um_per_px))
+    overview: Pixels = np.empty((height, width, 3), dtype=np.uint8)
+    for top in range(0, height, step):
+        for left in range(0, width, step):
+            high, wide = min(step, height - top), min(step, width - left)
+            overview[top : top + high, left : left + wide] = slide.read(
+                left * um_per_px,
+                top * um_per_px,
+                wide * um_per_px,
+                high * um_per_px,
+                (wide, high),
+            )
+    return overview
+
+
+class TileReader(Iterator[TileBlock]):
+    """Reads the pending tiles of a slide in blocks of neighbours, ahead of their use.
+
+    Reading begins at once. Sets the status of every pending tile to kept or smooth; gives blocks
+    with the kept tiles only, and leaves out blocks without any. Close it before the slide.
+
+    Args:
+        slide: The open slide.
+        plan: Its plan.
+        rules: What makes a tile worth keeping.
+        pool: Threads that read; the order of the blocks does not depend on them.
+        ahead: How many blocks may be read before they are used; bounds the memory.
+    """
+
+    def __init__(
+        self,
+        slide: Slide,
+        plan: TilePlan,
+        rules: TileRules,
+        *,
+        pool: ThreadPoolExecutor,
+        ahead: int,
+    ) -> None:
+        target_mpp = rules.tile_size_um / rules.tile_size_px
+        level_mpp = slide.level_mpp(slide.level_for(target_mpp))
+        edge = min(8, max(1, int(READ_EDGE_PX * level_mpp // rules.tile_size_um)))
+        self._slide, self._plan, self._rules = slide, plan, rules
+        self._pool, self._ahead = pool, max(1, ahead)
+        self._todo = _blocks(plan, edge)
+        self._waiting: deque[Future[TileBlock]] = deque()
+        self._fill()
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self._ahead:
+            positions = next(self._todo, None)
+            if positions is None:
+                return
+            self._waiting.append(
+                self._pool.submit(_read_block, self._slide, positions, self._rules)
+            )
+
+    def __next__(self) -> TileBlock:
+        """Return the next block, as soon as it has been read."""
+        while self._waiting:
+            block = self._waiting.popleft().result()
+            self._fill()
+            keep = block.edge_share >= self._rules.min_edge_share
+            self._plan.status[tuple(block.positions.T)] = np.where(
+                keep, TileStatus.KEPT, TileStatus.SMOOTH
+            )
+            if keep.any():
+                return TileBlock(block.positions[keep], block.pixels[keep], block.edge_share[keep])
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop reading and wait until nobody is on the slide any more."""
+        self._todo = iter(())
+        for future in self._waiting:
+            future.cancel()
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.cancelled():
+                future.exception()
+
+
+def _blocks(plan: TilePlan, edge: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the positions (k, 2) of pending tiles, square of `edge` tiles by square."""
+    rows, columns = plan.status.shape
+    for top in range(0, rows, edge):
+        for left in range(0, columns, edge):
+            part = plan.status[top : top + edge, left : left + edge] == TileStatus.PENDING
+            if part.any():
+                yield np.argwhere(part) + np.array([top, left])
+
+
+def _read_block(slide: Slide, positions: npt.NDArray[np.int64], rules: TileRules) -> TileBlock:
+    """Read the tiles at `positions` (k, 2) in one go and measure their edges."""
+    (top, left), (bottom, right) = positions.min(axis=0), positions.max(axis=0) + 1
+    um, px = rules.tile_size_um, rules.tile_size_px
+    picture = slide.read(
+        float(left * um),
+        float(top * um),
+        float((right - left) * um),
+        float((bottom - top) * um),
+        (int(right - left) * px, int(bottom - top) * px),
+    )
+    pixels = np.stack(
+        [
+            picture[(row - top) * px : (row - top + 1) * px, (c - left) * px : (c - left + 1) * px]
+            for row, c in positions
+        ]
+    )
+    shares = [edge_share(tile, rules.canny_low, rules.canny_high) for tile in pixels]
+    return TileBlock(positions=positions, pixels=pixels, edge_share=np.array(shares))
+
+
+def edge_share(tile: Pixels, low: float = 40.0, high: float = 100.0) -> float:
+    """Return the share of a tile's pixels that Canny's detector calls an edge.
+
+    Args:
+        tile: RGB, ``(h, w, 3)``.
+        low: Lower threshold.
+        high: Upper threshold.
+    """
+    edges = cv2.Canny(cv2.cvtColor(tile, cv2.COLOR_RGB2GRAY), low, high)
+    return float(np.count_nonzero(edges)) / edges.size
+
+
+_COLOURS: dict[TileStatus, tuple[int, int, int]] = {
+    TileStatus.KEPT: (0, 158, 115),
+    TileStatus.SMOOTH: (213, 94, 0),
+    TileStatus.BRIGHT: (150, 150, 150),
+    TileStatus.PENDING: (204, 121, 167),
+}
+"""Colours that people with colour blindness tell apart too."""
+
+_OVERHANG_COLOUR = (0, 114, 178)
+
+_LABELS = {
+    TileStatus.KEPT: "kept",
+    TileStatus.SMOOTH: "too few edges",
+    TileStatus.BRIGHT: "glass",
+    TileStatus.PENDING: "not read",
+}
+
+
+def draw_overlay(plan: TilePlan) -> Pixels:
+    """Draw the grid on the overview, coloured by what became of each tile, with a legend.
+
+    Args:
+        plan: The plan after the tiles were read.
+
+    Returns:
+        RGB, ``(h, w, 3)``.
+    """
+    picture = plan.overview.copy()
+    rows, columns = plan.status.shape
+    px = plan.tile_px
+    tint = picture.astype(np.float32)
+    overhang = np.ones(picture.shape[:2], dtype=bool)
+    overhang[: rows * px, : columns * px] = False
+    tint[overhang] = 0.7 * tint[overhang] + 0.3 * np.array(_OVERHANG_COLOUR)
+    for row, column in np.ndindex(rows, columns):
+        part = (slice(row * px, (row + 1) * px), slice(column * px, (column + 1) * px))
+        status = TileStatus(int(plan.status[row, column]))
+        strength = {TileStatus.KEPT: 0.0, TileStatus.BRIGHT: 0.1}.get(status, 0.35)
+        tint[part] = (1 - strength) * tint[part] + strength * np.array(_COLOURS[status])
+    picture = np.clip(tint, 0, 255).astype(np.uint8)
+    for row, column in np.ndindex(rows, columns):
+        colour = _COLOURS[TileStatus(int(plan.status[row, column]))]
+        corner = (column * px + 1, row * px + 1)
+        opposite = ((column + 1) * px - 2, (row + 1) * px - 2)
+        cv2.rectangle(picture, corner, opposite, colour, max(1, px // 40))
+    legend = _legend(plan)
+    width = max(picture.shape[1], legend.shape[1])
+    return np.vstack([_padded(picture, width), _padded(legend, width)])
+
+
+def _padded(picture: Pixels, width: int) -> Pixels:
+    missing = ((0, 0), (0, width - picture.shape[1]), (0, 0))
+    return np.pad(picture, missing, constant_values=255)
+
+
+def _legend(plan: TilePlan) -> Pixels:
+    """Draw one line per status that occurs, with the number of tiles."""
+    entries = [
+        (_COLOURS[status], f"{_LABELS[status]}: {plan.count(status)}")
+        for status in TileStatus
+        if plan.count(status)
+    ]
+    entries.append((_OVERHANG_COLOUR, "over the edge: no whole tile"))
+    line = 22
+    legend: Pixels = np.full((line * len(entries) + 8, 280, 3), 255, dtype=np.uint8)
+    for number, (colour, text) in enumerate(entries):
+        y = 4 + number * line
+        cv2.rectangle(legend, (6, y + 3), (20, y + 17), colour, -1)
+        place = (28, y + 16)
+        cv2.putText(legend, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.48, (0, 0, 0), 1, cv2.LINE_AA)
+    return legend

@@ -1,0 +1,444 @@
+"""Every balancer on every auxiliary target, fold by fold, as jobs that can run anywhere.
+
+All methods get the same splits, and in each fold the same initial weights. A job is one fold of one
+method, the summary of its folds, or its deployment on an external cohort; each keeps its result on
+disk, so that a benchmark that was stopped goes on where it stopped. `study` says where everything
+is, `study_report` what came out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from examples.pathology.common.devices import resolve_device
+from examples.pathology.common.errors import RunError, UserError, listing
+from examples.pathology.common.files import table_csv, write_text
+from examples.pathology.jobs.engine import Job, Outcome, cluster, run_jobs
+from examples.pathology.runs.crossval import (
+    Plan,
+    finish,
+    load_cohort_of,
+    log_fold,
+    make_plan,
+    run_fold,
+)
+from examples.pathology.runs.deploy import DeployConfig, deploy_settings, run_deploy
+from examples.pathology.settings.crossval import (
+    CrossvalConfig,
+    read_toml,
+    with_reference_protocol,
+    write_toml,
+)
+from examples.pathology.study.folder import (
+    EXTERNAL,
+    LEDGER,
+    RUNS,
+    SETTINGS,
+    JobRow,
+    read_study,
+    refuse_clashes,
+    run_folder,
+)
+from examples.pathology.study.report import write_study_report
+from examples.pathology.training.bags import BagStore
+from examples.pathology.training.checkpoint import sole_writer
+from examples.pathology.training.fold import BASELINE, needs_lookahead
+from mtbalance import PAPER_COMBINATIONS
+
+logger = logging.getLogger(__name__)
+
+METHODS = (BASELINE, *PAPER_COMBINATIONS)
+SPLITS = "splits.json"
+Settings = TypeVar("Settings", "CrossvalConfig", "ExternalCohort")
+
+
+@dataclass(frozen=True)
+class ExternalCohort:
+    """The tables and features of a cohort to deploy every run on.
+
+    Args:
+        clini: Clinical table; columns of targets may be missing.
+        slide_table: Table of patient and file name.
+        features: Folder of feature files.
+    """
+
+    clini: Path
+    slide_table: Path
+    features: Path
+
+
+def external_cohort(
+    clini: Path | None, slide_table: Path | None, features: Path | None
+) -> ExternalCohort | None:
+    """Return the external cohort if it is named, and in full.
+
+    Raises:
+        UserError: A part of it is missing.
+    """
+    if clini is None and slide_table is None and features is None:
+        return None
+    if clini is None or slide_table is None or features is None:
+        raise UserError(
+            "`external-clini`, `external-slide-table` and `external-features` must be given "
+            "together, but one of them is missing."
+        )
+    return ExternalCohort(clini, slide_table, features)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to compare, and where to compute it.
+
+    Args:
+        crossval: What all runs have in common: tables, features, target, folds, epochs, seed, ...;
+            its `out` is the folder of the benchmark, its `device` may name several for workers to
+            share (``cuda:0,cuda:1``), its `cache_gb` is for each worker, and its `auxiliary`,
+            `kind` and `balancer` are not used.
+        auxiliary: Auxiliary targets, each combined with the primary one on its own, as in the
+            paper; at least one.
+        kind: ``NAME=classification`` or ``NAME=regression``, as in `config.CohortConfig`, for
+            targets whose values do not tell.
+        methods: ``baseline`` and names that ``mtbalance`` knows.
+        external: A cohort to deploy every run on.
+        workers: Worker processes on this machine; ``None``: one per GPU, or as many as the cores
+            allow.
+        scheduler: Address of a running Dask scheduler to use instead, ``tcp://host:port``.
+        threads: Threads of PyTorch in each job; sums in floating point depend on it, so that runs
+            with another number are not equal bit for bit.
+        max_failures: End when more jobs than this have failed; ``None``: never.
+        command: What was typed, for the report.
+    """
+
+    crossval: CrossvalConfig
+    auxiliary: tuple[str, ...]
+    kind: tuple[str, ...] = ()
+    methods: tuple[str, ...] = METHODS
+    external: ExternalCohort | None = None
+    workers: int | None = None
+    scheduler: str | None = None
+    threads: int = 1
+    max_failures: int | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.auxiliary:
+            raise UserError("`auxiliary` must name at least one target, but names none.")
+        if self.workers is not None and self.scheduler is not None:
+            raise UserError(
+                "`workers` and `scheduler` must not be given together: a scheduler has its own "
+                "workers."
+            )
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"`workers` must be at least 1, but got {self.workers}.")
+        for name, values in (("auxiliary", self.auxiliary), ("methods", self.methods)):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise UserError(f"`{name}` must name each once, but got {listing(twice)} twice.")
+        if not self.methods:
+            raise UserError("`methods` must name at least one method, but names none.")
+        refuse_clashes(self.auxiliary)
+        # What each run is told is told here: a wrong kind is refused before anything is read.
+        replace(self.crossval, auxiliary=self.auxiliary, kind=self.kind)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that local workers share; empty for all GPUs, or for those of a scheduler."""
+        names = tuple(name.strip() for name in self.crossval.device.split(","))
+        return () if names == ("auto",) or self.scheduler is not None else names
+
+    @property
+    def job_device(self) -> str:
+        """The device as a job names it: a worker sees the one that is its own."""
+        return "cuda" if self.crossval.device.startswith("cuda") else self.crossval.device
+
+    @property
+    def own_baseline(self) -> bool:
+        """Whether each auxiliary target has patients, splits and a baseline of its own."""
+        return with_reference_protocol(self.crossval).complete_cases
+
+    def kind_of(self, *targets: str) -> tuple[str, ...]:
+        """Return what `kind` says of some targets."""
+        return tuple(text for text in self.kind if text.rpartition("=")[0] in targets)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the settings as plain values that TOML can hold."""
+        common = with_reference_protocol(self.crossval).resolved()
+        # The schedule of the reference protocol differs between baseline and the others.
+        for name in ("balancer", "schedule"):
+            del common[name]
+        values = {
+            **common,
+            "schedule": self.crossval.schedule,
+            "auxiliary": list(self.auxiliary),
+            "kind": list(self.kind),
+            "methods": list(self.methods),
+            "threads": self.threads,
+        }
+        if self.external is not None:
+            for field in fields(self.external):
+                values[f"external_{field.name}"] = str(getattr(self.external, field.name).resolve())
+        return values
+
+
+def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
+    """Run what is not finished yet, and write the report.
+
+    Args:
+        config: What to compare, and where.
+
+    Returns:
+        The report's page, and the number of jobs that are not done.
+
+    Raises:
+        UserError: Tables, features, settings or names are wrong, or the folder is another's.
+        RunError: No run could be finished.
+    """
+    for device in config.devices:
+        resolve_device(device)
+    out = config.crossval.out
+    for method in config.methods:  # a wrong name is told before tables are read
+        needs_lookahead(method, [config.crossval.target, *config.auxiliary[:1]])
+    if config.external is not None:
+        for path in vars(config.external).values():
+            if not path.exists():
+                raise UserError(f"The external cohort must be there, but {path} does not exist.")
+    with sole_writer(out):
+        plans = make_plans(config)
+        _write_settings(config, next(iter(plans.values())))
+        rows = _carry_out(config, make_jobs(config, plans))
+        missing = [row for row in rows if row.status != "done"]
+        if missing and not any(out.glob(f"{RUNS}/**/metrics.json")):
+            first = next((row for row in missing if row.status == "failed"), missing[0])
+            raise RunError(
+                f"At least one run must be finished, but none is: {first.key}: {first.error}"
+            )
+        page = write_study_report(read_study(out))
+    done = len(rows) - len(missing)
+    logger.info("%d of %d jobs are done; the report is %s", done, len(rows), page)
+    return page, len(missing)
+
+
+def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[JobRow]:
+    """Run what is not done, and return and write what became of every job, in their order."""
+    rows = {job.key: JobRow(job.key, "done", "", 0.0, 0) for job in jobs if is_done(job)}
+    left = [
+        replace(job, needs=tuple(key for key in job.needs if key not in rows))
+        for job in jobs
+        if job.key not in rows
+    ]
+
+    def note(outcome: Outcome) -> None:
+        rows[outcome.key] = JobRow(
+            outcome.key, outcome.status, outcome.error, outcome.seconds, outcome.attempts
+        )
+
+    try:
+        if left:
+            _run(config, left, note)
+    finally:  # after Ctrl-C as well
+        ended = [rows[job.key] for job in jobs if job.key in rows]
+        _write_ledger(config.crossval.out / LEDGER, ended)
+    return ended
+
+
+def _run(config: BenchmarkConfig, jobs: Sequence[Job], note: Callable[[Outcome], None]) -> None:
+    with cluster(
+        workers=config.workers,
+        scheduler=config.scheduler,
+        threads_per_worker=config.threads,
+        devices=config.devices,
+    ) as client:
+        run_jobs(jobs, client, on_outcome=note, title="benchmark", max_failures=config.max_failures)
+
+
+def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
+    """Claim the folder of every run and give all of them the same folds.
+
+    Returns:
+        The plans by folder relative to ``runs/``, in the order in which they are begun.
+
+    Raises:
+        UserError: Tables, features, settings or names are wrong, or a folder is another's.
+    """
+    plans: dict[Path, Plan] = {}
+    common = absolute(config.crossval)
+    shared = common.splits  # of all runs; without complete cases, the first run's
+    for auxiliary in config.auxiliary:
+        cohort, splits = None, shared
+        for method in config.methods:
+            place = run_folder(auxiliary, method, own_baseline=config.own_baseline)
+            if place in plans:
+                continue
+            alone = method == BASELINE and not config.own_baseline
+            run = replace(
+                common,
+                auxiliary=() if alone else (auxiliary,),
+                kind=config.kind_of(common.target, *(() if alone else (auxiliary,))),
+                balancer=method,
+                out=common.out / RUNS / place,
+                splits=splits,
+                device=config.job_device,
+            )
+            if alone:
+                members = load_cohort_of(run)
+            else:
+                members = cohort = cohort or load_cohort_of(run)
+            if members.target.kind != "classification":
+                raise UserError(
+                    f"`target` must be a classification to compare methods by AUROC, but "
+                    f"`{members.target.name}` is a {members.target.kind}. Give --cutoff."
+                )
+            plans[place] = make_plan(run, members)
+            splits = splits or run.out / SPLITS
+        if not config.own_baseline:
+            shared = splits
+    for k, fold in enumerate(next(iter(plans.values())).folds, start=1):
+        log_fold(k, fold)
+    return plans
+
+
+def absolute(settings: Settings) -> Settings:
+    """Return settings whose paths mean the same in a process that works in another folder."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    paths: dict[str, Any] = {k: v.resolve() for k, v in values.items() if isinstance(v, Path)}
+    return replace(settings, **paths)
+
+
+def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
+    """Return the jobs: folds, then their summary, then its deployment, run after run."""
+    jobs = []
+    out = config.crossval.out.resolve()
+    logs = out / "logs"
+    external = None if config.external is None else absolute(config.external)
+    for place, plan in plans.items():
+        key = place.as_posix()
+        folds = [f"{key}/fold-{k}" for k in range(1, len(plan.folds) + 1)]
+        for k, name in enumerate(folds, start=1):
+            jobs.append(Job(name, fold_job, (plan, k, _log_file(logs, name))))
+        results = f"{key}/results"
+        jobs.append(Job(results, results_job, (plan, _log_file(logs, results)), needs=tuple(folds)))
+        if external is not None:
+            deploy = DeployConfig(
+                plan.config.out,
+                external.clini,
+                external.slide_table,
+                external.features,
+                out / EXTERNAL / place,
+                patient_column=plan.config.patient_column,
+                filename_column=plan.config.filename_column,
+                seed=plan.config.seed,
+                device=plan.config.device,
+            )
+            name = f"{key}/deploy"
+            log = _log_file(logs, name)
+            jobs.append(Job(name, deploy_job, (deploy, log), needs=(results,)))
+    return jobs
+
+
+def is_done(job: Job) -> bool:
+    """Return whether a job was finished by an earlier invocation."""
+    about: Plan | DeployConfig = job.arguments[0]
+    if isinstance(about, DeployConfig):
+        return _is_deployed(about)
+    return (about.config.out / "metrics.json").exists()  # of a run, once all folds are finished
+
+
+def fold_job(plan: Plan, k: int, log: Path) -> None:
+    """Train and test one fold, unless that is done; runs in a worker."""
+    with _logged(log), sole_writer(plan.folder(k)):
+        run_fold(plan, k, _bags_of(plan.cohort.digest, round(plan.config.cache_gb * 2**30)))
+
+
+def results_job(plan: Plan, log: Path) -> None:
+    """Sum up a run, unless that is done; runs in a worker. `report` draws its figures."""
+    with _logged(log), sole_writer(plan.config.out):
+        if not (plan.config.out / "metrics.json").exists():
+            finish(plan, figures=False)
+
+
+def deploy_job(config: DeployConfig, log: Path) -> None:
+    """Deploy a run on the external cohort, unless that is done; runs in a worker."""
+    with _logged(log):
+        if not _is_deployed(config):
+            (config.out / "metrics.json").unlink(missing_ok=True)
+            run_deploy(config, figures=False)
+
+
+def _is_deployed(config: DeployConfig) -> bool:
+    settings = config.out / "deploy.toml"
+    if not (config.out / "metrics.json").exists() or not settings.exists():
+        return False
+    return bool(read_toml(settings) == deploy_settings(config))
+
+
+@functools.lru_cache(maxsize=1)
+def _bags_of(_digest: str, cache_bytes: int) -> BagStore:
+    """Keep the tiles of one cohort in a worker from job to job.
+
+    The cohort is known by its content: a worker of a scheduler outlives a benchmark, and files of
+    the same name may hold other features by the next.
+    """
+    return BagStore(cache_bytes)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Write what a job logs to a file of its own, behind what an earlier attempt has left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours = logging.getLogger("examples")
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    except Exception:
+        ours.exception("The job failed")
+        raise
+    finally:
+        ours.setLevel(level)
+        ours.removeHandler(handler)
+        handler.close()
+
+
+def _log_file(folder: Path, key: str) -> Path:
+    return folder / f"{key.replace('/', '.')}.log"
+
+
+def _write_settings(config: BenchmarkConfig, plan: Plan) -> None:
+    """Write all settings, and what the results were made with."""
+    made = read_toml(plan.config.out / "config.toml")["provenance"]
+    del made["data_sha256"]  # of one run only; each has its own
+    write_toml(
+        config.crossval.out / SETTINGS,
+        {
+            "benchmark": config.resolved(),
+            "provenance": {
+                **made,
+                "python": platform.python_version(),
+                "system": f"{platform.system()} {platform.machine()}",
+                "processors": os.cpu_count() or 0,
+                "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+                "workers": config.scheduler or config.workers or "one per GPU, or per core",
+                "command": config.command or Path(sys.argv[0]).name,
+            },
+        },
+    )
+
+
+def _write_ledger(path: Path, rows: Sequence[JobRow]) -> None:
+    headings = ["job", "status", "error", "seconds", "attempts"]
+    cells = ((r.key, r.status, r.error, f"{r.seconds:.3f}", r.attempts) for r in rows)
+    write_text(path, table_csv(headings, cells))

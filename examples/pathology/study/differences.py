@@ -1,0 +1,252 @@
+"""Every method of a benchmark against the baseline and against naive, on the same patients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.pathology.cohort.targets import Target
+from examples.pathology.common.errors import UserError
+from examples.pathology.results import resampling
+from examples.pathology.results.measuring import Measured, measure_fold
+from examples.pathology.results.resampling import (
+    PERMUTATIONS,
+    Resampled,
+    exchange_ranks,
+    exchange_values,
+    pseudo_values,
+)
+from examples.pathology.study.tables import NAIVE
+from examples.pathology.tables.reading import PATIENT
+from examples.pathology.training.fold import BASELINE
+
+if TYPE_CHECKING:
+    from examples.pathology.results.folds import FoldResult
+    from examples.pathology.study.folder import Panel, Study
+
+LEVEL = 0.05
+REFERENCES = (BASELINE, NAIVE)
+AREAS = {"auroc": resampling.auroc, "auprc": resampling.auprc}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What methods are compared by.
+
+    Args:
+        key: Its name in ``metrics.json``.
+        name: Its name in words.
+        cohort: ``internal`` or ``external``.
+    """
+
+    key: str
+    name: str
+    cohort: str
+
+    @property
+    def title(self) -> str:
+        """Name and, if it is the other one, the cohort."""
+        return self.name if self.cohort == "internal" else f"{self.name} (external, ensemble)"
+
+
+METRICS = (
+    Metric("auroc", "AUROC", "internal"),
+    Metric("auprc", "AUPRC", "internal"),
+    Metric("silhouette", "silhouette", "internal"),
+    Metric("auroc", "AUROC", "external"),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method minus a reference, in one metric.
+
+    Args:
+        metric: The metric.
+        reference: The method it is compared with.
+        auxiliary: The auxiliary target of both (the baseline's is that of its panel).
+        method: The method.
+        difference: Mean over folds; NaN if no fold has both figures.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Two-sided.
+        corrected: p corrected for all comparisons of this metric with this reference.
+        family: How many these are.
+        folds: How many folds have both figures.
+    """
+
+    metric: Metric
+    reference: str
+    auxiliary: str
+    method: str
+    difference: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+    corrected: float = math.nan
+    family: int = 0
+    folds: int = 0
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p is below 0.05."""
+        return self.corrected < LEVEL
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A method's figures in a fold, its patients in order of their names."""
+
+    patients: NDArray[np.str_]
+    truth: NDArray[np.bool_]
+    score: NDArray[np.float64]
+    measured: dict[str, Measured]
+
+
+def all_differences(study: Study, *, permutations: int = PERMUTATIONS) -> list[Difference]:
+    """Compare every method with the baseline and with naive, panel by panel.
+
+    Args:
+        study: The benchmark.
+        permutations: How many exchanges.
+
+    Returns:
+        The differences, by metric, then reference, panel and method.
+
+    Raises:
+        UserError: Two runs that are to be compared tested other patients.
+    """
+    for panel in study.panels:
+        refuse_other_splits(panel)
+    folds = {
+        (panel.auxiliary, cohort): _folds_of_panel(panel, cohort)
+        for panel in study.panels
+        for cohort in ("internal", "external")
+    }
+    seed = int(study.settings["seed"])
+    found: list[Difference] = []
+    for metric in METRICS:
+        of_cohort = {
+            panel.auxiliary: folds[panel.auxiliary, metric.cohort] for panel in study.panels
+        }
+        for reference in REFERENCES:
+            found += _family(metric, reference, of_cohort, seed=seed, permutations=permutations)
+    return found
+
+
+def _family(
+    metric: Metric,
+    reference: str,
+    panels: Mapping[str, Mapping[str, Sequence[_Fold]]],
+    *,
+    seed: int,
+    permutations: int,
+) -> list[Difference]:
+    """Compare all methods of all panels with one reference, and correct for their number."""
+    left_out = REFERENCES[: REFERENCES.index(reference) + 1]  # naive is compared with the baseline
+    family = []
+    for auxiliary, methods in panels.items():
+        if reference not in methods:
+            continue
+        for method, ours in methods.items():
+            if method not in left_out:
+                difference = Difference(metric, reference, auxiliary, method)
+                family.append(_measure(difference, ours, methods[reference], seed, permutations))
+    size = sum(not math.isnan(each.p) for each in family)
+    corrected = resampling.holm([each.p for each in family])
+    return [
+        replace(each, corrected=p, family=size) for each, p in zip(family, corrected, strict=True)
+    ]
+
+
+def refuse_other_splits(panel: Panel) -> None:
+    """Raise if methods of a panel were not tested on the same folds.
+
+    Raises:
+        UserError: They were not.
+    """
+    runs = list(panel.runs.values())
+    for run in runs[1:]:
+        if run.summary["splits_sha256"] != runs[0].summary["splits_sha256"]:
+            raise UserError(
+                f"Methods must be compared on equal splits, but {run.folder} has others than "
+                f"{runs[0].folder}. Delete one of them and run `benchmark` again."
+            )
+
+
+def _folds_of_panel(panel: Panel, cohort: str) -> dict[str, list[_Fold]]:
+    if cohort == "external":
+        return {
+            method: [_fold(deployed.ensemble, panel.runs[method].summary)]
+            for method, deployed in panel.deployed.items()
+        }
+    return {
+        method: [_fold(result, run.summary) for result in run.results]
+        for method, run in panel.runs.items()
+    }
+
+
+def _fold(result: FoldResult, summary: Mapping[str, Any]) -> _Fold:
+    target = Target(
+        summary["target"], "classification", tuple(summary["classes"]), summary["positive"]
+    )
+    known = (result.predictions[target.name] != "").to_numpy()
+    order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
+    table = result.predictions[known].iloc[order]
+    embeddings = result.embeddings[known][order]
+    labels = table[target.name].to_numpy(dtype=str)
+    return _Fold(
+        table[PATIENT].to_numpy(dtype=str),
+        labels == target.positive,
+        table[f"{target.name}_{target.positive}"].to_numpy(dtype=float),
+        measure_fold(replace(result, predictions=table, embeddings=embeddings), [target]),
+    )
+
+
+def _measure(
+    what: Difference,
+    ours: Sequence[_Fold],
+    theirs: Sequence[_Fold],
+    seed: int,
+    permutations: int,
+) -> Difference:
+    values, intervals, exchanges = [], [], []
+    key = what.metric.key
+    for a, b in zip(ours, theirs, strict=True):
+        if not np.array_equal(a.patients, b.patients):
+            raise UserError(
+                f"Methods must be compared on the same patients, but {what.method} and "
+                f"{what.reference} on {what.auxiliary} have others ({what.metric.cohort}). Run "
+                "`benchmark` again."
+            )
+        one, other = a.measured[key], b.measured[key]
+        if one.resampled is None or other.resampled is None:
+            continue  # not defined in this fold
+        if key == "silhouette":
+            if np.unique(one.strata, return_counts=True)[1].min() < 2:
+                continue  # not defined without the only patient of a class
+            exchange = exchange_values(
+                pseudo_values(one.resampled, len(a.patients)),
+                pseudo_values(other.resampled, len(a.patients)),
+            )
+        else:
+            exchange = exchange_ranks(a.truth, a.score, b.score, AREAS[key])
+        values.append(one.score.value - other.score.value)
+        intervals.append((one.strata, _minus(one.resampled, other.resampled)))
+        exchanges.append(exchange)
+    if not values:
+        return what
+    low, high = resampling.interval(intervals, seed=seed)
+    p = resampling.permutation_p(exchanges, seed=seed, permutations=permutations)
+    return replace(
+        what, difference=float(np.mean(values)), low=low, high=high, p=p, folds=len(values)
+    )
+
+
+def _minus(one: Resampled, other: Resampled) -> Resampled:
+    return lambda weights: one(weights) - other(weights)

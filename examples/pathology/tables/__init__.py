@@ -1,0 +1,1 @@
+"""Tables that people keep: reading them, and which names in them mean the same."""

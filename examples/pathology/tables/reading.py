@@ -1,0 +1,75 @@
+"""Reading the tables that people keep: CSV, TSV or Excel, all cells as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import BadZipFile
+
+import pandas as pd
+
+from examples.pathology.common.errors import UserError, listing, nearest, one_line
+
+PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
+# What stands for "not known" in the tables of TCGA, CPTAC, Excel and pandas, in lower case.
+MISSING = frozenset(
+    {"", "na", "n/a", "#n/a", "nan", "none", "null", "missing", "not available", "[not available]"}
+)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a table as stripped strings, where whatever means "not known" becomes ``""``.
+
+    Args:
+        path: ``.csv``, ``.tsv`` or ``.xlsx`` (its first sheet).
+        columns: Columns that must be there.
+
+    Raises:
+        UserError: The file cannot be read, a column is missing or stands twice.
+    """
+    readers = {".csv": ",", ".tsv": "\t", ".xlsx": None}
+    if path.suffix.lower() not in readers:
+        raise UserError(
+            f"{path} must be one of {listing(readers)}, but its name ends in {path.suffix!r}."
+        )
+    try:
+        if (separator := readers[path.suffix.lower()]) is None:
+            cells = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
+        else:
+            cells = pd.read_csv(
+                path,
+                sep=separator,
+                header=None,
+                dtype=str,
+                keep_default_na=False,
+                encoding="utf-8-sig",
+            )
+    except OSError as error:
+        raise UserError(
+            f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
+    except (
+        ValueError,
+        KeyError,
+        BadZipFile,
+    ) as error:  # every parser complaint is one of them
+        raise UserError(
+            f"{path} must be a table, but it cannot be read: {one_line(error)}."
+        ) from error
+    cells = cells.fillna("").astype(str).map(str.strip)
+    header = list(cells.iloc[0])
+    table = cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
+    for column in columns:
+        if column not in header:
+            hint = nearest(column, header)
+            if len(header) == 1 and ";" in header[0]:
+                hint = " It seems to use semicolons: save it with commas."
+            raise UserError(
+                f"{path} must have a column `{column}`, but has {listing(map(repr, header))}.{hint}"
+            )
+        if header.count(column) > 1:
+            raise UserError(
+                f"{path} must have one column `{column}`, but has {header.count(column)}."
+            )
+    cleaned: pd.DataFrame = table.map(lambda value: "" if value.lower() in MISSING else value)
+    return cleaned

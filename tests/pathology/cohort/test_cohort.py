@@ -1,0 +1,443 @@
+import csv
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from examples.pathology.cohort import cohort as module
+from examples.pathology.cohort.cohort import known_values
+from examples.pathology.cohort.targets import Target
+from examples.pathology.common.errors import UserError
+from examples.pathology.features.files import read_features
+from examples.pathology.tables.matching import match_files, slide_key
+from examples.pathology.tables.reading import read_table
+from examples.pathology.training.bags import BagStore
+from tests.pathology.tiny import Tables, make_tables, write_bag, write_table
+
+SHARED = Path(__file__).parents[3] / "../shared/data"
+
+
+def reasons(cohort, item):
+    return {row.name: row.reason for row in cohort.ledger if row.item == item and row.reason}
+
+
+def rewrite(path, change):
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    write_table(path, rows[0], change(rows[1:]))
+
+
+@pytest.fixture
+def tables(tmp_path):
+    return make_tables(tmp_path)
+
+
+def test_a_plain_cohort_is_joined(tables):
+    cohort = tables.load()
+    assert [p.name for p in cohort.patients] == [f"P{i:02d}" for i in range(12)]
+    assert cohort.target.classes == ("MSIH", "MSS")
+    assert cohort.auxiliary[0].kind == "regression"
+    assert (cohort.extractor, cohort.random_weights, cohort.in_features) == ("tiny", False, 768)
+    assert [count for _, count in cohort.funnel] == [12, 12, 12, 12]
+    assert all(patient.tiles == 4 for patient in cohort.patients)
+
+
+def test_a_missing_auxiliary_value_is_absent_and_the_patient_is_used(tables):
+    patient = tables.load().patients[3]
+    assert patient.name == "P03"
+    assert patient.known == {}
+
+
+@pytest.mark.parametrize("mark", ["", "NA", "nan", "None", "N/A", "[Not Available]"])
+def test_a_missing_label_is_no_class(tables, mark):
+    rewrite(tables.clini, lambda rows: [[rows[0][0], mark, mark], *rows[1:]])
+    cohort = tables.load()
+    assert cohort.target.classes == ("MSIH", "MSS")
+    assert reasons(cohort, "patient") == {"P00": "no isMSIH label"}
+    assert reasons(cohort, "slide") == {"P00-1": "its patient is left out"}
+    assert [count for _, count in cohort.funnel] == [12, 11, 11, 11]
+
+
+def test_a_patient_with_an_auxiliary_value_alone_is_for_training_only(tables):
+    rewrite(tables.clini, lambda rows: [[rows[0][0], "", "0.5"], *rows[1:]])
+    cohort = tables.load()
+    assert [p.name for p in cohort.patients] == [f"P{i:02d}" for i in range(1, 12)]
+    (patient,) = cohort.training_only
+    assert (patient.name, patient.label, patient.known) == ("P00", "", {"LF": 0.5})
+    assert reasons(cohort, "patient") == {"P00": "no isMSIH label: trained on for LF, never tested"}
+    assert [count for _, count in cohort.funnel] == [12, 11, 11, 11, 1]
+    without = replace(cohort, training_only=())
+    assert without.labels_sha256() == cohort.labels_sha256()  # the same splits fit
+
+
+def test_complete_cases_leave_out_whoever_lacks_a_value(tables):
+    rewrite(tables.clini, lambda rows: [[rows[0][0], "", "0.5"], *rows[1:]])
+    cohort = tables.load(complete_cases=True)
+    assert reasons(cohort, "patient") == {
+        "P00": "no isMSIH value, and only complete cases are used",
+        "P03": "no LF value, and only complete cases are used",
+    }
+    assert cohort.training_only == ()
+    assert [count for _, count in cohort.funnel] == [12, 10, 10, 10]
+
+
+def test_columns_may_have_other_names(tables):
+    for path, old, new in ((tables.clini, "PATIENT", "case"), (tables.slides, "FILENAME", "slide")):
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    tables.slides.write_text(
+        tables.slides.read_text(encoding="utf-8").replace("PATIENT", "case"), encoding="utf-8"
+    )
+    names = {"patient_column": "case", "filename_column": "slide"}
+    cohort = tables.load(auxiliary=(), **names)
+    assert len(cohort.patients) == 12
+    with pytest.raises(UserError, match=r"must have a column `PATIENT`, but has 'case'"):
+        tables.load()
+
+
+def test_the_ledger_names_everyone_left_out(tables):
+    rewrite(
+        tables.slides,
+        lambda rows: [
+            *[row for row in rows if row[0] != "P01"],
+            ["P05", "P05-2"],
+            ["P06", "P06-1"],
+            ["STRANGER", "P00-9"],
+        ],
+    )
+    (tables.features / "P02-1.h5").unlink()
+    (tables.features / "P04-1.h5").write_bytes(b"no HDF5 at all")
+    write_bag(tables.features / "P07-1.h5", np.zeros((0, 768)))
+    write_bag(tables.features / "nobody.h5", np.zeros((1, 768)))
+    cohort = tables.load()
+    assert {row.name for row in cohort.ledger if row.status == "unclaimed"} == {
+        "P01-1.h5",
+        "nobody.h5",
+    }
+    patients = reasons(cohort, "patient")
+    assert patients == {
+        "P01": "no slide in the slide table",
+        "P02": "none of its slides has usable features",
+        "P04": "none of its slides has usable features",
+        "P07": "none of its slides has usable features",
+    }
+    slides = {(r.name, r.status): r.reason for r in cohort.ledger if r.item == "slide"}
+    assert slides["P02-1", "excluded"] == slides["P05-2", "excluded"] == "no feature file"
+    assert slides["P04-1", "excluded"].startswith("unreadable: ")
+    assert slides["P07-1", "excluded"] == "no tiles"
+    assert slides["P06-1", "excluded"] == "listed more than once (P06-1.h5)"
+    assert slides["P06-1", "used"] == ""
+    assert slides["P00-9", "excluded"] == "its patient is not in the clinical table"
+    assert [count for _, count in cohort.funnel] == [12, 12, 11, 8]
+
+
+def test_the_ledger_is_a_table_that_accounts_for_all(tables, tmp_path):
+    (tables.features / "P02-1.h5").unlink()
+    tables.load().write_ledger(tmp_path / "ledger.csv")
+    table = pd.read_csv(tmp_path / "ledger.csv", keep_default_na=False)
+    assert table.columns.tolist() == ["item", "name", "patient", "status", "reason"]
+    assert (table["item"] == "patient").sum() == 12
+    assert (table["item"] == "slide").sum() == 12
+    assert (table["reason"] == "").equals(table["status"] == "used")
+
+
+def test_slides_of_a_patient_are_joined_whatever_the_order_of_rows(tables):
+    for name in ("P00-3", "P00-2"):
+        write_bag(tables.features / f"{name}.h5", np.full((2, 768), float(name[-1])))
+    rewrite(tables.slides, lambda rows: [*rows, ["P00", "P00-3"], ["P00", "P00-2"]])
+    first = tables.load()
+    for seed in range(3):
+        rewrite(tables.slides, lambda rows, seed=seed: random.Random(seed).sample(rows, len(rows)))
+        again = tables.load()
+        assert again.patients == first.patients
+        assert again.digest == first.digest
+    bag = BagStore().load(first.patients[0])
+    expected = [read_features(tables.features / f"P00-{i}.h5").feats for i in (1, 2, 3)]
+    np.testing.assert_array_equal(bag, np.concatenate(expected))
+
+
+def test_a_store_gives_the_same_with_and_without_memory(tables):
+    patients = tables.load().patients[:3]
+    small, large = BagStore(cache_bytes=0), BagStore()
+    for patient in [*patients, *patients]:
+        np.testing.assert_array_equal(small.load(patient), large.load(patient))
+
+
+@pytest.mark.parametrize(
+    ("key", "files", "found"),
+    [
+        ("a", ["a", "b"], ["a"]),
+        ("sub/a", ["sub/a", "a"], ["sub/a"]),
+        ("a", ["x/a"], ["x/a"]),
+        ("a", ["x/a", "y/a"], ["x/a", "y/a"]),
+        ("TCGA-1-DX1", ["TCGA-1-DX1.23748e80"], ["TCGA-1-DX1.23748e80"]),
+        ("TCGA-1-DX1.23748e80", ["TCGA-1-DX1"], ["TCGA-1-DX1"]),
+        ("TCGA-1-DX1", ["TCGA-1-DX10.23748e80"], []),
+        ("TCGA-1-DX1", ["TCGA-1-DX1.aa", "TCGA-1-DX1.bb"], ["TCGA-1-DX1.aa", "TCGA-1-DX1.bb"]),
+        ("TCGA-1-DX1.aa", ["TCGA-1-DX1.bb"], []),
+        ("A1", ["A10", "A11"], []),
+    ],
+)
+def test_files_are_matched(key, files, found):
+    assert match_files([key], files) == {key: found}
+
+
+def test_an_ambiguous_name_is_left_out_with_both_files(tables):
+    write_bag(tables.features / "P00.aa.h5", np.zeros((1, 768)))
+    write_bag(tables.features / "P00.bb.h5", np.zeros((1, 768)))
+    rewrite(tables.slides, lambda rows: [["P00", "P00"], *rows[1:]])
+    assert reasons(tables.load(), "slide")["P00"] == "ambiguous: P00.aa.h5, P00.bb.h5"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("a", "a"),
+        ("a.h5", "a"),
+        ("sub/a.h5", "sub/a"),
+        ("sub\\a.svs", "sub/a"),
+        ("TCGA-1.23748e80", "TCGA-1.23748e80"),
+        ("TCGA-1.23748e80.svs", "TCGA-1.23748e80"),
+    ],
+)
+def test_names_become_keys(name, key):
+    assert slide_key(name, Path("slides.csv")) == key
+
+
+@pytest.mark.parametrize("name", ["../a.h5", "a/../../b", "/etc/a", "C:\\a", "..\\a"])
+def test_paths_out_of_the_folder_are_refused(tables, name):
+    rewrite(tables.slides, lambda rows: [*rows, ["P00", name]])
+    with pytest.raises(UserError, match=r"slides.csv: `FILENAME` must be a path inside"):
+        tables.load()
+
+
+@pytest.mark.parametrize("name", ["P00-1", "P00-1.h5", "P00-1.23748e80"])
+def test_a_file_of_two_patients_is_refused(tables, name):
+    rewrite(tables.slides, lambda rows: [*rows, ["P01", name]])
+    with pytest.raises(UserError, match=r"P00-1.h5 is claimed by P00 and P01"):
+        tables.load()
+
+
+def test_a_patient_in_two_rows_is_refused(tables):
+    rewrite(tables.clini, lambda rows: [*rows, rows[4]])
+    with pytest.raises(UserError, match="one row per patient, but has several for P04"):
+        tables.load()
+
+
+def test_empty_cells_are_refused_by_row(tables):
+    rewrite(tables.slides, lambda rows: [rows[0], ["", "x"], *rows[1:]])
+    with pytest.raises(UserError, match="`PATIENT` must be filled in, but is empty in row 3"):
+        tables.load()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"extractor": "other"}, "P03-1.h5 of other"),
+        ({"sha": "cd"}, "P03-1.h5 of tiny .768-d, weights cd"),
+        ({"width": 512}, "P03-1.h5 of tiny .512-d"),
+    ],
+)
+def test_mixed_extractors_are_refused(tables, change, words):
+    width = change.pop("width", 768)
+    write_bag(tables.features / "P03-1.h5", np.ones((2, width)), **change)
+    with pytest.raises(UserError, match=f"one extractor with the same weights .* but .* {words}"):
+        tables.load()
+
+
+def test_a_file_that_does_not_know_its_weights_is_no_mixture(tables):
+    with h5py.File(tables.features / "P03-1.h5", "r+") as file:
+        file.attrs["mtbalance_weights_sha256"] = ""
+    assert len(tables.load().patients) == 12
+
+
+def test_features_that_nobody_uses_may_be_of_another_extractor(tables):
+    rewrite(tables.clini, lambda rows: [[rows[0][0], "", ""], *rows[1:]])
+    write_bag(tables.features / "P00-1.h5", np.ones((2, 5)), extractor="other")
+    assert tables.load().extractor == "tiny"
+
+
+def test_a_target_needs_two_values(tables):
+    rewrite(tables.clini, lambda rows: [[row[0], "MSS", row[2]] for row in rows])
+    with pytest.raises(UserError, match=r"`isMSIH` must have at least 2 values .* but has MSS"):
+        tables.load()
+
+
+def test_an_auxiliary_target_needs_two_values(tables):
+    rewrite(tables.clini, lambda rows: [[*row[:2], "0.5"] for row in rows])
+    with pytest.raises(UserError, match=r"`LF` must have at least 2 values .* but has"):
+        tables.load()
+
+
+def test_a_measurement_is_a_regression_unless_it_is_cut_or_called_a_class(tmp_path):
+    tables = make_tables(tmp_path, patients=30, missing=(3,), extra={"grade": [1, 2, 3] * 10})
+    cohort = tables.load("LF", ("isMSIH", "grade"))
+    assert [t.kind for t in cohort.targets] == ["regression", "classification", "regression"]
+    assert [p.name for p in cohort.training_only] == ["P03"]
+    with tables.clini.open(encoding="utf-8", newline="") as file:
+        cells = {row["PATIENT"]: row["LF"] for row in csv.DictReader(file)}
+    assert {p.name: p.label for p in cohort.patients} == {n: c for n, c in cells.items() if c}
+    again = tables.load("LF", ("grade",), kind=("grade=classification",), cutoff=0.5)
+    assert again.target == Target("LF", "classification", ("<0.5", ">=0.5"), ">=0.5", 0.5)
+    assert again.auxiliary == (Target("grade", "classification", ("1", "2", "3"), "3"),)
+    assert {p.name for p in again.patients if p.label == ">=0.5"} == {
+        name for name, cell in cells.items() if cell and float(cell) >= 0.5
+    }
+    with pytest.raises(UserError, match=r"at most 20 classes, but has .*--kind LF=regression"):
+        tables.load("LF", (), kind=("LF=classification",))
+
+
+def test_few_numbers_are_classes_unless_called_a_regression(tmp_path):
+    tables = make_tables(tmp_path, extra={"grade": [1, 2, 3] * 4})
+    assert tables.load("grade", ()).target.classes == ("1", "2", "3")
+    assert tables.load("grade", (), kind=("grade=regression",)).target.kind == "regression"
+    with pytest.raises(UserError, match="`isMSIH` must hold numbers, but has 'MSIH', 'MSS'"):
+        tables.load("isMSIH", (), kind=("isMSIH=regression",))
+    with pytest.raises(UserError, match="`isMSIH` must hold numbers, but has"):
+        tables.load(cutoff=1.0)
+
+
+def test_known_values_are_classes_and_numbers(tables):
+    one = tables.load("LF", ("isMSIH",), kind=("LF=regression",))
+    values = known_values(one.patients[0], one.targets)
+    assert values == {"LF": float(one.patients[0].label), "isMSIH": "MSIH"}
+    (alone,) = one.training_only
+    assert known_values(alone, one.targets) == {"isMSIH": "MSS"}
+
+
+def test_a_missing_column_is_refused_with_the_nearest(tables):
+    with pytest.raises(UserError, match=r"must have a column `isMSI`, but has .*`isMSIH`"):
+        tables.load("isMSI")
+
+
+def test_nobody_left_is_told_with_the_reasons(tables):
+    rewrite(tables.slides, lambda rows: [[row[0], f"x{row[1]}"] for row in rows])
+    with pytest.raises(
+        UserError, match=r"but nobody has: 12 in the clinical table.* no feature fil"
+    ):
+        tables.load()
+
+
+def test_a_folder_without_features_is_refused(tables, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, words in ((tmp_path / "empty", "holds none"), (tmp_path / "no", "is no folder")):
+        with pytest.raises(UserError, match=f"must be a folder of .h5 files, but .* {words}"):
+            replace(tables, features=folder).load()
+
+
+def test_the_rarer_class_is_positive_unless_asked_otherwise(tables):
+    rewrite(tables.clini, lambda rows: [["P00", "MSS", rows[0][2]], *rows[1:]])
+    assert tables.load().target.positive == "MSIH"
+    assert tables.load(positive="MSS").target.positive == "MSS"
+    with pytest.raises(UserError, match=r"`positive` must be a value of `isMSIH`.*'MSI-H'"):
+        tables.load(positive="MSI-H")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["0", "1"] * 6, "classification"),
+        (["low", "high", "mid"] * 4, "classification"),
+        ([str(i / 2) for i in range(12)], "regression"),
+        (["", *[str(i) for i in range(11)]], "regression"),
+    ],
+)
+def test_numbers_make_a_regression_and_words_a_classification(tmp_path, values, kind):
+    tables = make_tables(tmp_path, extra={"other": values})
+    assert tables.load(auxiliary=("other",)).auxiliary[0].kind == kind
+
+
+def test_tables_of_excel_are_read_as_they_look(tables, tmp_path):
+    rows = pd.read_csv(tables.clini, dtype={"PATIENT": str})
+    rows["PATIENT"] = " " + rows["PATIENT"] + " "
+    path = tmp_path / "clini.xlsx"
+    rows.to_excel(path, index=False)
+    ours = replace(tables, clini=path).load()
+    assert ours.patients == tables.load().patients
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tables):
+    tables.clini.write_text("\ufeff" + tables.clini.read_text(encoding="utf-8"), encoding="utf-8")
+    assert len(tables.load().patients) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", b"{}", "must be one of .csv, .tsv, .xlsx"),
+        ("a.csv", b"PATIENT;isMSIH\nP0;MSS\n", "It seems to use semicolons"),
+        ("a.csv", b"PATIENT,isMSIH,isMSIH\nP0,1,2\n", "one column `isMSIH`, but has 2"),
+        ("a.csv", b"", "must be a table"),
+        ("a.csv", b"PATIENT,isMSIH\n\xff\xfe,1\n", "must be a table"),
+        ("a.xlsx", b"no workbook", "must be a table"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_table(tmp_path / name, ["PATIENT", "isMSIH"])
+
+
+def test_a_missing_table_is_refused(tmp_path):
+    with pytest.raises(UserError, match="must be a readable file, but No such file"):
+        read_table(tmp_path / "a.csv", [])
+
+
+def test_the_digest_sees_features_and_labels(tables):
+    before = tables.load()
+    rewrite(tables.clini, lambda rows: [[*rows[0][:2], "9.5"], *rows[1:]])
+    relabelled = tables.load()
+    write_bag(tables.features / "P00-1.h5", np.ones((4, 768)))
+    refeatured = tables.load()
+    assert len({c.digest for c in (before, relabelled, refeatured)}) == 3
+    assert len({c.labels_sha256() for c in (before, relabelled, refeatured)}) == 1
+
+
+def test_the_log_tells_classes_and_exclusions(tables, caplog):
+    (tables.features / "P02-1.h5").unlink()
+    with caplog.at_level("INFO", logger=module.__name__):
+        module.log_cohort(tables.load())
+    assert "MSIH (5), MSS (6); positive is MSIH" in caplog.text
+    assert re.search(r"LF: regression, -1\.\d+ to .*; known for 10 of 11 patients", caplog.text)
+    assert "Left out: 1 x slide: no feature file" in caplog.text
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder shared/ is not there")
+def test_real_tables_are_joined(tmp_path):
+    """All TCGA-CRC patients with a slide, half of the names with a UUID."""
+    slides = read_table(SHARED / "tables/tcga_crc_slides.csv", ["PATIENT", "FILENAME"])
+    for i, name in enumerate(slides["FILENAME"]):
+        stem = f"{name}.23748e80-{i}" if i % 2 else name
+        write_bag(tmp_path / f"{stem}.h5", np.ones((1, 4)))
+    tables = Tables(
+        SHARED / "tables/tcga_crc_labels.csv", SHARED / "tables/tcga_crc_slides.csv", tmp_path
+    )
+    cohort = tables.load(auxiliary=("Leukocyte Fraction",))
+    clinical = pd.read_csv(SHARED / "tables/tcga_crc_labels.csv")
+    expected = clinical[clinical["isMSIH"].notna() & clinical["PATIENT"].isin(slides["PATIENT"])]
+    assert [p.name for p in cohort.patients] == sorted(expected["PATIENT"])
+    assert sum("Leukocyte Fraction" in p.known for p in cohort.patients) == (
+        expected["Leukocyte Fraction"].notna().sum()
+    )
+    assert not [row for row in cohort.ledger if row.status == "unclaimed"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real tables are not here")
+@pytest.mark.parametrize(("cutoff", "prevalence"), [(42.0, 15.8), (30.0, 37.1)])
+def test_cut_offs_of_the_real_hrd_scores(tmp_path, cutoff, prevalence):
+    slides = pd.read_csv(SHARED / "tables/tcga_luad_slides.csv")
+    for name in slides["FILENAME"]:
+        write_bag(tmp_path / f"{name}.h5", np.ones((1, 4)))
+    tables = Tables(
+        SHARED / "tables/tcga_luad_labels.csv", SHARED / "tables/tcga_luad_slides.csv", tmp_path
+    )
+    cohort = tables.load("HRD_score", (), cutoff=cutoff)
+    found = sum(p.label == cohort.target.positive for p in cohort.patients)
+    clinical = pd.read_csv(tables.clini)
+    scores = clinical["HRD_score"][clinical["PATIENT"].isin(slides["PATIENT"])]
+    assert found == (scores >= cutoff).sum()
+    assert round(100 * found / len(cohort.patients), 1) == prevalence

@@ -1,0 +1,371 @@
+import csv
+import json
+import logging
+import shutil
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from examples.pathology.common.errors import UserError
+from examples.pathology.extractors.extractor import LoadedExtractor
+from examples.pathology.features import extraction
+from examples.pathology.features.files import extract, read_features
+from examples.pathology.slides import slide as slides
+from examples.pathology.slides.tiling import TileRules
+from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain, save_slide
+
+
+class Colours(nn.Module):
+    """A cheap network: the mean colour of a tile, repeated; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+        self.fail_at = None
+
+    def forward(self, tiles):
+        self.batches.append(len(tiles))
+        if len(self.batches) == self.fail_at:
+            raise KeyboardInterrupt
+        return tiles.mean(dim=(1, 2)).repeat(1, 256)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    model = Colours()
+
+    def build(name, weights, seed):
+        name = name if weights else f"{name}-random-seed{seed}"
+        return LoadedExtractor(model, lambda t: t.float() / 255, name, "ab" if weights else None)
+
+    monkeypatch.setattr(extraction, "make_extractor", build)
+    return model
+
+
+def run(folder, out, **options):
+    return extract(folder, out, **({"weights": None, "workers": 2, "device": "cpu"} | options))
+
+
+def rows_of(out):
+    """Return the ledger's rows by slide and stage."""
+    with (out / "ledger.csv").open(encoding="utf-8") as file:
+        return {(row["slide"], row["stage"]): row for row in csv.DictReader(file)}
+
+
+def ledger(out):
+    """Return the last row of each slide: the stage where it ended."""
+    return {slide: row for (slide, _), row in rows_of(out).items()}
+
+
+def test_a_slide_becomes_features_a_picture_and_a_ledger_row(tmp_path, network):
+    # 4 x 3 tiles of 512 px; the left column is glass.
+    pixels = save_slide(tmp_path / "in" / "sub" / "a.TIF", 1600, 2100, white_left=512)
+    summary = run(tmp_path / "in", tmp_path / "out", batch_size=4)
+    bag = read_features(tmp_path / "out" / "sub" / "a.h5")
+    expected = [(x * 256.0, y * 256.0) for y in range(3) for x in (1, 2, 3)]  # row by row
+    assert bag.coords_um.tolist() == [list(corner) for corner in expected]
+    for (x, y), feats in zip(bag.coords_um, bag.feats, strict=True):
+        part = pixels[int(2 * y) : int(2 * y) + 512, int(2 * x) : int(2 * x) + 512]
+        np.testing.assert_allclose(feats[:3], part.mean(axis=(0, 1)) / 255, atol=0.01)
+    assert network.batches == [4, 4, 1]
+    assert (tmp_path / "out" / "thumbnails" / "sub" / "a.jpg").stat().st_size > 1000
+    header = (tmp_path / "out" / "ledger.csv").read_text().splitlines()[0]
+    assert header == "slide,stage,status,reason,tiles_total,tiles_kept,mpp,mpp_source,seconds"
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == [("sub/a.TIF", "tiling"), ("sub/a.TIF", "features")]
+    for row in rows.values():
+        assert (row["status"], row["reason"]) == ("ok", "")
+        assert (row["tiles_total"], row["tiles_kept"], row["mpp"]) == ("12", "9", "0.5")
+        assert row["mpp_source"] == "openslide.mpp-x"
+        assert float(row["seconds"]) > 0
+    assert (summary.slides, summary.tiled, summary.done, summary.exit_code) == (1, 1, 1, 0)
+    assert sum(float(row["seconds"]) for row in rows.values()) < summary.seconds + 0.01
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_random_weights_are_written_all_over_the_file(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif")
+    run(tmp_path / "in", tmp_path / "out", seed=7)
+    bag = read_features(tmp_path / "out" / "a.h5")
+    assert bag.random_weights
+    assert bag.extractor == "ctranspath-random-seed7"
+    with h5py.File(tmp_path / "out" / "a.h5") as file:
+        attributes = dict(file.attrs)
+    assert attributes["mtbalance_random_weights"]
+    assert attributes["mtbalance_slide"] == "a.tif"
+    assert attributes["mtbalance_precision"] == "float32"
+    assert attributes["mtbalance_slide_mpp"] == pytest.approx(0.5)
+    parameters = json.loads(attributes["mtbalance_parameters"])
+    assert parameters["brightness_cutoff"] == 240
+    assert parameters["min_edge_share"] == 0.02
+
+
+def test_the_result_does_not_depend_on_threads_or_batches(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif", 2600, 2600)
+    results = []
+    for number, options in enumerate(({"workers": 1, "batch_size": 1}, {"workers": 4})):
+        run(tmp_path / "in", tmp_path / str(number), **options)
+        results.append(read_features(tmp_path / str(number) / "a.h5"))
+    np.testing.assert_array_equal(results[0].feats, results[1].feats)
+    np.testing.assert_array_equal(results[0].coords_um, results[1].coords_um)
+    assert len(results[0].feats) == 25
+
+
+def bad_folder(folder):
+    save_slide(folder / "b_good.tif")
+    folder.joinpath("a_text.svs").write_text("no slide")
+    folder.joinpath("c_empty.svs").write_bytes(b"")
+    save_slide(folder / "d_glass.tif", white_left=1100)
+    save_slide(folder / "e_small.tif", 300, 300)
+    folder.joinpath("f_flat.png").write_bytes(b"x")
+    save_slide(folder / "g_mpp.tif", mpp=352.8)
+
+
+def test_bad_slides_get_rows_and_stop_nothing(tmp_path, network, caplog):
+    bad_folder(tmp_path / "in")
+    summary = run(tmp_path / "in", tmp_path / "out")
+    rows = ledger(tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a_text.svs": "failed",
+        "b_good.tif": "ok",
+        "c_empty.svs": "failed",
+        "d_glass.tif": "empty",
+        "e_small.tif": "empty",
+        "f_flat.png": "excluded",
+        "g_mpp.tif": "failed",
+    }
+    assert "OpenSlide reads" in rows["a_text.svs"]["reason"]
+    assert rows["d_glass.tif"]["reason"] == "no tile left: 4 of 4 are glass, 0 have too few edges"
+    assert "the slide is 150 x 150 um" in rows["e_small.tif"]["reason"]
+    assert "g_mpp.tif has 352." in rows["g_mpp.tif"]["reason"]
+    assert (summary.done, summary.empty, summary.excluded, summary.failed) == (1, 2, 1, 3)
+    assert summary.exit_code == 1
+    assert [path.name for path in (tmp_path / "out").glob("*.h5")] == ["b_good.h5"]
+    assert "a_text.svs failed" in caplog.text
+
+
+def test_unforeseen_errors_are_logged_with_their_traceback(tmp_path, network, monkeypatch, caplog):
+    save_slide(tmp_path / "in" / "a.tif")
+    save_slide(tmp_path / "in" / "b.tif", seed=1)
+    original = extraction.plan_tiles
+
+    def plan(slide, rules):
+        if slide.name == "a.tif":
+            raise ZeroDivisionError("nobody thought of this")
+        return original(slide, rules)
+
+    monkeypatch.setattr(extraction, "plan_tiles", plan)
+    run(tmp_path / "in", tmp_path / "out")
+    rows = ledger(tmp_path / "out")
+    assert rows["a.tif"]["reason"] == "ZeroDivisionError: nobody thought of this"
+    assert rows["a.tif"]["stage"] == "tiling"
+    assert rows["b.tif"]["status"] == "ok"
+    assert "Traceback" in caplog.text
+
+
+def test_finished_slides_are_left_alone(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif")
+    run(tmp_path / "in", tmp_path / "out")
+    path = tmp_path / "out" / "a.h5"
+    before, calls, rows = path.stat(), len(network.batches), rows_of(tmp_path / "out")
+    again = run(tmp_path / "in", tmp_path / "out", workers=1, batch_size=1)
+    assert len(network.batches) == calls
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (again.done, again.skipped) == (1, 1)
+    repeated = rows_of(tmp_path / "out")
+    assert {row.pop("reason") for row in repeated.values()} == {"finished before"}
+    for key, row in rows.items():
+        del row["reason"]
+        # When the file is written, the clock has not stopped yet.
+        assert 0 < float(repeated[key].pop("seconds")) <= float(row.pop("seconds"))
+    assert repeated == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 1}, "extractor ctranspath-random-seed0 -> ctranspath-random-seed1"),
+        ({"weights": "w.pth"}, "weights_sha256 None -> ab"),
+        ({"extractor": "other"}, "extractor ctranspath-random-seed0 -> other-random-seed0"),
+        ({"precision": "bfloat16"}, "precision float32 -> bfloat16"),
+        ({"layout": "stamp-v1"}, "layout stamp-v2 -> stamp-v1"),
+        ({"tile_rules": TileRules(min_edge_share=0.01)}, "min_edge_share 0.02 -> 0.01"),
+        ({"slide_table": "mpp.csv"}, "slide_mpp_x 0.5 -> 0.48"),
+    ],
+)
+def test_other_parameters_redo_a_slide_and_say_so(options, words, tmp_path, network, caplog):
+    save_slide(tmp_path / "in" / "a.tif")
+    pd.DataFrame({"FILENAME": ["a"], "MPP": [0.48]}).to_csv(tmp_path / "mpp.csv")
+    if "slide_table" in options:
+        options = {"slide_table": tmp_path / "mpp.csv"}
+    run(tmp_path / "in", tmp_path / "out")
+    calls = len(network.batches)
+    assert run(tmp_path / "in", tmp_path / "out", **options).skipped == 0
+    assert len(network.batches) > calls
+    assert words in caplog.text
+    assert "made with other parameters" in caplog.text
+
+
+def test_another_slide_under_the_same_name_is_noticed(tmp_path, network, caplog):
+    save_slide(tmp_path / "in" / "a.tif")
+    run(tmp_path / "in", tmp_path / "out")
+    first = read_features(tmp_path / "out" / "a.h5").feats
+    save_slide(tmp_path / "in" / "a.tif", seed=5)  # the same size and resolution
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 0
+    assert np.abs(read_features(tmp_path / "out" / "a.h5").feats - first).max() > 0
+    assert "slide_quickhash" in caplog.text
+
+
+def test_damaged_and_foreign_files_are_redone(tmp_path, network, caplog):
+    save_slide(tmp_path / "in" / "a.tif")
+    path = tmp_path / "out" / "a.h5"
+    path.parent.mkdir()
+    path.write_bytes(b"half a file")
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 0
+    assert "is damaged" in caplog.text
+    with h5py.File(path, "a") as file:
+        del file.attrs["mtbalance_parameters"]
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 0
+    assert "made by another program" in caplog.text
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 1
+
+
+def test_outdated_features_of_a_slide_that_now_fails_are_set_aside(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif")
+    save_slide(tmp_path / "in" / "b.tif")
+    run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "a.tif").write_bytes(b"damaged")
+    assert run(tmp_path / "in", tmp_path / "out").failed == 1
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.h5*")) == ["a.h5.old", "b.h5"]
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_from_there(tmp_path, network):
+    for name in "abc":
+        save_slide(tmp_path / "in" / f"{name}.tif", seed=ord(name))
+    network.fail_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.h5*")] == ["a.h5"]
+    assert list(ledger(tmp_path / "out")) == ["a.tif"]
+    network.fail_at = None
+    summary = run(tmp_path / "in", tmp_path / "out")
+    assert (summary.done, summary.skipped) == (3, 1)
+
+
+def test_slides_that_share_a_stem_do_not_overwrite_each_other(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif", seed=1)
+    save_slide(tmp_path / "in" / "a.tiff", seed=2)
+    run(tmp_path / "in", tmp_path / "out")
+    one, two = (read_features(tmp_path / "out" / f"a.{end}.h5") for end in ("tif", "tiff"))
+    assert np.abs(one.feats - two.feats).max() > 0
+
+
+def test_a_broken_level_is_replaced_by_a_finer_one(tmp_path, network, monkeypatch, caplog):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.svs").write_bytes(b"x")
+    handles = []
+
+    def open_fake(path):
+        handles.append(FakeHandle((2100, 1100), checkered, (1, 2, 4), broken=(1, 2)))
+        return handles[-1]
+
+    monkeypatch.setattr(slides.openslide, "OpenSlide", open_fake)
+    assert run(tmp_path / "in", tmp_path / "out").done == 1
+    row = ledger(tmp_path / "out")["a.svs"]
+    assert (row["tiles_kept"], row["reason"]) == (
+        "8",
+        "unreadable levels, replaced by finer ones: 1",
+    )
+    assert "It is read from a finer level instead" in caplog.text
+    assert all(handle.closed for handle in handles)
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 1
+
+
+def test_unreadable_pixels_fail_the_slide(tmp_path, network, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.svs").write_bytes(b"x")
+    fake = FakeHandle((1100, 1100), plain((9, 9, 9)), broken=(0,))
+    monkeypatch.setattr(slides.openslide, "OpenSlide", lambda path: fake)
+    assert run(tmp_path / "in", tmp_path / "out").failed == 1
+    assert "OpenSlide says: bad tile" in ledger(tmp_path / "out")["a.svs"]["reason"]
+
+
+def test_the_slide_table_overrules_what_the_slide_says(tmp_path, network):
+    save_slide(tmp_path / "in" / "sub" / "a.tif", mpp=100.0)  # a placeholder
+    table = tmp_path / "slides.xlsx"
+    pd.DataFrame({"PATIENT": ["p", "q"], "FILENAME": ["a", "b"], "MPP": [0.5, None]}).to_excel(
+        table, index=False
+    )
+    summary = run(tmp_path / "in", tmp_path / "out", slide_table=table)
+    assert (summary.rows[0].mpp, summary.rows[0].mpp_source) == (0.5, "slide table")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("NAME,MPP\na,0.5\n", "must have a column `FILENAME`"),
+        ("FILENAME,MPP\na,half\n", r"MPP must hold numbers in um per pixel, but is 'half' for a"),
+        ("FILENAME,MPP\na,0.5\na.h5,0.25\n", r"one MPP, but a\.h5 has 0\.5 and 0\.25"),
+        ("FILENAME,MPP\nTCGA-1,0.5\n", r"'TCGA-1' may mean TCGA-1\.aa, TCGA-1\.bb"),
+    ],
+)
+def test_broken_slide_tables_are_wrong_use(text, words, tmp_path, network):
+    for name in ("a", "TCGA-1.aa", "TCGA-1.bb"):
+        save_slide(tmp_path / "in" / f"{name}.tif")
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=words):
+        run(tmp_path / "in", tmp_path / "out", slide_table=tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 0}, "`workers` must be at least 1, but got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"precision": "half"}, "`precision` must be one of float32, bfloat16, but got 'half'"),
+        ({"layout": "v3"}, "`layout` must be one of stamp-v2, stamp-v1, but got 'v3'"),
+        ({"device": "cpu,abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
+        ({"device": "abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
+        ({"slide_table": "none.csv"}, "must be a readable file, but No such file"),
+    ],
+)
+def test_wrong_use_is_told_before_any_work(options, words, tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif")
+    if "slide_table" in options:
+        options = {"slide_table": tmp_path / options["slide_table"]}
+    with pytest.raises(UserError, match=words):
+        run(tmp_path / "in", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inference_leaves_no_graph_and_no_changed_settings(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif")
+    before = torch.backends.cudnn.allow_tf32
+    run(tmp_path / "in", tmp_path / "out")
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.is_grad_enabled()
+
+
+def test_real_slides_give_features_or_a_clear_reason(tmp_path, network, caplog):
+    folder = SHARED / "wsi"
+    if not folder.is_dir():
+        pytest.skip("the shared data is not here")
+    caplog.set_level(logging.ERROR)
+    copy = tmp_path / "in"
+    shutil.copytree(folder, copy)
+    run(copy, tmp_path / "out")
+    rows = ledger(tmp_path / "out")
+    kept = {name: row["tiles_kept"] for name, row in rows.items() if row["status"] == "ok"}
+    names = ["cmu-1-small-region.svs", "derived_dicom"]
+    names += [f"derived_pyramid_{unit}.tif" for unit in ("cm", "inch", "xml")]
+    assert kept == dict.fromkeys(names, "15")
+    assert len(rows) == 14  # one slide each
+    assert all(row["reason"] for name, row in rows.items() if name not in kept)
+    bags = [read_features(tmp_path / "out" / f"{name.partition('.')[0]}.h5") for name in names]
+    for bag in bags[1:]:
+        np.testing.assert_array_equal(bag.coords_um, bags[0].coords_um)
+        np.testing.assert_allclose(bag.feats, bags[0].feats, atol=0.01)

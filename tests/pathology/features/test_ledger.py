@@ -1,0 +1,52 @@
+import csv
+
+from examples.pathology.features.ledger import (
+    LEDGER_COLUMNS,
+    ExtractSummary,
+    LedgerRow,
+    write_ledger,
+)
+
+ROWS = (
+    LedgerRow("a", "tiling", "ok", tiles_kept=5, seconds=1.0),
+    LedgerRow("a", "features", "ok", tiles_kept=5, seconds=3.0),
+    LedgerRow("b", "tiling", "ok", "finished before", tiles_kept=7, seconds=99, skipped=True),
+    LedgerRow("b", "features", "ok", "finished before", tiles_kept=7, seconds=99, skipped=True),
+    LedgerRow("c", "tiling", "empty", "glass", tiles_kept=0, seconds=0.5),
+    LedgerRow("d", "tiling", "excluded", "flat"),
+)
+LATE = (
+    LedgerRow("e", "tiling", "ok", tiles_kept=2),
+    LedgerRow("e", "features", "failed", "disk full"),
+)
+
+
+def test_the_summary_counts_slides_not_rows(tmp_path):
+    good = ExtractSummary(ROWS, tmp_path / "ledger.csv", found=4, seconds=5)
+    counts = (good.slides, good.tiled, good.done, good.skipped, good.empty, good.excluded)
+    assert (*counts, good.failed, good.exit_code) == (4, 2, 2, 1, 1, 1, 0, 0)
+    assert good.funnel == "4 slides -> 2 tiled -> 2 with features"
+    assert "(1 finished before, 12 tiles in all); 1 empty, 1 excluded, 0 failed" in str(good)
+    assert "tiling 1.5 s, features 3.0 s in 5.0 s" in str(good)  # of this run
+
+
+def test_failures_and_an_early_end_are_seen_by_the_exit_code(tmp_path):
+    bad = ExtractSummary((*ROWS, *LATE), tmp_path, found=5, seconds=5)
+    assert bad.funnel == "5 slides -> 3 tiled -> 2 with features"
+    assert bad.exit_code == 1
+    early = ExtractSummary(ROWS, tmp_path, found=9, seconds=5, stopped="it rained.")
+    assert early.exit_code == 1
+    assert early.funnel == "9 slides -> 2 tiled -> 2 with features"
+    assert str(early).endswith("Stopped early, 5 not looked at: it rained.")
+
+
+def test_the_ledger_is_a_table_that_others_can_read(tmp_path):
+    rows = [LedgerRow('odd, "name"\n.svs', "tiling", "failed", "why, then?"), *ROWS]
+    write_ledger(tmp_path / "ledger.csv", rows)
+    with (tmp_path / "ledger.csv").open(encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert tuple(read[0]) == LEDGER_COLUMNS
+    assert [row["slide"] for row in read] == [row.slide for row in rows]
+    assert (read[0]["reason"], read[0]["tiles_kept"], read[1]["tiles_kept"]) == (
+        "why, then?", "", "5",
+    )  # fmt: skip

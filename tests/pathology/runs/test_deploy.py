@@ -1,0 +1,192 @@
+import csv
+import json
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from examples.pathology.common.errors import UserError
+from examples.pathology.results.folds import read_model
+from examples.pathology.runs.crossval import run_crossval
+from examples.pathology.runs.deploy import DeployConfig, run_deploy
+from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.training.bags import BagStore
+from tests.pathology.killing import small_models
+from tests.pathology.tiny import make_tables, write_bag, write_table
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    with small_models():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    tables = make_tables(folder, patients=16)
+    run_crossval(
+        CrossvalConfig(
+            tables.clini,
+            tables.slides,
+            tables.features,
+            "isMSIH",
+            folder / "run",
+            auxiliary=("LF",),
+            folds=2,
+            epochs=2,
+            learning_rate=3e-3,
+            device="cpu",
+        )
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def external(tmp_path):
+    """Other patients, who lack the auxiliary column; two have no label."""
+    tables = make_tables(tmp_path / "external", patients=9, seed=5)
+    table = pd.read_csv(tables.clini, dtype=str)
+    table.loc[[2, 5], "isMSIH"] = ""
+    table[["PATIENT", "isMSIH"]].to_csv(tables.clini, index=False)
+    return tables
+
+
+def deploy(run, tables, out, **changes):
+    return run_deploy(
+        DeployConfig(
+            run, tables.clini, tables.slides, tables.features, out, device="cpu", **changes
+        )
+    )
+
+
+def test_the_ensemble_is_the_mean_of_the_folds_models(run, external, tmp_path):
+    """Computed again from the saved models, patient by patient."""
+    value = deploy(run, external, tmp_path / "out")
+    table = pd.read_csv(tmp_path / "out/predictions.csv", keep_default_na=False)
+    assert table["PATIENT"].tolist() == [f"P{i:02d}" for i in range(9)]
+    assert table.columns.tolist() == [
+        "PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS", "LF", "LF_pred",
+    ]  # fmt: skip
+    assert (table["LF"] == "").all()
+    cohort = external.load(auxiliary=())
+    for patient in cohort.patients:
+        probabilities, numbers = [], []
+        for k in (1, 2):
+            fitted, _ = read_model(run / f"fold-{k}/model.pt", "cpu")
+            with torch.inference_mode():
+                outputs, _ = fitted.model(torch.from_numpy(BagStore().load(patient)))
+            probabilities.append(outputs[0].double().softmax(1)[0, 1].item())
+            low, high = fitted.scalers["LF"].low, fitted.scalers["LF"].high
+            numbers.append(low + outputs[1].item() * (high - low))
+        row = table[table["PATIENT"] == patient.name].iloc[0]
+        assert row["isMSIH_MSS"] == pytest.approx(np.mean(probabilities), abs=1e-6)
+        assert row["LF_pred"] == pytest.approx(np.mean(numbers), abs=1e-5)
+    assert (value["patients"], value["labelled"]) == (9, 7)
+
+
+def test_figures_are_per_fold_and_of_the_ensemble(run, external, tmp_path):
+    value = deploy(run, external, tmp_path / "out")
+    auroc = value["metrics"]["auroc"]
+    assert len(auroc["folds"]) == 2
+    assert auroc["mean"] == pytest.approx(np.mean(auroc["folds"]))
+    table = pd.read_csv(tmp_path / "out/predictions.csv", keep_default_na=False)
+    table = table[table["isMSIH"] != ""]
+    positive = table["isMSIH"] == value["positive"]
+    score = table[f"isMSIH_{value['positive']}"]
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
+    ensemble = value["metrics_of_ensemble"]["auroc"]
+    assert ensemble["mean"] == pytest.approx(np.mean(pairs))
+    low, high = ensemble["ci95_over_patients"]
+    assert low <= ensemble["mean"] <= high
+    assert value["metrics"]["pearson/LF"]["mean"] is None
+    drawn = {path.name for path in (tmp_path / "out/figures").iterdir()}
+    assert drawn == {"roc.png", "pr.png"}  # nobody's LF is known
+    assert (tmp_path / "out/fold-2/predictions.csv").exists()
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == value
+
+
+def test_the_threshold_is_that_of_the_run(run, external, tmp_path):
+    value = deploy(run, external, tmp_path / "out")
+    trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert value["thresholds"] == trained["thresholds"]
+    known = [t for t in trained["thresholds"] if t is not None]
+    assert value["threshold_of_ensemble"] == pytest.approx(np.mean(known))
+
+
+def test_a_cohort_without_any_label_gets_predictions(run, external, tmp_path):
+    table = pd.read_csv(external.clini, dtype=str)
+    table[["PATIENT"]].to_csv(external.clini, index=False)
+    value = deploy(run, external, tmp_path / "out")
+    assert value["labelled"] == 0
+    assert value["metrics"]["auroc"]["mean"] is None
+    table = pd.read_csv(tmp_path / "out/predictions.csv", keep_default_na=False)
+    assert len(table) == 9
+    assert table["isMSIH_MSS"].between(0, 1).all()
+    assert not (tmp_path / "out/figures").exists()
+
+
+def test_patients_without_features_are_in_the_ledger(run, external, tmp_path):
+    (external.features / "P01-1.h5").unlink()
+    value = deploy(run, external, tmp_path / "out")
+    assert value["patients"] == 8
+    with (tmp_path / "out/ledger.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(r["item"], r["name"]): r for r in csv.DictReader(file)}
+    assert rows["patient", "P01"]["reason"] == "none of its slides has usable features"
+    assert rows["patient", "P02"]["status"] == "used"  # has no label, and needs none
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"extractor": "other"}, r"the extractor that .* trained on \(tiny\), but .* has other"),
+        ({"sha": "cd"}, r"the weights that .* trained on \(ab\), but .* has cd"),
+        ({"width": 512}, "the length that"),
+    ],
+)
+def test_features_of_another_kind_are_refused(run, external, tmp_path, change, words):
+    width = change.pop("width", 768)
+    for i in range(9):
+        write_bag(external.features / f"P{i:02d}-1.h5", np.ones((2, width)), **change)
+    with pytest.raises(UserError, match=words):
+        deploy(run, external, tmp_path / "out")
+    assert not (tmp_path / "out/predictions.csv").exists()
+
+
+def test_features_of_another_tile_size_are_refused(run, external, tmp_path):
+    for path in external.features.glob("*.h5"):
+        with h5py.File(path, "r+") as file:
+            file.attrs["tile_size_um"] = file.attrs["tile_size"] = 112.0
+    with pytest.raises(UserError, match=r"the tile size in um that .*\(256.0\), but .* has 112"):
+        deploy(run, external, tmp_path / "out")
+
+
+def test_labels_that_were_not_trained_on_are_refused(run, external, tmp_path):
+    rows = [[f"P{i:02d}", "MSI-H" if i == 3 else "MSS"] for i in range(9)]
+    write_table(external.clini, ["PATIENT", "isMSIH"], rows)
+    with pytest.raises(UserError, match=r"must be one of MSIH, MSS, as in .*'MSI-H'.*`MSIH`"):
+        deploy(run, external, tmp_path / "out")
+
+
+def test_a_run_that_is_not_finished_is_refused(external, tmp_path):
+    with pytest.raises(UserError, match="`run` must be a finished run of `crossval`"):
+        deploy(tmp_path, external, tmp_path / "out")
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"no model")
+    with pytest.raises(UserError, match="must hold a model of this release, but does not"):
+        read_model(tmp_path / "model.pt", "cpu")
+    with pytest.raises(UserError, match="must be a readable file"):
+        read_model(tmp_path / "none.pt", "cpu")
+
+
+def test_columns_may_have_other_names(run, external, tmp_path):
+    for path in (external.clini, external.slides):
+        text = path.read_text(encoding="utf-8").replace("PATIENT", "case")
+        path.write_text(text, encoding="utf-8")
+    value = deploy(run, replace(external), tmp_path / "out", patient_column="case")
+    assert value["patients"] == 9

@@ -1,0 +1,127 @@
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.settings import crossval as config
+from examples.pathology.settings.crossval import CrossvalConfig
+
+PATHS = {"clini": Path("c.csv"), "slide_table": Path("s.csv"), "features": Path("f")}
+
+
+def make(**changes):
+    values = {**PATHS, "target": "isMSIH", "out": Path("run"), **changes}
+    return CrossvalConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"folds": 1}, "`folds` must be at least 2, but got 1."),
+        ({"epochs": 0}, "`epochs` must be at least 1, but got 0."),
+        ({"patience": 0}, "`patience` must be at least 1, but got 0."),
+        ({"layers": 0}, "`layers` must be at least 1, but got 0."),
+        ({"width": 100}, "`width` must be a multiple of 6, the attention heads, but got 100."),
+        ({"width": 0}, "`width` must be a multiple of 6, the attention heads, but got 0."),
+        ({"seed": -1}, "`seed` must be at least 0, but got -1."),
+        ({"learning_rate": 0.0}, "`learning-rate` must be above 0, but got 0.0."),
+        ({"learning_rate": math.nan}, "`learning-rate` must be above 0, but got nan."),
+        ({"weight_decay": -0.1}, "`weight-decay` must be at least 0, but got -0.1."),
+        ({"schedule": "cosin"}, "Did you mean `cosine`?"),
+        ({"lookahead_data": "test"}, "`lookahead-data` must be one of heldout, train, but"),
+        ({"target": ""}, "`target` must name a column"),
+        ({"auxiliary": ("isMSIH",)}, "each target once, but got isMSIH twice"),
+        ({"cutoff": math.inf}, "`cutoff` must be a finite number, but got inf."),
+        ({"cutoff": 1.0, "kind": ("isMSIH=regression",)}, "`cutoff` makes classes of `isMSIH`, so"),
+        ({"kind": ("isMSIH=regresion",)}, "but got 'isMSIH=regresion'. Did you mean `regression`?"),
+        ({"kind": ("isMSI=regression",)}, "but got 'isMSI=regression'. Did you mean `isMSIH`?"),
+        ({"kind": ("regression",)}, "`kind` must be NAME=classification or NAME=regression, once"),
+        ({"kind": ("isMSIH=regression",) * 2}, "once for each of the targets (isMSIH)"),
+    ],
+)
+def test_wrong_settings_are_told(changes, words):
+    with pytest.raises(UserError) as caught:
+        make(**changes)
+    assert words in str(caught.value)
+
+
+KEYS = st.text("abcdefghij_", min_size=1)
+SCALARS = st.text() | st.integers(-(2**53), 2**53) | st.booleans()
+VALUES = SCALARS | st.floats(allow_nan=False, allow_infinity=False) | st.lists(st.text())
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(KEYS, st.dictionaries(KEYS, VALUES, max_size=3), max_size=3))
+@example({"a": {"b": "\x7f", "c": "\U0001f600", "d": '"\\', "e": 1e-05}})
+def test_what_is_written_as_toml_is_read_back(tmp_path_factory, tables):
+    path = tmp_path_factory.mktemp("toml") / "a.toml"
+    config.write_toml(path, tables)
+    assert config.read_toml(path) == tables
+
+
+def test_resolved_settings_can_be_read_back_as_a_section(tmp_path):
+    made = make(auxiliary=("a", "b.c/d"), splits=Path("x/splits.json"), positive="MSIH")
+    config.write_toml(tmp_path / "a.toml", {"crossval": made.resolved()})
+    known = made.__dataclass_fields__
+    values = config.read_section(tmp_path / "a.toml", "crossval", known, ["crossval"])
+    paths = {name: Path(values[name]) for name in (*PATHS, "out", "splits")}
+    again = CrossvalConfig(**{**values, **paths, "auxiliary": tuple(values["auxiliary"])})
+    assert again.resolved() == made.resolved()
+    assert all(path.is_absolute() for path in paths.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "[crossval]\nepoch = 3",
+            "the key `epoch` of .crossval. is unknown. Did you mean `epochs`",
+        ),
+        ("[crosval]\nepochs = 3", "the section .crosval. is unknown; .* Did you mean `crossval`"),
+        ("epochs = 3", "`epochs` must stand in a section such as .crossval."),
+        ("[crossval", "must be valid TOML"),
+    ],
+)
+def test_what_nobody_would_read_is_refused(tmp_path, text, words):
+    path = tmp_path / "a.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        config.read_section(path, "crossval", ["epochs"], ["crossval", "demo"])
+
+
+def test_dashes_and_underscores_are_one(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('[crossval]\nslide-table = "s"\nlearning_rate = 1.0', encoding="utf-8")
+    values = config.read_section(path, "crossval", ["slide-table", "learning_rate"], ["crossval"])
+    assert values == {"slide_table": "s", "learning_rate": 1.0}
+
+
+def test_only_what_changes_the_result_counts_as_different():
+    stored = make().resolved()
+    same = make(out=Path("elsewhere"), device="cuda", note="other")
+    assert config.settings_that_differ(same, stored) == []
+    assert config.settings_that_differ(make(seed=1), stored) == ["seed: 0 -> 1"]
+    assert config.settings_that_differ(make(positive="a"), stored) == ["positive: None -> 'a'"]
+
+
+def test_the_name_of_a_target_may_hold_an_equals_sign():
+    made = make(auxiliary=("a=b",), kind=("a=b=regression", "isMSIH=classification"))
+    assert made.kinds == {"a=b": "regression", "isMSIH": "classification"}
+
+
+def test_runs_without_kind_and_cut_off_are_those_of_before():
+    assert not {"kind", "cutoff"} & set(make().resolved())
+    other = make(kind=("isMSIH=regression",))
+    assert config.settings_that_differ(other, make().resolved()) == [
+        "kind: None -> ['isMSIH=regression']"
+    ]
+
+
+def test_errors_help():
+    assert nearest("crosval", ["crossval", "demo"]) == " Did you mean `crossval`?"
+    assert nearest("xyz", ["crossval"]) == ""
+    assert listing("abc", 2) == "a, b and 1 more"
+    assert listing([]) == ""

@@ -1,0 +1,414 @@
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from examples.pathology.cli import main
+from examples.pathology.cohort.check import CheckConfig, run_check
+from examples.pathology.cohort.cohort import load_cohort
+from examples.pathology.common.errors import UserError
+from examples.pathology.features.files import read_features
+from examples.pathology.figures.run import caption_of
+from examples.pathology.runs.crossval import run_crossval
+from examples.pathology.settings.crossval import CohortConfig, CrossvalConfig, read_toml
+from examples.pathology.settings.simulate import SimulateConfig
+from examples.pathology.simulation.composition import SIGNATURES, TISSUES
+from examples.pathology.simulation.feature_space import FeatureSpace
+from examples.pathology.simulation.simulate import run_simulate
+from examples.pathology.simulation.tables import shuffled
+from tests.pathology.tiny import write_bag, write_table
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+REAL_LABELS = "Features are SIMULATED by a program; labels are those of a clinical table."
+CLINICAL = [
+    ["P1", "MSS", "0.30", "", "x"],
+    ["P2", "MSI-H", "0.1785", "0.2", "y"],
+    ["P3", "MSS", "", "0.1", ""],
+    ["P4", "", "0.05", "0.4", ""],
+    ["P5", "MSS", "0.22", "0.0", ""],
+    ["P6", "MSI-H", "0.41", "0.03", ""],
+    ["P7", "NA", "", "", ""],
+]
+
+
+@pytest.fixture
+def tables(tmp_path):
+    columns = ["PATIENT", "isMSIH", "Leukocyte Fraction", "Intratumor Heterogeneity", "Other"]
+    clini = write_table(tmp_path / "labels.csv", columns, CLINICAL)
+    slides = [[p, f"{p}-DX1"] for p in ("P1", "P2", "P3", "P4", "P6", "P7", "Q9")]
+    slides.append(["P1", "P1-DX2"])
+    return clini, write_table(tmp_path / "slide-table.csv", ["PATIENT", "FILENAME"], slides)
+
+
+@pytest.fixture
+def settings(tables, tmp_path):
+    clini, slides = tables
+    return SimulateConfig(
+        tmp_path / "sim", clini=clini, slide_table=slides, tiles=12, max_tiles=20, seed=5
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Return two drawn cohorts of the same bags: as they are, and the null setting."""
+    folder = tmp_path_factory.mktemp("drawn")
+    config = SimulateConfig(folder / "signal", patients=300, tiles=1, max_tiles=16)
+    config = replace(config, tiles=16)
+    return run_simulate(config), run_simulate(replace(config, out=folder / "null", null=True))
+
+
+def text(path):
+    return pd.read_csv(path, dtype=str, keep_default_na=False).set_index("PATIENT")
+
+
+def content(folder):
+    """Return everything that a cohort's files hold, by relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".h5":
+            with h5py.File(path) as file:
+                found[name] = (dict(file.attrs), {k: file[k][()].tobytes() for k in file})
+        elif path.is_file() and path.name != ".lock":
+            found[name] = path.read_bytes()
+    return found
+
+
+def bags_of(cohort):
+    return {path.stem: read_features(path) for path in sorted(cohort.features.rglob("*.h5"))}
+
+
+def pooled(cohort):
+    return {name: bag.feats.mean(0) for name, bag in bags_of(cohort).items()}
+
+
+def test_labels_come_through_verbatim_and_what_is_missing_stays_missing(settings):
+    cohort = run_simulate(settings)
+    clini = text(cohort.clini)
+    assert list(clini) == ["isMSIH", "Leukocyte Fraction", "Intratumor Heterogeneity"]
+    expected = {row[0]: [cell.replace("NA", "") for cell in row[1:4]] for row in CLINICAL}
+    assert {name: list(row) for name, row in clini.iterrows()} == expected
+    slides = pd.read_csv(cohort.slide_table)
+    assert list(slides["FILENAME"]) == [f"P{i}-DX1" for i in (1, 2, 3, 4, 6, 7)] + ["P1-DX2"]
+    assert (cohort.patients, cohort.slides, cohort.positive) == (7, 7, "MSI-H")
+    truth = pd.read_csv(cohort.truth).set_index("PATIENT")
+    assert list(truth.loc[["P1", "P2", "P3", "P5", "P6"], "positive"]) == [0, 1, 0, 0, 1]
+    assert truth.notna().all(axis=None)  # bags of patients who lack a value are like any other
+    assert truth.loc["P2", "z Leukocyte Fraction"] == 0  # the mean of TCGA-CRC
+    assert truth.loc["P1", "z Leukocyte Fraction"] == pytest.approx((0.30 - 0.1785) / 0.1125)
+
+
+def test_a_simulated_cohort_is_read_like_any_other_and_says_what_it_is(settings, caplog):
+    simulated = run_simulate(settings)
+    config = CohortConfig(
+        simulated.clini,
+        simulated.slide_table,
+        simulated.features,
+        simulated.target,
+        auxiliary=simulated.auxiliary,
+    )
+    with caplog.at_level(logging.WARNING):
+        cohort = load_cohort(config)
+    assert [p.name for p in cohort.patients] == ["P1", "P2", "P3", "P6"]
+    assert [p.name for p in cohort.training_only] == ["P4"]
+    assert len(cohort.patients[0].files) == 2
+    assert cohort.simulated == REAL_LABELS
+    assert (cohort.extractor, cohort.random_weights) == ("simulated-seed5", False)
+    for bag in bags_of(simulated).values():
+        assert bag.simulated == REAL_LABELS
+        assert bag.feats.shape[1] == 768
+        assert 8 <= len(bag.feats) <= 20
+        assert bag.tile_size_um == 256
+
+
+def test_the_same_settings_give_the_same_content_and_another_seed_another(settings, tmp_path):
+    run_simulate(settings)
+    run_simulate(replace(settings, out=tmp_path / "again"))
+    assert content(settings.out) == content(tmp_path / "again")
+    other = run_simulate(replace(settings, out=tmp_path / "other", seed=6))
+    ours, theirs = pooled(run_simulate(settings)), pooled(other)
+    assert not any(np.allclose(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_patients_bags_depend_on_no_other_patient(settings, tmp_path):
+    whole = run_simulate(settings)
+    rows = [row for row in CLINICAL if row[0] in ("P1", "P3", "P6")]
+    columns = ["PATIENT", "isMSIH", "Leukocyte Fraction", "Intratumor Heterogeneity", "Other"]
+    few = write_table(tmp_path / "few.csv", columns, rows[::-1])
+    part = run_simulate(
+        replace(settings, clini=few, out=tmp_path / "part", positive="MSI-H", max_tiles=20)
+    )
+    before, after = bags_of(whole), bags_of(part)
+    assert sorted(after) == ["P1-DX1", "P1-DX2", "P3-DX1", "P6-DX1"]
+    for name, bag in after.items():
+        np.testing.assert_array_equal(bag.feats, before[name].feats)
+        np.testing.assert_array_equal(bag.coords_um, before[name].coords_um)
+
+
+def test_a_stopped_simulation_is_taken_up_and_another_one_is_refused(settings):
+    cohort = run_simulate(settings)
+    before = content(settings.out)
+    kept, lost = cohort.features / "P1-DX1.h5", cohort.features / "P6-DX1.h5"
+    lost.unlink()
+    stamp = kept.stat().st_mtime_ns
+    run_simulate(settings)
+    assert content(settings.out) == before
+    assert kept.stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match=r"one of the same simulation, but .* batch_effect: 0.2 ->"):
+        run_simulate(replace(settings, batch_effect=0.3))
+    settings.clini.write_text(settings.clini.read_text().replace("0.41", "0.42"))
+    with pytest.raises(UserError, match="differs in clini_sha256"):
+        run_simulate(settings)
+
+
+def test_settings_are_written_down_resolved(settings):
+    run_simulate(settings)
+    stored = read_toml(settings.out / "simulation.toml")["simulation"]
+    assert (stored["positive"], stored["tumour_shift"], stored["seed"]) == ("MSI-H", 6.0, 5)
+    assert REAL_LABELS in (settings.out / "README.txt").read_text()
+
+
+def test_composition_and_features_follow_the_signatures_and_the_label(drawn):
+    signal, _ = drawn
+    table = pd.read_csv(signal.clini).set_index("PATIENT")
+    truth = pd.read_csv(signal.truth).set_index("PATIENT")
+    for signature, column, least in (
+        ("Leukocyte Fraction", "LYM", 0.4),
+        ("Lymphocyte Infiltration Signature Score", "LYM", 0.4),
+        ("Stromal Fraction", "STR", 0.3),
+        ("Intratumor Heterogeneity", "second clone's share of tumour", 0.6),
+        ("Proliferation", "growth", 0.8),
+    ):
+        assert table[signature].corr(truth[column]) > least
+    odds = np.log(truth["altered share of tumour"] / (1 - truth["altered share of tumour"]))
+    assert roc_auc_score(truth["positive"], odds) > 0.8
+    assert lymphocytes_seen(signal).corr(truth["LYM"]) > 0.6  # the bags hold what the truth says
+
+
+def lymphocytes_seen(cohort):
+    """Return how far each patient's mean features lie towards the lymphocytes' centroid."""
+    axis = FeatureSpace(0).centroids[TISSUES.index("LYM")]
+    return pd.Series({name: mean @ axis for name, mean in pooled(cohort).items()})
+
+
+def test_in_the_null_setting_auxiliary_values_say_nothing_of_label_or_bag(drawn):
+    signal, null = drawn
+    before, after = text(signal.clini), text(null.clini)
+    assert list(before["isMSIH"]) == list(after["isMSIH"])
+    ours, theirs = bags_of(signal), bags_of(null)
+    for name, bag in ours.items():  # the very same bags: the label shows as before
+        np.testing.assert_array_equal(bag.feats, theirs[name].feats)
+    labelled = before["isMSIH"] != ""
+    for part in (labelled, ~labelled):  # the same rows, of other patients
+        rows = [
+            sorted(map(tuple, t.loc[part, list(SIGNATURES)].to_numpy())) for t in (before, after)
+        ]
+        assert rows[0] == rows[1]
+    chance = 3.5 / np.sqrt(len(before))  # of a correlation, in standard deviations
+    values = after[list(SIGNATURES)].apply(pd.to_numeric)
+    seen, status = lymphocytes_seen(null), (after["isMSIH"] == "MSI-H").astype(float)
+    for signature in SIGNATURES:
+        assert abs(values[signature].corr(seen)) < chance
+        assert abs(values[signature].corr(status[labelled])) < chance
+    assert before["Leukocyte Fraction"].astype(float).corr(seen) > 1.5 * chance
+    assert "SHUFFLED among patients (null setting)" in null.simulated
+    assert "Null setting" in (null.clini.parent / "README.txt").read_text()
+
+
+def test_patients_with_and_without_a_label_are_shuffled_apart(tmp_path):
+    rows = {f"P{i:02d}": ["MSS" if i % 2 else "", f"{i}"] for i in range(60)}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["isMSIH", "Proliferation"])
+    mixed = shuffled(table, SimulateConfig(tmp_path))
+    assert list(mixed["isMSIH"]) == list(table["isMSIH"])
+    for labelled in (True, False):
+        before, after = (
+            t["Proliferation"][(t["isMSIH"] != "") == labelled] for t in (table, mixed)
+        )
+        assert sorted(before) == sorted(after)
+        assert (before == after).mean() < 0.2  # by chance, one of 30 stays on average
+
+
+def test_drawn_labels_say_so_and_lack_as_many_values_as_real_ones(drawn):
+    signal, _ = drawn
+    assert signal.simulated.endswith("labels are DRAWN as well.")
+    table = text(signal.clini)
+    assert set(table["isMSIH"]) <= {"MSI-H", "MSS", ""}
+    assert 0.08 < (table["isMSIH"] == "MSI-H").mean() < 0.21
+    assert (table["Intratumor Heterogeneity"] == "").mean() < 0.05
+    assert (table["Leukocyte Fraction"] != "").all()
+
+
+def test_another_site_is_shifted_and_needs_no_signatures(settings, tmp_path):
+    others = write_table(
+        tmp_path / "other.csv",
+        ["PATIENT", "isMSIH"],
+        [[f"C{i}", ("MSI-H", "MSS", "")[i % 3]] for i in range(30)],
+    )
+    config = replace(settings, external_clini=others, batch_effect=0.0, domain_shift=0.5)
+    cohort = run_simulate(config)
+    external = cohort.external
+    assert external is not None
+    assert (external.patients, external.auxiliary, external.simulated) == (30, (), REAL_LABELS)
+    assert list(text(external.clini)) == ["isMSIH"]
+    truth = pd.read_csv(external.truth)
+    assert truth["z Leukocyte Fraction"].nunique() == 30  # drawn given the label
+    plain = run_simulate(replace(config, domain_shift=0.0, out=tmp_path / "plain")).external
+    assert plain is not None
+    shift = np.mean(list(pooled(external).values()), 0) - np.mean(list(pooled(plain).values()), 0)
+    space = FeatureSpace(5)
+    assert np.corrcoef(shift, space.domain)[0, 1] > 0.9
+    strange = write_table(tmp_path / "strange.csv", ["PATIENT", "isMSIH"], [["C1", "MSI"]])
+    with pytest.raises(UserError, match=r"must be one of MSI-H, MSS, .* but has 'MSI'"):
+        run_simulate(replace(config, external_clini=strange, out=tmp_path / "strange"))
+
+
+def test_a_measured_composition_is_all_that_its_bags_hold(settings, tmp_path):
+    columns = ["PATIENT", "ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"]
+    rows = [["P1", 0, 0.5, 0, 0, 0, 0, 0, 0, 0.5], ["P3", 0, 0.2, 0, 0.4, 0, 0, 0, 0, 0.4]]
+    rows.append(["R1", *[0.1] * 9])
+    config = replace(
+        settings,
+        composition="measured",
+        tissue_fractions=write_table(tmp_path / "fractions.csv", columns, rows),
+        positive="MSS",
+    )
+    with pytest.raises(UserError, match="at least 2 values"):
+        run_simulate(config)  # nobody is left who has MSI
+    rows.append(["P6", 0, 0, 0, 0, 0, 0, 1, 0, 0])
+    config = replace(
+        config, tissue_fractions=write_table(tmp_path / "f2.csv", columns, rows), batch_effect=0.0
+    )
+    cohort = run_simulate(config)
+    truth = pd.read_csv(cohort.truth).set_index("PATIENT")
+    assert list(truth.index) == ["P1", "P3", "P6"]
+    expected = {"P1": {"TUM": 1.0}, "P3": {"TUM": 0.5, "LYM": 0.5}, "P6": {"NORM": 1.0}}
+    for name, shares in expected.items():
+        assert {t: truth.loc[name, t] for t in TISSUES if truth.loc[name, t]} == shares
+    readme = (config.out / "README.txt").read_text()
+    assert "tissue fractions are measured" in cohort.simulated
+    assert "4 patients without fractions are left out" in readme
+    assert "Nothing is planted" in readme
+    # Nothing in the bags depends on the label or on the signatures.
+    swapped = settings.clini.read_text().replace("MSI-H", "?").replace("MSS", "MSI-H")
+    swapped = swapped.replace("?", "MSS").replace("0.41", "0.01")
+    other = tmp_path / "swapped.csv"
+    other.write_text(swapped)
+    again = run_simulate(replace(config, clini=other, out=tmp_path / "swapped"))
+    for name, bag in bags_of(again).items():
+        np.testing.assert_array_equal(bag.feats, bags_of(cohort)[name].feats)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+def test_measured_fractions_tell_msi_as_well_as_published(tmp_path):
+    config = SimulateConfig(
+        tmp_path / "out",
+        clini=SHARED / "tables" / "tcga_crc_labels.csv",
+        composition="measured",
+        tissue_fractions=SHARED / "bags" / "tcga_crc_tissue_fractions.csv",
+        tiles=1,
+        max_tiles=1,
+    )
+    cohort = run_simulate(config)
+    assert cohort.patients == 363
+    table = text(cohort.clini).join(pd.read_csv(cohort.truth).set_index("PATIENT"))
+    table = table[table["isMSIH"] != ""]
+    model = make_pipeline(StandardScaler(), LogisticRegression())
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    logs = np.log(table[list(TISSUES)].to_numpy() + 1e-4)
+    positive = table["isMSIH"] == "MSI-H"
+    scores = cross_val_predict(model, logs, positive, cv=folds, method="predict_proba")[:, 1]
+    assert roc_auc_score(positive, scores) == pytest.approx(0.66, abs=0.04)
+
+
+def test_simulated_and_real_features_never_mix(settings):
+    cohort = run_simulate(settings)
+    config = CohortConfig(cohort.clini, cohort.slide_table, cohort.features, "isMSIH")
+    bag = read_features(cohort.features / "P6-DX1.h5")
+    write_bag(bag.path, bag.feats, extractor=bag.extractor, sha="")
+    with pytest.raises(UserError, match="All feature files must come from one extractor"):
+        load_cohort(config)
+
+
+def test_every_number_and_figure_of_a_run_states_it(tmp_path):
+    cohort = run_simulate(SimulateConfig(tmp_path / "sim", patients=60, tiles=8, max_tiles=8))
+    files = (cohort.clini, cohort.slide_table, cohort.features)
+    said: list[str] = []
+    run_check(CheckConfig(*files, "isMSIH", folds=2), said.append)
+    assert cohort.simulated in said
+    summary = run_crossval(
+        CrossvalConfig(
+            *files, "isMSIH", tmp_path / "run", folds=2, epochs=1, width=12, layers=1, device="cpu"
+        )
+    )
+    assert summary["simulated"] == cohort.simulated
+    assert cohort.simulated in caption_of(summary)
+    provenance = read_toml(tmp_path / "run" / "config.toml")["provenance"]
+    assert provenance["simulated"] == cohort.simulated
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tiles": 0}, "`tiles` must be at least 1, but got 0"),
+        ({"batch_effect": -1.0}, "`batch-effect` must be at least 0, but got -1.0"),
+        ({"tumour_shift": float("nan")}, "`tumour-shift` must be at least 0"),
+        ({"tumour_share": 1.0}, "`tumour-share` must be between 0 and 1, but got 1.0"),
+        ({"composition": "mesured"}, "Did you mean `measured`"),
+        (
+            {"composition": "measured"},
+            "`tissue-fractions` must be given for `composition` measured",
+        ),
+        ({"tissue_fractions": Path("f.csv")}, "and only then"),
+        ({"patients": 50}, "`patients` must be left out where --clini is given"),
+        ({"clini": None}, "must go with --clini"),
+        ({"clini": None, "slide_table": None, "target": "HRD-H"}, "Did you mean `HRD`"),
+        ({"auxiliary": ("Stroma",)}, "must be one of .* Did you mean `Stromal Fraction`"),
+        ({"auxiliary": ("Proliferation",)}, "must be a column of the clinical table"),
+        ({"positive": "MSI"}, "`positive` must be a value of `isMSIH`"),
+        ({"target": "isMSI"}, "Did you mean `isMSIH`"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_is_written(settings, options, message):
+    with pytest.raises(UserError, match=message):
+        run_simulate(replace(settings, **options))
+    assert not settings.out.exists()
+
+
+def test_tables_that_contradict_themselves_are_refused(settings, tmp_path):
+    words = tmp_path / "words.csv"
+    words.write_text(settings.clini.read_text().replace("0.41", "high"))
+    with pytest.raises(UserError, match="`Leukocyte Fraction` must hold numbers, but has 'high'"):
+        run_simulate(replace(settings, clini=words))
+    shared = write_table(
+        tmp_path / "shared.csv", ["PATIENT", "FILENAME"], [["P1", "a"], ["P2", "a.h5"]]
+    )
+    with pytest.raises(
+        UserError, match="must belong to one patient, but a is claimed by P1 and P2"
+    ):
+        run_simulate(replace(settings, slide_table=shared))
+    nobody = write_table(tmp_path / "nobody.csv", ["PATIENT", "FILENAME"], [["Q", "a"]])
+    with pytest.raises(UserError, match="must have slides of patients of"):
+        run_simulate(replace(settings, slide_table=nobody))
+
+
+def test_the_command_line_needs_a_table_and_a_folder_only(tables, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", "--clini", str(tables[0]), "--out", str(out), "--null"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert len(list((out / "features").glob("*.h5"))) == len(CLINICAL)
+    assert "null setting" in (out / "README.txt").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        main(["simulate", "--out", str(tmp_path / "x"), "--target", "grade"])
+    assert stopped.value.code == 2
+    assert "`target` must be one of isMSIH, HRD" in capsys.readouterr().err

@@ -1,0 +1,438 @@
+"""Benchmarks with a planted truth: what is there is found, and what is not there is not."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from examples.pathology import cli
+from examples.pathology.common.errors import UserError
+from examples.pathology.figures import study as study_plots
+from examples.pathology.report import pages
+from examples.pathology.study import report as study_report
+from examples.pathology.study.differences import METRICS, Difference, all_differences
+from examples.pathology.study.folder import read_study
+from examples.pathology.study.report import conflict_rates, write_study_report
+from examples.pathology.study.tables import cost_rows, study_rows
+from examples.pathology.study.verdicts import verdict, verdicts
+from tests.pathology.figures.test_plots import words
+from tests.pathology.parsing import sources_of
+from tests.pathology.tiny_study import NOTE, write_jobs, write_study
+
+AUROC = METRICS[0]
+
+
+@pytest.fixture(scope="module")
+def null(tmp_path_factory):
+    """All methods are equally good."""
+    return write_study(tmp_path_factory.mktemp("null"))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """dwa is better than all others, pcgrad is worse; dwa also parts the classes more."""
+    return write_study(
+        tmp_path_factory.mktemp("planted"),
+        methods=("baseline", "naive", "dwa", "pcgrad"),
+        shifts={"dwa": 4.0, "pcgrad": -1.5},
+        spreads={"dwa": 8.0},
+    )
+
+
+@pytest.fixture(scope="module")
+def page(planted, tmp_path_factory):
+    return write_study_report(read_study(planted), tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture
+def copy(null, tmp_path):
+    return shutil.copytree(null, tmp_path / "copy")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Most tests look at words and numbers, and figures take their time."""
+    monkeypatch.setattr(study_report, "draw_study", lambda *_: [])
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(page, table, *names):
+    """Return the cells of a row of a table in Markdown."""
+    for line in (page.parent / table).read_text(encoding="utf-8").splitlines():
+        row = [cell.strip() for cell in line.strip("| ").split("|")]
+        if row[: len(names)] == list(names):
+            return row[len(names) :]
+    raise AssertionError(f"{table} has no row {names}.")
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_without_a_difference_there_is_no_winner(null, tmp_path, no_figures):
+    study = read_study(null)
+    sentences = verdicts(study, all_differences(study))
+    assert len(sentences) == 8  # four metrics, two references
+    for sentence in sentences:
+        assert re.fullmatch(
+            r"No method is significantly better than (baseline|naive) in .+ after correction for "
+            r"[24] comparisons \(smallest corrected p = \d\.\d{3}\); none is significantly worse\.",
+            sentence,
+        )
+    page = write_study_report(study, tmp_path)
+    assert not re.search(r"[▲▼] \d", (page.parent / "table1.md").read_text(encoding="utf-8"))
+
+
+def test_a_difference_that_is_there_is_named_with_its_direction(planted, page):
+    study = read_study(planted)
+    found = verdicts(study, all_differences(study))[0]
+    better, worse = found.split(" Significantly worse: ")
+    assert better.startswith(
+        "Significantly better than baseline in AUROC after correction for 6 comparisons: dwa with "
+    )
+    assert better.count("dwa with") == 2
+    assert worse.count("pcgrad with") == 2
+    assert "naive" not in found
+    assert found in text_of(page)
+    for auxiliary in ("LF", "Stroma/Fraction"):
+        assert cells(page, "table1.md", auxiliary, "dwa")[0].startswith("▲ ")
+        assert cells(page, "table1.md", auxiliary, "pcgrad")[0].startswith("▼ ")
+        assert cells(page, "table1.md", auxiliary, "naive")[0][0].isdigit()
+        assert cells(page, "table1.md", auxiliary, "dwa")[3].startswith("▲ ")  # external
+        assert cells(page, "table2.md", auxiliary, "dwa")[0].startswith("▲ ")  # silhouette
+
+
+def of(method, difference, corrected, **changes):
+    values = {"low": difference - 0.1, "high": difference + 0.1, "p": corrected / 4}
+    return Difference(
+        AUROC, "naive", "LF", method, difference, corrected=corrected, **{**values, **changes}
+    )
+
+
+NONE_BETTER = "No method is significantly better than naive in AUROC after correction for"
+BETTER = "Significantly better than naive in AUROC after correction for"
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ([], ["Nothing could be compared with naive in AUROC."]),
+        (
+            [of("dwa", 0.2, 0.05)],
+            [
+                f"{NONE_BETTER} 1 comparison (smallest corrected p = 0.050);",
+                "none is significantly worse.",
+            ],
+        ),
+        (
+            [of("dwa", -0.2, 0.0004), of("autol", 0.1, 0.7)],
+            [
+                f"{NONE_BETTER} 2 comparisons (smallest corrected p = 0.700).",
+                "Significantly worse:",
+                "dwa with LF (-0.200 [-0.300, -0.100], corrected p = 0.0004).",
+            ],
+        ),
+        (
+            [of("dwa", -0.2, 0.01)],
+            [
+                f"{NONE_BETTER} 1 comparison (none is higher). Significantly worse:",
+                "dwa with LF (-0.200 [-0.300, -0.100], corrected p = 0.010).",
+            ],
+        ),
+        (
+            [of("dwa", 0.2, 0.01), of("autol", 0.4, 0.3)],
+            [
+                f"{BETTER} 2 comparisons:",
+                "dwa with LF (+0.200 [+0.100, +0.300], corrected p = 0.010). None is significantly",
+                "worse.",
+            ],
+        ),
+    ],
+)
+def test_verdicts_in_words(family, words):
+    assert verdict(AUROC, "naive", family) == " ".join(words)
+
+
+# --- differences ----------------------------------------------------------------------------------
+
+
+def test_a_difference_is_that_of_the_runs_and_is_corrected_within_its_family(planted, page):
+    rows = rows_of(page.parent / "differences.csv")
+    assert len(rows) == 4 * (3 * 2 + 2 * 2)  # metrics x (methods but baseline; and but naive) x 2
+    for row in rows:
+        keys = ("metric", "reference", "cohort")
+        family = [other for other in rows if all(other[key] == row[key] for key in keys)]
+        size = 6 if row["reference"] == "baseline" else 4
+        assert int(row["comparisons"]) == len(family) == size
+        p, corrected = float(row["p"]), float(row["p_holm"])
+        not_smaller = sum(float(other["p"]) >= p for other in family)
+        assert min(1.0, p * not_smaller) - 1e-12 <= corrected <= 1.0
+        assert (corrected < 0.05) == holm_rejects(p, [float(other["p"]) for other in family])
+        assert float(row["ci95_low"]) <= float(row["difference"]) <= float(row["ci95_high"])
+        ours, theirs = (value_of(planted, row, row[name]) for name in ("method", "reference"))
+        assert float(row["difference"]) == pytest.approx(ours - theirs)
+
+
+def holm_rejects(p, family):
+    """Step down from the smallest, as Holm (1979) says it."""
+    for rank, value in enumerate(sorted(family)):
+        if value * (len(family) - rank) >= 0.05:
+            return False
+        if value == p:
+            return True
+    raise AssertionError("p is not of this family.")
+
+
+def value_of(folder, row, method):
+    auxiliary = {"LF": "lf", "Stroma/Fraction": "stroma-fraction"}[row["auxiliary"]]
+    place = method if method == "baseline" else f"{auxiliary}/{method}"
+    inside = row["cohort"] == "internal"
+    path = folder / ("runs" if inside else "external") / place / "metrics.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["metrics" if inside else "metrics_of_ensemble"][row["metric"]]["mean"]
+
+
+def test_patients_are_paired_by_name(copy):
+    before = all_differences(read_study(copy))
+    fold = copy / "runs/lf/dwa/fold-1"
+    table = pd.read_csv(fold / "predictions.csv", dtype=str)
+    table[::-1].to_csv(fold / "predictions.csv", index=False)
+    np.save(fold / "embeddings.npy", np.load(fold / "embeddings.npy")[::-1])
+    for ours, theirs in zip(all_differences(read_study(copy)), before, strict=True):
+        assert ours.p == pytest.approx(theirs.p)
+        assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_other_splits_and_other_patients_are_refused(copy, no_figures):
+    path = copy / "runs/lf/dwa/metrics.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**summary, "splits_sha256": "other"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"equal splits, but .*dwa has others than .*baseline"):
+        write_study_report(read_study(copy))
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    table = copy / "runs/lf/dwa/fold-2/predictions.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("P2-07", "P2-99"), encoding="utf-8")
+    with pytest.raises(UserError, match="the same patients, but dwa and baseline on LF have"):
+        write_study_report(read_study(copy))
+
+
+def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
+    for path in copy.glob("runs/**/fold-1/predictions.csv"):
+        table = pd.read_csv(path, dtype=str)
+        table["isMSIH"] = "MSS"
+        table.to_csv(path, index=False)
+    found = [d for d in all_differences(read_study(copy)) if d.metric.cohort == "internal"]
+    assert {d.folds for d in found} == {1}
+    for path in copy.glob("runs/**/fold-2/predictions.csv"):
+        table = pd.read_csv(path, dtype=str)
+        table["isMSIH"] = "MSS"
+        table.to_csv(path, index=False)
+    study = read_study(copy)
+    assert verdicts(study, all_differences(study))[0] == (
+        "Nothing could be compared with baseline in AUROC."
+    )
+    write_study_report(study)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_tables_hold_the_numbers_of_the_runs(planted, page):
+    found = json.loads((planted / "runs/lf/naive/metrics.json").read_text(encoding="utf-8"))
+    outside = json.loads((planted / "external/lf/naive/metrics.json").read_text(encoding="utf-8"))
+    expected = [
+        *(pages.metric_cell(found["metrics"][key], sd=False) for key in ("auroc", "auprc")),
+        "0.333",
+        *(
+            pages.metric_cell(outside[part][key], sd=False)
+            for part in ("metrics_of_ensemble", "metrics")
+            for key in ("auroc", "auprc")
+        ),
+        "0.333",
+    ]
+    assert cells(page, "table1.md", "LF", "naive") == expected
+    silhouette, pearson = cells(page, "table2.md", "LF", "naive")
+    assert silhouette == pages.metric_cell(found["metrics"]["silhouette"], sd=False)
+    assert pearson == pages.metric_cell(found["metrics"]["pearson/LF"], sd=False)
+    assert cells(page, "table2.md", "(every one)", "baseline")[1] == "–"
+    rows = {
+        (row["auxiliary"], row["method"], row["cohort"], row["metric"]): row
+        for name in ("table1.csv", "table2.csv")
+        for row in rows_of(page.parent / name)
+    }
+    for key, value in found["metrics"].items():
+        assert float(rows["LF", "naive", "internal", key]["mean"]) == value["mean"]
+    ensemble = rows["LF", "naive", "external, ensemble", "auroc"]
+    assert float(ensemble["mean"]) == outside["metrics_of_ensemble"]["auroc"]["mean"]
+
+
+def test_a_shared_baseline_comes_once_and_an_own_one_with_each_target(null, tmp_path):
+    def targets(folder):
+        return [row.auxiliary for row in study_rows(read_study(folder)) if row.method == "baseline"]
+
+    assert targets(null) == ["(every one)"]
+    own = write_study(tmp_path, own_baseline=True, deployed=False)
+    assert targets(own) == ["LF", "Stroma/Fraction"]
+
+
+def test_cost_is_the_median_epoch_relative_to_naive(null):
+    rows = {(row.auxiliary, row.method): row for row in cost_rows(read_study(null))}
+    assert rows["LF", "dwa"][2:] == (4.0, 2.0, "3 3", 18.0)
+    assert rows["LF", "naive"].relative == 1.0
+    assert len(rows) == 6
+
+
+def test_a_failed_job_is_a_row_and_not_the_end(copy, tmp_path, no_figures):
+    (copy / "runs/lf/dwa/metrics.json").unlink()
+    (copy / "external/stroma-fraction/naive/metrics.json").unlink()
+    write_jobs(
+        copy,
+        [
+            ("lf/dwa/fold-1", "done", "", 3.0, 2),
+            ("lf/dwa/fold-2", "failed", "the loss is <NaN>", 1.0, 1),
+            ("lf/dwa/results", "skipped", "needs lf/dwa/fold-2", 0.0, 0),
+            ("stroma-fraction/naive/deploy", "failed", "no room", 1.0, 1),
+        ],
+    )
+    page = write_study_report(read_study(copy), tmp_path / "out")
+    failed = "failed: fold-2: the loss is <NaN>"
+    assert cells(page, "table1.md", "LF", "dwa")[0] == failed
+    assert cells(page, "table2.md", "LF", "dwa")[0] == failed
+    assert cells(page, "table1.md", "Stroma/Fraction", "naive")[3] == "failed: deploy: no room"
+    text = text_of(page)
+    for expected in (
+        "1 of 5 runs are missing and in no comparison",
+        "<th>lf/dwa/fold-2</th><td>failed</td><td>the loss is &lt;NaN&gt;</td>",
+        "1 of 4 jobs are done. 1 were begun more than once",
+        "after correction for 3 comparisons",  # 4 with the one that is missing
+    ):
+        assert expected in text
+    status = {(row["method"], row["status"]) for row in rows_of(page.parent / "table1.csv")}
+    assert ("dwa", failed) in status
+
+
+def test_what_was_not_run_is_not_finished(copy, tmp_path, no_figures):
+    (copy / "jobs.csv").unlink()
+    (copy / "runs/lf/naive/metrics.json").unlink()
+    page = write_study_report(read_study(copy), tmp_path / "out")
+    assert cells(page, "table1.md", "LF", "naive")[0] == "not finished"
+    assert "stopped early" in text_of(page)
+
+
+@pytest.mark.parametrize("method", ["baseline", "naive"])
+def test_a_single_method_is_a_study(tmp_path, method):
+    folder = write_study(tmp_path, methods=(method,), auxiliary=("LF",), deployed=False)
+    page = write_study_report(read_study(folder))
+    assert page == folder / "report/index.html"
+    assert f"Nothing could be compared with {method} in AUROC." in text_of(page)
+    assert "External" not in (page.parent / "table1.md").read_text(encoding="utf-8")
+    assert "Differences from" not in text_of(page)
+
+
+# --- page and figures -----------------------------------------------------------------------------
+
+
+def test_the_page_stands_alone_and_says_all(page):
+    text = text_of(page)
+    sources = sources_of(text)
+    assert len(sources) == 2 * 3 + 1  # methods, weights and t-SNE of both; conflicts
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for expected in (
+        "<p class='warning'>SIMULATED &lt;features&gt;.</p>",
+        "the trained models as they are: one seed",
+        "side by side on shared cores",
+        "<th>version</th><td>9.9</td>",
+        "benchmark --out &lt;here&gt;",
+        "<li>1 × patient: no &lt;label&gt;</li>",
+        "<h3>With LF, Stroma/Fraction</h3>",
+        "<h3>External cohort</h3>",
+    ):
+        assert expected in text
+    for name in ("table1.md", "table2.md"):
+        assert NOTE in (page.parent / name).read_text(encoding="utf-8")
+
+
+def test_the_same_study_gives_the_same_tables(planted, page, tmp_path, no_figures):
+    again = write_study_report(read_study(planted), tmp_path)
+    for name in ("table1.csv", "table2.csv", "differences.csv", "cost.csv", "table1.md"):
+        assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    figures = {}
+    monkeypatch.setattr(study_plots, "save", lambda figure, path: figures.update({path: figure}))
+    return figures
+
+
+def test_dots_stand_at_the_figures_against_the_baseline(tmp_path, drawn):
+    estimates = [study_plots.Estimate(0.7, 0.6, 0.8), study_plots.Estimate()]
+    column = study_plots.Column("AUROC", estimates, estimates[0], 0.5)
+    names = ["naive", "dwa (missing)"]
+    study_plots.dots(names, [column, column], tmp_path, title="t", caption=NOTE)
+    text = words(drawn[tmp_path])
+    for expected in ("AUROC", "dwa (missing)", "chance", "its 95 % interval", NOTE):
+        assert expected in text
+    lines = drawn[tmp_path].axes[0].lines
+    places = [(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in lines]
+    assert ((0.6, 0.8), (0, 0)) in places
+    assert ((0.7,), (0,)) in places
+    assert ((0.5, 0.5), (0, 1)) in places  # chance, over the whole height
+
+
+def test_weights_are_drawn_for_methods_that_move_them(null, tmp_path, drawn):
+    panel = read_study(null).panels[0]
+    histories = {m: [r.history for r in run.results] for m, run in panel.runs.items()}
+    tasks = ["isMSIH", "LF"]
+    assert study_plots.weights_over_time(histories, tasks, tmp_path, title="t", caption=NOTE)
+    titles = [axes.get_title() for axes in drawn[tmp_path].axes if axes.get_visible()]
+    assert titles == ["dwa"]
+    moved = drawn[tmp_path].axes[0].lines[1]
+    assert list(moved.get_ydata()) == pytest.approx([1.0, 1.1, 0.9])
+    del histories["dwa"]
+    assert not study_plots.weights_over_time(histories, tasks, tmp_path, title="t")
+
+
+def test_a_mean_over_folds_is_of_those_that_ran_so_long():
+    folds = [pd.DataFrame({"epoch": [1, 2], "x": [1.0, 3.0]}), pd.DataFrame({"epoch": [1], "x": 2})]
+    assert study_plots.mean_over_folds(folds, "x").to_dict() == {1: 1.5, 2: 3.0}
+    assert study_plots.mean_over_folds(folds, "y").empty
+
+
+def test_conflict_is_counted_among_steps_with_both_tasks(planted, tmp_path, drawn):
+    runs = read_study(planted).panels[0].runs
+    # 0.1, 0.2 and 0.3 conflicts per step, but only every second step has both tasks
+    assert conflict_rates(runs["pcgrad"]) == pytest.approx([0.4, 0.4])
+    assert conflict_rates(runs["naive"]) == []
+    rates = {"LF": {"pcgrad": [0.2, 0.6]}, "SF": {}}
+    study_plots.conflicts(["pcgrad"], rates, tmp_path, title="t", caption=NOTE)
+    means = [line for line in drawn[tmp_path].axes[0].lines if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in means] == [0.4]
+    assert NOTE in words(drawn[tmp_path])
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def test_report_on_a_benchmark_writes_its_page(copy, tmp_path, capsys, no_figures):
+    def report(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["report", *map(str, arguments)])
+        return end.value.code
+
+    assert report("--run", copy, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out/index.html'}\n"
+    assert "Benchmark of isMSIH" in text_of(tmp_path / "out/index.html")
+    assert report("--run", copy, "--run", copy / "runs") == 2
+    assert "must be reported alone, but got 2 folders" in capsys.readouterr().err
