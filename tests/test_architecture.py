@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,93 @@ def test_helpers_do_not_import_strategies() -> None:
         assert own <= HELPERS
 
 
+EXAMPLE = ROOT / "examples" / "pathology"
+FLOORS = (
+    ("cli",),
+    ("demo",),
+    ("study",),
+    ("runs", "report"),
+    ("figures",),
+    ("results",),
+    ("training", "simulation"),
+    ("cohort",),
+    ("features",),
+    ("slides",),
+    ("tables",),
+    ("settings", "extractors", "jobs"),
+    ("common",),
+)
+"""The packages of the example: each may import from floors below its own, and none above."""
+
+ROOMS = {
+    "matplotlib": {"figures"},
+    "typer": {"cli", "settings"},
+    "dask": {"jobs"},
+    "distributed": {"jobs"},
+    "jinja2": {"report"},
+}
+"""Packages of others that only some rooms of the example may import."""
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Return the files of the example that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports in the example are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[:2] != ["examples", "pathology"]:
+                continue
+            places = [ROOT.joinpath(*parts[:count]) for count in (len(parts), len(parts) - 1)]
+            files = [place.with_suffix(".py") for place in places]
+            packages = [place / "__init__.py" for place in places]
+            found.add(next(place for place in (*files, *packages) if place.is_file()))
+    return found
+
+
+def room_of(path: Path) -> str:
+    """Return the package of the example that a file belongs to, or its own name at the top."""
+    return path.relative_to(EXAMPLE).with_suffix("").parts[0]
+
+
 def test_the_example_uses_public_names_only() -> None:
     for path in (ROOT / "examples").rglob("*.py"):
         for name in imports(path):
             assert not (name.startswith("mtbalance") and "._" in name), path
+
+
+def test_every_room_of_the_example_has_a_floor() -> None:
+    rooms = {room_of(path) for path in EXAMPLE.rglob("*.py")} - {"__init__", "__main__"}
+    assert rooms == {room for floor in FLOORS for room in floor}
+    for room in rooms:
+        assert len(list((EXAMPLE / room).glob("*.py"))) <= 13, room  # a dozen, and __init__
+
+
+def test_imports_of_the_example_never_rise() -> None:
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    for path in EXAMPLE.rglob("*.py"):
+        if (room := room_of(path)) in floor_of:
+            for other in imported_files(path):
+                same = room_of(other) == room
+                assert same or floor_of[room_of(other)] > floor_of[room], (path, other)
+
+
+def test_files_of_the_example_import_each_other_in_no_circle() -> None:
+    graph = {path: imported_files(path) for path in EXAMPLE.rglob("*.py")}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_what_only_some_rooms_may_import(package: str) -> None:
+    for path in EXAMPLE.rglob("*.py"):
+        if any(name.partition(".")[0] == package for name in imports(path)):
+            assert room_of(path) in ROOMS[package], path
 
 
 @pytest.mark.parametrize("name", ["mtbalance", "mtbalance.weighting", "mtbalance.gradient"])

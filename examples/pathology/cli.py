@@ -1,4 +1,4 @@
-# ruff: noqa: ARG001, TC001  (--config and --verbose act, and annotations count, as arguments are read)
+# ruff: noqa: ARG001  (--config and --verbose act, and annotations count, as arguments are read)
 """The command line: reads the arguments, calls one stage, turns its outcome into an exit code.
 
 0: all well; 1: some items failed, or the run did; 2: wrong use. Logs and progress go to stderr.
@@ -21,7 +21,7 @@ from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.settings import options
 
 if TYPE_CHECKING:
-    from examples.pathology.settings.crossval import CohortConfig
+    from examples.pathology.settings.cohort import CohortConfig
     from examples.pathology.settings.simulate import SimulateConfig
 
 Settings = TypeVar("Settings", bound="CohortConfig | SimulateConfig")
@@ -99,10 +99,10 @@ def extract(
     verbose: options.Verbose = False,
 ) -> None:
     """Cut slides into tiles of 256 um and compute their CTransPath features."""
-    from examples.pathology.features import files as features
-    from examples.pathology.slides import tiling
+    from examples.pathology.features.extract import extract as run_extract
+    from examples.pathology.settings.extract import TileRules
 
-    summary = features.extract(
+    summary = run_extract(
         slides,
         out,
         weights=weights,
@@ -115,7 +115,7 @@ def extract(
         device=device,
         seed=seed,
         batch_size=batch_size,
-        tile_rules=tiling.TileRules(
+        tile_rules=TileRules(
             brightness_cutoff=brightness_cutoff,
             min_edge_share=min_edge_share,
             canny_low=canny_low,

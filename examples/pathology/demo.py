@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from examples.pathology.common.errors import RunError
-from examples.pathology.features.files import extract
+from examples.pathology.common.folders import claim_folder
+from examples.pathology.common.toml import read_toml, write_toml
+from examples.pathology.features.extract import extract
 from examples.pathology.report.report import write_report
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.settings.crossval import CrossvalConfig, claim_folder, read_toml, write_toml
+from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.simulation.slides import SlideCohort, make_slide_cohort
 
 logger = logging.getLogger(__name__)

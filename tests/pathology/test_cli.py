@@ -8,10 +8,10 @@ from examples.pathology import cli, demo
 from examples.pathology.cohort import check
 from examples.pathology.common import logs
 from examples.pathology.common.errors import RunError, UserError
-from examples.pathology.features import files as features
+from examples.pathology.common.toml import write_toml
+from examples.pathology.features import extract
 from examples.pathology.report import report
 from examples.pathology.runs import crossval, deploy, heatmap
-from examples.pathology.settings.crossval import write_toml
 from examples.pathology.study import benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -163,11 +163,11 @@ def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_pat
     class Summary:
         exit_code = code
 
-    def extract(slides, out, **options):
+    def run_extract(slides, out, **options):
         asked.update(options, slides=slides, out=out)
         return Summary()
 
-    monkeypatch.setattr(features, "extract", extract)
+    monkeypatch.setattr(extract, "extract", run_extract)
     options = ["--default-mpp", "0.5", "--workers", "3", "--min-edge-share", "0.01"]
     assert run("extract", "--slides", "s", "--out", "o", *options) == code
     assert (asked["default_mpp"], asked["workers"], asked["weights"]) == (0.5, 3, None)

@@ -28,14 +28,14 @@ import torch
 
 from examples.pathology.features.extraction import (
     Rows,
-    Settings,
     default_workers,
     extract_slides,
     make_network,
 )
 from examples.pathology.features.inference import Clock, Network, infer
+from examples.pathology.settings.extract import Settings, TileRules
 from examples.pathology.slides.slide import SlideFile, find_slides, open_slide
-from examples.pathology.slides.tiling import TileBlock, TileReader, TileRules, plan_tiles
+from examples.pathology.slides.tiling import TileBlock, TileReader, plan_tiles
 from examples.pathology.slides.units import SlideError
 
 

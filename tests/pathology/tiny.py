@@ -9,7 +9,7 @@ import numpy as np
 
 from examples.pathology.cohort.cohort import Cohort, load_cohort
 from examples.pathology.features.files import write_features
-from examples.pathology.settings.crossval import CohortConfig
+from examples.pathology.settings.cohort import CohortConfig
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from examples.pathology.cohort.targets import Target
+from examples.pathology.common.toml import write_toml
 from examples.pathology.results.folds import read_fold
 from examples.pathology.results.measuring import summary_of_metrics
-from examples.pathology.settings.crossval import write_toml
 from examples.pathology.study.folder import (
     EXTERNAL,
     LEDGER,

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from examples.pathology.cohort.cohort import TRAINING_ONLY, Cohort, known_values, load_cohort
+from examples.pathology.cohort.cohort import TRAINING_ONLY, Cohort, load_cohort
 from examples.pathology.cohort.joining import Joined, join_for
+from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.splits import Fold, check_sizes, make_splits
-from examples.pathology.cohort.targets import Target, describe
-from examples.pathology.results.folds import prediction_columns
-from examples.pathology.settings.crossval import CohortConfig
+from examples.pathology.cohort.targets import Target, describe, prediction_columns
+from examples.pathology.settings.cohort import CohortConfig
 from examples.pathology.tables.matching import near_matches
 
 logger = logging.getLogger(__name__)

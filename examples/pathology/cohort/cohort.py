@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from examples.pathology.cohort.inspection import Inspection
 from examples.pathology.cohort.joining import Joined, join, join_for
+from examples.pathology.cohort.patients import Patient, known_values
 from examples.pathology.cohort.targets import (
     MAX_AUXILIARY_CLASSES,
     MAX_CLASSES,
@@ -32,54 +33,12 @@ from examples.pathology.cohort.targets import (
 )
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.common.files import table_csv, write_text
+from examples.pathology.settings.cohort import CohortConfig
 from examples.pathology.tables.reading import FILENAME, PATIENT
-from examples.pathology.training.bags import Inspection
-
-if TYPE_CHECKING:
-    from examples.pathology.settings.crossval import CohortConfig
 
 logger = logging.getLogger(__name__)
 
 TRAINING_ONLY = "training only"
-
-
-@dataclass(frozen=True)
-class Patient:
-    """One patient that is used.
-
-    Args:
-        name: The identifier in the clinical table.
-        label: Value of the primary target, a number as it stands in the table; empty if it is not
-            known.
-        known: Auxiliary values that are known, by target: a class label, or a number in its own
-            unit.
-        files: Feature files, in a stable order.
-        tiles: Number of tiles over all files.
-    """
-
-    name: str
-    label: str
-    known: Mapping[str, str | float]
-    files: tuple[Path, ...]
-    tiles: int
-
-
-def known_values(patient: Patient, targets: Sequence[Target]) -> dict[str, str | float]:
-    """Return what is known of a patient by target: a class, or a number in the target's unit.
-
-    Args:
-        patient: Who.
-        targets: Of what, the primary target first.
-    """
-    values: dict[str, str | float] = {}
-    for target in targets:
-        if target is not targets[0]:
-            if target.name in patient.known:
-                values[target.name] = patient.known[target.name]
-        elif patient.label:
-            number = target.kind == "regression"
-            values[target.name] = float(patient.label) if number else patient.label
-    return values
 
 
 @dataclass(frozen=True)

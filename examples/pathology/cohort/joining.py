@@ -6,17 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing
+from examples.pathology.settings.cohort import CohortConfig
 from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import FILENAME, PATIENT, read_table
-
-if TYPE_CHECKING:
-    from examples.pathology.settings.crossval import CohortConfig
 
 
 def read_clinical_table(

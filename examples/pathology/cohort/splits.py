@@ -14,19 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
+from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_json
-from examples.pathology.settings.crossval import REFERENCE_SEED
-
-if TYPE_CHECKING:
-    from examples.pathology.cohort.cohort import Cohort
-    from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.crossval import REFERENCE_SEED, CrossvalConfig
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing, nearest
-
-if TYPE_CHECKING:
-    from examples.pathology.settings.crossval import CohortConfig, Kind
+from examples.pathology.settings.cohort import CohortConfig, Kind
 
 # Numbers with more different values than this are a measurement, not names of classes.
 MAX_CLASSES = 20
@@ -167,3 +164,25 @@ def _is_number(value: str) -> bool:
         return math.isfinite(float(value))
     except ValueError:
         return False
+
+
+def prediction_columns(targets: Sequence[Target]) -> list[str]:
+    """Return the columns of ``predictions.csv``.
+
+    Raises:
+        UserError: Two of them have the same name.
+    """
+    columns = ["PATIENT"]
+    for i, target in enumerate(targets):
+        columns.append(target.name)
+        if i > 0 or target.kind == "regression":
+            columns.append(f"{target.name}_pred")
+        columns += [f"{target.name}_{label}" for label in target.classes]
+    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
+    if twice:
+        raise UserError(
+            "The columns of predictions.csv must have different names, but two targets or classes "
+            "give "
+            f"{listing(twice)}. Rename a column of the clinical table."
+        )
+    return columns

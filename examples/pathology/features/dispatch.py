@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,18 +24,16 @@ from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.features.extraction import (
     Report,
     Rows,
-    Settings,
     default_workers,
     extract_slides,
     make_network,
     retire,
 )
+from examples.pathology.features.inference import Network
 from examples.pathology.features.ledger import TILING, ExtractSummary, LedgerRow, write_ledger
-
-if TYPE_CHECKING:
-    from examples.pathology.features.inference import Network
-    from examples.pathology.jobs.engine import Outcome
-    from examples.pathology.slides.slide import SlideFile
+from examples.pathology.jobs.engine import Outcome
+from examples.pathology.settings.extract import Settings
+from examples.pathology.slides.slide import SlideFile
 
 logger = logging.getLogger(__name__)
 

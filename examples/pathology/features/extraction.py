@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,19 @@ from tqdm import tqdm
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_bytes
-from examples.pathology.extractors.extractor import make_extractor
-from examples.pathology.features.files import LAYOUTS, write_features
-from examples.pathology.features.inference import Clock, Network, check_settings, infer, place
+from examples.pathology.extractors.choose import make_extractor
+from examples.pathology.features.files import write_features
+from examples.pathology.features.inference import Clock, Network, infer, place
 from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
 from examples.pathology.features.provenance import finished_rows, parameters_of, provenance_of
+from examples.pathology.settings.extract import Settings
+from examples.pathology.slides.overlay import draw_overlay
 from examples.pathology.slides.slide import LevelError, Slide, SlideFile, open_slide
 from examples.pathology.slides.tiling import (
     SlideExcludedError,
     TilePlan,
     TileReader,
-    TileRules,
     TileStatus,
-    draw_overlay,
     plan_tiles,
 )
 from examples.pathology.slides.units import SlideError
@@ -48,48 +48,6 @@ logger = logging.getLogger(__name__)
 
 Rows = tuple[LedgerRow, ...]
 Report = Callable[[Rows], bool]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that is the same for all slides of a run, before any network is built.
-
-    Attributes:
-        out: Output folder.
-        rules: What a tile is.
-        extractor: Name of the network, as `make_extractor` takes it.
-        weights: Its weights file; None for random weights.
-        seed: Seed of random weights.
-        precision: ``float32`` or ``bfloat16``.
-        batch_size: Tiles per call of the network.
-        workers: Threads that read, in each process; None: what suits the device.
-        layout: Layout of the feature files.
-        table_mpp: Microns per pixel by stem of the slide, from the slide table.
-        default_mpp: What to assume for slides that do not say.
-        show_tiles: Whether a slide that takes long gets a progress bar of its own.
-    """
-
-    out: Path
-    rules: TileRules
-    extractor: str
-    weights: Path | None
-    seed: int
-    precision: str
-    batch_size: int
-    workers: int | None
-    layout: str
-    table_mpp: dict[str, float] = field(hash=False)
-    default_mpp: float | None
-    show_tiles: bool = True
-
-    def __post_init__(self) -> None:
-        check_settings(self.precision, self.batch_size)
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"`workers` must be at least 1, but got {self.workers}.")
-        if self.layout not in LAYOUTS:
-            raise UserError(
-                f"`layout` must be one of {', '.join(LAYOUTS)}, but got {self.layout!r}."
-            )
 
 
 @dataclass(frozen=True)
@@ -236,7 +194,7 @@ def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) ->
         with contextlib.ExitStack() as stack:
             stack.callback(slide.close)
             path = settings.out / f"{file.stem}.h5"
-            parameters = parameters_of(file, slide, job)
+            parameters = parameters_of(file, slide, settings, job.network)
             done = finished_rows(path, file, parameters)
             if done is not None:
                 return done

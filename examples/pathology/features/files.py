@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -27,10 +27,7 @@ import numpy.typing as npt
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import publish
-
-if TYPE_CHECKING:
-    from examples.pathology.features.ledger import ExtractSummary
-    from examples.pathology.slides.tiling import TileRules
+from examples.pathology.settings.extract import LAYOUTS
 
 FEATURE_NAMES = ("feats", "features", "patch_embeddings")
 """Names under which STAMP, TRIDENT/CLAM and others store the features."""
@@ -39,9 +36,6 @@ V1_TILE_PX = 224
 """STAMP v1 counts coordinates in pixels of which a tile of 256 um has 224."""
 
 TILE_SIZE_UM = 256.0
-
-LAYOUTS = ("stamp-v2", "stamp-v1")
-"""Layouts of feature files that can be written."""
 
 
 @dataclass(frozen=True)
@@ -242,90 +236,3 @@ def write_features(
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def extract(
-    slides: Path,
-    out: Path,
-    *,
-    weights: Path | None,
-    slide_table: Path | None = None,
-    filename_column: str = "FILENAME",
-    default_mpp: float | None = None,
-    workers: int | None = None,
-    processes: int | None = None,
-    scheduler: str | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    batch_size: int = 64,
-    tile_rules: TileRules | None = None,
-    extractor: str = "ctranspath",
-    precision: str = "float32",
-    layout: str = "stamp-v2",
-    max_failures: int | None = None,
-) -> ExtractSummary:
-    """Turn a folder of slides into feature files, tile pictures and a ledger.
-
-    Writes ``<out>/<stem>.h5`` (sub-folders kept), ``<out>/thumbnails/<stem>.jpg`` and
-    ``<out>/ledger.csv``. Slides that an earlier run finished with the same parameters are left
-    alone; with other parameters they are redone, and the log says which changed. A slide that
-    cannot be used gets a row in the ledger and never stops the run.
-
-    Args:
-        slides: Folder of slides.
-        out: Output folder; made if missing.
-        weights: The extractor's checkpoint; None for random weights, which is said in every file.
-        slide_table: Table (.csv, .xlsx) whose column MPP gives pixel sizes in um by file name.
-        filename_column: Its column of the file name.
-        default_mpp: Microns per pixel of slides that do not say.
-        workers: Threads that read while the network runs, in each process; None: 2 on a CPU; with
-            a GPU as many as there are cores, 16 at most, shared out among the processes.
-        processes: Processes that share the slides; None: one per device.
-        scheduler: Address or scheduler file of a running Dask scheduler whose workers share the
-            slides instead. They read and write the same folders under the same paths.
-        device: ``auto``, ``cpu`` or ``cuda``, or several with commas: ``cuda:0,cuda:1``. With
-            `scheduler`, the one that each worker uses.
-        seed: Seed of the random weights.
-        batch_size: Tiles per call of the network; at most 8 are used on a CPU.
-        tile_rules: Tile size and tissue thresholds; None for the protocol's.
-        extractor: ``ctranspath``, or ``timm:`` and the name of one of timm's models.
-        precision: ``float32``, or ``bfloat16`` for autocast.
-        layout: ``stamp-v2`` or ``stamp-v1``; see `write_features`.
-        max_failures: End the run when more slides than this have failed; None: never.
-
-    Returns:
-        What became of every slide; its `exit_code` is 1 if some failed.
-
-    Raises:
-        UserError: If the call is wrong: no slides, unusable weights, a broken table.
-    """
-    from examples.pathology.features import dispatch, extraction
-    from examples.pathology.slides import tiling
-    from examples.pathology.slides.pixelsizes import mpp_of_slides
-    from examples.pathology.slides.slide import find_slides
-
-    files = find_slides(slides, skip=out)
-    stems = [file.stem for file in files]
-    settings = extraction.Settings(
-        out=out,
-        rules=tile_rules if tile_rules is not None else tiling.TileRules(),
-        extractor=extractor,
-        weights=weights,
-        seed=seed,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-        layout=layout,
-        table_mpp=(
-            {} if slide_table is None else mpp_of_slides(slide_table, stems, filename_column)
-        ),
-        default_mpp=default_mpp,
-    )
-    return dispatch.run(
-        files,
-        settings,
-        device,
-        processes=processes,
-        scheduler=scheduler,
-        max_failures=max_failures,
-    )

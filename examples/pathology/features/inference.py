@@ -6,21 +6,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from examples.pathology.common.errors import UserError
+from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features.ledger import FEATURES, TILING
-
-if TYPE_CHECKING:
-    from examples.pathology.extractors.extractor import Extractor
-    from examples.pathology.slides.tiling import TileBlock
-
-PRECISIONS = ("float32", "bfloat16")
+from examples.pathology.settings.extract import check_settings
+from examples.pathology.slides.tiling import TileBlock
 
 CPU_BATCH = 8
 """On a CPU larger batches fall out of the cache: 64 tiles at once are a third slower than 8."""
@@ -90,16 +85,6 @@ def place(extractor: Extractor, device: torch.device, precision: str, batch_size
     else:
         batch_size = min(batch_size, CPU_BATCH)
     return Network(extractor, device, precision, batch_size)
-
-
-def check_settings(precision: str, batch_size: int) -> None:
-    """Raise a `UserError` for an unknown precision or a batch size below 1."""
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"`precision` must be one of {', '.join(PRECISIONS)}, but got {precision!r}."
-        )
-    if batch_size < 1:
-        raise UserError(f"`batch_size` must be at least 1, but got {batch_size}.")
 
 
 def infer(

@@ -7,27 +7,28 @@ import logging
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 
+from examples.pathology.features.inference import Network
 from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
-
-if TYPE_CHECKING:
-    from examples.pathology.features.extraction import Job
-    from examples.pathology.slides.slide import Slide, SlideFile
+from examples.pathology.settings.extract import Settings
+from examples.pathology.slides.slide import Slide, SlideFile
 
 logger = logging.getLogger(__name__)
 
 
-def parameters_of(file: SlideFile, slide: Slide, job: Job) -> dict[str, Any]:
+def parameters_of(
+    file: SlideFile, slide: Slide, settings: Settings, network: Network
+) -> dict[str, Any]:
     """Return all that decides what a slide's features are; a file made with others is redone."""
     return {
-        **asdict(job.settings.rules),
-        "extractor": job.network.extractor.identifier,
-        "weights_sha256": job.network.extractor.weights_sha256,
-        "precision": job.network.precision,
-        "layout": job.settings.layout,
+        **asdict(settings.rules),
+        "extractor": network.extractor.identifier,
+        "weights_sha256": network.extractor.weights_sha256,
+        "precision": network.precision,
+        "layout": settings.layout,
         "slide_bytes": file.path.stat().st_size,
         "slide_quickhash": slide.quickhash,
         "slide_width_px": slide.width_px,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.figures import history as history_plots
 from examples.pathology.figures import plots
-
-if TYPE_CHECKING:
-    from examples.pathology.results.folds import FoldResult
+from examples.pathology.results.folds import FoldResult
 
 
 def draw_figures(

@@ -6,11 +6,9 @@ import csv
 import html
 import json
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from examples.pathology.figures import plots
 from examples.pathology.figures.run import caption_of, draw_figures
 from examples.pathology.report import pages
 from examples.pathology.results import metrics
-from examples.pathology.results.folds import FoldResult, read_fold
 from examples.pathology.results.resampling import Comparison, compare_auroc, holm
+from examples.pathology.results.runs import Run, read_run
 from examples.pathology.training.fold import BASELINE
 from mtbalance import PAPER_COMBINATIONS
 
@@ -39,33 +37,6 @@ REMARKS = {
     "classification": "F1 is at the threshold that is best on the validation part.",
     "regression": "The mean absolute error is in the unit of the target.",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, read from its folder.
-
-    Args:
-        name: Its row in the table: the method, with the folder if two runs share a method.
-        folder: Where it is.
-        summary: What ``metrics.json`` holds.
-        results: Of every fold.
-    """
-
-    name: str
-    folder: Path
-    summary: Mapping[str, Any]
-    results: tuple[FoldResult, ...]
-
-    def scores(self, metric: str) -> list[metrics.Score]:
-        """Return a figure of every fold, NaN with the reason where it is not defined."""
-        value = self.summary["metrics"][metric]
-        return [
-            metrics.Score(
-                math.nan if number is None else number, value["undefined"].get(str(k), "")
-            )
-            for k, number in enumerate(value["folds"], start=1)
-        ]
 
 
 def write_report(
@@ -144,18 +115,6 @@ def _read_runs(folders: Sequence[Path]) -> list[Run]:
         runs.append(read_run(folder, method if count[method] == 1 else f"{method} ({folder.name})"))
     order = {name: i for i, name in enumerate((BASELINE, *PAPER_COMBINATIONS))}
     return sorted(runs, key=lambda run: order.get(run.summary["method"], len(order)))
-
-
-def read_run(folder: Path, name: str) -> Run:
-    """Read a finished run.
-
-    Args:
-        folder: Its folder.
-        name: Its row in a table.
-    """
-    summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    folds = range(1, len(summary["seconds"]) + 1)
-    return Run(name, folder, summary, tuple(read_fold(folder / f"fold-{k}") for k in folds))
 
 
 def _columns(runs: Sequence[Run]) -> list[tuple[str, str]]:

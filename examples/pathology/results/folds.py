@@ -7,38 +7,27 @@ import io
 import json
 import math
 import pickle
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology.cohort.targets import Target
-from examples.pathology.common.errors import UserError, listing, one_line
+from examples.pathology.cohort.cohort import Cohort
+from examples.pathology.cohort.targets import Target, prediction_columns
+from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.common.files import json_or_none, write_bytes, write_json, write_text
+from examples.pathology.features.kind import FEATURE_KEYS
 from examples.pathology.results import metrics
 from examples.pathology.training.fold import new_model
 from examples.pathology.training.losses import Scaler
-from examples.pathology.training.prediction import Fitted
-
-if TYPE_CHECKING:
-    from examples.pathology.cohort.cohort import Cohort
-    from examples.pathology.training.prediction import PatientPrediction
+from examples.pathology.training.prediction import Fitted, PatientPrediction
 
 DONE = "fold.json"  # written last: a fold that has it is finished
-FEATURE_KEYS = (
-    "in_features",
-    "extractor",
-    "weights_sha256",
-    "tile_size_um",
-    "random_weights",
-    "simulated",
-)
 
 
 @dataclass(frozen=True)
@@ -62,28 +51,6 @@ class FoldResult:
     seconds: float
     threshold: float = math.nan
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
-
-
-def prediction_columns(targets: Sequence[Target]) -> list[str]:
-    """Return the columns of ``predictions.csv``.
-
-    Raises:
-        UserError: Two of them have the same name.
-    """
-    columns = ["PATIENT"]
-    for i, target in enumerate(targets):
-        columns.append(target.name)
-        if i > 0 or target.kind == "regression":
-            columns.append(f"{target.name}_pred")
-        columns += [f"{target.name}_{label}" for label in target.classes]
-    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
-    if twice:
-        raise UserError(
-            "The columns of predictions.csv must have different names, but two targets or classes "
-            "give "
-            f"{listing(twice)}. Rename a column of the clinical table."
-        )
-    return columns
 
 
 def write_fold(

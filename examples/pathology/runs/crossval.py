@@ -19,27 +19,22 @@ import torch
 
 from examples.pathology.cohort.cohort import Cohort, load_cohort, log_cohort
 from examples.pathology.cohort.splits import Fold, check_sizes, fold_seed, load_or_make_splits
+from examples.pathology.cohort.targets import prediction_columns
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.common.files import write_json
+from examples.pathology.common.folders import clean, sole_writer
+from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
-from examples.pathology.results.folds import (
-    DONE,
-    features_of,
-    prediction_columns,
-    read_fold,
-    write_fold,
-)
-from examples.pathology.results.measuring import summarise
+from examples.pathology.results.folds import DONE, features_of, read_fold, write_fold
+from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
     CrossvalConfig,
-    read_toml,
     settings_that_differ,
     with_reference_protocol,
-    write_toml,
 )
 from examples.pathology.training.bags import BagStore
-from examples.pathology.training.checkpoint import CHECKPOINT, clean, sole_writer
+from examples.pathology.training.checkpoint import CHECKPOINT
 from examples.pathology.training.fold import BASELINE, TrainingConfig, fit_fold, needs_lookahead
 from examples.pathology.training.prediction import predict
 
@@ -134,7 +129,8 @@ def run_fold(plan: Plan, k: int, bags: BagStore) -> None:
         logger.info("Fold %d is finished already", k)
     else:
         _train_and_test(plan, k, bags, resolve_device(plan.config.device))
-    clean(folder, finished=True)
+    clean(folder)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def finish(plan: Plan, *, figures: bool = True) -> dict[str, Any]:

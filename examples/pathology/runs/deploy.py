@@ -8,20 +8,22 @@ on; anything else is refused, since numbers would come out all the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from examples.pathology.cohort.cohort import Cohort, load_external
+from examples.pathology.cohort.targets import Target
 from examples.pathology.common.devices import resolve_device
-from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import json_or_none, write_json
+from examples.pathology.common.folders import clean, sole_writer
+from examples.pathology.common.toml import read_toml, write_toml
+from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.figures.run import draw_scores
 from examples.pathology.results.folds import (
-    FEATURE_KEYS,
     FoldResult,
     features_of,
     read_fold,
@@ -31,25 +33,12 @@ from examples.pathology.results.folds import (
     write_predictions,
 )
 from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
-from examples.pathology.settings.crossval import read_toml, write_toml
+from examples.pathology.results.runs import fold_folders
 from examples.pathology.tables.reading import FILENAME, PATIENT
 from examples.pathology.training.bags import BagStore
-from examples.pathology.training.checkpoint import clean, sole_writer
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
 
-if TYPE_CHECKING:
-    from examples.pathology.cohort.targets import Target
-
 logger = logging.getLogger(__name__)
-
-NAMES = {
-    "in_features": "length",
-    "extractor": "extractor",
-    "weights_sha256": "weights",
-    "tile_size_um": "tile size in um",
-    "random_weights": "random weights",
-    "simulated": "simulated features",
-}
 
 
 @dataclass(frozen=True)
@@ -185,52 +174,6 @@ def mean_prediction(by_fold: Sequence[Sequence[PatientPrediction]]) -> list[Pati
             )
         )
     return together
-
-
-def refuse_other_features(
-    trained: Mapping[str, Any], found: Mapping[str, Any], model: Path, features: Path
-) -> None:
-    """Raise if features are not of the kind that a model was trained on.
-
-    A file of another tool may not say its weights or tile size; what is not said is no difference,
-    and is logged.
-
-    Args:
-        trained: What the model was trained on.
-        found: What the features are.
-        model: Of whom, for the error.
-        features: Where they are, for the error.
-
-    Raises:
-        UserError: They differ.
-    """
-    for key in FEATURE_KEYS:
-        was, now = trained[key], found[key]
-        if key == "simulated":  # labels may be drawn or shuffled in one of the two
-            was, now = bool(was), bool(now)
-        if was is None or now is None:
-            if was != now:
-                logger.warning("%s or %s does not tell the %s", model, features, NAMES[key])
-        elif was != now:
-            raise UserError(
-                f"`features` must have the {NAMES[key]} that the model was trained on ({was}), "
-                f"but {features} has {now}. Extract the slides again with the settings of the run."
-            )
-
-
-def fold_folders(run: Path) -> list[Path]:
-    """Return the folders of the folds of a finished run.
-
-    Raises:
-        UserError: It is none.
-    """
-    if not (run / "metrics.json").exists():
-        raise UserError(
-            f"`run` must be a finished run of `crossval`, but {run} is none. Run `crossval` first, "
-            "or again to finish it."
-        )
-    count = int(read_toml(run / "config.toml")["crossval"]["folds"])
-    return [run / f"fold-{k}" for k in range(1, count + 1)]
 
 
 def _result(path: Path, predictions: Sequence[PatientPrediction], threshold: float) -> FoldResult:

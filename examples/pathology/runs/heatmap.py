@@ -15,34 +15,31 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import table_csv, write_json, write_text
+from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import Bag, read_features
+from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.figures import heatmap as heatmap_plots
 from examples.pathology.figures.run import caption_of
 from examples.pathology.results.folds import read_model
-from examples.pathology.runs.deploy import fold_folders, refuse_other_features
-from examples.pathology.settings.crossval import read_toml
+from examples.pathology.results.runs import fold_folders
+from examples.pathology.settings.extract import TileRules
 from examples.pathology.slides.pixelsizes import mpp_of_slide
 from examples.pathology.slides.slide import LevelError, Slide, open_slide, slide_file
-from examples.pathology.slides.tiling import TileRules, plan_tiles
+from examples.pathology.slides.tiling import plan_tiles
 from examples.pathology.slides.units import SlideError
 from examples.pathology.tables.reading import FILENAME
-from examples.pathology.training.prediction import Fitted, forward
-
-if TYPE_CHECKING:
-    from examples.pathology.training.model import Prediction
+from examples.pathology.training.tile_values import TileValues, tile_values
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 4096  # tiles per forward pass, each a bag of its own
 TOP_TILE_PX = 224
 
 Opener = Callable[..., Slide]
@@ -74,22 +71,6 @@ class HeatmapConfig:
     default_mpp: float | None = None
     top: int = 8
     device: str = "auto"
-
-
-@dataclass(frozen=True)
-class TileValues:
-    """What the models say about the tiles of one slide.
-
-    Args:
-        attention: Of the [cls] token, ``(n,)``; the average tile has 1.
-        score: Of each tile alone, ``(n,)``: the probability of the positive class, or the predicted
-            value in the target's unit.
-        slide_score: Of the whole slide.
-    """
-
-    attention: NDArray[np.float64]
-    score: NDArray[np.float64]
-    slide_score: float
 
 
 def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
@@ -199,39 +180,6 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         config.out,
     )
     return summary
-
-
-def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: str) -> TileValues:
-    """Return what the models of a run say of each tile, as means over the models.
-
-    Args:
-        models: One per fold.
-        feats: ``(n, in_features)``.
-        device: Where the models are.
-    """
-    where = torch.device(device)
-    attention, score, whole = [], [], []
-    for fitted in models:
-        with torch.inference_mode():
-            looks = fitted.model.attention(torch.from_numpy(feats).to(where))
-            attention.append(looks.double().cpu().numpy() * len(feats))
-            alone = [
-                _score(forward(fitted.model, chunk[:, None], where, fitted.precision), fitted)
-                for chunk in np.split(feats, range(CHUNK, len(feats), CHUNK))
-            ]
-            output = forward(fitted.model, feats, where, fitted.precision)
-        score.append(np.concatenate(alone))
-        whole.append(_score(output, fitted)[0])
-    return TileValues(np.mean(attention, axis=0), np.mean(score, axis=0), float(np.mean(whole)))
-
-
-def _score(said: Prediction, fitted: Fitted) -> NDArray[np.float64]:
-    """Return the positive class's probability, or the value in its unit, of every bag ``(b,)``."""
-    target, output = fitted.targets[0], said.outputs[0].double()
-    if target.kind == "regression":
-        return fitted.scalers[target.name].unscale(output[:, 0].cpu().numpy())
-    positive = output.softmax(dim=1)[:, target.classes.index(target.positive)]
-    return np.asarray(positive.cpu().numpy())
 
 
 def _check(bag: Bag, slide: Slide, path: Path) -> float:

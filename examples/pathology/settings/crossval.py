@@ -2,103 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from examples.pathology.common.errors import UserError, listing, nearest
-from examples.pathology.common.files import write_text
+from examples.pathology.settings.cohort import CohortConfig
 
 if sys.version_info >= (3, 11):
-    import tomllib
+    pass
 else:  # the same parser under its older name
-    import tomli as tomllib
+    pass
 
 LOOKAHEAD_SOURCES = ("heldout", "train")
 SCHEDULES = ("constant", "cosine", "cosine-per-step")
 HEADS = 6  # of the Transformer: the paper
 PRECISIONS = ("float32", "tf32", "bfloat16")
-Kind = Literal["classification", "regression"]
-
-
-@dataclass(frozen=True)
-class CohortConfig:
-    """What to join, and what of it to predict.
-
-    Args:
-        clini: Clinical table, ``.csv`` or ``.xlsx``, one row per patient.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of feature files (``.h5``), searched with its sub-folders.
-        target: Column of the primary target. Numbers of more than 20 different values make a
-            regression, anything else a classification.
-        auxiliary: Columns of further targets; numbers of more than two different values make a
-            regression, anything else a classification.
-        kind: ``NAME=classification`` or ``NAME=regression`` for every target that is meant
-            otherwise.
-        cutoff: Makes two classes of a numeric primary target: at or above it, which is the
-            positive one, and below. ``None``: none.
-        positive: The class of ``target`` whose AUROC is reported; ``None``: the rarer one.
-        complete_cases: Whether to leave out patients who lack a value of any target (the paper's
-            rule) instead of using every value that is known.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
-    """
-
-    clini: Path
-    slide_table: Path
-    features: Path
-    target: str
-    _: KW_ONLY
-    auxiliary: tuple[str, ...] = ()
-    kind: tuple[str, ...] = ()
-    cutoff: float | None = None
-    positive: str | None = None
-    complete_cases: bool = False
-    patient_column: str = "PATIENT"
-    filename_column: str = "FILENAME"
-
-    def __post_init__(self) -> None:
-        if not self.target:
-            raise UserError("`target` must name a column of the clinical table, but got ''.")
-        names = [self.target, *self.auxiliary]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(
-                f"`auxiliary` must name each target once, but got {listing(twice)} twice."
-            )
-        if self.cutoff is not None and not math.isfinite(self.cutoff):
-            raise UserError(f"`cutoff` must be a finite number, but got {self.cutoff}.")
-        kinds = self.kinds
-        if self.cutoff is not None and kinds.get(self.target) == "regression":
-            raise UserError(
-                f"`cutoff` makes classes of `{self.target}`, so `kind` must not make it a "
-                "regression. Give one of them."
-            )
-
-    @property
-    def kinds(self) -> dict[str, Kind]:
-        """What `kind` says of the targets that it names.
-
-        Raises:
-            UserError: It does not read ``NAME=KIND``, or names no target.
-        """
-        names = [self.target, *self.auxiliary]
-        kinds: dict[str, Kind] = {}
-        for text in self.kind:
-            name, _, given = text.rpartition("=")
-            known = {kind: kind for kind in get_args(Kind)}
-            if given not in known or name not in names or name in kinds:
-                raise UserError(
-                    f"`kind` must be NAME={' or NAME='.join(known)}, once for each of the targets "
-                    f"({listing(names)}) that it is for, but got {text!r}."
-                    + (nearest(given, known) if given not in known else nearest(name, names))
-                )
-            kinds[name] = known[given]
-        return kinds
 
 
 @dataclass(frozen=True)
@@ -225,108 +146,6 @@ def settings_that_differ(config: CrossvalConfig, stored: Mapping[str, Any]) -> l
     names = [f.name for f in fields(CrossvalConfig) if f.name not in _FREE_ON_RESUME]
     pairs = ((name, stored.get(name), now.get(name)) for name in names)
     return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
-
-
-def read_section(
-    path: Path, section: str, known: Iterable[str], sections: Iterable[str]
-) -> dict[str, Any]:
-    """Read ``[section]`` of a TOML file, refusing whatever nobody would look at.
-
-    Args:
-        path: The file.
-        section: The section wanted; one that is absent is empty.
-        known: Keys that may stand in it, written with dashes or underscores.
-        sections: Sections that may stand in the file.
-
-    Returns:
-        The values by name, with underscores.
-
-    Raises:
-        UserError: The file does not parse, or holds an unknown section or key.
-    """
-    tables = read_toml(path)
-    sections = list(sections)
-    for name, value in tables.items():
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{path}: `{name}` must stand in a section such as [{section}], but stands before "
-                "any."
-            )
-        if name not in sections:
-            raise UserError(
-                f"{path}: the section [{name}] is unknown; known are {listing(sections)}."
-                f"{nearest(name, sections)}"
-            )
-    known = {key.replace("-", "_") for key in known}
-    values = {key.replace("-", "_"): value for key, value in tables.get(section, {}).items()}
-    for key in values:
-        if key not in known:
-            raise UserError(
-                f"{path}: the key `{key}` of [{section}] is unknown.{nearest(key, known)}"
-            )
-    return values
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UserError: The file is missing or does not parse.
-    """
-    try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} must be a readable file, but {error.strerror or error}."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} must be valid TOML, but {error}.") from error
-    return tables
-
-
-def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write sections of strings, numbers, booleans and lists of them, atomically."""
-    lines: list[str] = []
-    for section, values in tables.items():
-        lines.append(f"[{section}]")
-        lines += [f"{_toml(key)} = {_toml(value)}" for key, value in values.items()]
-        lines.append("")
-    write_text(path, "\n".join(lines))
-
-
-def claim_folder(out: Path, kind: str, settings: Mapping[str, Any]) -> None:
-    """Mark a folder with what is made in it, ``<kind>.toml``, or check that it is the same.
-
-    Args:
-        out: The folder, made if missing; hidden files in it do not count.
-        kind: What is made, such as ``demo``.
-        settings: All that decides the content, as `write_toml` takes it.
-
-    Raises:
-        UserError: The folder holds another one, or other files.
-    """
-    path = out / f"{kind}.toml"
-    if path.exists():
-        stored = read_toml(path).get(kind, {})
-        differing = [
-            f"{name}: {stored.get(name)} -> {settings.get(name)}"
-            for name in dict.fromkeys([*settings, *stored])
-            if stored.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise UserError(
-                f"`out` must be a new folder or one of the same {kind}, but {out} differs in "
-                f"{listing(differing)}."
-            )
-    elif out.exists() and any(not found.name.startswith(".") for found in out.iterdir()):
-        raise UserError(f"`out` must be a new or empty folder, but {out} holds other files.")
-    else:
-        write_toml(path, {kind: settings})
-
-
-def _toml(value: Any) -> str:
-    """Return a string, number, boolean or list as TOML: as JSON, but for the character DEL."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
     """Let a section of a TOML file supply the defaults of this command's options."""
     if path is None:
         return None
-    from examples.pathology.settings.crossval import read_section
+    from examples.pathology.common.toml import read_section
 
     section = str(context.info_name)
     parents = context.parent.command if context.parent else context.command

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from examples.pathology.common.errors import UserError, listing, nearest
-from examples.pathology.simulation.composition import MSI, POPULATIONS, Effects, Population
-from examples.pathology.simulation.feature_space import Shifts
-from examples.pathology.tables.reading import FILENAME, PATIENT
 
-FORMAT = 1  # of the simulation: bags of another one are other bags
+TARGETS = ("isMSIH", "HRD")
+"""What can be drawn where no clinical table is given."""
+
 COMPOSITIONS = ("drawn", "measured")
 STRENGTHS = {"tumour_shift": 6.0, "signature_effect": 0.8}
 """Defaults of what a measured composition leaves out unless it is asked for."""
@@ -60,7 +57,7 @@ class SimulateConfig:
 
     out: Path
     clini: Path | None = None
-    target: str = MSI.target
+    target: str = TARGETS[0]
     auxiliary: tuple[str, ...] = ()
     positive: str | None = None
     patients: int | None = None
@@ -80,8 +77,8 @@ class SimulateConfig:
     composition_noise: float = 0.4
     batch_effect: float = 0.2
     domain_shift: float = 0.3
-    patient_column: str = PATIENT
-    filename_column: str = FILENAME
+    patient_column: str = "PATIENT"
+    filename_column: str = "FILENAME"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,16 +121,11 @@ class SimulateConfig:
             raise UserError(
                 f"`patients` must be left out where --clini is given, but got {self.patients}."
             )
-        if self.clini is None and self.target not in POPULATIONS:
+        if self.clini is None and self.target not in TARGETS:
             raise UserError(
-                f"`target` must be one of {listing(POPULATIONS)} where no --clini is given, but "
-                f"got {self.target!r}.{nearest(self.target, POPULATIONS)}"
+                f"`target` must be one of {listing(TARGETS)} where no --clini is given, but "
+                f"got {self.target!r}.{nearest(self.target, TARGETS)}"
             )
-
-    @property
-    def population(self) -> Population:
-        """How biomarker and signatures go together; for other targets than HRD as for MSI."""
-        return POPULATIONS.get(self.target, MSI)
 
     def strength(self, name: str) -> float:
         """Return a strength, or its default: 0 for what a measured composition does not plant."""
@@ -141,45 +133,6 @@ class SimulateConfig:
         if given is not None:
             return float(given)
         return 0.0 if self.composition == "measured" else STRENGTHS[name]
-
-    def effects(self) -> Effects:
-        """Return how strongly status and signatures show in the tissue."""
-        return Effects(
-            tumour_share=self.tumour_share,
-            tumour_noise=self.tumour_noise,
-            lymphocyte_shift=self.lymphocyte_shift,
-            signature_effect=self.strength("signature_effect"),
-            composition_noise=self.composition_noise,
-        )
-
-    def shifts(self) -> Shifts:
-        """Return how strongly the tissue shows in the features."""
-        return Shifts(
-            tumour_shift=self.strength("tumour_shift"),
-            signature_shift=self.signature_shift,
-            batch_effect=self.batch_effect,
-            domain_shift=self.domain_shift,
-        )
-
-
-def settings_of(config: SimulateConfig, positive: str) -> dict[str, Any]:
-    """Return all that decides the content of a simulation, for ``simulation.toml``.
-
-    Args:
-        config: As given; strengths and the positive label are resolved, tables hashed.
-        positive: The positive label.
-    """
-    settings: dict[str, Any] = {"format": FORMAT}
-    for name, value in vars(config).items():
-        if isinstance(value, Path):
-            if name != "out":  # a table counts by its content, wherever it lies
-                settings[f"{name}_sha256"] = hashlib.sha256(value.read_bytes()).hexdigest()
-        elif name in STRENGTHS:
-            settings[name] = config.strength(name)
-        elif value is not None:
-            settings[name] = list(value) if isinstance(value, tuple) else value
-    settings["positive"] = positive
-    return settings
 
 
 def _option(name: str) -> str:

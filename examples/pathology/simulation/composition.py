@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.pathology.common.errors import UserError, listing
+from examples.pathology.settings.simulate import SimulateConfig
 
 Vector = npt.NDArray[np.float64]
 
@@ -299,3 +300,19 @@ def _logit(share: float) -> float:
 
 def _logistic(x: float) -> float:
     return float(1 / (1 + np.exp(-x)))
+
+
+def population_of(config: SimulateConfig) -> Population:
+    """Return how biomarker and signatures go together; for other targets than HRD as for MSI."""
+    return POPULATIONS.get(config.target, MSI)
+
+
+def effects_of(config: SimulateConfig) -> Effects:
+    """Return how strongly status and signatures show in the tissue."""
+    return Effects(
+        tumour_share=config.tumour_share,
+        tumour_noise=config.tumour_noise,
+        lymphocyte_shift=config.lymphocyte_shift,
+        signature_effect=config.strength("signature_effect"),
+        composition_noise=config.composition_noise,
+    )

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
 from examples.pathology.features.files import TILE_SIZE_UM
+from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import TISSUES, Tissue
 
 Array = npt.NDArray[np.float64]
@@ -129,3 +130,13 @@ def _layout(count: int, generator: np.random.Generator) -> tuple[Array, npt.NDAr
     rows, columns = np.nonzero(inside.reshape(side, side))
     rank = np.argsort(np.argsort(field[rows, columns], kind="stable"), kind="stable")
     return np.stack([columns, rows], axis=1).astype(float), rank
+
+
+def shifts_of(config: SimulateConfig) -> Shifts:
+    """Return how strongly the tissue shows in the features."""
+    return Shifts(
+        tumour_shift=config.strength("tumour_shift"),
+        signature_shift=config.signature_shift,
+        batch_effect=config.batch_effect,
+        domain_shift=config.domain_shift,
+    )

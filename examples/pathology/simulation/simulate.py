@@ -8,6 +8,7 @@ patient's row and the settings, and on no other patient.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,19 @@ from tqdm import tqdm
 
 from examples.pathology.cohort.targets import make_target, refuse_foreign_values
 from examples.pathology.common.files import write_text
+from examples.pathology.common.folders import claim_folder, sole_writer
 from examples.pathology.features.files import write_features
-from examples.pathology.settings.crossval import CohortConfig, claim_folder
-from examples.pathology.settings.simulate import SimulateConfig, settings_of
-from examples.pathology.simulation.composition import TISSUES, Tissue, complete, draw_tissue
-from examples.pathology.simulation.feature_space import FeatureSpace
+from examples.pathology.settings.cohort import CohortConfig
+from examples.pathology.settings.simulate import STRENGTHS, SimulateConfig
+from examples.pathology.simulation.composition import (
+    TISSUES,
+    Tissue,
+    complete,
+    draw_tissue,
+    effects_of,
+    population_of,
+)
+from examples.pathology.simulation.feature_space import FeatureSpace, shifts_of
 from examples.pathology.simulation.tables import (
     Source,
     auxiliary_of,
@@ -34,9 +43,10 @@ from examples.pathology.simulation.tables import (
     source_of,
 )
 from examples.pathology.tables.reading import FILENAME, PATIENT
-from examples.pathology.training.checkpoint import sole_writer
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the simulation: bags of another one are other bags
 
 TILES_LOG_SD = 0.8  # of the log-normal number of tiles of a slide
 MIN_TILES = 8
@@ -159,7 +169,7 @@ def _write_bags(
     external: bool,
 ) -> None:
     """Write the feature files that are not there yet."""
-    space, shifts = FeatureSpace(config.seed), config.shifts()
+    space, shifts = FeatureSpace(config.seed), shifts_of(config)
     site = "external" if external else "internal"
     for patient, key in tqdm(source.slides, desc=f"{site} bags", unit="slide", leave=False):
         path = folder / f"{key}.h5"
@@ -184,7 +194,7 @@ def _tissue(
     config: SimulateConfig, source: Source, name: str, cells: Mapping[str, str], positive: str
 ) -> tuple[Tissue, dict[str, Any]]:
     """Return what a patient's slides are made of, and the row of ``truth.csv`` that says so."""
-    population = config.population
+    population = population_of(config)
     known = {s: float(cells[s]) for s in population.signatures if cells.get(s)}
     label = cells[config.target]
     generator = generator_of(config.seed, "patient", name)
@@ -196,7 +206,7 @@ def _tissue(
     )
     measured = None if source.fractions is None else source.fractions[name]
     tissue = draw_tissue(
-        population, z, config.effects(), generator, positive=status, measured=measured
+        population, z, effects_of(config), generator, positive=status, measured=measured
     )
     truth = {
         PATIENT: name,
@@ -268,3 +278,23 @@ def _planted(config: SimulateConfig, cohort: SimulatedCohort) -> str:
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def settings_of(config: SimulateConfig, positive: str) -> dict[str, Any]:
+    """Return all that decides the content of a simulation, for ``simulation.toml``.
+
+    Args:
+        config: As given; strengths and the positive label are resolved, tables hashed.
+        positive: The positive label.
+    """
+    settings: dict[str, Any] = {"format": FORMAT}
+    for name, value in vars(config).items():
+        if isinstance(value, Path):
+            if name != "out":  # a table counts by its content, wherever it lies
+                settings[f"{name}_sha256"] = hashlib.sha256(value.read_bytes()).hexdigest()
+        elif name in STRENGTHS:
+            settings[name] = config.strength(name)
+        elif value is not None:
+            settings[name] = list(value) if isinstance(value, tuple) else value
+    settings["positive"] = positive
+    return settings

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,18 +14,17 @@ import pandas as pd
 from examples.pathology.cohort.joining import read_clinical_table, read_slide_table
 from examples.pathology.cohort.targets import refuse_words
 from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import (
     BACKGROUND,
     SIGNATURES,
     TISSUES,
     Vector,
     complete,
+    population_of,
     shares_from,
 )
 from examples.pathology.tables.matching import slide_key
-
-if TYPE_CHECKING:
-    from examples.pathology.settings.simulate import SimulateConfig
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -
         UserError: A table is wrong, or the two have no patient in common.
     """
     table = read_clinical_table(clini, [config.target], config.patient_column)
-    names = [name for name in config.population.signatures if name in table]
+    names = [name for name in population_of(config).signatures if name in table]
     for name in names:
         refuse_words(name, table[name], clini)
     clinical = table[[config.target, *names]]
@@ -116,7 +114,7 @@ def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -
 
 def _draw(config: SimulateConfig) -> Source:
     """Draw labels, signatures and which of them are missing."""
-    population = config.population
+    population = population_of(config)
     rows = {}
     for number in range(1, (config.patients or DEFAULT_PATIENTS) + 1):
         name = f"DRAWN-{number:04d}"

@@ -24,6 +24,8 @@ import torch
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import RunError, UserError, listing
 from examples.pathology.common.files import table_csv, write_text
+from examples.pathology.common.folders import sole_writer
+from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.jobs.engine import Job, Outcome, cluster, run_jobs
 from examples.pathology.runs.crossval import (
     Plan,
@@ -34,12 +36,7 @@ from examples.pathology.runs.crossval import (
     run_fold,
 )
 from examples.pathology.runs.deploy import DeployConfig, deploy_settings, run_deploy
-from examples.pathology.settings.crossval import (
-    CrossvalConfig,
-    read_toml,
-    with_reference_protocol,
-    write_toml,
-)
+from examples.pathology.settings.crossval import CrossvalConfig, with_reference_protocol
 from examples.pathology.study.folder import (
     EXTERNAL,
     LEDGER,
@@ -52,7 +49,6 @@ from examples.pathology.study.folder import (
 )
 from examples.pathology.study.report import write_study_report
 from examples.pathology.training.bags import BagStore
-from examples.pathology.training.checkpoint import sole_writer
 from examples.pathology.training.fold import BASELINE, needs_lookahead
 from mtbalance import PAPER_COMBINATIONS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 from examples.pathology.results import resampling
+from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.measuring import Measured, measure_fold
 from examples.pathology.results.resampling import (
     PERMUTATIONS,
@@ -21,13 +22,10 @@ from examples.pathology.results.resampling import (
     exchange_values,
     pseudo_values,
 )
+from examples.pathology.study.folder import Panel, Study
 from examples.pathology.study.tables import NAIVE
 from examples.pathology.tables.reading import PATIENT
 from examples.pathology.training.fold import BASELINE
-
-if TYPE_CHECKING:
-    from examples.pathology.results.folds import FoldResult
-    from examples.pathology.study.folder import Panel, Study
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from examples.pathology.common.errors import UserError, listing
-from examples.pathology.report.report import Run, read_run
+from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_predictions
-from examples.pathology.settings.crossval import read_toml
+from examples.pathology.results.runs import Run, read_run
 from examples.pathology.training.fold import BASELINE
 
 SETTINGS = "study.toml"  # a folder that has it belongs to a benchmark

@@ -7,7 +7,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from examples.pathology.common.files import table_csv, write_text
 from examples.pathology.figures import plots
@@ -15,8 +17,9 @@ from examples.pathology.figures import study as study_plots
 from examples.pathology.figures.run import caption_of
 from examples.pathology.figures.study import Column, Estimate
 from examples.pathology.report import pages
-from examples.pathology.report.report import Run, funnel_html
-from examples.pathology.study.differences import REFERENCES, all_differences
+from examples.pathology.report.report import funnel_html
+from examples.pathology.results.runs import Run
+from examples.pathology.study.differences import REFERENCES, Difference, all_differences
 from examples.pathology.study.folder import REPORT, Deployed, Panel, Study
 from examples.pathology.study.tables import (
     NAIVE,
@@ -38,11 +41,6 @@ from examples.pathology.study.verdicts import (
     verdicts,
 )
 from examples.pathology.training.fold import BASELINE
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from examples.pathology.study.differences import Difference
 
 logger = logging.getLogger(__name__)
 

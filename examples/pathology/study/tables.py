@@ -5,15 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from examples.pathology.common.files import table_csv
 from examples.pathology.report import pages
+from examples.pathology.results.runs import Run
 from examples.pathology.study.folder import Deployed, JobRow, Panel, Study, run_folder
 from examples.pathology.training.fold import BASELINE
-
-if TYPE_CHECKING:
-    from examples.pathology.report.report import Run
 
 NAIVE = "naive"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from examples.pathology.common.files import json_or_none, table_csv
 from examples.pathology.report import pages
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.study.differences import METRICS, REFERENCES, Difference, Metric
+from examples.pathology.study.folder import Study
 from examples.pathology.study.tables import Mark, Table, study_rows
 from examples.pathology.training.fold import BASELINE
-
-if TYPE_CHECKING:
-    from examples.pathology.study.folder import Study
 
 RISE, FALL = "▲ ", "▼ "
 MARKS = (

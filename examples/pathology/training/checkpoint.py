@@ -7,19 +7,14 @@ the order of patients is a function of seed and epoch.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
-import os
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_bytes
 
 logger = logging.getLogger(__name__)
@@ -69,19 +64,6 @@ class Checkpoint:
         self._cost = self._saved - started
 
 
-def clean(folder: Path, *, finished: bool = False) -> None:
-    """Remove what killed writers left in a folder, and the state of a fold that is finished.
-
-    Args:
-        folder: Where nobody else writes.
-        finished: Whether it is the folder of a finished fold.
-    """
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-    if finished:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of the random numbers that dropout and initial weights are drawn from."""
     state = {"cpu": torch.get_rng_state()}
@@ -95,35 +77,3 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder; the system lifts the lock when a process ends.
-
-    Args:
-        folder: The run folder, made if missing.
-
-    Raises:
-        UserError: Another process is at work in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if sys.platform == "win32":  # no such locks there
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"`out` must be a folder that no other process works in, but {folder} is in use. "
-                "Wait for it, or use another --out."
-            ) from error
-        except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s); run one process at a time", folder, error)
-        yield
-    finally:
-        os.close(handle)

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+from examples.pathology.cohort.cohort import Cohort
+from examples.pathology.cohort.patients import Patient
+from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.settings.crossval import HEADS
 from examples.pathology.training.bags import BagStore
@@ -33,10 +36,6 @@ from examples.pathology.training.losses import Scaler, fit_scalers, task_losses
 from examples.pathology.training.model import JointTransformer
 from examples.pathology.training.prediction import Fitted, forward, matrix_precision
 from mtbalance import Balancer, make_balancer
-
-if TYPE_CHECKING:
-    from examples.pathology.cohort.cohort import Cohort, Patient
-    from examples.pathology.cohort.targets import Target
 
 logger = logging.getLogger(__name__)
 

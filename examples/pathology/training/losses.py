@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.pathology.cohort.cohort import known_values
+from examples.pathology.cohort.patients import Patient, known_values
+from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
-
-if TYPE_CHECKING:
-    from examples.pathology.cohort.cohort import Patient
-    from examples.pathology.cohort.targets import Target
 
 Number = TypeVar("Number", float, NDArray[np.float64])
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from examples.pathology.cohort.patients import Patient
+from examples.pathology.cohort.targets import Target
 from examples.pathology.training.bags import BagStore
+from examples.pathology.training.losses import Scaler
 from examples.pathology.training.model import JointTransformer, Prediction
-
-if TYPE_CHECKING:
-    from examples.pathology.cohort.cohort import Patient
-    from examples.pathology.cohort.targets import Target
-    from examples.pathology.training.losses import Scaler
 
 
 @dataclass(frozen=True)

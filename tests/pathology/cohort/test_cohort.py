@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from examples.pathology.cohort import cohort as module
-from examples.pathology.cohort.cohort import known_values
+from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 from examples.pathology.features.files import read_features

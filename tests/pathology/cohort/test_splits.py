@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from examples.pathology.cohort.cohort import Cohort, Patient
+from examples.pathology.cohort.cohort import Cohort
+from examples.pathology.cohort.patients import Patient
 from examples.pathology.cohort.splits import (
     PARTS,
     check_sizes,

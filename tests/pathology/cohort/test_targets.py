@@ -15,7 +15,7 @@ from examples.pathology.cohort.targets import (
     refuse_foreign_values,
 )
 from examples.pathology.common.errors import UserError
-from examples.pathology.settings.crossval import CohortConfig
+from examples.pathology.settings.cohort import CohortConfig
 
 TABLE = Path("clini.csv")
 NUMBERS = [str(i / 2) for i in range(21)]

@@ -12,7 +12,8 @@ from torchvision import transforms
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.checkpoints import CheckpointError, file_sha256
-from examples.pathology.extractors.extractor import Normalise, make_extractor
+from examples.pathology.extractors.choose import make_extractor
+from examples.pathology.extractors.extractor import Normalise
 
 NAME = "mobilevitv2_050"
 

@@ -17,7 +17,7 @@ from torch import nn
 from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import LoadedExtractor
 from examples.pathology.features import dispatch, extraction
-from examples.pathology.features.files import extract
+from examples.pathology.features.extract import extract
 from examples.pathology.slides.slide import SlideFile
 from tests.pathology.slide_helpers import save_slide
 
@@ -69,8 +69,10 @@ def contents(out):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from examples.pathology import extraction, features
-from tests.pathology import test_dispatch
+from examples.pathology.features import extraction
+from examples.pathology.features import files as features
+from examples.pathology.features.extract import extract
+from tests.pathology.features import test_dispatch
 
 place, slides, out, mark = sys.argv[1], *map(Path, sys.argv[2:])
 
@@ -99,7 +101,7 @@ if place == "network":
     test_dispatch.Patches.forward = forward
 else:
     features.publish = publish
-features.extract(slides, out, weights=None, device="cpu", workers=2)
+extract(slides, out, weights=None, device="cpu", workers=2)
 """
 
 

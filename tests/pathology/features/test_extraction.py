@@ -13,9 +13,10 @@ from torch import nn
 from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import LoadedExtractor
 from examples.pathology.features import extraction
-from examples.pathology.features.files import extract, read_features
+from examples.pathology.features.extract import extract
+from examples.pathology.features.files import read_features
+from examples.pathology.settings.extract import TileRules
 from examples.pathology.slides import slide as slides
-from examples.pathology.slides.tiling import TileRules
 from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain, save_slide
 
 

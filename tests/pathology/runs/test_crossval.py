@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from examples.pathology.cohort.splits import Fold
+from examples.pathology.cohort.targets import prediction_columns
 from examples.pathology.common.errors import UserError
-from examples.pathology.results.folds import prediction_columns, read_model
+from examples.pathology.common.toml import read_toml
+from examples.pathology.results.folds import read_model
 from examples.pathology.runs import crossval
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.settings import crossval as config_module
-from examples.pathology.settings.crossval import CrossvalConfig, read_toml
+from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.training import fold as training
 from examples.pathology.training.model import JointTransformer
 from tests.pathology.killing import small
@@ -181,6 +183,7 @@ def test_a_stopped_run_is_taken_up_where_it_was(run, tables, tmp_path, monkeypat
 
 
 def test_a_finished_run_trains_nothing(run, tables, monkeypatch):
+    assert not list(run.rglob("checkpoint.pt"))  # of use only while a fold is trained
     monkeypatch.setattr(crossval, "fit_fold", None)
     before = read(run / "metrics.json")
     assert run_crossval(config_of(tables, run)) == before

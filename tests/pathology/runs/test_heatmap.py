@@ -10,10 +10,11 @@ from examples.pathology.features.files import write_features
 from examples.pathology.figures import heatmap as heatmap_plots
 from examples.pathology.results.folds import read_model
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.runs.heatmap import HeatmapConfig, run_heatmap, tile_values
+from examples.pathology.runs.heatmap import HeatmapConfig, run_heatmap
 from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.simulation.slides import MPP, write_pyramid
 from examples.pathology.slides import slide as slides
+from examples.pathology.training.tile_values import tile_values
 from tests.pathology.killing import small_models
 from tests.pathology.slide_helpers import SHARED, FakeHandle, plain
 from tests.pathology.tiny import make_tables, write_table

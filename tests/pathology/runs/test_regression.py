@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.toml import read_toml
 from examples.pathology.figures.run import draw_figures
 from examples.pathology.report.report import write_report
 from examples.pathology.results.folds import read_fold, read_model
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.runs.deploy import DeployConfig, run_deploy
-from examples.pathology.runs.heatmap import tile_values
-from examples.pathology.settings.crossval import CrossvalConfig, read_toml
+from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.training.bags import BagStore
+from examples.pathology.training.tile_values import tile_values
 from tests.pathology.killing import small_models
 from tests.pathology.tiny import make_tables
 

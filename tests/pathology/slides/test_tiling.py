@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.settings.extract import TileRules
+from examples.pathology.slides.overlay import draw_overlay
 from examples.pathology.slides.slide import Slide, open_slide
 from examples.pathology.slides.tiling import (
     READ_EDGE_PX,
     SlideExcludedError,
     TileReader,
-    TileRules,
     TileStatus,
-    draw_overlay,
     edge_share,
     grid_shape,
     plan_tiles,

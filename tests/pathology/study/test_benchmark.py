@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.engine import cluster
 from examples.pathology.runs.crossval import run_crossval, run_fold
-from examples.pathology.settings.crossval import CrossvalConfig, read_toml
+from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.study import benchmark
 from examples.pathology.study.benchmark import BenchmarkConfig, ExternalCohort, run_benchmark
 from examples.pathology.study.folder import read_jobs, read_study

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from examples.pathology.cohort.cohort import Patient
+from examples.pathology.cohort.patients import Patient
 from examples.pathology.features.files import Bag
 from examples.pathology.training import bags as module
 from examples.pathology.training.bags import BagStore
@@ -62,7 +62,7 @@ def test_half_precision_is_kept_only_where_it_loses_nothing(monkeypatch, tmp_pat
     singles = np.array([[0.1, 1e6], [-2.0, 3.0]], dtype=np.float32)
     for feats, nbytes in ((halves, 8), (singles, 16)):
         bag = Bag(feats, np.zeros((2, 2), dtype=np.float32), "x", None, False, tmp_path)
-        monkeypatch.setattr(module, "read_bag", lambda _, bag=bag: bag)
+        monkeypatch.setattr(module, "read_features", lambda _, bag=bag: bag)
         store = BagStore()
         patient = Patient("P", "", {}, (tmp_path,), 2)
         for _ in range(2):  # read, and from memory

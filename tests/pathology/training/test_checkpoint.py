@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.training import checkpoint as resume
 from examples.pathology.training import fold as training
-from examples.pathology.training.checkpoint import Checkpoint, clean, sole_writer
+from examples.pathology.training.checkpoint import Checkpoint
 from examples.pathology.training.fold import TrainingConfig, fit_fold
 from tests.pathology import killing
 from tests.pathology.tiny import make_tables
@@ -111,8 +112,6 @@ def test_leftovers_of_killed_writers_go(tmp_path):
         (tmp_path / name).touch()
     clean(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"model.pt", "checkpoint.pt"}
-    clean(tmp_path, finished=True)
-    assert {p.name for p in tmp_path.iterdir()} == {"model.pt"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")

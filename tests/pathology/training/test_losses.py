@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.pathology.cohort.cohort import Patient
+from examples.pathology.cohort.patients import Patient
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 from examples.pathology.training.losses import Scaler, fit_scalers, task_losses

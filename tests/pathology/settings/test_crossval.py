@@ -2,10 +2,9 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
-from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.common.errors import UserError
+from examples.pathology.common.toml import read_section, write_toml
 from examples.pathology.settings import crossval as config
 from examples.pathology.settings.crossval import CrossvalConfig
 
@@ -48,55 +47,15 @@ def test_wrong_settings_are_told(changes, words):
     assert words in str(caught.value)
 
 
-KEYS = st.text("abcdefghij_", min_size=1)
-SCALARS = st.text() | st.integers(-(2**53), 2**53) | st.booleans()
-VALUES = SCALARS | st.floats(allow_nan=False, allow_infinity=False) | st.lists(st.text())
-
-
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(KEYS, st.dictionaries(KEYS, VALUES, max_size=3), max_size=3))
-@example({"a": {"b": "\x7f", "c": "\U0001f600", "d": '"\\', "e": 1e-05}})
-def test_what_is_written_as_toml_is_read_back(tmp_path_factory, tables):
-    path = tmp_path_factory.mktemp("toml") / "a.toml"
-    config.write_toml(path, tables)
-    assert config.read_toml(path) == tables
-
-
 def test_resolved_settings_can_be_read_back_as_a_section(tmp_path):
     made = make(auxiliary=("a", "b.c/d"), splits=Path("x/splits.json"), positive="MSIH")
-    config.write_toml(tmp_path / "a.toml", {"crossval": made.resolved()})
+    write_toml(tmp_path / "a.toml", {"crossval": made.resolved()})
     known = made.__dataclass_fields__
-    values = config.read_section(tmp_path / "a.toml", "crossval", known, ["crossval"])
+    values = read_section(tmp_path / "a.toml", "crossval", known, ["crossval"])
     paths = {name: Path(values[name]) for name in (*PATHS, "out", "splits")}
     again = CrossvalConfig(**{**values, **paths, "auxiliary": tuple(values["auxiliary"])})
     assert again.resolved() == made.resolved()
     assert all(path.is_absolute() for path in paths.values())
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (
-            "[crossval]\nepoch = 3",
-            "the key `epoch` of .crossval. is unknown. Did you mean `epochs`",
-        ),
-        ("[crosval]\nepochs = 3", "the section .crosval. is unknown; .* Did you mean `crossval`"),
-        ("epochs = 3", "`epochs` must stand in a section such as .crossval."),
-        ("[crossval", "must be valid TOML"),
-    ],
-)
-def test_what_nobody_would_read_is_refused(tmp_path, text, words):
-    path = tmp_path / "a.toml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=words):
-        config.read_section(path, "crossval", ["epochs"], ["crossval", "demo"])
-
-
-def test_dashes_and_underscores_are_one(tmp_path):
-    path = tmp_path / "a.toml"
-    path.write_text('[crossval]\nslide-table = "s"\nlearning_rate = 1.0', encoding="utf-8")
-    values = config.read_section(path, "crossval", ["slide-table", "learning_rate"], ["crossval"])
-    assert values == {"slide_table": "s", "learning_rate": 1.0}
 
 
 def test_only_what_changes_the_result_counts_as_different():
@@ -118,10 +77,3 @@ def test_runs_without_kind_and_cut_off_are_those_of_before():
     assert config.settings_that_differ(other, make().resolved()) == [
         "kind: None -> ['isMSIH=regression']"
     ]
-
-
-def test_errors_help():
-    assert nearest("crosval", ["crossval", "demo"]) == " Did you mean `crossval`?"
-    assert nearest("xyz", ["crossval"]) == ""
-    assert listing("abc", 2) == "a, b and 1 more"
-    assert listing([]) == ""

@@ -1,0 +1,50 @@
+"""One patient, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.pathology.cohort.targets import (
+    Target,
+)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One patient that is used.
+
+    Args:
+        name: The identifier in the clinical table.
+        label: Value of the primary target, a number as it stands in the table; empty if it is not
+            known.
+        known: Auxiliary values that are known, by target: a class label, or a number in its own
+            unit.
+        files: Feature files, in a stable order.
+        tiles: Number of tiles over all files.
+    """
+
+    name: str
+    label: str
+    known: Mapping[str, str | float]
+    files: tuple[Path, ...]
+    tiles: int
+
+
+def known_values(patient: Patient, targets: Sequence[Target]) -> dict[str, str | float]:
+    """Return what is known of a patient by target: a class, or a number in the target's unit.
+
+    Args:
+        patient: Who.
+        targets: Of what, the primary target first.
+    """
+    values: dict[str, str | float] = {}
+    for target in targets:
+        if target is not targets[0]:
+            if target.name in patient.known:
+                values[target.name] = patient.known[target.name]
+        elif patient.label:
+            number = target.kind == "regression"
+            values[target.name] = float(patient.label) if number else patient.label
+    return values

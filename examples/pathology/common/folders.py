@@ -1,0 +1,84 @@
+"""Folders: whose they are, and who may work in them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.pathology.common.errors import UserError, listing
+from examples.pathology.common.toml import read_toml, write_toml
+
+logger = logging.getLogger(__name__)
+
+
+def claim_folder(out: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    """Mark a folder with what is made in it, ``<kind>.toml``, or check that it is the same.
+
+    Args:
+        out: The folder, made if missing; hidden files in it do not count.
+        kind: What is made, such as ``demo``.
+        settings: All that decides the content, as `write_toml` takes it.
+
+    Raises:
+        UserError: The folder holds another one, or other files.
+    """
+    path = out / f"{kind}.toml"
+    if path.exists():
+        stored = read_toml(path).get(kind, {})
+        differing = [
+            f"{name}: {stored.get(name)} -> {settings.get(name)}"
+            for name in dict.fromkeys([*settings, *stored])
+            if stored.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"`out` must be a new folder or one of the same {kind}, but {out} differs in "
+                f"{listing(differing)}."
+            )
+    elif out.exists() and any(not found.name.startswith(".") for found in out.iterdir()):
+        raise UserError(f"`out` must be a new or empty folder, but {out} holds other files.")
+    else:
+        write_toml(path, {kind: settings})
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed writers left in a folder where nobody else writes."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; the system lifts the lock when a process ends.
+
+    Args:
+        folder: The run folder, made if missing.
+
+    Raises:
+        UserError: Another process is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # no such locks there
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"`out` must be a folder that no other process works in, but {folder} is in use. "
+                "Wait for it, or use another --out."
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s); run one process at a time", folder, error)
+        yield
+    finally:
+        os.close(handle)
