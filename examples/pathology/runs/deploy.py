@@ -34,6 +34,7 @@ from examples.pathology.results.folds import (
 )
 from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
 from examples.pathology.results.runs import fold_folders
+from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.reading import FILENAME, PATIENT
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
@@ -66,6 +67,13 @@ class DeployConfig:
     filename_column: str = FILENAME
     seed: int = 0
     device: str = "auto"
+
+    @property
+    def sources(self) -> Sources:
+        """Where the external cohort comes from."""
+        return Sources(
+            self.clini, self.slide_table, self.features, self.patient_column, self.filename_column
+        )
 
 
 def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:

@@ -13,6 +13,25 @@ Kind = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
+class Sources:
+    """Where a cohort comes from.
+
+    Args:
+        clini: Clinical table, one row per patient.
+        slide_table: The patient and the file name, one row per slide.
+        features: Folder of feature files (``.h5``), searched with its sub-folders.
+        patient_column: Column of the patient in both tables.
+        filename_column: Column of the file name in the slide table.
+    """
+
+    clini: Path
+    slide_table: Path
+    features: Path
+    patient_column: str = "PATIENT"
+    filename_column: str = "FILENAME"
+
+
+@dataclass(frozen=True)
 class CohortConfig:
     """What to join, and what of it to predict.
 
@@ -65,6 +84,13 @@ class CohortConfig:
                 f"`cutoff` makes classes of `{self.target}`, so `kind` must not make it a "
                 "regression. Give one of them."
             )
+
+    @property
+    def sources(self) -> Sources:
+        """Where the cohort comes from."""
+        return Sources(
+            self.clini, self.slide_table, self.features, self.patient_column, self.filename_column
+        )
 
     @property
     def kinds(self) -> dict[str, Kind]:
