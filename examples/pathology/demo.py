@@ -14,10 +14,12 @@ import torch
 from examples.pathology.common.errors import RunError
 from examples.pathology.common.folders import claim_folder
 from examples.pathology.common.toml import read_toml, write_toml
-from examples.pathology.features.extract import extract
+from examples.pathology.features.extract import run_extract
 from examples.pathology.report.report import write_report
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.extract import ExtractConfig
+from examples.pathology.settings.runs import DemoConfig
 from examples.pathology.simulation.slides import SlideCohort, make_slide_cohort
 
 logger = logging.getLogger(__name__)
@@ -33,19 +35,13 @@ PREFACE = (
 )
 
 
-def run_demo(
-    out: Path, *, patients: int = 40, epochs: int = 6, seed: int = 0, device: str = "auto"
-) -> Path:
+def run_demo(config: DemoConfig) -> Path:
     """Draw slides, extract features, compare three methods on the same splits, write a report.
 
     Run again with the same settings, it takes up what is there.
 
     Args:
-        out: Folder for everything.
-        patients: Size of the cohort.
-        epochs: Most epochs per fold.
-        seed: Of slides, weights, splits and training.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        config: How large, and where.
 
     Returns:
         The report's page.
@@ -54,23 +50,23 @@ def run_demo(
         UserError: ``out`` holds something else.
         RunError: A slide gave no features.
     """
-    settings = {"patients": patients, "epochs": epochs, "seed": seed}
+    out, seed, device = config.out, config.seed, config.device
+    settings = {"patients": config.patients, "epochs": config.epochs, "seed": seed}
     claim_folder(out, "demo", settings)
     logger.info("Everything here is synthetic: %s", NOTE)
     seconds: dict[str, float] = {}
     with _timed("draw slides", seconds):
-        cohort = _cohort(out / "cohort", patients=patients, seed=seed)
+        cohort = _cohort(out / "cohort", patients=config.patients, seed=seed)
     with _timed("extract", seconds):
-        extracted = extract(
-            cohort.slides,
-            out / "features",
-            weights=None,
-            slide_table=None,
-            default_mpp=None,
-            workers=2,
-            device=device,
-            seed=seed,
-            batch_size=32,
+        extracted = run_extract(
+            ExtractConfig(
+                cohort.slides,
+                out / "features",
+                workers=2,
+                batch_size=32,
+                seed=seed,
+                device=device,
+            )
         )
         if extracted.exit_code:
             raise RunError(f"All slides must give features, but some did not. {extracted}")
@@ -87,7 +83,7 @@ def run_demo(
                     out=run,
                     auxiliary=(cohort.auxiliary,),
                     balancer=method,
-                    epochs=epochs,
+                    epochs=config.epochs,
                     standardize=True,  # random features hardly vary around a large mean
                     splits=runs[0] / "splits.json" if runs else None,
                     note=NOTE,

@@ -6,6 +6,8 @@ import numpy as np
 import openslide
 from PIL import Image
 
+from examples.pathology.features.extract import run_extract
+from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.simulation.slides import write_pyramid
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -80,3 +82,8 @@ def save_slide(path, height=1100, width=1100, seed=0, mpp=0.5, white_left=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_pyramid(path, pixels, mpp=mpp)
     return pixels
+
+
+def extract(slides, out, **options):
+    """Extract a folder of slides."""
+    return run_extract(ExtractConfig(slides, out, **options))

@@ -12,6 +12,7 @@ from examples.pathology.common.toml import write_toml
 from examples.pathology.features import extract
 from examples.pathology.report import report
 from examples.pathology.runs import crossval, deploy, heatmap
+from examples.pathology.settings.benchmark import METHODS
 from examples.pathology.study import benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -158,34 +159,34 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_path, code):
-    asked = {}
+    asked = []
 
     class Summary:
         exit_code = code
 
-    def run_extract(slides, out, **options):
-        asked.update(options, slides=slides, out=out)
+    def run_extract(config):
+        asked.append(config)
         return Summary()
 
-    monkeypatch.setattr(extract, "extract", run_extract)
+    monkeypatch.setattr(extract, "run_extract", run_extract)
     options = ["--default-mpp", "0.5", "--workers", "3", "--min-edge-share", "0.01"]
     assert run("extract", "--slides", "s", "--out", "o", *options) == code
-    assert (asked["default_mpp"], asked["workers"], asked["weights"]) == (0.5, 3, None)
-    assert asked["tile_rules"].min_edge_share == 0.01
-    assert asked["tile_rules"].brightness_cutoff == 240.0
-    assert (asked["extractor"], asked["precision"], asked["layout"], asked["max_failures"]) == (
+    assert (asked[-1].default_mpp, asked[-1].workers, asked[-1].weights) == (0.5, 3, None)
+    assert asked[-1].rules.min_edge_share == 0.01
+    assert asked[-1].rules.brightness_cutoff == 240.0
+    assert (asked[-1].extractor, asked[-1].precision, asked[-1].layout, asked[-1].max_failures) == (
         "ctranspath", "float32", "stamp-v2", None,
     )  # fmt: skip
     options = ["--extractor", "timm:x", "--precision", "bfloat16", "--max-failures", 0]
     assert run("extract", "--slides", "s", "--out", "o", *options, "--canny-low", 30) == code
-    assert (asked["extractor"], asked["precision"], asked["layout"], asked["max_failures"]) == (
+    assert (asked[-1].extractor, asked[-1].precision, asked[-1].layout, asked[-1].max_failures) == (
         "timm:x", "bfloat16", "stamp-v2", 0,
     )  # fmt: skip
-    assert (asked["tile_rules"].canny_low, asked["workers"]) == (30, None)
-    assert (asked["processes"], asked["scheduler"]) == (None, None)
+    assert (asked[-1].rules.canny_low, asked[-1].workers) == (30, None)
+    assert (asked[-1].processes, asked[-1].scheduler) == (None, None)
     options = ["--processes", 2, "--scheduler", "tcp://a:1"]
     assert run("extract", "--slides", "s", "--out", "o", *options) == code
-    assert (asked["processes"], asked["scheduler"]) == (2, "tcp://a:1")
+    assert (asked[-1].processes, asked[-1].scheduler) == (2, "tcp://a:1")
 
 
 @pytest.mark.parametrize(("released", "code"), [(True, 0), (False, 1)])
@@ -209,7 +210,7 @@ def test_unusable_weights_are_wrong_use(tmp_path, capsys):
 
 
 def test_demo_and_report_print_where_the_page_is(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "run_demo", lambda out, **_: out / "page")
+    monkeypatch.setattr(demo, "run_demo", lambda config: config.out / "page")
     assert run("demo", "--out", tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'page'}\n"
     monkeypatch.setattr(report, "write_report", lambda runs, out, **_: runs[1])
@@ -316,5 +317,5 @@ def test_benchmark_passes_every_setting_on_and_its_settings_repeat_it(
     assert asked[1].resolved() == asked[0].resolved()
     assert capsys.readouterr().out.split() == ["page", "page"]
     assert run("benchmark", *NEEDED, "--auxiliary", "LF", "--out", "o") == 1
-    assert asked[2].methods == benchmark.METHODS
+    assert asked[2].methods == METHODS
     assert asked[2].external is None

@@ -10,6 +10,7 @@ import pytest
 from examples.pathology import demo
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.runs import crossval
+from examples.pathology.settings.runs import DemoConfig
 from examples.pathology.simulation.slides import SlideCohort
 from examples.pathology.training import fold as training
 from examples.pathology.training.model import JointTransformer
@@ -29,8 +30,8 @@ def quick(monkeypatch):
             out, out, tables.clini, tables.slides, "isMSIH", "LF", patients, patients
         )
 
-    def extract(slides, out, **_):
-        shutil.copytree(slides / "features", out, dirs_exist_ok=True)
+    def extract(config):
+        shutil.copytree(config.slides / "features", config.out, dirs_exist_ok=True)
         return Summary()
 
     def small(outputs, in_features, **_):
@@ -39,7 +40,7 @@ def quick(monkeypatch):
         )
 
     monkeypatch.setattr(demo, "make_slide_cohort", make_slide_cohort)
-    monkeypatch.setattr(demo, "extract", extract)
+    monkeypatch.setattr(demo, "run_extract", extract)
     monkeypatch.setattr(training, "JointTransformer", small)
     monkeypatch.setattr(crossval, "draw_figures", lambda *_, **__: [])  # the report draws them
 
@@ -53,7 +54,7 @@ def test_it_runs_from_slides_to_a_page_and_takes_up_what_is_there(
 ):
     out = tmp_path / "demo"
     with caplog.at_level("INFO"):
-        page = demo.run_demo(out, patients=12, epochs=1, device="cpu")
+        page = demo.run_demo(DemoConfig(out, patients=12, epochs=1, device="cpu"))
     assert page == out / "report/index.html"
     text = page.read_text(encoding="utf-8")
     assert "SYNTHETIC slides and labels" in text
@@ -74,20 +75,20 @@ def test_it_runs_from_slides_to_a_page_and_takes_up_what_is_there(
 
     before = files(out)
     monkeypatch.setattr(demo, "make_slide_cohort", None)  # redrawn slides would be new ones
-    assert demo.run_demo(out, patients=12, epochs=1, device="cpu") == page
+    assert demo.run_demo(DemoConfig(out, patients=12, epochs=1, device="cpu")) == page
     assert files(out) == before
     with pytest.raises(UserError, match=r"`out` must be a new folder .* differs in seed: 0 -> 1"):
-        demo.run_demo(out, patients=12, epochs=1, seed=1, device="cpu")
+        demo.run_demo(DemoConfig(out, patients=12, epochs=1, seed=1, device="cpu"))
 
 
 def test_a_folder_with_other_files_is_left_alone(quick, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="`out` must be a new or empty folder"):
-        demo.run_demo(tmp_path)
+        demo.run_demo(DemoConfig(tmp_path))
     assert [p.name for p in Path(tmp_path).iterdir()] == ["precious.txt"]
 
 
 def test_a_slide_without_features_fails_the_demo(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "extract", lambda *_, **__: Summary(exit_code=1))
+    monkeypatch.setattr(demo, "run_extract", lambda _: Summary(exit_code=1))
     with pytest.raises(RunError, match="All slides must give features"):
-        demo.run_demo(tmp_path / "demo", patients=12)
+        demo.run_demo(DemoConfig(tmp_path / "demo", patients=12))

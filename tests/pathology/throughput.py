@@ -33,7 +33,7 @@ from examples.pathology.features.extraction import (
     make_network,
 )
 from examples.pathology.features.inference import Clock, Network, infer
-from examples.pathology.settings.extract import Settings, TileRules
+from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import SlideFile, find_slides, open_slide
 from examples.pathology.slides.tiling import TileBlock, TileReader, plan_tiles
 from examples.pathology.slides.units import SlideError
@@ -52,18 +52,15 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
-            out=Path(folder),
-            rules=TileRules(),
+        settings = ExtractConfig(
+            options.slides,
+            Path(folder),
             extractor=options.extractor,
             weights=options.weights,
             seed=0,
             precision=options.precision,
             batch_size=options.batch_size,
             workers=options.workers or default_workers(device),
-            layout="stamp-v2",
-            table_mpp={},
-            default_mpp=None,
         )
         network = make_network(settings, device)
         found = find_slides(options.slides)
@@ -124,7 +121,7 @@ class Timing:
         return f"{self.wall:.2f} s, processor {self.cpu:.2f} s"
 
 
-def _tiles(file: SlideFile, settings: Settings) -> list[TileBlock]:
+def _tiles(file: SlideFile, settings: ExtractConfig) -> list[TileBlock]:
     """Return a slide's tiles of tissue; none if it cannot be used."""
     try:
         slide = open_slide(file.path, file.name)

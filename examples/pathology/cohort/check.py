@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from examples.pathology.cohort.cohort import TRAINING_ONLY, Cohort, load_cohort
@@ -17,25 +16,10 @@ from examples.pathology.cohort.joining import Joined, join_for
 from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.splits import Fold, check_sizes, make_splits
 from examples.pathology.cohort.targets import Target, describe, prediction_columns
-from examples.pathology.settings.cohort import CohortConfig
+from examples.pathology.settings.cohort import CheckConfig
 from examples.pathology.tables.matching import near_matches
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckConfig(CohortConfig):
-    """What to check; what it is of, see `CohortConfig`.
-
-    Args:
-        folds: For how many folds to count.
-        limit: How many names a list shows at most.
-        seed: Of the splits.
-    """
-
-    folds: int = 5
-    limit: int = 20
-    seed: int = 0
 
 
 def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:

@@ -32,7 +32,7 @@ from examples.pathology.features.extraction import (
 from examples.pathology.features.inference import Network
 from examples.pathology.features.ledger import TILING, ExtractSummary, LedgerRow, write_ledger
 from examples.pathology.jobs.engine import Outcome
-from examples.pathology.settings.extract import Settings
+from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import SlideFile
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def resolve_devices(names: str) -> list[torch.device]:
 
 def run(
     files: Sequence[SlideFile],
-    settings: Settings,
+    settings: ExtractConfig,
     device: str,
     *,
     processes: int | None = None,
@@ -130,7 +130,7 @@ def run(
 
 
 def _here(
-    files: Sequence[SlideFile], settings: Settings, device: str, processes: int | None
+    files: Sequence[SlideFile], settings: ExtractConfig, device: str, processes: int | None
 ) -> Callable[[Report], None]:
     """Return what does the work on this machine: in this process if one is enough."""
     devices = resolve_devices(device)
@@ -161,7 +161,7 @@ class _EnoughError(Exception):
 
 def _spread(
     files: Sequence[SlideFile],
-    settings: Settings,
+    settings: ExtractConfig,
     device: str,
     place: Mapping[str, Any],
     report: Report,
@@ -239,7 +239,7 @@ def _bytes(path: Path) -> int:
 
 
 def extract_batch(
-    files: Sequence[SlideFile], settings: Settings, device: str, run_id: str
+    files: Sequence[SlideFile], settings: ExtractConfig, device: str, run_id: str
 ) -> list[Rows] | UserError:
     """Extract slides in a process of a cluster; slides that are finished are found so.
 
@@ -267,6 +267,6 @@ def extract_batch(
 
 
 @functools.lru_cache(maxsize=1)
-def _network(settings: Settings, device: str, run_id: str) -> Network:  # noqa: ARG001
+def _network(settings: ExtractConfig, device: str, run_id: str) -> Network:  # noqa: ARG001
     """Build the network of a run once; the next run may have other weights of the same name."""
     return make_network(settings, torch.device(resolve_device(device)))

@@ -32,7 +32,7 @@ from examples.pathology.features.files import write_features
 from examples.pathology.features.inference import Clock, Network, infer, place
 from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
 from examples.pathology.features.provenance import finished_rows, parameters_of, provenance_of
-from examples.pathology.settings.extract import Settings
+from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.overlay import draw_overlay
 from examples.pathology.slides.slide import LevelError, Slide, SlideFile, open_slide
 from examples.pathology.slides.tiling import (
@@ -61,7 +61,7 @@ class Job:
         ahead: Blocks of tiles read ahead; together with their size they bound the memory.
     """
 
-    settings: Settings
+    settings: ExtractConfig
     network: Network
     pool: ThreadPoolExecutor
     ahead: int
@@ -73,14 +73,14 @@ def default_workers(device: torch.device) -> int:
     return min(16, cores or 1) if device.type == "cuda" else 2
 
 
-def make_network(settings: Settings, device: torch.device) -> Network:
+def make_network(settings: ExtractConfig, device: torch.device) -> Network:
     """Build the network of a run on its device."""
     extractor = make_extractor(settings.extractor, settings.weights, settings.seed)
     return place(extractor, device, settings.precision, settings.batch_size)
 
 
 def extract_slides(
-    files: Sequence[SlideFile], settings: Settings, network: Network, report: Report
+    files: Sequence[SlideFile], settings: ExtractConfig, network: Network, report: Report
 ) -> None:
     """Extract slides one after the other; the network hardly ever waits for the rest.
 
@@ -187,7 +187,7 @@ def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) ->
         slide = open_slide(
             file.path,
             file.name,
-            table_mpp=settings.table_mpp.get(file.stem),
+            table_mpp=file.table_mpp,
             default_mpp=settings.default_mpp,
             broken_levels=broken,
         )

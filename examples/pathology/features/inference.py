@@ -14,7 +14,6 @@ from torch import Tensor
 
 from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features.ledger import FEATURES, TILING
-from examples.pathology.settings.extract import check_settings
 from examples.pathology.slides.tiling import TileBlock
 
 CPU_BATCH = 8
@@ -74,11 +73,7 @@ def place(extractor: Extractor, device: torch.device, precision: str, batch_size
         device: Where it will run.
         precision: ``float32`` or ``bfloat16``.
         batch_size: Tiles per call; at most 8 are used on a CPU.
-
-    Raises:
-        UserError: If the precision is unknown or the batch size below 1.
     """
-    check_settings(precision, batch_size)
     extractor.model.to(device)
     if device.type == "cuda":
         extractor.model.to(memory_format=torch.channels_last)

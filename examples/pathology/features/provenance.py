@@ -13,14 +13,14 @@ import h5py
 
 from examples.pathology.features.inference import Network
 from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
-from examples.pathology.settings.extract import Settings
+from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import Slide, SlideFile
 
 logger = logging.getLogger(__name__)
 
 
 def parameters_of(
-    file: SlideFile, slide: Slide, settings: Settings, network: Network
+    file: SlideFile, slide: Slide, settings: ExtractConfig, network: Network
 ) -> dict[str, Any]:
     """Return all that decides what a slide's features are; a file made with others is redone."""
     return {

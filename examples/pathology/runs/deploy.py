@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,46 +33,11 @@ from examples.pathology.results.folds import (
 )
 from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
 from examples.pathology.results.runs import fold_folders
-from examples.pathology.settings.cohort import Sources
-from examples.pathology.tables.reading import FILENAME, PATIENT
+from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DeployConfig:
-    """What to predict for.
-
-    Args:
-        run: A finished run of `crossval`.
-        clini: Clinical table of the external cohort; columns of targets may be missing.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of feature files.
-        out: Where the results go.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
-        seed: Of the bootstrap.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    """
-
-    run: Path
-    clini: Path
-    slide_table: Path
-    features: Path
-    out: Path
-    patient_column: str = PATIENT
-    filename_column: str = FILENAME
-    seed: int = 0
-    device: str = "auto"
-
-    @property
-    def sources(self) -> Sources:
-        """Where the external cohort comes from."""
-        return Sources(
-            self.clini, self.slide_table, self.features, self.patient_column, self.filename_column
-        )
 
 
 def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:

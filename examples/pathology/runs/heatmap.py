@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,11 +30,11 @@ from examples.pathology.figures.run import caption_of
 from examples.pathology.results.folds import read_model
 from examples.pathology.results.runs import fold_folders
 from examples.pathology.settings.extract import TileRules
+from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.slides.pixelsizes import mpp_of_slide
 from examples.pathology.slides.slide import LevelError, Slide, open_slide, slide_file
 from examples.pathology.slides.tiling import plan_tiles
 from examples.pathology.slides.units import SlideError
-from examples.pathology.tables.reading import FILENAME
 from examples.pathology.training.tile_values import TileValues, tile_values
 
 logger = logging.getLogger(__name__)
@@ -44,33 +43,6 @@ TOP_TILE_PX = 224
 
 Opener = Callable[..., Slide]
 """Opens the slide, given its broken levels."""
-
-
-@dataclass(frozen=True)
-class HeatmapConfig:
-    """Of what to draw a heat map.
-
-    Args:
-        run: A finished run of `crossval`.
-        slide: The slide file.
-        features: Its feature file.
-        out: Where the pictures go.
-        slide_table: Table whose column MPP gives the slide's microns per pixel, as in `extract`.
-        filename_column: Its column of the file name.
-        default_mpp: Microns per pixel of a slide that does not tell its own.
-        top: How many top tiles to show.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    """
-
-    run: Path
-    slide: Path
-    features: Path
-    out: Path
-    slide_table: Path | None = None
-    filename_column: str = FILENAME
-    default_mpp: float | None = None
-    top: int = 8
-    device: str = "auto"
 
 
 def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.settings.option import Option, Settings, finite
 
 Kind = Literal["classification", "regression"]
+
+# What several commands take alike.
+Seed = Annotated[int, Option("Of everything random.", min=0)]
+Device = Annotated[str, Option("auto, cpu, cuda or cuda:N.")]
+SlideTable = Annotated[Path, Option("Table of patient and file name.")]
+Features = Annotated[Path, Option("Folder of feature files (.h5).")]
+PatientColumn = Annotated[str, Option("Column of the patient in both tables.")]
+FilenameColumn = Annotated[str, Option("Column of the file name in the slide table.")]
+MppTable = Annotated[Path | None, Option("Table whose MPP column gives um per pixel by file name.")]
+Folds = Annotated[int, Option("Number of folds.", min=2, source="5: the paper")]
+Kinds = Annotated[
+    tuple[str, ...],
+    Option(
+        "What a target is, where its values do not tell; may be given several times.",
+        metavar="NAME=classification|regression",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -32,42 +49,46 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class CohortConfig:
-    """What to join, and what of it to predict.
+class CohortConfig(Settings):
+    """What to join, and what of it to predict."""
 
-    Args:
-        clini: Clinical table, ``.csv`` or ``.xlsx``, one row per patient.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of feature files (``.h5``), searched with its sub-folders.
-        target: Column of the primary target. Numbers of more than 20 different values make a
-            regression, anything else a classification.
-        auxiliary: Columns of further targets; numbers of more than two different values make a
-            regression, anything else a classification.
-        kind: ``NAME=classification`` or ``NAME=regression`` for every target that is meant
-            otherwise.
-        cutoff: Makes two classes of a numeric primary target: at or above it, which is the
-            positive one, and below. ``None``: none.
-        positive: The class of ``target`` whose AUROC is reported; ``None``: the rarer one.
-        complete_cases: Whether to leave out patients who lack a value of any target (the paper's
-            rule) instead of using every value that is known.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
-    """
-
-    clini: Path
-    slide_table: Path
-    features: Path
-    target: str
+    clini: Annotated[Path, Option("Clinical table (.csv, .xlsx) with the patient and targets.")]
+    slide_table: SlideTable
+    features: Features
+    target: Annotated[
+        str,
+        Option("Column of the primary target; numbers of over 20 values are a regression."),
+    ]
     _: KW_ONLY
-    auxiliary: tuple[str, ...] = ()
-    kind: tuple[str, ...] = ()
-    cutoff: float | None = None
-    positive: str | None = None
-    complete_cases: bool = False
-    patient_column: str = "PATIENT"
-    filename_column: str = "FILENAME"
+    auxiliary: Annotated[
+        tuple[str, ...],
+        Option(
+            "Column of a further target; may be given several times.",
+            source="Numbers of more than two different values make a regression.",
+        ),
+    ] = ()
+    kind: Kinds = ()
+    cutoff: Annotated[
+        float | None,
+        Option(
+            "Makes two classes of a numeric --target: from here on it is positive.", rule=finite
+        ),
+    ] = None
+    positive: Annotated[
+        str | None, Option("Class whose AUROC is reported; default: the rarer one.")
+    ] = None
+    complete_cases: Annotated[
+        bool,
+        Option(
+            "Leave out patients who lack a value of any target, as the paper does.",
+            source="Otherwise every value that is known is used.",
+        ),
+    ] = False
+    patient_column: PatientColumn = "PATIENT"
+    filename_column: FilenameColumn = "FILENAME"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.target:
             raise UserError("`target` must name a column of the clinical table, but got ''.")
         names = [self.target, *self.auxiliary]
@@ -76,8 +97,6 @@ class CohortConfig:
             raise UserError(
                 f"`auxiliary` must name each target once, but got {listing(twice)} twice."
             )
-        if self.cutoff is not None and not math.isfinite(self.cutoff):
-            raise UserError(f"`cutoff` must be a finite number, but got {self.cutoff}.")
         kinds = self.kinds
         if self.cutoff is not None and kinds.get(self.target) == "regression":
             raise UserError(
@@ -112,3 +131,12 @@ class CohortConfig:
                 )
             kinds[name] = known[given]
         return kinds
+
+
+@dataclass(frozen=True)
+class CheckConfig(CohortConfig):
+    """What to check, for how many folds, and how much to say of it."""
+
+    folds: Folds = 5
+    limit: Annotated[int, Option("Most names that a list shows.", min=1)] = 20
+    seed: Seed = 0

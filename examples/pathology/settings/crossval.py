@@ -1,105 +1,129 @@
-"""Settings: read from TOML with every key checked, written back resolved, compared between runs."""
+"""Settings of a cross-validation, and how those of two runs are compared."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from examples.pathology.common.errors import UserError, listing, nearest
-from examples.pathology.settings.cohort import CohortConfig
+from examples.pathology.settings.cohort import CohortConfig, Device, Folds, Seed
+from examples.pathology.settings.option import Option, above, at_least
 
-if sys.version_info >= (3, 11):
-    pass
-else:  # the same parser under its older name
-    pass
-
-LOOKAHEAD_SOURCES = ("heldout", "train")
-SCHEDULES = ("constant", "cosine", "cosine-per-step")
 HEADS = 6  # of the Transformer: the paper
-PRECISIONS = ("float32", "tf32", "bfloat16")
+BASELINE = "baseline"
+"""What trains the primary target alone, in place of a balancer."""
+
+
+def _whole_heads(width: int) -> str:
+    right = width > 0 and width % HEADS == 0
+    return "" if right else f"a multiple of {HEADS}, the attention heads"
 
 
 @dataclass(frozen=True)
 class CrossvalConfig(CohortConfig):
-    """Everything that decides what a cross-validation computes; what it is of, see `CohortConfig`.
+    """Everything that decides what a cross-validation computes, and where."""
 
-    Args:
-        out: The run folder.
-        balancer: ``baseline`` (the primary target alone) or a name that ``mtbalance`` knows.
-        folds: Number of folds, at least 2 (5: the paper).
-        epochs: Most epochs per fold, at least 1 (32: the paper).
-        patience: Epochs without a lower validation loss of the primary target before a fold stops
-            (7: the paper).
-        learning_rate: Of AdamW (1e-4: the paper).
-        weight_decay: Of AdamW (0.01: PyTorch's default, which the paper's code uses).
-        schedule: ``constant``, as the paper says nothing; ``cosine``, one step per epoch; or
-            ``cosine-per-step``, which swings between the learning rate and 0 every `epochs` steps,
-            as the paper's code does for several targets.
-        standardize: Whether tile features are brought to mean 0 and standard deviation 1 over the
-            training part. The paper does not; features of random weights, which hardly vary
-            around a large mean, need it.
-        lookahead_data: Where Auto-Lambda's look-ahead batches come from: ``heldout``, a tenth of
-            the training part that is then not trained on, or ``train``, as in the authors' code.
-        splits: A ``splits.json`` of another run to use, so that both are compared on equal folds.
-        width: Width of the Transformer, a multiple of its 6 attention heads (384: the paper).
-        layers: Layers of its encoder, and of its decoder (2: the paper).
-        max_tiles: Most tiles per patient in a training step, drawn anew in every epoch from the
-            seed; ``None``: all (the paper). Validation and test always see all.
-        precision: ``float32``; ``tf32``, faster on recent NVIDIA GPUs at 10 bits of mantissa in
-            matrix products; or ``bfloat16``, autocast at 7 bits.
-        cache_gb: Memory for tiles; what does not fit is read again, ahead of its use.
-        reference_protocol: Whether to use the choices of the paper's published code; see
-            `with_reference_protocol`.
-        note: A sentence for the figures and the report, such as "synthetic slides".
-        seed: Of splits, initial weights, order and dropout; at least 0.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    """
-
-    out: Path
-    balancer: str = "naive"
-    folds: int = 5
-    epochs: int = 32
-    patience: int = 7
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    schedule: str = "constant"
-    standardize: bool = False
-    lookahead_data: str = "heldout"
-    splits: Path | None = None
-    width: int = 384
-    layers: int = 2
-    max_tiles: int | None = None
-    precision: str = "float32"
-    cache_gb: float = 4.0
-    reference_protocol: bool = False
-    note: str = ""
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least = {"folds": 2, "epochs": 1, "patience": 1, "layers": 1, "seed": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"`{name}` must be at least {low}, but got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise UserError(f"`learning-rate` must be above 0, but got {self.learning_rate}.")
-        if not self.weight_decay >= 0:
-            raise UserError(f"`weight-decay` must be at least 0, but got {self.weight_decay}.")
-        if self.width < 1 or self.width % HEADS:
-            raise UserError(
-                f"`width` must be a multiple of {HEADS}, the attention heads, but got {self.width}."
-            )
-        if self.max_tiles is not None and self.max_tiles < 1:
-            raise UserError(f"`max-tiles` must be at least 1, but got {self.max_tiles}.")
-        if not self.cache_gb >= 0:
-            raise UserError(f"`cache-gb` must be at least 0, but got {self.cache_gb}.")
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("lookahead-data", self.lookahead_data, LOOKAHEAD_SOURCES)
-        _one_of("schedule", self.schedule, SCHEDULES)
+    out: Annotated[Path, Option("The run folder; a stopped run is taken up again.")]
+    balancer: Annotated[
+        str,
+        Option("baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."),
+    ] = "naive"
+    folds: Folds = 5
+    epochs: Annotated[int, Option("Most epochs per fold.", min=1, source="32: the paper")] = 32
+    patience: Annotated[
+        int,
+        Option(
+            "Epochs without a lower validation loss before a fold stops.",
+            min=1,
+            source="7: the paper; the loss is that of the primary target",
+        ),
+    ] = 7
+    learning_rate: Annotated[
+        float, Option("Of AdamW.", rule=above(0), source="1e-4: the paper")
+    ] = 1e-4
+    weight_decay: Annotated[
+        float,
+        Option(
+            "Of AdamW.",
+            rule=at_least(0),
+            source="0.01: PyTorch's default, which the paper's code uses",
+        ),
+    ] = 0.01
+    schedule: Annotated[
+        str,
+        Option(
+            "constant, cosine (per epoch) or cosine-per-step.",
+            choices=("constant", "cosine", "cosine-per-step"),
+            source="The paper says nothing. The last one swings between the learning rate and 0 "
+            "every `epochs` steps, as the paper's code does for several targets.",
+        ),
+    ] = "constant"
+    standardize: Annotated[
+        bool,
+        Option(
+            "Scale tile features by mean and sd of the training part.",
+            source="The paper does not; features of random weights, which hardly vary around a "
+            "large mean, need it.",
+        ),
+    ] = False
+    lookahead_data: Annotated[
+        str,
+        Option(
+            "Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train.",
+            choices=("heldout", "train"),
+            source="The held-out tenth is not trained on; `train` is as in the authors' code.",
+        ),
+    ] = "heldout"
+    splits: Annotated[
+        Path | None, Option("splits.json of another run, to compare on equal folds.")
+    ] = None
+    width: Annotated[
+        int,
+        Option(
+            f"Of the Transformer, a multiple of its {HEADS} attention heads.",
+            min=1,
+            rule=_whole_heads,
+            source="384: the paper",
+        ),
+    ] = 384
+    layers: Annotated[
+        int, Option("Of its encoder, and of its decoder.", min=1, source="2: the paper")
+    ] = 2
+    max_tiles: Annotated[
+        int | None,
+        Option(
+            "Most tiles per patient and step, drawn anew in every epoch.",
+            min=1,
+            source="All: the paper. Validation and test always see all.",
+        ),
+    ] = None
+    precision: Annotated[
+        str,
+        Option(
+            "float32; on a GPU also tf32 or bfloat16 (autocast).",
+            choices=("float32", "tf32", "bfloat16"),
+            source="tf32 has 10 bits of mantissa in matrix products, bfloat16 has 7.",
+        ),
+    ] = "float32"
+    cache_gb: Annotated[
+        float,
+        Option(
+            "Memory for tiles, in GB.",
+            min=0,
+            source="What does not fit is read again, ahead of its use.",
+        ),
+    ] = 4.0
+    reference_protocol: Annotated[
+        bool,
+        Option(
+            "Splits, complete cases, schedule and patience of the paper's published code.",
+            source="See `with_reference_protocol`.",
+        ),
+    ] = False
+    note: Annotated[str, Option("A sentence for figures and report.")] = ""
+    seed: Seed = 0
+    device: Device = "auto"
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings as plain values that TOML can hold, with absolute paths."""
@@ -131,7 +155,7 @@ def with_reference_protocol(config: CrossvalConfig) -> CrossvalConfig:
         config,
         complete_cases=True,
         patience=8,
-        schedule="constant" if config.balancer == "baseline" else "cosine-per-step",
+        schedule="constant" if config.balancer == BASELINE else "cosine-per-step",
         lookahead_data="train",
     )
 
@@ -146,10 +170,3 @@ def settings_that_differ(config: CrossvalConfig, stored: Mapping[str, Any]) -> l
     names = [f.name for f in fields(CrossvalConfig) if f.name not in _FREE_ON_RESUME]
     pairs = ((name, stored.get(name), now.get(name)) for name in names)
     return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(
-            f"`{name}` must be one of {listing(known)}, but got {value!r}.{nearest(value, known)}"
-        )

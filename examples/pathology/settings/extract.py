@@ -1,103 +1,124 @@
-"""Settings of an extraction."""
+"""Settings of an extraction: which slides, what is a tile, and which network."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from examples.pathology.common.errors import UserError
-
-PRECISIONS = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class TileRules:
-    """What a tile is and which tiles are kept.
-
-    Attributes:
-        tile_size_um: Edge of a tile on the slide in um; 256 as in STAMP.
-        tile_size_px: Edge of a tile in pixels; 224 as CTransPath wants.
-        brightness_cutoff: Tiles at least this bright on average (0 to 255) are glass.
-        canny_low: Lower threshold of Canny's edge detector.
-        canny_high: Upper threshold of Canny's edge detector.
-        min_edge_share: Tiles with a smaller share of edge pixels are dropped.
-        max_dark_share: Slides with a larger share of dark pixels are taken for fluorescence.
-    """
-
-    tile_size_um: float = 256.0
-    tile_size_px: int = 224
-    brightness_cutoff: float = 240.0
-    canny_low: float = 40.0
-    canny_high: float = 100.0
-    min_edge_share: float = 0.02
-    max_dark_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("tile_size_um", 1, 10_000),
-            ("tile_size_px", 1, 10_000),
-            ("brightness_cutoff", 0, 256),
-            ("canny_low", 0, 10_000),
-            ("canny_high", 0, 10_000),
-            ("min_edge_share", 0, 1),
-            ("max_dark_share", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"`{name}` must be between {low} and {high}, but got {value}.")
-
+from examples.pathology.settings.cohort import FilenameColumn, MppTable, Seed
+from examples.pathology.settings.option import Nested, Option, Settings, between
 
 LAYOUTS = ("stamp-v2", "stamp-v1")
 """Layouts of feature files that can be written."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that is the same for all slides of a run, before any network is built.
+class TileRules(Settings):
+    """What a tile is and which tiles are kept.
 
-    Attributes:
-        out: Output folder.
-        rules: What a tile is.
-        extractor: Name of the network, as `make_extractor` takes it.
-        weights: Its weights file; None for random weights.
-        seed: Seed of random weights.
-        precision: ``float32`` or ``bfloat16``.
-        batch_size: Tiles per call of the network.
-        workers: Threads that read, in each process; None: what suits the device.
-        layout: Layout of the feature files.
-        table_mpp: Microns per pixel by stem of the slide, from the slide table.
-        default_mpp: What to assume for slides that do not say.
+    Args:
+        tile_size_um: Edge of a tile on the slide in um; 256 as in STAMP.
+        tile_size_px: Edge of a tile in pixels; 224 as CTransPath wants.
+    """
+
+    tile_size_um: float = 256.0
+    tile_size_px: int = 224
+    brightness_cutoff: Annotated[
+        float,
+        Option("Tiles at least this bright on average (0 to 255) are glass.", rule=between(0, 256)),
+    ] = 240.0
+    min_edge_share: Annotated[
+        float,
+        Option("Tiles with a smaller share of edge pixels are background.", rule=between(0, 1)),
+    ] = 0.02
+    canny_low: Annotated[
+        float, Option("Lower threshold of the edges.", rule=between(0, 10_000), source="STAMP")
+    ] = 40.0
+    canny_high: Annotated[
+        float, Option("Upper threshold of the edges.", rule=between(0, 10_000), source="STAMP")
+    ] = 100.0
+    max_dark_share: Annotated[
+        float,
+        Option("Slides with a larger share of dark pixels are fluorescence.", rule=between(0, 1)),
+    ] = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tile_size_um", "tile_size_px"):
+            Option("", min=1, max=10_000).check(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class ExtractConfig(Settings):
+    """Which slides become feature files, and how.
+
+    Args:
         show_tiles: Whether a slide that takes long gets a progress bar of its own.
     """
 
-    out: Path
-    rules: TileRules
-    extractor: str
-    weights: Path | None
-    seed: int
-    precision: str
-    batch_size: int
-    workers: int | None
-    layout: str
-    table_mpp: dict[str, float] = field(hash=False)
-    default_mpp: float | None
+    slides: Annotated[Path, Option("Folder of slides, searched with its sub-folders.")]
+    out: Annotated[Path, Option("Where the feature files go.")]
+    _: KW_ONLY
+    weights: Annotated[
+        Path | None,
+        Option("ctranspath.pth; without it, seeded RANDOM weights that carry no biology."),
+    ] = None
+    extractor: Annotated[str, Option("ctranspath, or timm:NAME for one of timm's models.")] = (
+        "ctranspath"
+    )
+    slide_table: MppTable = None
+    filename_column: FilenameColumn = "FILENAME"
+    default_mpp: Annotated[
+        float | None, Option("um per pixel of slides that do not tell theirs.")
+    ] = None
+    workers: Annotated[
+        int | None,
+        Option(
+            "Threads that read tiles, in each process; default: 2 on a CPU, with a GPU one per "
+            "core.",
+            min=1,
+            source="16 at most, shared out among the processes",
+        ),
+    ] = None
+    processes: Annotated[
+        int | None, Option("That share the slides; default: one per device.", min=1)
+    ] = None
+    scheduler: Annotated[
+        str | None,
+        Option(
+            "Of Dask, whose workers share the slides instead.",
+            metavar="tcp://HOST:PORT",
+            source="They read and write the same folders under the same paths.",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int, Option("Tiles per forward pass.", min=1, source="At most 8 are used on a CPU.")
+    ] = 64
+    rules: Annotated[TileRules, Nested()] = field(default_factory=TileRules)
+    precision: Annotated[
+        str,
+        Option(
+            "float32, or bfloat16: faster on a GPU, features differ by 0.03.",
+            choices=("float32", "bfloat16"),
+        ),
+    ] = "float32"
+    layout: Annotated[
+        str,
+        Option("Of the feature files: stamp-v2, or stamp-v1 for its old readers.", choices=LAYOUTS),
+    ] = "stamp-v2"
+    max_failures: Annotated[
+        int | None, Option("End the run when more slides than this have failed.", min=0)
+    ] = None
+    seed: Seed = 0
+    device: Annotated[
+        str, Option("auto, cpu, cuda or cuda:N; several with commas share the slides.")
+    ] = "auto"
     show_tiles: bool = True
 
-    def __post_init__(self) -> None:
-        check_settings(self.precision, self.batch_size)
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"`workers` must be at least 1, but got {self.workers}.")
-        if self.layout not in LAYOUTS:
-            raise UserError(
-                f"`layout` must be one of {', '.join(LAYOUTS)}, but got {self.layout!r}."
-            )
 
+@dataclass(frozen=True)
+class VerifyWeightsConfig(Settings):
+    """Which file to look at."""
 
-def check_settings(precision: str, batch_size: int) -> None:
-    """Raise a `UserError` for an unknown precision or a batch size below 1."""
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"`precision` must be one of {', '.join(PRECISIONS)}, but got {precision!r}."
-        )
-    if batch_size < 1:
-        raise UserError(f"`batch_size` must be at least 1, but got {batch_size}.")
+    weights: Annotated[Path, Option("A CTransPath checkpoint.")]

@@ -38,12 +38,14 @@ class SlideFile:
         name: Its path relative to the input folder, for messages and the ledger.
         stem: Path of its outputs relative to the output folder, without suffix.
         problem: Why it cannot be a slide; None if it may be one.
+        table_mpp: Its microns per pixel according to the slide table, if any.
     """
 
     path: Path
     name: str
     stem: str
     problem: str | None = None
+    table_mpp: float | None = None
 
 
 def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:

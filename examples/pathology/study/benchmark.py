@@ -15,14 +15,14 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from examples.pathology.common.devices import resolve_device
-from examples.pathology.common.errors import RunError, UserError, listing
+from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.common.files import table_csv, write_text
 from examples.pathology.common.folders import sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
@@ -35,8 +35,11 @@ from examples.pathology.runs.crossval import (
     make_plan,
     run_fold,
 )
-from examples.pathology.runs.deploy import DeployConfig, deploy_settings, run_deploy
-from examples.pathology.settings.crossval import CrossvalConfig, with_reference_protocol
+from examples.pathology.runs.deploy import deploy_settings, run_deploy
+from examples.pathology.settings.benchmark import BenchmarkConfig
+from examples.pathology.settings.cohort import Sources
+from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.study.folder import (
     EXTERNAL,
     LEDGER,
@@ -44,147 +47,16 @@ from examples.pathology.study.folder import (
     SETTINGS,
     JobRow,
     read_study,
-    refuse_clashes,
     run_folder,
 )
 from examples.pathology.study.report import write_study_report
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.fold import BASELINE, needs_lookahead
-from mtbalance import PAPER_COMBINATIONS
 
 logger = logging.getLogger(__name__)
 
-METHODS = (BASELINE, *PAPER_COMBINATIONS)
 SPLITS = "splits.json"
-Settings = TypeVar("Settings", "CrossvalConfig", "ExternalCohort")
-
-
-@dataclass(frozen=True)
-class ExternalCohort:
-    """The tables and features of a cohort to deploy every run on.
-
-    Args:
-        clini: Clinical table; columns of targets may be missing.
-        slide_table: Table of patient and file name.
-        features: Folder of feature files.
-    """
-
-    clini: Path
-    slide_table: Path
-    features: Path
-
-
-def external_cohort(
-    clini: Path | None, slide_table: Path | None, features: Path | None
-) -> ExternalCohort | None:
-    """Return the external cohort if it is named, and in full.
-
-    Raises:
-        UserError: A part of it is missing.
-    """
-    if clini is None and slide_table is None and features is None:
-        return None
-    if clini is None or slide_table is None or features is None:
-        raise UserError(
-            "`external-clini`, `external-slide-table` and `external-features` must be given "
-            "together, but one of them is missing."
-        )
-    return ExternalCohort(clini, slide_table, features)
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """What to compare, and where to compute it.
-
-    Args:
-        crossval: What all runs have in common: tables, features, target, folds, epochs, seed, ...;
-            its `out` is the folder of the benchmark, its `device` may name several for workers to
-            share (``cuda:0,cuda:1``), its `cache_gb` is for each worker, and its `auxiliary`,
-            `kind` and `balancer` are not used.
-        auxiliary: Auxiliary targets, each combined with the primary one on its own, as in the
-            paper; at least one.
-        kind: ``NAME=classification`` or ``NAME=regression``, as in `config.CohortConfig`, for
-            targets whose values do not tell.
-        methods: ``baseline`` and names that ``mtbalance`` knows.
-        external: A cohort to deploy every run on.
-        workers: Worker processes on this machine; ``None``: one per GPU, or as many as the cores
-            allow.
-        scheduler: Address of a running Dask scheduler to use instead, ``tcp://host:port``.
-        threads: Threads of PyTorch in each job; sums in floating point depend on it, so that runs
-            with another number are not equal bit for bit.
-        max_failures: End when more jobs than this have failed; ``None``: never.
-        command: What was typed, for the report.
-    """
-
-    crossval: CrossvalConfig
-    auxiliary: tuple[str, ...]
-    kind: tuple[str, ...] = ()
-    methods: tuple[str, ...] = METHODS
-    external: ExternalCohort | None = None
-    workers: int | None = None
-    scheduler: str | None = None
-    threads: int = 1
-    max_failures: int | None = None
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.auxiliary:
-            raise UserError("`auxiliary` must name at least one target, but names none.")
-        if self.workers is not None and self.scheduler is not None:
-            raise UserError(
-                "`workers` and `scheduler` must not be given together: a scheduler has its own "
-                "workers."
-            )
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"`workers` must be at least 1, but got {self.workers}.")
-        for name, values in (("auxiliary", self.auxiliary), ("methods", self.methods)):
-            twice = sorted({value for value in values if values.count(value) > 1})
-            if twice:
-                raise UserError(f"`{name}` must name each once, but got {listing(twice)} twice.")
-        if not self.methods:
-            raise UserError("`methods` must name at least one method, but names none.")
-        refuse_clashes(self.auxiliary)
-        # What each run is told is told here: a wrong kind is refused before anything is read.
-        replace(self.crossval, auxiliary=self.auxiliary, kind=self.kind)
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """The devices that local workers share; empty for all GPUs, or for those of a scheduler."""
-        names = tuple(name.strip() for name in self.crossval.device.split(","))
-        return () if names == ("auto",) or self.scheduler is not None else names
-
-    @property
-    def job_device(self) -> str:
-        """The device as a job names it: a worker sees the one that is its own."""
-        return "cuda" if self.crossval.device.startswith("cuda") else self.crossval.device
-
-    @property
-    def own_baseline(self) -> bool:
-        """Whether each auxiliary target has patients, splits and a baseline of its own."""
-        return with_reference_protocol(self.crossval).complete_cases
-
-    def kind_of(self, *targets: str) -> tuple[str, ...]:
-        """Return what `kind` says of some targets."""
-        return tuple(text for text in self.kind if text.rpartition("=")[0] in targets)
-
-    def resolved(self) -> dict[str, Any]:
-        """Return the settings as plain values that TOML can hold."""
-        common = with_reference_protocol(self.crossval).resolved()
-        # The schedule of the reference protocol differs between baseline and the others.
-        for name in ("balancer", "schedule"):
-            del common[name]
-        values = {
-            **common,
-            "schedule": self.crossval.schedule,
-            "auxiliary": list(self.auxiliary),
-            "kind": list(self.kind),
-            "methods": list(self.methods),
-            "threads": self.threads,
-        }
-        if self.external is not None:
-            for field in fields(self.external):
-                values[f"external_{field.name}"] = str(getattr(self.external, field.name).resolve())
-        return values
+Located = TypeVar("Located", CrossvalConfig, Sources)
 
 
 def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
@@ -206,7 +78,7 @@ def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
     for method in config.methods:  # a wrong name is told before tables are read
         needs_lookahead(method, [config.crossval.target, *config.auxiliary[:1]])
     if config.external is not None:
-        for path in vars(config.external).values():
+        for path in (config.external.clini, config.external.slide_table, config.external.features):
             if not path.exists():
                 raise UserError(f"The external cohort must be there, but {path} does not exist.")
     with sole_writer(out):
@@ -304,7 +176,7 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
     return plans
 
 
-def absolute(settings: Settings) -> Settings:
+def absolute(settings: Located) -> Located:
     """Return settings whose paths mean the same in a process that works in another folder."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     paths: dict[str, Any] = {k: v.resolve() for k, v in values.items() if isinstance(v, Path)}
@@ -331,8 +203,8 @@ def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
                 external.slide_table,
                 external.features,
                 out / EXTERNAL / place,
-                patient_column=plan.config.patient_column,
-                filename_column=plan.config.filename_column,
+                patient_column=external.patient_column,
+                filename_column=external.filename_column,
                 seed=plan.config.seed,
                 device=plan.config.device,
             )

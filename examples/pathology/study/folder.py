@@ -11,18 +11,18 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from examples.pathology.common.errors import UserError, listing
+from examples.pathology.common.errors import UserError
 from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_predictions
 from examples.pathology.results.runs import Run, read_run
+from examples.pathology.settings.benchmark import folder_name
 from examples.pathology.training.fold import BASELINE
 
 SETTINGS = "study.toml"  # a folder that has it belongs to a benchmark
@@ -107,26 +107,6 @@ class Study:
     def deployed(self) -> bool:
         """Whether there is an external cohort."""
         return any(panel.deployed for panel in self.panels)
-
-
-def folder_name(auxiliary: str) -> str:
-    """Return the name of an auxiliary target as a folder."""
-    return re.sub(r"[^\w.+-]+", "-", auxiliary.casefold()).strip("-.") or "auxiliary"
-
-
-def refuse_clashes(auxiliary: Sequence[str]) -> None:
-    """Raise if two auxiliary targets would have one folder.
-
-    Raises:
-        UserError: They do.
-    """
-    names = [folder_name(name) for name in auxiliary]
-    clashing = [name for name in auxiliary if names.count(folder_name(name)) > 1]
-    if clashing or BASELINE in names:
-        raise UserError(
-            "Every auxiliary target must have a folder of its own, but "
-            f"{listing(clashing or [BASELINE])} would not. Rename a column of the clinical table."
-        )
 
 
 def run_folder(auxiliary: str, method: str, *, own_baseline: bool) -> Path:

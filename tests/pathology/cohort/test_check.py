@@ -3,8 +3,9 @@ import csv
 import numpy as np
 import pytest
 
-from examples.pathology.cohort.check import CheckConfig, run_check
+from examples.pathology.cohort.check import run_check
 from examples.pathology.common.errors import UserError
+from examples.pathology.settings.cohort import CheckConfig
 from examples.pathology.tables.matching import near_matches
 from tests.pathology.tiny import make_tables, write_bag, write_table
 

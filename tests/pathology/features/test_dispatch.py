@@ -17,9 +17,8 @@ from torch import nn
 from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import LoadedExtractor
 from examples.pathology.features import dispatch, extraction
-from examples.pathology.features.extract import extract
 from examples.pathology.slides.slide import SlideFile
-from tests.pathology.slide_helpers import save_slide
+from tests.pathology.slide_helpers import extract, save_slide
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,7 +70,6 @@ import sys, time
 from pathlib import Path
 from examples.pathology.features import extraction
 from examples.pathology.features import files as features
-from examples.pathology.features.extract import extract
 from tests.pathology.features import test_dispatch
 
 place, slides, out, mark = sys.argv[1], *map(Path, sys.argv[2:])

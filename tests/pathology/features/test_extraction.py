@@ -13,11 +13,10 @@ from torch import nn
 from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import LoadedExtractor
 from examples.pathology.features import extraction
-from examples.pathology.features.extract import extract
 from examples.pathology.features.files import read_features
 from examples.pathology.settings.extract import TileRules
 from examples.pathology.slides import slide as slides
-from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain, save_slide
+from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, extract, plain, save_slide
 
 
 class Colours(nn.Module):
@@ -194,7 +193,7 @@ def test_finished_slides_are_left_alone(tmp_path, network):
         ({"extractor": "other"}, "extractor ctranspath-random-seed0 -> other-random-seed0"),
         ({"precision": "bfloat16"}, "precision float32 -> bfloat16"),
         ({"layout": "stamp-v1"}, "layout stamp-v2 -> stamp-v1"),
-        ({"tile_rules": TileRules(min_edge_share=0.01)}, "min_edge_share 0.02 -> 0.01"),
+        ({"rules": TileRules(min_edge_share=0.01)}, "min_edge_share 0.02 -> 0.01"),
         ({"slide_table": "mpp.csv"}, "slide_mpp_x 0.5 -> 0.48"),
     ],
 )
@@ -326,7 +325,7 @@ def test_broken_slide_tables_are_wrong_use(text, words, tmp_path, network):
     ("options", "words"),
     [
         ({"workers": 0}, "`workers` must be at least 1, but got 0"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"batch_size": 0}, "`batch-size` must be at least 1"),
         ({"precision": "half"}, "`precision` must be one of float32, bfloat16, but got 'half'"),
         ({"layout": "v3"}, "`layout` must be one of stamp-v2, stamp-v1, but got 'v3'"),
         ({"device": "cpu,abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),

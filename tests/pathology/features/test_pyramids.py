@@ -8,9 +8,8 @@ import torch
 
 from examples.pathology.extractors.extractor import LoadedExtractor
 from examples.pathology.features import extraction
-from examples.pathology.features.extract import extract
 from examples.pathology.features.files import read_features
-from tests.pathology.slide_helpers import SHARED, tissue
+from tests.pathology.slide_helpers import SHARED, extract, tissue
 
 MPP = 0.499
 OME = (

@@ -11,8 +11,9 @@ import torch
 from examples.pathology.common.errors import UserError
 from examples.pathology.results.folds import read_model
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.runs.deploy import DeployConfig, run_deploy
+from examples.pathology.runs.deploy import run_deploy
 from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
 from tests.pathology.killing import small_models
 from tests.pathology.tiny import make_tables, write_bag, write_table

@@ -10,8 +10,9 @@ from examples.pathology.features.files import write_features
 from examples.pathology.figures import heatmap as heatmap_plots
 from examples.pathology.results.folds import read_model
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.runs.heatmap import HeatmapConfig, run_heatmap
+from examples.pathology.runs.heatmap import run_heatmap
 from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.simulation.slides import MPP, write_pyramid
 from examples.pathology.slides import slide as slides
 from examples.pathology.training.tile_values import tile_values

@@ -14,8 +14,9 @@ from examples.pathology.figures.run import draw_figures
 from examples.pathology.report.report import write_report
 from examples.pathology.results.folds import read_fold, read_model
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.runs.deploy import DeployConfig, run_deploy
+from examples.pathology.runs.deploy import run_deploy
 from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.tile_values import tile_values
 from tests.pathology.killing import small_models

@@ -13,14 +13,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from examples.pathology.cli import main
-from examples.pathology.cohort.check import CheckConfig, run_check
+from examples.pathology.cohort.check import run_check
 from examples.pathology.cohort.cohort import load_cohort
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import read_features
 from examples.pathology.figures.run import caption_of
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.settings.cohort import CohortConfig
+from examples.pathology.settings.cohort import CheckConfig, CohortConfig
 from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import SIGNATURES, TISSUES

@@ -95,9 +95,9 @@ def test_thresholds_are_configurable():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"min_edge_share": 1.5}, r"`min_edge_share` must be between 0 and 1, but got 1\.5"),
+        ({"min_edge_share": 1.5}, r"`min-edge-share` must be between 0 and 1, but got 1\.5"),
         ({"tile_size_um": 0.0}, "`tile_size_um` must be between 1 and 10000"),
-        ({"brightness_cutoff": float("nan")}, "`brightness_cutoff` must be between 0 and 256"),
+        ({"brightness_cutoff": float("nan")}, "`brightness-cutoff` must be between 0 and 256"),
     ],
 )
 def test_impossible_rules_are_refused(options, words):

@@ -16,12 +16,15 @@ from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.engine import cluster
 from examples.pathology.runs.crossval import run_crossval, run_fold
-from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.benchmark import METHODS as ALL_METHODS
+from examples.pathology.settings.benchmark import BenchmarkConfig
+from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 from examples.pathology.study import benchmark
-from examples.pathology.study.benchmark import BenchmarkConfig, ExternalCohort, run_benchmark
+from examples.pathology.study.benchmark import run_benchmark
 from examples.pathology.study.folder import read_jobs, read_study
 from examples.pathology.training import fold as training
 from examples.pathology.training.bags import BagStore
+from mtbalance import PAPER_COMBINATIONS
 from tests.pathology.tiny import make_tables
 
 METHODS = ("baseline", "naive", "uncert+graddrop")
@@ -60,7 +63,15 @@ def config_of(tables, out, **changes) -> BenchmarkConfig:
         },
     )
     values = {"auxiliary": ("LF", "Prolif/A"), "methods": METHODS, "workers": 2, **changes}
-    return BenchmarkConfig(common, **values)
+    return BenchmarkConfig(crossval=common, **values)
+
+
+def external_of(clini, slide_table, features):
+    return {
+        "external_clini": clini,
+        "external_slide_table": slide_table,
+        "external_features": features,
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,8 +85,8 @@ def workers():
 @pytest.fixture(scope="module")
 def study(tables, other, tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "all"
-    external = ExternalCohort(other.clini, other.slides, other.features)
-    config = config_of(tables, out, external=external)
+    external = external_of(other.clini, other.slides, other.features)
+    config = config_of(tables, out, **external)
     page, missing = run_benchmark(config)
     assert missing == 0
     assert page == out / "report/index.html"
@@ -159,8 +170,8 @@ def test_other_external_tables_are_deployed_on_anew(study, tables):
     out = study.crossval.out
     kept = results(out)
     before = results(out, "external")
-    here = ExternalCohort(tables.clini, tables.slides, tables.features)
-    assert run_benchmark(replace(study, external=here))[1] == 0
+    here = external_of(tables.clini, tables.slides, tables.features)
+    assert run_benchmark(replace(study, **here))[1] == 0
     assert results(out) == kept
     assert not set(before.values()) & set(results(out, "external").values())
 
@@ -297,10 +308,14 @@ def test_wrong_names_are_told_before_a_worker_starts(tables, tmp_path, changes, 
     assert words in str(caught.value)
 
 
-def test_an_external_cohort_is_named_in_full(tmp_path):
-    assert benchmark.external_cohort(None, None, None) is None
+def test_an_external_cohort_is_named_in_full(tables, tmp_path):
+    assert config_of(tables, tmp_path / "study").external is None
     with pytest.raises(UserError, match="must be given together"):
-        benchmark.external_cohort(tmp_path, None, tmp_path)
+        config_of(tables, tmp_path / "study", **external_of(tmp_path, None, tmp_path))
+
+
+def test_all_methods_are_those_of_the_paper():
+    assert (BASELINE, *PAPER_COMBINATIONS) == ALL_METHODS
 
 
 def test_devices_are_shared_out_and_jobs_see_their_own(tables, tmp_path):
@@ -325,9 +340,7 @@ def test_paths_reach_the_workers_whole(study, monkeypatch):
             out=Path(out.name),
             **{name: Path(os.path.relpath(getattr(study.crossval, name))) for name in names},
         ),
-        external=ExternalCohort(
-            *(Path(os.path.relpath(getattr(study.external, name))) for name in names)
-        ),
+        **external_of(*(Path(os.path.relpath(getattr(study.external, name))) for name in names)),
     )
     plans = benchmark.make_plans(config)
     for job in benchmark.make_jobs(config, plans):

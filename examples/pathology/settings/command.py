@@ -1,0 +1,133 @@
+"""Settings classes to commands: options from their fields, defaults from a TOML file, one call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from examples.pathology.common.logs import set_up_logging
+from examples.pathology.common.toml import read_section
+from examples.pathology.settings.option import (
+    Made,
+    Option,
+    OptionField,
+    options_of,
+    settings_from,
+)
+
+UNUSED = "Accepted as everywhere; not used."
+EVERYWHERE = (
+    OptionField("seed", int, Option(UNUSED, min=0), 0),
+    OptionField("device", str, Option(UNUSED), "auto"),
+)
+"""What every command takes, whether it needs it or not."""
+
+
+def command(app: typer.Typer, settings: type[Made], name: str | None = None) -> Callable[..., Any]:
+    """Return a decorator that makes a command of a function of settings.
+
+    Args:
+        app: Where the command is added.
+        settings: The class whose options the command takes, besides those of all commands.
+        name: How it is called, if not as the function.
+    """
+
+    def decorate(run: Callable[[Made], None]) -> Callable[[Made], None]:
+        def called(**values: Any) -> None:
+            run(settings_from(settings, values))
+
+        own = options_of(settings)
+        names = {each.name for each in own}
+        taken = [*own, *(each for each in EVERYWHERE if each.name not in names)]
+        ordered = sorted(taken, key=_place)
+        parameters = [_parameter(each) for each in ordered]
+        called.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
+        called.__doc__ = run.__doc__
+        app.command(name or run.__name__)(called)
+        return run
+
+    return decorate
+
+
+def _place(each: OptionField) -> int:
+    """Return where an option stands in the help: what is needed first, what all have last."""
+    if each.default is MISSING:
+        return 0
+    return 1 + ["seed", "device"].index(each.name) + 1 if each.name in ("seed", "device") else 1
+
+
+def _parameter(each: OptionField) -> inspect.Parameter:
+    """Return a field as the parameter of a function that typer reads."""
+    about, several = each.about, each.several
+    numbers = each.type in (int, float)
+    option = typer.Option(
+        *_flags(each),
+        help=about.help,
+        metavar=about.metavar,
+        min=about.min if numbers else None,
+        max=about.max if numbers else None,
+    )
+    kind: Any = list[each.type] if several else each.type  # type: ignore[name-defined]
+    default = each.default
+    if default is MISSING:
+        default = inspect.Parameter.empty
+    elif several or default is None:
+        kind, default = kind | None, None
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(
+        each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _flags(each: OptionField) -> list[str]:
+    """Return how an option is typed, where typer would not guess it: a switch has no opposite."""
+    return [f"--{each.typed}"] if each.about.flag or each.type is bool else []
+
+
+def _use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a section of a TOML file supply the defaults of this command's options."""
+    if path is None:
+        return None
+    section = str(context.info_name)
+    parents = context.parent.command if context.parent else context.command
+    sections = [*getattr(parents, "commands", {section: None}), "provenance"]
+    own = {"config", "help"}
+    known = [str(p.name) for p in context.command.params if p.name not in own]
+    values = read_section(path, section, known, sections)
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _quiet_or_not(verbose: bool) -> bool:
+    set_up_logging(verbose=verbose)
+    return verbose
+
+
+_CONFIG = typer.Option(
+    "--config",
+    metavar="FILE.toml",
+    help="Defaults for these options, from the section named like the command; the command line "
+    "wins.",
+    is_eager=True,
+    callback=_use_config,
+)
+_VERBOSE = typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)
+_COMMON = [
+    inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[Path | None, _CONFIG],
+    ),
+    inspect.Parameter(
+        "verbose",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, _VERBOSE],
+    ),
+]
