@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from examples.pathology.common.errors import UserError, listing
-from examples.pathology.settings.cohort import Kinds, Sources
+from examples.pathology.settings.cohort import Sources, kind_option
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig, with_reference_protocol
-from examples.pathology.settings.option import Nested, Option, Settings
+from examples.pathology.settings.option import Settings, needed, nested, option
 
 _ALL = ("naive", "uncert", "dwa", "autol", "graddrop", "pcgrad", "cagrad")
 METHODS = (
@@ -53,48 +53,32 @@ class BenchmarkConfig(Settings):
         command: What was typed, for the report.
     """
 
-    auxiliary: Annotated[
-        tuple[str, ...],
-        Option("Auxiliary target, joined with the primary one on its own; several."),
-    ]
+    auxiliary: tuple[str, ...] = needed(
+        "Auxiliary target, joined with the primary one on its own; several."
+    )
     _: KW_ONLY
-    methods: Annotated[
-        tuple[str, ...],
-        Option(
-            "baseline or a balancer; several; default: baseline and all 16.",
-            flag="--method",
-        ),
-    ] = METHODS
-    workers: Annotated[
-        int | None,
-        Option("Processes to start; default: one per GPU, or one per core.", min=1),
-    ] = None
-    scheduler: Annotated[
-        str | None,
-        Option("A running Dask scheduler to use instead.", metavar="tcp://HOST:PORT"),
-    ] = None
-    threads: Annotated[
-        int, Option("Of PyTorch in each job; the last digits depend on it.", min=1)
-    ] = 1
-    external_clini: Annotated[
-        Path | None, Option("Clinical table of a cohort to deploy every run on.")
-    ] = None
-    external_slide_table: Annotated[Path | None, Option("Its slide table.")] = None
-    external_features: Annotated[Path | None, Option("Its feature files.")] = None
-    max_failures: Annotated[
-        int | None, Option("End when more jobs than this have failed.", min=0)
-    ] = None
-    kind: Kinds = ()
-    crossval: Annotated[
-        CrossvalConfig,
-        Nested(
-            without=("balancer",),
-            help={
-                "out": "Its folder; a stopped benchmark is taken up again.",
-                "device": "auto, cpu or cuda; several (cuda:0,cuda:1) share the jobs.",
-            },
-        ),
-    ]
+    methods: tuple[str, ...] = option(
+        METHODS, "baseline or a balancer; several; default: baseline and all 16.", flag="--method"
+    )
+    workers: int | None = option(
+        None, "Processes to start; default: one per GPU, or one per core.", min=1
+    )
+    scheduler: str | None = option(
+        None, "A running Dask scheduler to use instead.", metavar="tcp://HOST:PORT"
+    )
+    threads: int = option(1, "Of PyTorch in each job; the last digits depend on it.", min=1)
+    external_clini: Path | None = option(None, "Clinical table of a cohort to deploy every run on.")
+    external_slide_table: Path | None = option(None, "Its slide table.")
+    external_features: Path | None = option(None, "Its feature files.")
+    max_failures: int | None = option(None, "End when more jobs than this have failed.", min=0)
+    kind: tuple[str, ...] = kind_option()
+    crossval: CrossvalConfig = nested(
+        without=("balancer",),
+        help={
+            "out": "Its folder; a stopped benchmark is taken up again.",
+            "device": "auto, cpu or cuda; several (cuda:0,cuda:1) share the jobs.",
+        },
+    )
     command: str = ""
 
     def __post_init__(self) -> None:

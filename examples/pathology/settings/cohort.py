@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
 from examples.pathology.common.errors import UserError, listing, nearest
-from examples.pathology.settings.option import Option, Settings, finite
+from examples.pathology.settings.option import Settings, finite, needed, option
 
 Kind = Literal["classification", "regression"]
 
 # What several commands take alike.
-Seed = Annotated[int, Option("Of everything random.", min=0)]
-Device = Annotated[str, Option("auto, cpu, cuda or cuda:N.")]
-SlideTable = Annotated[Path, Option("Table of patient and file name.")]
-Features = Annotated[Path, Option("Folder of feature files (.h5).")]
-PatientColumn = Annotated[str, Option("Column of the patient in both tables.")]
-FilenameColumn = Annotated[str, Option("Column of the file name in the slide table.")]
-MppTable = Annotated[Path | None, Option("Table whose MPP column gives um per pixel by file name.")]
-Folds = Annotated[int, Option("Number of folds.", min=2, source="5: the paper")]
-Kinds = Annotated[
-    tuple[str, ...],
-    Option(
-        "What a target is, where its values do not tell; may be given several times.",
-        metavar="NAME=classification|regression",
-    ),
-]
+seed_option = partial(option, 0, "Of everything random.", min=0)
+device_option = partial(option, "auto", "auto, cpu, cuda or cuda:N.")
+slide_table_option = partial(needed, "Table of patient and file name.")
+features_option = partial(needed, "Folder of feature files (.h5).")
+patient_column_option = partial(option, "PATIENT", "Column of the patient in both tables.")
+filename_column_option = partial(option, "FILENAME", "Column of the file name in the slide table.")
+mpp_table_option = partial(option, None, "Table whose MPP column gives um per pixel by file name.")
+folds_option = partial(option, 5, "Number of folds.", min=2, source="5: the paper")
+kind_option = partial(
+    option,
+    (),
+    "What a target is, where its values do not tell; may be given several times.",
+    metavar="NAME=classification|regression",
+)
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,30 @@ class Sources:
 class CohortConfig(Settings):
     """What to join, and what of it to predict."""
 
-    clini: Annotated[Path, Option("Clinical table (.csv, .xlsx) with the patient and targets.")]
-    slide_table: SlideTable
-    features: Features
-    target: Annotated[
-        str,
-        Option("Column of the primary target; numbers of over 20 values are a regression."),
-    ]
+    clini: Path = needed("Clinical table (.csv, .xlsx) with the patient and targets.")
+    slide_table: Path = slide_table_option()
+    features: Path = features_option()
+    target: str = needed(
+        "Column of the primary target; numbers of over 20 values are a regression."
+    )
     _: KW_ONLY
-    auxiliary: Annotated[
-        tuple[str, ...],
-        Option(
-            "Column of a further target; may be given several times.",
-            source="Numbers of more than two different values make a regression.",
-        ),
-    ] = ()
-    kind: Kinds = ()
-    cutoff: Annotated[
-        float | None,
-        Option(
-            "Makes two classes of a numeric --target: from here on it is positive.", rule=finite
-        ),
-    ] = None
-    positive: Annotated[
-        str | None, Option("Class whose AUROC is reported; default: the rarer one.")
-    ] = None
-    complete_cases: Annotated[
-        bool,
-        Option(
-            "Leave out patients who lack a value of any target, as the paper does.",
-            source="Otherwise every value that is known is used.",
-        ),
-    ] = False
-    patient_column: PatientColumn = "PATIENT"
-    filename_column: FilenameColumn = "FILENAME"
+    auxiliary: tuple[str, ...] = option(
+        (),
+        "Column of a further target; may be given several times.",
+        source="Numbers of more than two different values make a regression.",
+    )
+    kind: tuple[str, ...] = kind_option()
+    cutoff: float | None = option(
+        None, "Makes two classes of a numeric --target: from here on it is positive.", rule=finite
+    )
+    positive: str | None = option(None, "Class whose AUROC is reported; default: the rarer one.")
+    complete_cases: bool = option(
+        False,
+        "Leave out patients who lack a value of any target, as the paper does.",
+        source="Otherwise every value that is known is used.",
+    )
+    patient_column: str = patient_column_option()
+    filename_column: str = filename_column_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +106,7 @@ class CohortConfig(Settings):
         """What `kind` says of the targets that it names.
 
         Raises:
-            UserError: It does not read ``NAME=KIND``, or names no target.
+            UserError: It does not read ``NAME=kind_option``, or names no target.
         """
         names = [self.target, *self.auxiliary]
         kinds: dict[str, Kind] = {}
@@ -137,6 +127,6 @@ class CohortConfig(Settings):
 class CheckConfig(CohortConfig):
     """What to check, for how many folds, and how much to say of it."""
 
-    folds: Folds = 5
-    limit: Annotated[int, Option("Most names that a list shows.", min=1)] = 20
-    seed: Seed = 0
+    folds: int = folds_option()
+    limit: int = option(20, "Most names that a list shows.", min=1)
+    seed: int = seed_option()

@@ -56,9 +56,7 @@ def command(app: typer.Typer, settings: type[Made], name: str | None = None) -> 
 
 def _place(each: OptionField) -> int:
     """Return where an option stands in the help: what is needed first, what all have last."""
-    if each.default is MISSING:
-        return 0
-    return 1 + ["seed", "device"].index(each.name) + 1 if each.name in ("seed", "device") else 1
+    return 0 if each.default is MISSING else {"seed": 2, "device": 3}.get(each.name, 1)
 
 
 def _parameter(each: OptionField) -> inspect.Parameter:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from examples.pathology.settings.cohort import CohortConfig, Device, Folds, Seed
-from examples.pathology.settings.option import Option, above, at_least
+from examples.pathology.settings.cohort import (
+    CohortConfig,
+    device_option,
+    folds_option,
+    seed_option,
+)
+from examples.pathology.settings.option import above, at_least, needed, option
 
 HEADS = 6  # of the Transformer: the paper
 BASELINE = "baseline"
@@ -24,106 +29,78 @@ def _whole_heads(width: int) -> str:
 class CrossvalConfig(CohortConfig):
     """Everything that decides what a cross-validation computes, and where."""
 
-    out: Annotated[Path, Option("The run folder; a stopped run is taken up again.")]
-    balancer: Annotated[
-        str,
-        Option("baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."),
-    ] = "naive"
-    folds: Folds = 5
-    epochs: Annotated[int, Option("Most epochs per fold.", min=1, source="32: the paper")] = 32
-    patience: Annotated[
-        int,
-        Option(
-            "Epochs without a lower validation loss before a fold stops.",
-            min=1,
-            source="7: the paper; the loss is that of the primary target",
-        ),
-    ] = 7
-    learning_rate: Annotated[
-        float, Option("Of AdamW.", rule=above(0), source="1e-4: the paper")
-    ] = 1e-4
-    weight_decay: Annotated[
-        float,
-        Option(
-            "Of AdamW.",
-            rule=at_least(0),
-            source="0.01: PyTorch's default, which the paper's code uses",
-        ),
-    ] = 0.01
-    schedule: Annotated[
-        str,
-        Option(
-            "constant, cosine (per epoch) or cosine-per-step.",
-            choices=("constant", "cosine", "cosine-per-step"),
-            source="The paper says nothing. The last one swings between the learning rate and 0 "
-            "every `epochs` steps, as the paper's code does for several targets.",
-        ),
-    ] = "constant"
-    standardize: Annotated[
-        bool,
-        Option(
-            "Scale tile features by mean and sd of the training part.",
-            source="The paper does not; features of random weights, which hardly vary around a "
-            "large mean, need it.",
-        ),
-    ] = False
-    lookahead_data: Annotated[
-        str,
-        Option(
-            "Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train.",
-            choices=("heldout", "train"),
-            source="The held-out tenth is not trained on; `train` is as in the authors' code.",
-        ),
-    ] = "heldout"
-    splits: Annotated[
-        Path | None, Option("splits.json of another run, to compare on equal folds.")
-    ] = None
-    width: Annotated[
-        int,
-        Option(
-            f"Of the Transformer, a multiple of its {HEADS} attention heads.",
-            min=1,
-            rule=_whole_heads,
-            source="384: the paper",
-        ),
-    ] = 384
-    layers: Annotated[
-        int, Option("Of its encoder, and of its decoder.", min=1, source="2: the paper")
-    ] = 2
-    max_tiles: Annotated[
-        int | None,
-        Option(
-            "Most tiles per patient and step, drawn anew in every epoch.",
-            min=1,
-            source="All: the paper. Validation and test always see all.",
-        ),
-    ] = None
-    precision: Annotated[
-        str,
-        Option(
-            "float32; on a GPU also tf32 or bfloat16 (autocast).",
-            choices=("float32", "tf32", "bfloat16"),
-            source="tf32 has 10 bits of mantissa in matrix products, bfloat16 has 7.",
-        ),
-    ] = "float32"
-    cache_gb: Annotated[
-        float,
-        Option(
-            "Memory for tiles, in GB.",
-            min=0,
-            source="What does not fit is read again, ahead of its use.",
-        ),
-    ] = 4.0
-    reference_protocol: Annotated[
-        bool,
-        Option(
-            "Splits, complete cases, schedule and patience of the paper's published code.",
-            source="See `with_reference_protocol`.",
-        ),
-    ] = False
-    note: Annotated[str, Option("A sentence for figures and report.")] = ""
-    seed: Seed = 0
-    device: Device = "auto"
+    out: Path = needed("The run folder; a stopped run is taken up again.")
+    balancer: str = option(
+        "naive", "baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."
+    )
+    folds: int = folds_option()
+    epochs: int = option(32, "Most epochs per fold.", min=1, source="32: the paper")
+    patience: int = option(
+        7,
+        "Epochs without a lower validation loss before a fold stops.",
+        min=1,
+        source="7: the paper; the loss is that of the primary target",
+    )
+    learning_rate: float = option(0.0001, "Of AdamW.", rule=above(0), source="1e-4: the paper")
+    weight_decay: float = option(
+        0.01,
+        "Of AdamW.",
+        rule=at_least(0),
+        source="0.01: PyTorch's default, which the paper's code uses",
+    )
+    schedule: str = option(
+        "constant",
+        "constant, cosine (per epoch) or cosine-per-step.",
+        choices=("constant", "cosine", "cosine-per-step"),
+        source="The last one swings to 0 and back every `epochs` steps, as the paper's code does "
+        "for several targets; the paper says nothing.",
+    )
+    standardize: bool = option(
+        False,
+        "Scale tile features by mean and sd of the training part.",
+        source="The paper does not; features of random weights, which hardly vary, need it.",
+    )
+    lookahead_data: str = option(
+        "heldout",
+        "Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train.",
+        choices=("heldout", "train"),
+        source="The held-out tenth is not trained on; `train` is as in the authors' code.",
+    )
+    splits: Path | None = option(None, "splits.json of another run, to compare on equal folds.")
+    width: int = option(
+        384,
+        f"Of the Transformer, a multiple of its {HEADS} attention heads.",
+        min=1,
+        rule=_whole_heads,
+        source="384: the paper",
+    )
+    layers: int = option(2, "Of its encoder, and of its decoder.", min=1, source="2: the paper")
+    max_tiles: int | None = option(
+        None,
+        "Most tiles per patient and step, drawn anew in every epoch.",
+        min=1,
+        source="All: the paper. Validation and test always see all.",
+    )
+    precision: str = option(
+        "float32",
+        "float32; on a GPU also tf32 or bfloat16 (autocast).",
+        choices=("float32", "tf32", "bfloat16"),
+        source="tf32 has 10 bits of mantissa in matrix products, bfloat16 has 7.",
+    )
+    cache_gb: float = option(
+        4.0,
+        "Memory for tiles, in GB.",
+        min=0,
+        source="What does not fit is read again, ahead of its use.",
+    )
+    reference_protocol: bool = option(
+        False,
+        "Splits, complete cases, schedule and patience of the paper's published code.",
+        source="See `with_reference_protocol`.",
+    )
+    note: str = option("", "A sentence for figures and report.")
+    seed: int = seed_option()
+    device: str = device_option()
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings as plain values that TOML can hold, with absolute paths."""

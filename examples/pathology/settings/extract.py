@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
 
-from examples.pathology.settings.cohort import FilenameColumn, MppTable, Seed
-from examples.pathology.settings.option import Nested, Option, Settings, between
+from examples.pathology.settings.cohort import filename_column_option, mpp_table_option, seed_option
+from examples.pathology.settings.option import Option, Settings, between, needed, nested, option
 
 LAYOUTS = ("stamp-v2", "stamp-v1")
 """Layouts of feature files that can be written."""
@@ -24,24 +23,21 @@ class TileRules(Settings):
 
     tile_size_um: float = 256.0
     tile_size_px: int = 224
-    brightness_cutoff: Annotated[
-        float,
-        Option("Tiles at least this bright on average (0 to 255) are glass.", rule=between(0, 256)),
-    ] = 240.0
-    min_edge_share: Annotated[
-        float,
-        Option("Tiles with a smaller share of edge pixels are background.", rule=between(0, 1)),
-    ] = 0.02
-    canny_low: Annotated[
-        float, Option("Lower threshold of the edges.", rule=between(0, 10_000), source="STAMP")
-    ] = 40.0
-    canny_high: Annotated[
-        float, Option("Upper threshold of the edges.", rule=between(0, 10_000), source="STAMP")
-    ] = 100.0
-    max_dark_share: Annotated[
-        float,
-        Option("Slides with a larger share of dark pixels are fluorescence.", rule=between(0, 1)),
-    ] = 0.5
+    brightness_cutoff: float = option(
+        240.0, "Tiles at least this bright on average (0 to 255) are glass.", rule=between(0, 256)
+    )
+    min_edge_share: float = option(
+        0.02, "Tiles with a smaller share of edge pixels are background.", rule=between(0, 1)
+    )
+    canny_low: float = option(
+        40.0, "Lower threshold of the edges.", rule=between(0, 10000), source="STAMP"
+    )
+    canny_high: float = option(
+        100.0, "Upper threshold of the edges.", rule=between(0, 10000), source="STAMP"
+    )
+    max_dark_share: float = option(
+        0.5, "Slides with a larger share of dark pixels are fluorescence.", rule=between(0, 1)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,63 +53,48 @@ class ExtractConfig(Settings):
         show_tiles: Whether a slide that takes long gets a progress bar of its own.
     """
 
-    slides: Annotated[Path, Option("Folder of slides, searched with its sub-folders.")]
-    out: Annotated[Path, Option("Where the feature files go.")]
+    slides: Path = needed("Folder of slides, searched with its sub-folders.")
+    out: Path = needed("Where the feature files go.")
     _: KW_ONLY
-    weights: Annotated[
-        Path | None,
-        Option("ctranspath.pth; without it, seeded RANDOM weights that carry no biology."),
-    ] = None
-    extractor: Annotated[str, Option("ctranspath, or timm:NAME for one of timm's models.")] = (
-        "ctranspath"
+    weights: Path | None = option(
+        None, "ctranspath.pth; without it, seeded RANDOM weights that carry no biology."
     )
-    slide_table: MppTable = None
-    filename_column: FilenameColumn = "FILENAME"
-    default_mpp: Annotated[
-        float | None, Option("um per pixel of slides that do not tell theirs.")
-    ] = None
-    workers: Annotated[
-        int | None,
-        Option(
-            "Threads that read tiles, in each process; default: 2 on a CPU, with a GPU one per "
-            "core.",
-            min=1,
-            source="16 at most, shared out among the processes",
-        ),
-    ] = None
-    processes: Annotated[
-        int | None, Option("That share the slides; default: one per device.", min=1)
-    ] = None
-    scheduler: Annotated[
-        str | None,
-        Option(
-            "Of Dask, whose workers share the slides instead.",
-            metavar="tcp://HOST:PORT",
-            source="They read and write the same folders under the same paths.",
-        ),
-    ] = None
-    batch_size: Annotated[
-        int, Option("Tiles per forward pass.", min=1, source="At most 8 are used on a CPU.")
-    ] = 64
-    rules: Annotated[TileRules, Nested()] = field(default_factory=TileRules)
-    precision: Annotated[
-        str,
-        Option(
-            "float32, or bfloat16: faster on a GPU, features differ by 0.03.",
-            choices=("float32", "bfloat16"),
-        ),
-    ] = "float32"
-    layout: Annotated[
-        str,
-        Option("Of the feature files: stamp-v2, or stamp-v1 for its old readers.", choices=LAYOUTS),
-    ] = "stamp-v2"
-    max_failures: Annotated[
-        int | None, Option("End the run when more slides than this have failed.", min=0)
-    ] = None
-    seed: Seed = 0
-    device: Annotated[
-        str, Option("auto, cpu, cuda or cuda:N; several with commas share the slides.")
-    ] = "auto"
+    extractor: str = option("ctranspath", "ctranspath, or timm:NAME for one of timm's models.")
+    slide_table: Path | None = mpp_table_option()
+    filename_column: str = filename_column_option()
+    default_mpp: float | None = option(None, "um per pixel of slides that do not tell theirs.")
+    workers: int | None = option(
+        None,
+        "Threads that read tiles, in each process; default: 2 on a CPU, with a GPU one per core.",
+        min=1,
+        source="16 at most, shared out among the processes",
+    )
+    processes: int | None = option(None, "That share the slides; default: one per device.", min=1)
+    scheduler: str | None = option(
+        None,
+        "Of Dask, whose workers share the slides instead.",
+        metavar="tcp://HOST:PORT",
+        source="They read and write the same folders under the same paths.",
+    )
+    batch_size: int = option(
+        64, "Tiles per forward pass.", min=1, source="At most 8 are used on a CPU."
+    )
+    rules: TileRules = nested(TileRules)
+    precision: str = option(
+        "float32",
+        "float32, or bfloat16: faster on a GPU, features differ by 0.03.",
+        choices=("float32", "bfloat16"),
+    )
+    layout: str = option(
+        "stamp-v2",
+        "Of the feature files: stamp-v2, or stamp-v1 for its old readers.",
+        choices=LAYOUTS,
+    )
+    max_failures: int | None = option(
+        None, "End the run when more slides than this have failed.", min=0
+    )
+    seed: int = seed_option()
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; several with commas share the slides.")
     show_tiles: bool = True
 
 
@@ -121,4 +102,4 @@ class ExtractConfig(Settings):
 class VerifyWeightsConfig(Settings):
     """Which file to look at."""
 
-    weights: Annotated[Path, Option("A CTransPath checkpoint.")]
+    weights: Path = needed("A CTransPath checkpoint.")

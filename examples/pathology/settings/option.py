@@ -1,21 +1,23 @@
 """Options: annotated fields of settings classes, each said once.
 
 The command line (`command`), the section of a TOML file and the check all come from the fields of
-one class: the type and default of a field are its annotation and value, everything else its
-`Option`. Nothing heavy is imported here, so that ``--help`` answers at once.
+one class: name, type, default, help, bounds and source. Nothing heavy is imported here, so that
+``--help`` answers at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from examples.pathology.common.errors import UserError, listing, nearest
 
+_ABOUT = "option"  # the key under which a field tells what it says of itself
 Made = TypeVar("Made", bound="Settings")
+Value = TypeVar("Value")
 
 Rule = Callable[[Any], str]
 """Returns what a value must be if it is not, such as ``above 0``, and otherwise nothing."""
@@ -74,6 +76,22 @@ class Nested:
     help: Mapping[str, str] = field(default_factory=dict)
 
 
+def option(default: Value, help: str, **about: Any) -> Value:  # noqa: A002  (as in `Option`)
+    """Return a field that is an option with a default; more of it as in `Option`."""
+    made: Value = field(default=default, metadata={_ABOUT: Option(help, **about)})
+    return made
+
+
+def needed(help: str, **about: Any) -> Any:  # noqa: A002
+    """Return a field that is an option without a default; more of it as in `Option`."""
+    return field(metadata={_ABOUT: Option(help, **about)})
+
+
+def nested(default_factory: Any = MISSING, **about: Any) -> Any:
+    """Return a field of another settings class whose options stand here; more as in `Nested`."""
+    return field(default_factory=default_factory, metadata={_ABOUT: Nested(**about)})
+
+
 def finite(value: float) -> str:
     """Be the rule that a number is finite."""
     return "" if math.isfinite(value) else "a finite number"
@@ -101,7 +119,7 @@ def inside(low: float, high: float) -> Rule:
 
 @dataclass(frozen=True)
 class OptionField:
-    """A field that is an option, or holds the settings whose options are nested here.
+    """A field that is an option.
 
     Args:
         name: Of the field.
@@ -146,10 +164,10 @@ def options_of(settings: type[Settings]) -> list[OptionField]:
             flat.append(own[each.name])
         elif each.name in nested:
             inner, about = nested[each.name]
-            for option in options_of(inner):
-                if option.name not in own and option.name not in about.without:
-                    words = about.help.get(option.name, option.about.help)
-                    flat.append(replace(option, about=replace(option.about, help=words)))
+            for found in options_of(inner):
+                if found.name not in own and found.name not in about.without:
+                    words = about.help.get(found.name, found.about.help)
+                    flat.append(replace(found, about=replace(found.about, help=words)))
     return flat
 
 
@@ -176,16 +194,14 @@ def _own(
     settings: type[Settings],
 ) -> tuple[list[OptionField], dict[str, tuple[type[Settings], Nested]]]:
     """Return the options that are fields of a class itself, and the classes nested in it."""
-    hints = get_type_hints(settings, include_extras=True)
+    hints = get_type_hints(settings)
     options, nested = [], {}
     for each in fields(settings):  # type: ignore[arg-type]  # every settings class is a dataclass
-        hint = hints[each.name]
-        for about in getattr(hint, "__metadata__", ()):
-            kind = get_args(hint)[0]
-            if isinstance(about, Nested):
-                nested[each.name] = kind, about
-            elif isinstance(about, Option):
-                several = get_origin(kind) is tuple
-                plain = get_args(kind)[0] if several or isinstance(kind, UnionType) else kind
-                options.append(OptionField(each.name, plain, about, each.default, several))
+        kind, about = hints[each.name], each.metadata.get(_ABOUT)
+        if isinstance(about, Nested):
+            nested[each.name] = kind, about
+        elif isinstance(about, Option):
+            several = get_origin(kind) is tuple
+            plain = get_args(kind)[0] if several or isinstance(kind, UnionType) else kind
+            options.append(OptionField(each.name, plain, about, each.default, several))
     return options, nested

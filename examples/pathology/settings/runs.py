@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 from examples.pathology.settings.cohort import (
-    Device,
-    Features,
-    FilenameColumn,
-    MppTable,
-    PatientColumn,
-    Seed,
-    SlideTable,
     Sources,
+    device_option,
+    features_option,
+    filename_column_option,
+    mpp_table_option,
+    patient_column_option,
+    seed_option,
+    slide_table_option,
 )
-from examples.pathology.settings.option import Option, Settings
+from examples.pathology.settings.option import Settings, needed, option
 
-FinishedRun = Annotated[Path, Option("A finished run of crossval.")]
+run_option = partial(needed, "A finished run of crossval.")
 
 
 @dataclass(frozen=True)
 class DeployConfig(Settings):
     """Whom to predict for, and with which run."""
 
-    run: FinishedRun
-    clini: Annotated[Path, Option("Clinical table of the other cohort; labels may be missing.")]
-    slide_table: SlideTable
-    features: Features
-    out: Annotated[Path, Option("Where the results go.")]
+    run: Path = run_option()
+    clini: Path = needed("Clinical table of the other cohort; labels may be missing.")
+    slide_table: Path = slide_table_option()
+    features: Path = features_option()
+    out: Path = needed("Where the results go.")
     _: KW_ONLY
-    patient_column: PatientColumn = "PATIENT"
-    filename_column: FilenameColumn = "FILENAME"
-    seed: Seed = 0
-    device: Device = "auto"
+    patient_column: str = patient_column_option()
+    filename_column: str = filename_column_option()
+    seed: int = seed_option()
+    device: str = device_option()
 
     @property
     def sources(self) -> Sources:
@@ -48,43 +48,36 @@ class DeployConfig(Settings):
 class HeatmapConfig(Settings):
     """Of what to draw a heat map."""
 
-    run: FinishedRun
-    slide: Annotated[Path, Option("The slide; of a DICOM series, any file.")]
-    features: Annotated[Path, Option("The slide's feature file (.h5).")]
-    out: Annotated[Path, Option("Where the pictures go.")]
+    run: Path = run_option()
+    slide: Path = needed("The slide; of a DICOM series, any file.")
+    features: Path = needed("The slide's feature file (.h5).")
+    out: Path = needed("Where the pictures go.")
     _: KW_ONLY
-    slide_table: MppTable = None
-    filename_column: FilenameColumn = "FILENAME"
-    default_mpp: Annotated[
-        float | None, Option("um per pixel of a slide that does not tell its own.")
-    ] = None
-    top: Annotated[int, Option("How many top tiles to show.", min=1, max=32)] = 8
-    device: Device = "auto"
+    slide_table: Path | None = mpp_table_option()
+    filename_column: str = filename_column_option()
+    default_mpp: float | None = option(None, "um per pixel of a slide that does not tell its own.")
+    top: int = option(8, "How many top tiles to show.", min=1, max=32)
+    device: str = device_option()
 
 
 @dataclass(frozen=True)
 class ReportConfig(Settings):
     """Which runs to put on a page."""
 
-    run: Annotated[
-        tuple[Path, ...],
-        Option(
-            "A run folder, or a folder of runs; may be given several times. Or a benchmark's "
-            "folder: its page is written again."
-        ),
-    ]
-    out: Annotated[
-        Path | None, Option("Where the page goes; default: report/ in the first --run.")
-    ] = None
-    seed: Annotated[int, Option("Of the t-SNE; a benchmark has a seed of its own.", min=0)] = 0
+    run: tuple[Path, ...] = needed(
+        "A run folder, or a folder of runs; may be given several times. Or a benchmark's folder: "
+        "its page is written again."
+    )
+    out: Path | None = option(None, "Where the page goes; default: report/ in the first --run.")
+    seed: int = option(0, "Of the t-SNE; a benchmark has a seed of its own.", min=0)
 
 
 @dataclass(frozen=True)
 class DemoConfig(Settings):
     """How large a demonstration to run, and where."""
 
-    out: Annotated[Path, Option("Where everything goes.")] = Path("demo")
-    patients: Annotated[int, Option("Size of the synthetic cohort.", min=10)] = 40
-    epochs: Annotated[int, Option("Most epochs per fold.", min=1)] = 6
-    seed: Seed = 0
-    device: Device = "auto"
+    out: Path = option(Path("demo"), "Where everything goes.")
+    patients: int = option(40, "Size of the synthetic cohort.", min=10)
+    epochs: int = option(6, "Most epochs per fold.", min=1)
+    seed: int = seed_option()
+    device: str = device_option()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
 
 from examples.pathology.common.errors import UserError, listing, nearest
-from examples.pathology.settings.cohort import FilenameColumn, PatientColumn, Seed
-from examples.pathology.settings.option import Option, Settings, at_least, inside
+from examples.pathology.settings.cohort import (
+    filename_column_option,
+    patient_column_option,
+    seed_option,
+)
+from examples.pathology.settings.option import Settings, at_least, inside, needed, option
 
 TARGETS = ("isMSIH", "HRD")
 """What can be drawn where no clinical table is given."""
@@ -24,99 +27,74 @@ _positive = at_least(0)
 class SimulateConfig(Settings):
     """Everything that decides what a simulated cohort is."""
 
-    out: Annotated[Path, Option("Where the cohort goes.")]
+    out: Path = needed("Where the cohort goes.")
     _: KW_ONLY
-    clini: Annotated[
-        Path | None,
-        Option(
-            "Clinical table with real labels; default: labels are drawn as well.",
-            source="Drawn with the correlations of TCGA-CRC, of TCGA-LUAD for HRD",
-        ),
-    ] = None
-    target: Annotated[str, Option("Column of the biomarker.")] = TARGETS[0]
-    auxiliary: Annotated[
-        tuple[str, ...],
-        Option("Signature to keep as auxiliary target; may be given several times; default: all."),
-    ] = ()
-    positive: Annotated[
-        str | None, Option("Label that alters tumour tiles; default: the rarer one.")
-    ] = None
-    patients: Annotated[
-        int | None,
-        Option("How many to draw without --clini; default: 450.", rule=at_least(20)),
-    ] = None
-    slide_table: Annotated[
-        Path | None, Option("Table of PATIENT and FILENAME; default: a slide each.")
-    ] = None
-    external_clini: Annotated[
-        Path | None,
-        Option(
-            "Clinical table of another site, for OUT/external.", source="It needs no signatures."
-        ),
-    ] = None
-    composition: Annotated[
-        str,
-        Option("drawn from label and signatures, or measured.", choices=("drawn", "measured")),
-    ] = "drawn"
-    tissue_fractions: Annotated[
-        Path | None,
-        Option(
-            "Table of measured fractions: PATIENT, ADI, BACK, ..., TUM.",
-            source="The nine of Kather et al. (2019); who is not in it is left out",
-        ),
-    ] = None
-    null: Annotated[bool, Option("Shuffle the auxiliary values: they carry nothing.")] = False
-    tiles: Annotated[int, Option("Median number of tiles of a slide.", rule=at_least(1))] = 200
-    max_tiles: Annotated[int, Option("Most tiles of a slide.", rule=at_least(1))] = 1000
-    tumour_shift: Annotated[
-        float | None,
-        Option(
-            "Of altered tumour tiles, in sd; default: 6, or 0 if measured.",
-            rule=_positive,
-            source="In standard deviations of tumour tiles along that direction",
-        ),
-    ] = None
-    tumour_share: Annotated[
-        float,
-        Option(
-            "Share of altered tumour tiles in the median positive patient.",
-            rule=inside(0, 1),
-            source="0.05 in the median negative one",
-        ),
-    ] = 0.4
-    tumour_noise: Annotated[
-        float, Option("Sd of the log-odds of that share between patients.", rule=_positive)
-    ] = 1.5
-    lymphocyte_shift: Annotated[
-        float,
-        Option("What the biomarker adds to the log-share of lymphocytes.", rule=_positive),
-    ] = 0.3
-    signature_effect: Annotated[
-        float | None,
-        Option(
-            "Of a signature on its tissue; default: 0.8, or 0 if measured.",
-            rule=_positive,
-            source="What one standard deviation adds to the log-share",
-        ),
-    ] = None
-    signature_shift: Annotated[
-        float,
-        Option(
-            "Of tumour tiles with proliferation and heterogeneity.",
-            rule=_positive,
-            source="See `feature_space.Shifts`.",
-        ),
-    ] = 0.4
-    composition_noise: Annotated[
-        float, Option("Sd of log-shares of tissue between patients alike.", rule=_positive)
-    ] = 0.4
-    batch_effect: Annotated[
-        float, Option("Between slides, in sd of a feature.", rule=_positive)
-    ] = 0.2
-    domain_shift: Annotated[float, Option("Of the other site, likewise.", rule=_positive)] = 0.3
-    patient_column: PatientColumn = "PATIENT"
-    filename_column: FilenameColumn = "FILENAME"
-    seed: Seed = 0
+    clini: Path | None = option(
+        None,
+        "Clinical table with real labels; default: labels are drawn as well.",
+        source="Drawn with the correlations of TCGA-CRC, of TCGA-LUAD for HRD",
+    )
+    target: str = option(TARGETS[0], "Column of the biomarker.")
+    auxiliary: tuple[str, ...] = option(
+        (), "Signature to keep as auxiliary target; may be given several times; default: all."
+    )
+    positive: str | None = option(None, "Label that alters tumour tiles; default: the rarer one.")
+    patients: int | None = option(
+        None, "How many to draw without --clini; default: 450.", rule=at_least(20)
+    )
+    slide_table: Path | None = option(None, "Table of PATIENT and FILENAME; default: a slide each.")
+    external_clini: Path | None = option(
+        None, "Clinical table of another site, for OUT/external.", source="It needs no signatures."
+    )
+    composition: str = option(
+        "drawn", "drawn from label and signatures, or measured.", choices=("drawn", "measured")
+    )
+    tissue_fractions: Path | None = option(
+        None,
+        "Table of measured fractions: PATIENT, ADI, BACK, ..., TUM.",
+        source="The nine of Kather et al. (2019); who is not in it is left out",
+    )
+    null: bool = option(False, "Shuffle the auxiliary values: they carry nothing.")
+    tiles: int = option(200, "Median number of tiles of a slide.", rule=at_least(1))
+    max_tiles: int = option(1000, "Most tiles of a slide.", rule=at_least(1))
+    tumour_shift: float | None = option(
+        None,
+        "Of altered tumour tiles, in sd; default: 6, or 0 if measured.",
+        rule=_positive,
+        source="In standard deviations of tumour tiles along that direction",
+    )
+    tumour_share: float = option(
+        0.4,
+        "Share of altered tumour tiles in the median positive patient.",
+        rule=inside(0, 1),
+        source="0.05 in the median negative one",
+    )
+    tumour_noise: float = option(
+        1.5, "Sd of the log-odds of that share between patients.", rule=_positive
+    )
+    lymphocyte_shift: float = option(
+        0.3, "What the biomarker adds to the log-share of lymphocytes.", rule=_positive
+    )
+    signature_effect: float | None = option(
+        None,
+        "Of a signature on its tissue; default: 0.8, or 0 if measured.",
+        rule=_positive,
+        source="What one standard deviation adds to the log-share",
+    )
+    signature_shift: float = option(
+        0.4,
+        "Of tumour tiles with proliferation and heterogeneity.",
+        rule=_positive,
+        source="See `feature_space.Shifts`.",
+    )
+    composition_noise: float = option(
+        0.4, "Sd of log-shares of tissue between patients alike.", rule=_positive
+    )
+    batch_effect: float = option(0.2, "Between slides, in sd of a feature.", rule=_positive)
+    domain_shift: float = option(0.3, "Of the other site, likewise.", rule=_positive)
+    patient_column: str = patient_column_option()
+    filename_column: str = filename_column_option()
+    seed: int = seed_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
