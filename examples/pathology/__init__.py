@@ -1,15 +1,12 @@
 """From whole-slide images to a cross-validated multi-task biomarker model.
 
-The pipeline reads from top to bottom. Slides are opened and cut into tiles in microns (``units``,
-``slides``, ``tiling``), tiles become features in files (``ctranspath``, ``extraction``,
-``features``), features meet clinical tables (``cohort``) and are split by patient (``splits``), a
-Transformer is trained on them (``model``, ``losses``, ``training``, ``prediction``, ``crossval``,
-``results``), and what it says becomes numbers, figures and a page (``metrics``, ``measuring``,
-``plots``, ``figures``, ``report``). ``synthetic_slides`` draws slides whose truth is known, and
-``demo`` runs all of it on them; ``simulate`` makes feature files whose truth is known.
-``benchmark`` runs all methods as jobs (``jobs``, ``cluster``), and ``study_report`` says what came
-out. ``cli`` is the only module that sees the command line, ``config`` checks settings, ``errors``
-tells wrong use from failed work, ``tables``, ``files`` and ``devices`` read what both halves need.
+Packages are steps of the way. Slides are opened and cut into tiles in microns (``slides``), tiles
+become features in files (``extractors``, ``features``), features meet clinical tables (``tables``)
+and become labelled patients and folds (``cohort``), a Transformer is trained on them
+(``training``), and what it says becomes numbers (``results``), figures (``figures``) and pages
+(``report``). ``runs`` cross-validates, deploys and draws heat maps, ``study`` compares all methods
+as ``jobs``, ``simulation`` makes cohorts and slides whose truth is known, and ``demo`` runs all of
+it. ``cli`` alone sees the command line; what may be asked for is in ``settings``.
 
 Run it with ``python -m examples.pathology --help``.
 """
