@@ -166,11 +166,12 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
     everybody = [*cohort.patients, *cohort.training_only]
     tiles = sorted(patient.tiles for patient in everybody)
     say(f"Tiles per patient: {tiles[0]} to {tiles[-1]}, median {median(tiles):g}")
-    weights = " with RANDOM WEIGHTS" if cohort.random_weights else ""
-    sha = f", weights {cohort.weights_sha256[:12]}" if cohort.weights_sha256 else ""
-    say(f"Features: {cohort.in_features} numbers per tile by {cohort.extractor}{weights}{sha}")
-    if cohort.simulated:
-        say(cohort.simulated)
+    kind = cohort.kind
+    weights = " with RANDOM WEIGHTS" if kind.random_weights else ""
+    sha = f", weights {kind.weights_sha256[:12]}" if kind.weights_sha256 else ""
+    say(f"Features: {kind.in_features} numbers per tile by {kind.extractor}{weights}{sha}")
+    if kind.simulated:
+        say(kind.simulated)
     everybodys = [known_values(patient, cohort.targets) for patient in everybody]
     for target in cohort.targets:
         known = [values[target.name] for values in everybodys if target.name in values]

@@ -33,6 +33,7 @@ from examples.pathology.cohort.targets import (
 )
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.common.files import table_csv, write_text
+from examples.pathology.features.kind import FeatureKind
 from examples.pathology.settings.cohort import CohortConfig
 from examples.pathology.tables.reading import FILENAME, PATIENT
 
@@ -72,13 +73,8 @@ class Cohort:
             and of no other.
         ledger: One row per patient, slide and unclaimed feature file.
         funnel: ``(stage, number of patients)`` from the clinical table to the patients used.
-        extractor: What made the features.
-        weights_sha256: Checksum of its weights; ``None`` if the files do not say.
-        tile_size_um: Edge of a tile; ``None`` if the files do not say.
-        random_weights: Whether the extractor had random weights: its features carry no biology.
-        in_features: Length of a tile's feature vector.
+        kind: What made the features.
         digest: sha256 over names, labels, values and the content of the features.
-        simulated: A sentence that says so where the features are simulated; empty otherwise.
     """
 
     target: Target
@@ -87,13 +83,8 @@ class Cohort:
     training_only: tuple[Patient, ...]
     ledger: tuple[LedgerRow, ...]
     funnel: tuple[tuple[str, int], ...]
-    extractor: str
-    weights_sha256: str | None
-    tile_size_um: float | None
-    random_weights: bool
-    in_features: int
+    kind: FeatureKind
     digest: str
-    simulated: str = ""
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -290,7 +281,6 @@ def _cohort(
     bags: Inspection,
 ) -> Cohort:
     bags.refuse_mixture()
-    maker = bags.maker()
     return Cohort(
         target=target,
         auxiliary=tuple(auxiliary),
@@ -298,12 +288,7 @@ def _cohort(
         training_only=tuple(p for p in patients if not p.label),
         ledger=tuple(sorted(ledger, key=lambda row: (row.item, row.patient, row.name))),
         funnel=tuple(stages),
-        extractor=maker.extractor,
-        weights_sha256=maker.weights_sha256,
-        tile_size_um=maker.tile_size_um,
-        random_weights=maker.random_weights,
-        simulated=maker.simulated,
-        in_features=maker.width,
+        kind=bags.kind(),
         digest=_sha256(
             f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[bags.crc[f] for f in p.files]}"
             for p in patients
@@ -358,11 +343,10 @@ def log_cohort(cohort: Cohort) -> None:
             len(known),
             len(everybody),
         )
-    logger.info(
-        "Features: %s%s", cohort.extractor, " (RANDOM WEIGHTS)" if cohort.random_weights else ""
-    )
-    if cohort.simulated:
-        logger.warning("%s", cohort.simulated)
+    kind = cohort.kind
+    logger.info("Features: %s%s", kind.extractor, " (RANDOM WEIGHTS)" * kind.random_weights)
+    if kind.simulated:
+        logger.warning("%s", kind.simulated)
 
 
 def _cut(joined: Joined, name: str, cutoff: float, table: Path) -> Joined:

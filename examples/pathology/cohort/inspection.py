@@ -6,11 +6,9 @@ import itertools
 import zlib
 from pathlib import Path
 
-import numpy as np
-
 from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.features.files import read_features
-from examples.pathology.features.kind import Maker
+from examples.pathology.features.kind import FeatureKind, together
 
 
 class Inspection:
@@ -19,7 +17,7 @@ class Inspection:
     def __init__(self) -> None:
         self.tiles: dict[Path, int] = {}
         self.crc: dict[Path, int] = {}
-        self._makers: dict[Maker, Path] = {}
+        self._kinds: dict[FeatureKind, Path] = {}
 
     def problem(self, path: Path) -> str:
         """Return why a file cannot be used, or an empty string."""
@@ -33,19 +31,9 @@ class Inspection:
             return f"unreadable: {one_line(error)}"
         if len(bag.feats) == 0:
             return "no tiles"
-        if not np.isfinite(bag.feats).all():
-            return "unreadable: features that are not finite"
         self.tiles[path] = len(bag.feats)
         self.crc[path] = zlib.crc32(bag.feats.tobytes())
-        maker = Maker(
-            bag.extractor,
-            bag.weights_sha256,
-            bag.tile_size_um,
-            bag.random_weights,
-            bag.feats.shape[1],
-            bag.simulated,
-        )
-        self._makers.setdefault(maker, path)
+        self._kinds.setdefault(bag.kind, path)
         return ""
 
     def refuse_mixture(self) -> None:
@@ -53,19 +41,15 @@ class Inspection:
 
         A file of another tool may not know its weights or tile size: that alone is no difference.
         """
-        makers = sorted(self._makers, key=lambda maker: str(self._makers[maker]))
-        for first, second in itertools.combinations(makers, 2):
+        kinds = sorted(self._kinds, key=lambda kind: str(self._kinds[kind]))
+        for first, second in itertools.combinations(kinds, 2):
             if not first.agrees(second):
                 raise UserError(
                     "All feature files must come from one extractor with the same weights and tile "
-                    f"size, but {self._makers[first].name} is of {first} and "
-                    f"{self._makers[second].name} of {second}."
+                    f"size, but {self._kinds[first].name} is of {first} and "
+                    f"{self._kinds[second].name} of {second}."
                 )
 
-    def maker(self) -> Maker:
+    def kind(self) -> FeatureKind:
         """Return what the usable files say together."""
-        makers = list(self._makers)
-        return makers[0]._replace(
-            weights_sha256=next((m.weights_sha256 for m in makers if m.weights_sha256), None),
-            tile_size_um=next((m.tile_size_um for m in makers if m.tile_size_um), None),
-        )
+        return together(list(self._kinds))

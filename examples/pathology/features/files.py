@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import publish
+from examples.pathology.features.kind import FeatureKind
 from examples.pathology.settings.extract import LAYOUTS
 
 FEATURE_NAMES = ("feats", "features", "patch_embeddings")
@@ -46,25 +47,12 @@ class Bag:
         feats: Tile features, ``(n, d)`` float32; d is 768 for CTransPath.
         coords_um: x and y of each tile's top-left corner in um, ``(n, 2)`` float32. NaN where the
             file gives pixels of an unknown size (TRIDENT and CLAM store no microns per pixel).
-        extractor: Name of the network that made the features; empty if the file does not say.
-        weights_sha256: Checksum of its weights; None if unknown or random.
-        random_weights: Whether the network had seeded random weights, so that the features carry
-            no learned biology.
-        path: The file they came from.
-        tile_size_um: Edge of a tile on the slide in um; None if the file does not say.
-        tile_size_px: Edge of a tile in pixels as the network saw it; None if it does not say.
-        simulated: A sentence that says so where the features are simulated; empty otherwise.
+        kind: What made them.
     """
 
     feats: npt.NDArray[np.float32]
     coords_um: npt.NDArray[np.float32]
-    extractor: str
-    weights_sha256: str | None
-    random_weights: bool
-    path: Path
-    tile_size_um: float | None = None
-    tile_size_px: int | None = None
-    simulated: str = ""
+    kind: FeatureKind
 
 
 def read_features(path: Path, *, mpp: float | None = None) -> Bag:
@@ -112,18 +100,18 @@ def _read_open(file: h5py.File, path: Path, mpp: float | None) -> Bag:
         raise UserError(f"`{name}` must be finite, but {path} holds NaN or infinite values.")
     attributes = dict(file.attrs)
     extractor = _text(attributes.get("extractor", file[name].attrs.get("encoder", "")))
-    sha256 = _text(attributes.get("mtbalance_weights_sha256", "")) or None
-    um_per_unit, tile_um, tile_px = _geometry(file, name, coords, attributes, extractor, mpp)
+    um_per_unit, tile_um = _geometry(file, name, coords, attributes, extractor, mpp)
     return Bag(
         feats=feats,
         coords_um=(coords * um_per_unit).astype(np.float32),
-        extractor=extractor,
-        weights_sha256=sha256,
-        random_weights=bool(attributes.get("mtbalance_random_weights", False)),
-        path=path,
-        tile_size_um=tile_um,
-        tile_size_px=tile_px,
-        simulated=_text(attributes.get("mtbalance_simulated", "")),
+        kind=FeatureKind(
+            in_features=feats.shape[1],
+            extractor=extractor,
+            weights_sha256=_text(attributes.get("mtbalance_weights_sha256", "")) or None,
+            tile_size_um=tile_um,
+            random_weights=bool(attributes.get("mtbalance_random_weights", False)),
+            simulated=_text(attributes.get("mtbalance_simulated", "")),
+        ),
     )
 
 
@@ -134,20 +122,16 @@ def _geometry(
     attributes: Mapping[str, Any],
     extractor: str,
     mpp: float | None,
-) -> tuple[float, float | None, int | None]:
-    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edges."""
+) -> tuple[float, float | None]:
+    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edge in um."""
     stored = attributes.get("tile_size_um", attributes.get("tile_size"))
-    pixels = attributes.get("tile_size_px")
-    tile_px = None if pixels is None else int(pixels)
     if "tile_size_um" in attributes or _text(attributes.get("unit", "")) == "um":
-        return 1.0, None if stored is None else float(stored), tile_px
+        return 1.0, None if stored is None else float(stored)
     if feature_name == "feats" and _is_stamp_v1(coords, attributes, extractor):
-        return TILE_SIZE_UM / V1_TILE_PX, TILE_SIZE_UM, V1_TILE_PX
-    notes = dict(file["coords"].attrs)  # TRIDENT's
-    size = notes.get("patch_size")
-    level0 = notes.get("patch_size_level0")
+        return TILE_SIZE_UM / V1_TILE_PX, TILE_SIZE_UM
+    level0 = file["coords"].attrs.get("patch_size_level0")  # TRIDENT's
     tile_um = None if level0 is None or mpp is None else float(level0) * mpp
-    return mpp or math.nan, tile_um, None if size is None else int(size)
+    return mpp or math.nan, tile_um
 
 
 def _is_stamp_v1(coords: npt.NDArray[Any], attributes: Mapping[str, Any], extractor: str) -> bool:

@@ -1,17 +1,75 @@
-"""What made a feature file."""
+"""Of what kind tile features are: what made them, and of how large a piece of tissue."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from examples.pathology.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-NAMES = {
+
+@dataclass(frozen=True)
+class FeatureKind:
+    """What the tile features of one or many feature files are.
+
+    Args:
+        in_features: Length of a tile's feature vector; 768 for CTransPath.
+        extractor: Name of the network that made them; empty if the files do not say.
+        weights_sha256: Checksum of its weights; ``None`` if unknown or random.
+        tile_size_um: Edge of a tile on the slide in um; ``None`` if the files do not say.
+        random_weights: Whether the network had seeded random weights, so that the features carry
+            no learned biology.
+        simulated: A sentence that says so where the features are simulated; empty otherwise.
+    """
+
+    in_features: int
+    extractor: str
+    weights_sha256: str | None = None
+    tile_size_um: float | None = None
+    random_weights: bool = False
+    simulated: str = ""
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> FeatureKind:
+        """Return a kind from its parts by name (`asdict` gives them), whatever stands beside them.
+
+        Raises:
+            KeyError: A part is missing.
+        """
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+
+    def agrees(self, other: FeatureKind) -> bool:
+        """Return whether nothing that both say differs."""
+        pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
+        return all(a == b or a is None or b is None for a, b in pairs)
+
+    def __str__(self) -> str:
+        weights = "random weights" if self.random_weights else "weights"
+        sha = self.weights_sha256[:8] if self.weights_sha256 else "not named"
+        size = "" if self.tile_size_um is None else f", tiles of {self.tile_size_um:g} um"
+        drawn = f"; {self.simulated}" if self.simulated else ""
+        return f"{self.extractor} ({self.in_features}-d, {weights} {sha}{size}{drawn})"
+
+
+def together(kinds: Sequence[FeatureKind]) -> FeatureKind:
+    """Return what kinds that agree say together: what one does not tell, another may.
+
+    Args:
+        kinds: At least one.
+    """
+    return replace(
+        kinds[0],
+        weights_sha256=next((k.weights_sha256 for k in kinds if k.weights_sha256), None),
+        tile_size_um=next((k.tile_size_um for k in kinds if k.tile_size_um), None),
+    )
+
+
+_WORDS = {
     "in_features": "length",
     "extractor": "extractor",
     "weights_sha256": "weights",
@@ -19,33 +77,10 @@ NAMES = {
     "random_weights": "random weights",
     "simulated": "simulated features",
 }
-FEATURE_KEYS = tuple(NAMES)
-
-
-class Maker(NamedTuple):
-    """What made a feature file."""
-
-    extractor: str
-    weights_sha256: str | None
-    tile_size_um: float | None
-    random_weights: bool
-    width: int
-    simulated: str = ""
-
-    def agrees(self, other: Maker) -> bool:
-        """Return whether nothing that both files say differs."""
-        return all(a == b or a is None or b is None for a, b in zip(self, other, strict=True))
-
-    def __str__(self) -> str:
-        weights = "random weights" if self.random_weights else "weights"
-        sha = self.weights_sha256[:8] if self.weights_sha256 else "not named"
-        size = "" if self.tile_size_um is None else f", tiles of {self.tile_size_um:g} um"
-        drawn = f"; {self.simulated}" if self.simulated else ""
-        return f"{self.extractor} ({self.width}-d, {weights} {sha}{size}{drawn})"
 
 
 def refuse_other_features(
-    trained: Mapping[str, Any], found: Mapping[str, Any], model: Path, features: Path
+    trained: FeatureKind, found: FeatureKind, model: Path, features: Path
 ) -> None:
     """Raise if features are not of the kind that a model was trained on.
 
@@ -61,15 +96,15 @@ def refuse_other_features(
     Raises:
         UserError: They differ.
     """
-    for key in FEATURE_KEYS:
-        was, now = trained[key], found[key]
-        if key == "simulated":  # labels may be drawn or shuffled in one of the two
+    for name, words in _WORDS.items():
+        was, now = getattr(trained, name), getattr(found, name)
+        if name == "simulated":  # labels may be drawn or shuffled in one of the two
             was, now = bool(was), bool(now)
         if was is None or now is None:
             if was != now:
-                logger.warning("%s or %s does not tell the %s", model, features, NAMES[key])
+                logger.warning("%s or %s does not tell the %s", model, features, words)
         elif was != now:
             raise UserError(
-                f"`features` must have the {NAMES[key]} that the model was trained on ({was}), "
+                f"`features` must have the {words} that the model was trained on ({was}), "
                 f"but {features} has {now}. Extract the slides again with the settings of the run."
             )

@@ -21,7 +21,7 @@ from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.targets import Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.common.files import json_or_none, write_bytes, write_json, write_text
-from examples.pathology.features.kind import FEATURE_KEYS
+from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
 from examples.pathology.training.fold import new_model
 from examples.pathology.training.losses import Scaler
@@ -84,7 +84,7 @@ def write_fold(
             "network": {"width": fitted.model.d_model, "layers": fitted.model.layers},
             "precision": fitted.precision,
             "best_epoch": fitted.best_epoch,
-            **features_of(cohort),
+            **asdict(cohort.kind),
         },
         buffer,
     )
@@ -101,20 +101,8 @@ def write_fold(
     )
 
 
-def features_of(cohort: Cohort) -> dict[str, Any]:
-    """Return what a model must be told about the features that it was trained on."""
-    return {
-        "in_features": cohort.in_features,
-        "extractor": cohort.extractor,
-        "weights_sha256": cohort.weights_sha256,
-        "tile_size_um": cohort.tile_size_um,
-        "random_weights": cohort.random_weights,
-        "simulated": cohort.simulated,
-    }
-
-
-def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
-    """Read a trained fold and what it says about the features it was trained on.
+def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
+    """Read a trained fold, and on what kind of features it was trained.
 
     Args:
         path: ``model.pt`` of a fold.
@@ -134,7 +122,7 @@ def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
         fitted = Fitted(
             model.to(device).eval(), targets, scalers, (), saved["best_epoch"], saved["precision"]
         )
-        about = {name: saved[name] for name in FEATURE_KEYS}
+        kind = FeatureKind.read(saved)
     except OSError as error:
         raise UserError(
             f"{path} must be a readable file, but {error.strerror or error}."
@@ -143,7 +131,7 @@ def read_model(path: Path, device: str) -> tuple[Fitted, dict[str, Any]]:
         raise UserError(
             f"{path} must hold a model of this release, but does not: {one_line(error)}."
         ) from error
-    return fitted, about
+    return fitted, kind
 
 
 def threshold_of(target: Target, validated: Sequence[PatientPrediction]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from examples.pathology.common.files import write_json
 from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
-from examples.pathology.results.folds import DONE, features_of, read_fold, write_fold
+from examples.pathology.results.folds import DONE, read_fold, write_fold
 from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
     CrossvalConfig,
@@ -248,7 +248,7 @@ def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
     provenance = {
         "mtbalance": own,
         "torch": torch.__version__,
-        **{name: value for name, value in features_of(cohort).items() if value is not None},
+        **{name: value for name, value in asdict(cohort.kind).items() if value is not None},
         "data_sha256": cohort.digest,
     }
     write_toml(path, {"crossval": config.resolved(), "provenance": provenance})

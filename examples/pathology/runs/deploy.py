@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.figures.run import draw_scores
 from examples.pathology.results.folds import (
     FoldResult,
-    features_of,
     read_fold,
     read_model,
     read_predictions,
@@ -69,8 +69,8 @@ def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
         patient_column=config.patient_column,
         filename_column=config.filename_column,
     )
-    for folder, (_, about) in zip(folders, models, strict=True):
-        refuse_other_features(about, features_of(cohort), folder, config.features)
+    for folder, (_, kind) in zip(folders, models, strict=True):
+        refuse_other_features(kind, cohort.kind, folder, config.features)
     logger.info("Patients: %s", " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))
     with sole_writer(config.out):
         clean(config.out)
@@ -172,7 +172,7 @@ def _summary(
         "patients": len(cohort.patients),
         "labelled": len(labels),
         "funnel": [list(stage) for stage in cohort.funnel],
-        **features_of(cohort),
+        **asdict(cohort.kind),
         "note": trained.get("note", ""),
         **thresholds,
         "metrics": summary_of_metrics(results, targets, config.seed),

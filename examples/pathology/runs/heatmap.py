@@ -81,16 +81,8 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
     with closing(_open(opener)) as slide:
         bag = read_features(config.features, mpp=slide.mpp.x)
         size_um = _check(bag, slide, config.features)
-    found = {
-        "in_features": bag.feats.shape[1],
-        "extractor": bag.extractor,
-        "weights_sha256": bag.weights_sha256,
-        "tile_size_um": bag.tile_size_um,
-        "random_weights": bag.random_weights,
-        "simulated": bag.simulated,
-    }
-    for folder, (_, about) in zip(folders, models, strict=True):
-        refuse_other_features(about, found, folder, config.features)
+    for folder, (_, kind) in zip(folders, models, strict=True):
+        refuse_other_features(kind, bag.kind, folder, config.features)
     values = tile_values([fitted for fitted, _ in models], bag.feats, device)
     target = models[0][0].targets[0]
     if target.kind == "classification":
@@ -108,8 +100,8 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         f"{score}_of_the_slide": values.slide_score,
         "tiles": len(bag.feats),
         "tile_size_um": size_um,
-        "random_weights": bag.random_weights,
-        "simulated": bag.simulated,
+        "random_weights": bag.kind.random_weights,
+        "simulated": bag.kind.simulated,
         "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
     }
     caption = caption_of(summary)
@@ -158,19 +150,21 @@ def _check(bag: Bag, slide: Slide, path: Path) -> float:
     """Return the tile size, and raise if tiles cannot be placed on the slide."""
     if len(bag.feats) == 0:
         raise UserError(f"{path} must hold tiles, but holds none.")
-    if bag.tile_size_um is None or not np.isfinite(bag.coords_um).all():
+    if bag.kind.tile_size_um is None or not np.isfinite(bag.coords_um).all():
         raise UserError(
             f"{path} must say where its tiles are in um, but does not. Extract the slide again."
         )
-    ends = bag.coords_um.max(axis=0) + bag.tile_size_um
+    ends = bag.coords_um.max(axis=0) + bag.kind.tile_size_um
     limits = np.array([slide.width_um, slide.height_um])
-    if (bag.coords_um.min() < -bag.tile_size_um) or (ends > limits + bag.tile_size_um).any():
+    if (bag.coords_um.min() < -bag.kind.tile_size_um) or (
+        ends > limits + bag.kind.tile_size_um
+    ).any():
         raise UserError(
             f"`features` must be those of `slide`, but {path.name} has tiles up to "
             f"{ends[0]:.0f} x {ends[1]:.0f} um and {slide.name} measures "
             f"{limits[0]:.0f} x {limits[1]:.0f} um."
         )
-    return bag.tile_size_um
+    return bag.kind.tile_size_um
 
 
 def _open(opener: Opener, broken: frozenset[int] = frozenset()) -> Slide:

@@ -123,7 +123,7 @@ def fit_fold(
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with forked, matrix_precision(config.precision):
         torch.manual_seed(config.seed)
-        learner = _Learner(config, cohort.in_features, targets, scalers, bags, lookahead, name)
+        learner = _Learner(config, cohort.kind.in_features, targets, scalers, bags, lookahead, name)
         if config.standardize:
             learner.model.standardize(*_mean_and_deviation(bags, training_part))
         progress = _Progress(best_parameters=learner.parameters())

@@ -42,7 +42,11 @@ def test_a_plain_cohort_is_joined(tables):
     assert [p.name for p in cohort.patients] == [f"P{i:02d}" for i in range(12)]
     assert cohort.target.classes == ("MSIH", "MSS")
     assert cohort.auxiliary[0].kind == "regression"
-    assert (cohort.extractor, cohort.random_weights, cohort.in_features) == ("tiny", False, 768)
+    assert (cohort.kind.extractor, cohort.kind.random_weights, cohort.kind.in_features) == (
+        "tiny",
+        False,
+        768,
+    )
     assert [count for _, count in cohort.funnel] == [12, 12, 12, 12]
     assert all(patient.tiles == 4 for patient in cohort.patients)
 
@@ -258,7 +262,7 @@ def test_a_file_that_does_not_know_its_weights_is_no_mixture(tables):
 def test_features_that_nobody_uses_may_be_of_another_extractor(tables):
     rewrite(tables.clini, lambda rows: [[rows[0][0], "", ""], *rows[1:]])
     write_bag(tables.features / "P00-1.h5", np.ones((2, 5)), extractor="other")
-    assert tables.load().extractor == "tiny"
+    assert tables.load().kind.extractor == "tiny"
 
 
 def test_a_target_needs_two_values(tables):

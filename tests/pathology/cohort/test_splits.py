@@ -24,19 +24,20 @@ from examples.pathology.cohort.splits import (
 )
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
+from examples.pathology.features.kind import FeatureKind
 from examples.pathology.settings.crossval import CrossvalConfig
 
 
 def cohort_of(labels: str) -> Cohort:
     patients = [Patient(f"P{i:03d}", label, {}, (), 1) for i, label in enumerate(labels)]
     target = Target("t", "classification", tuple(sorted(set(labels))), min(labels))
-    return Cohort(target, (), tuple(patients), (), (), (), "x", None, None, False, 768, "")
+    return Cohort(target, (), tuple(patients), (), (), (), FeatureKind(768, "x"), "")
 
 
 def measured(values) -> Cohort:
     patients = [Patient(f"P{i:03d}", str(value), {}, (), 1) for i, value in enumerate(values)]
     target = Target("t", "regression")
-    return Cohort(target, (), tuple(patients), (), (), (), "x", None, None, False, 768, "")
+    return Cohort(target, (), tuple(patients), (), (), (), FeatureKind(768, "x"), "")
 
 
 def config_in(folder, **changes) -> CrossvalConfig:

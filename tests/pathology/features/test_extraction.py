@@ -91,8 +91,8 @@ def test_random_weights_are_written_all_over_the_file(tmp_path, network):
     save_slide(tmp_path / "in" / "a.tif")
     run(tmp_path / "in", tmp_path / "out", seed=7)
     bag = read_features(tmp_path / "out" / "a.h5")
-    assert bag.random_weights
-    assert bag.extractor == "ctranspath-random-seed7"
+    assert bag.kind.random_weights
+    assert bag.kind.extractor == "ctranspath-random-seed7"
     with h5py.File(tmp_path / "out" / "a.h5") as file:
         attributes = dict(file.attrs)
     assert attributes["mtbalance_random_weights"]

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from examples.pathology.common.errors import UserError
 from examples.pathology.features import files as features
 from examples.pathology.features.files import read_features, write_features
+from examples.pathology.features.kind import FeatureKind
 from tests.pathology.slide_helpers import SHARED
 
 BAGS = SHARED / "bags"
@@ -44,8 +45,7 @@ def test_what_was_written_is_read(tmp_path_factory, feats):
     np.testing.assert_array_equal(bag.feats, feats)  # float16 holds these values exactly
     np.testing.assert_array_equal(bag.coords_um, coords)
     assert (bag.feats.dtype, bag.coords_um.dtype) == (np.float32, np.float32)
-    assert (bag.extractor, bag.weights_sha256, bag.random_weights) == ("x-random-seed1", None, True)
-    assert bag.path == path
+    assert bag.kind == FeatureKind(8, "x-random-seed1", None, 256.0, random_weights=True)
 
 
 def test_the_layout_is_the_one_that_stamp_reads(tmp_path):
@@ -88,8 +88,8 @@ def test_files_of_other_programs_are_read(name, extractor, first_um, tiles):
         pytest.skip("the shared data is not here")
     bag = read_features(path)
     assert bag.feats.shape == (tiles, 768)
-    assert bag.extractor == extractor
-    assert bag.weights_sha256 is None
+    assert bag.kind.extractor == extractor
+    assert bag.kind.weights_sha256 is None
     np.testing.assert_allclose(bag.coords_um[0, 0], first_um, rtol=1e-5)
 
 
@@ -137,24 +137,24 @@ def clam(path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "extractor", "um", "px"),
+    ("layout", "extractor", "um"),
     [
-        (stamp_v1, V1_NAME, 256.0, 224),
-        (stamp_v1_of_one_tile, V1_NAME, 256.0, 224),
-        (stamp_v20, "ctranspath", 256.0, None),
-        (stamp_v25, "ctranspath", 256.0, 224),
-        (trident, "ctranspath", 256.0, 224),
-        (clam, "", None, None),
+        (stamp_v1, V1_NAME, 256.0),
+        (stamp_v1_of_one_tile, V1_NAME, 256.0),
+        (stamp_v20, "ctranspath", 256.0),
+        (stamp_v25, "ctranspath", 256.0),
+        (trident, "ctranspath", 256.0),
+        (clam, "", None),
     ],
 )
-def test_every_known_layout_is_read(layout, extractor, um, px, tmp_path):
+def test_every_known_layout_is_read(layout, extractor, um, tmp_path):
     layout(tmp_path / "a.h5")
     bag = read_features(tmp_path / "a.h5", mpp=0.5)
     np.testing.assert_array_equal(bag.coords_um, CORNERS_UM[: len(bag.feats)])
     np.testing.assert_array_equal(bag.feats, HALF[: len(bag.feats)])
-    assert (bag.extractor, bag.tile_size_um, bag.tile_size_px) == (extractor, um, px)
-    assert bag.weights_sha256 is None
-    assert not bag.random_weights
+    assert (bag.kind.extractor, bag.kind.tile_size_um) == (extractor, um)
+    assert bag.kind.weights_sha256 is None
+    assert not bag.kind.random_weights
 
 
 @pytest.mark.parametrize("layout", [trident, clam])
@@ -162,7 +162,7 @@ def test_pixels_of_a_slide_are_no_microns_until_somebody_says_how_large_they_are
     layout(tmp_path / "a.h5")
     bag = read_features(tmp_path / "a.h5")
     assert np.isnan(bag.coords_um).all()
-    assert bag.tile_size_um is None
+    assert bag.kind.tile_size_um is None
 
 
 def coords_as_stamp_v2_reads(path):
@@ -191,8 +191,8 @@ def test_stamp_2_reads_what_we_write(layout, tiles, tmp_path):
     assert size == 256.0
     bag = read_features(tmp_path / "a.h5")
     np.testing.assert_array_equal(bag.coords_um, CORNERS_UM[:tiles])
-    assert (bag.tile_size_um, bag.tile_size_px) == (256.0, 224)
-    assert bag.weights_sha256 == "ab12"  # our own attributes are there in every layout
+    assert bag.kind.tile_size_um == 256.0
+    assert bag.kind.weights_sha256 == "ab12"  # our own attributes are there in every layout
 
 
 def test_the_old_layout_is_what_stamp_1_writes(tmp_path):
@@ -211,8 +211,9 @@ def test_the_old_layout_is_what_stamp_1_writes(tmp_path):
 
 def test_other_tile_sizes_are_written_and_read(tmp_path):
     write(tmp_path / "a.h5", tile_size_um=128.0, tile_size_px=256)
-    bag = read_features(tmp_path / "a.h5")
-    assert (bag.tile_size_um, bag.tile_size_px) == (128.0, 256)
+    assert read_features(tmp_path / "a.h5").kind.tile_size_um == 128.0
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file.attrs["tile_size_px"] == 256
 
 
 @pytest.mark.parametrize("name", ["feats", "features", "patch_embeddings"])

@@ -123,13 +123,13 @@ def test_a_simulated_cohort_is_read_like_any_other_and_says_what_it_is(settings,
     assert [p.name for p in cohort.patients] == ["P1", "P2", "P3", "P6"]
     assert [p.name for p in cohort.training_only] == ["P4"]
     assert len(cohort.patients[0].files) == 2
-    assert cohort.simulated == REAL_LABELS
-    assert (cohort.extractor, cohort.random_weights) == ("simulated-seed5", False)
+    assert cohort.kind.simulated == REAL_LABELS
+    assert (cohort.kind.extractor, cohort.kind.random_weights) == ("simulated-seed5", False)
     for bag in bags_of(simulated).values():
-        assert bag.simulated == REAL_LABELS
+        assert bag.kind.simulated == REAL_LABELS
         assert bag.feats.shape[1] == 768
         assert 8 <= len(bag.feats) <= 20
-        assert bag.tile_size_um == 256
+        assert bag.kind.tile_size_um == 256
 
 
 def test_the_same_settings_give_the_same_content_and_another_seed_another(settings, tmp_path):
@@ -334,8 +334,9 @@ def test_measured_fractions_tell_msi_as_well_as_published(tmp_path):
 def test_simulated_and_real_features_never_mix(settings):
     cohort = run_simulate(settings)
     config = CohortConfig(cohort.clini, cohort.slide_table, cohort.features, "isMSIH")
-    bag = read_features(cohort.features / "P6-DX1.h5")
-    write_bag(bag.path, bag.feats, extractor=bag.extractor, sha="")
+    path = cohort.features / "P6-DX1.h5"
+    bag = read_features(path)
+    write_bag(path, bag.feats, extractor=bag.kind.extractor, sha="")
     with pytest.raises(UserError, match="All feature files must come from one extractor"):
         load_cohort(config)
 

@@ -6,6 +6,7 @@ import pytest
 
 from examples.pathology.cohort.patients import Patient
 from examples.pathology.features.files import Bag
+from examples.pathology.features.kind import FeatureKind
 from examples.pathology.training import bags as module
 from examples.pathology.training.bags import BagStore
 from tests.pathology.tiny import make_tables
@@ -61,7 +62,7 @@ def test_half_precision_is_kept_only_where_it_loses_nothing(monkeypatch, tmp_pat
     halves = np.array([[0.5, 1.25], [-2.0, 3.0]], dtype=np.float32)
     singles = np.array([[0.1, 1e6], [-2.0, 3.0]], dtype=np.float32)
     for feats, nbytes in ((halves, 8), (singles, 16)):
-        bag = Bag(feats, np.zeros((2, 2), dtype=np.float32), "x", None, False, tmp_path)
+        bag = Bag(feats, np.zeros((2, 2), dtype=np.float32), FeatureKind(2, "x"))
         monkeypatch.setattr(module, "read_features", lambda _, bag=bag: bag)
         store = BagStore()
         patient = Patient("P", "", {}, (tmp_path,), 2)

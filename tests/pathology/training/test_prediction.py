@@ -12,7 +12,7 @@ def fitted_for(cohort, scalers):
     torch.manual_seed(0)
     model = JointTransformer(
         [target.width for target in cohort.targets],
-        in_features=cohort.in_features,
+        in_features=cohort.kind.in_features,
         layers=1,
         d_model=16,
         heads=2,
