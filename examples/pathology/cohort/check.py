@@ -6,20 +6,17 @@ the nearest name on the other side where one may have been meant.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from examples.pathology.cohort.cohort import TRAINING_ONLY, Cohort, load_cohort
-from examples.pathology.cohort.joining import Joined, join_for
+from examples.pathology.cohort.joining import Joined, join
 from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.splits import Fold, check_sizes, make_splits
 from examples.pathology.cohort.targets import Target, describe, prediction_columns
 from examples.pathology.settings.cohort import CheckConfig
 from examples.pathology.tables.matching import near_matches
-
-logger = logging.getLogger(__name__)
 
 
 def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
@@ -36,9 +33,10 @@ def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
         UserError: A table cannot be read or contradicts itself, a file name leads out of the
             folder, or a cross-validation would refuse what is there.
     """
-    joined = join_for(config)
+    names = [config.target, *config.auxiliary]
+    joined = join(config.sources, names)
     problems = _say_joining(joined, config, say)
-    _say_labels(joined, [config.target, *config.auxiliary], say)
+    _say_labels(joined, names, say)
     cohort = load_cohort(config)
     problems += _say_files(cohort, config.limit, say)
     _say_cohort(cohort, say)

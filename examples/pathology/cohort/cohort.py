@@ -15,10 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
 from examples.pathology.cohort.inspection import Inspection
-from examples.pathology.cohort.joining import Joined, join, join_for
+from examples.pathology.cohort.joining import Joined, join
 from examples.pathology.cohort.patients import Patient, known_values
 from examples.pathology.cohort.targets import (
     MAX_AUXILIARY_CLASSES,
@@ -32,10 +33,9 @@ from examples.pathology.cohort.targets import (
     refuse_words,
 )
 from examples.pathology.common.errors import UserError, listing
-from examples.pathology.common.files import table_csv, write_text
 from examples.pathology.features.kind import FeatureKind
-from examples.pathology.settings.cohort import CohortConfig
-from examples.pathology.tables.reading import FILENAME, PATIENT
+from examples.pathology.settings.cohort import CohortConfig, Kind, Sources
+from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ TRAINING_ONLY = "training only"
 
 
 @dataclass(frozen=True)
-class LedgerRow:
+class CohortRow:
     """What became of one patient, slide or feature file.
 
     Args:
@@ -81,7 +81,7 @@ class Cohort:
     auxiliary: tuple[Target, ...]
     patients: tuple[Patient, ...]
     training_only: tuple[Patient, ...]
-    ledger: tuple[LedgerRow, ...]
+    ledger: tuple[CohortRow, ...]
     funnel: tuple[tuple[str, int], ...]
     kind: FeatureKind
     digest: str
@@ -97,9 +97,7 @@ class Cohort:
 
     def write_ledger(self, path: Path) -> None:
         """Write the ledger as a CSV table."""
-        headings = ["item", "name", "patient", "status", "reason"]
-        cells = ((r.item, r.name, r.patient, r.status, r.reason) for r in self.ledger)
-        write_text(path, table_csv(headings, cells))
+        write_table(path, pd.DataFrame(list(self.ledger)))
 
 
 def load_cohort(config: CohortConfig) -> Cohort:
@@ -115,67 +113,38 @@ def load_cohort(config: CohortConfig) -> Cohort:
         UserError: The tables contradict themselves or each other, features of several extractors
             are mixed, or nobody is left.
     """
-    clini, target, auxiliary = config.clini, config.target, config.auxiliary
-    joined = join_for(config)
-    if config.cutoff is not None:
-        joined = _cut(joined, target, config.cutoff, clini)
-    kinds = {target: kind_of(joined.clinical[target], MAX_CLASSES)}
-    kinds |= {name: kind_of(joined.clinical[name], MAX_AUXILIARY_CLASSES) for name in auxiliary}
-    kinds |= config.kinds
-    for column in (target, *auxiliary):
-        if kinds[column] == "regression":
-            refuse_words(column, joined.clinical[column], clini)
-    labels = {}
-    for name, row in joined.clinical.iterrows():
-        known = {
-            other: float(row[other]) if kinds[other] == "regression" else row[other]
-            for other in auxiliary
-            if row[other]
-        }
-        missing = [column for column in (target, *auxiliary) if not row[column]]
-        refused = ""
-        if config.complete_cases and missing:
-            refused = f"no {missing[0]} value, and only complete cases are used"
-        elif not row[target] and not known:
-            refused = f"no {target} label"
-        labels[str(name)] = _Labels(row[target], known, refused)
-    patients, ledger, bags, reached = _gather(joined, labels, target)
-    labelled = [p for p in patients if p.label]
-    training_only = [p for p in patients if not p.label]
-    usable = {name for name, label in labels.items() if label.label and not label.refused}
+    target = config.target
+    joined = _join(config.sources, [target, *config.auxiliary], target, config.cutoff)
+    kinds = _kinds(joined.clinical, config)
+    people = _read_patients(joined.clinical, target, kinds)
+    refused = {person.name: _refusal(person, config) for person in people}
+    found = _gather(people, joined, refused)
+    labelled = [patient for patient in found.patients if patient.label]
+    training_only = [patient for patient in found.patients if not patient.label]
+    usable = {person.name for person in people if person.label and not refused[person.name]}
     stages = [
-        ("in the clinical table", len(labels)),
+        ("in the clinical table", len(people)),
         (f"with a label ({target})" + " and all other values" * config.complete_cases, len(usable)),
-        ("and a slide in the slide table", len(usable & reached)),
+        ("and a slide in the slide table", len(usable & found.with_slides)),
         ("and usable features: used", len(labelled)),
     ]
-    _refuse_nobody(labelled, "a label, a slide and features", stages, ledger)
+    _refuse_nobody(labelled, "a label, a slide and features", stages, found.ledger)
     if training_only:
         stages.append(("without a label but with another value: trained on", len(training_only)))
     values: dict[str, list[str | float]] = {target: [p.label for p in labelled]}
-    values |= {name: [p.known[name] for p in patients if name in p.known] for name in auxiliary}
-    targets = [make_target(name, kinds[name], values[name], config) for name in values]
-    return _cohort(targets[0], targets[1:], patients, ledger, stages, bags)
+    for name in config.auxiliary:
+        values[name] = [p.known[name] for p in found.patients if name in p.known]
+    targets = [make_target(name, kinds[name], known, config) for name, known in values.items()]
+    return _cohort(targets, labelled, training_only, stages, found)
 
 
-def load_external(
-    clini: Path,
-    slide_table: Path,
-    features: Path,
-    targets: Sequence[Target],
-    *,
-    patient_column: str = PATIENT,
-    filename_column: str = FILENAME,
-) -> Cohort:
+def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
     """Join the tables and files of a cohort to predict for: no label is needed, some may be there.
 
     Args:
-        clini: Clinical table; columns of targets that it lacks are not known for anybody.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of ``.h5`` files.
+        sources: Where they are; columns of targets that the clinical table lacks are not known for
+            anybody.
         targets: What was trained, the primary target first.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
 
     Returns:
         Everybody with usable features as ``patients``; a label that is not known is empty.
@@ -183,125 +152,122 @@ def load_external(
     Raises:
         UserError: The tables contradict themselves or the targets, or nobody is left.
     """
-    options = {"patient_column": patient_column, "filename_column": filename_column}
-    joined = join(clini, slide_table, features, [], **options)
-    primary = targets[0]
-    if primary.cutoff is not None and primary.name in joined.clinical:
-        joined = _cut(joined, primary.name, primary.cutoff, clini)
+    joined = _join(sources, [], targets[0].name, targets[0].cutoff)
     here = [target for target in targets if target.name in joined.clinical]
     for target in here:
-        refuse_foreign_values(target, joined.clinical[target.name], clini)
-    labels = {}
-    for name, row in joined.clinical.iterrows():
-        known = {
-            t.name: float(row[t.name]) if t.kind == "regression" else row[t.name]
-            for t in here
-            if t is not primary and row[t.name]
-        }
-        labels[str(name)] = _Labels(row[primary.name] if primary in here else "", known, "")
-    patients, ledger, bags, reached = _gather(joined, labels, primary.name)
+        refuse_foreign_values(target, joined.clinical[target.name], sources.clini)
+    kinds = {target.name: target.kind for target in here}
+    people = _read_patients(joined.clinical, targets[0].name, kinds)
+    found = _gather(people, joined, {})
     stages = [
-        ("in the clinical table", len(labels)),
-        ("and a slide in the slide table", len(reached)),
-        ("and usable features: used", len(patients)),
+        ("in the clinical table", len(people)),
+        ("and a slide in the slide table", len(found.with_slides)),
+        ("and usable features: used", len(found.patients)),
     ]
-    _refuse_nobody(patients, "a slide and features", stages, ledger)
-    ledger = [
-        replace(r, status="used", reason="") if r.status == TRAINING_ONLY else r for r in ledger
-    ]
-    cohort = _cohort(primary, targets[1:], patients, ledger, stages, bags)
-    return replace(cohort, patients=tuple(patients), training_only=())
+    _refuse_nobody(found.patients, "a slide and features", stages, found.ledger)
+    return _cohort(targets, found.patients, [], stages, found)
+
+
+def _join(sources: Sources, columns: Sequence[str], target: str, cutoff: float | None) -> Joined:
+    """Join tables and files, and make classes of the primary target where it has a cut-off."""
+    joined = join(sources, columns)
+    if cutoff is None or target not in joined.clinical:
+        return joined
+    column = cut(target, joined.clinical[target], cutoff, sources.clini)
+    return replace(joined, clinical=joined.clinical.assign(**{target: column}))
+
+
+def _kinds(clinical: pd.DataFrame, config: CohortConfig) -> dict[str, Kind]:
+    """Return what each target is taken for, and raise if one that is to be a number is none."""
+    most = {config.target: MAX_CLASSES} | dict.fromkeys(config.auxiliary, MAX_AUXILIARY_CLASSES)
+    kinds = {name: kind_of(clinical[name], classes) for name, classes in most.items()}
+    kinds |= config.kinds
+    for name, kind in kinds.items():
+        if kind == "regression":
+            refuse_words(name, clinical[name], config.clini)
+    return kinds
+
+
+def _read_patients(clinical: pd.DataFrame, target: str, kinds: Mapping[str, Kind]) -> list[Patient]:
+    """Return everybody in the clinical table with what is known of them, still without files."""
+    people = []
+    for name, row in clinical.iterrows():
+        known = {
+            other: float(row[other]) if kind == "regression" else row[other]
+            for other, kind in kinds.items()
+            if other != target and row[other]
+        }
+        label = row[target] if target in kinds else ""
+        people.append(Patient(str(name), label, known, (), 0))
+    return sorted(people, key=lambda person: person.name)
+
+
+def _refusal(patient: Patient, config: CohortConfig) -> str:
+    """Return why what is known of a patient is not enough to train on, or an empty string."""
+    known = [config.target] * bool(patient.label) + list(patient.known)
+    missing = [name for name in (config.target, *config.auxiliary) if name not in known]
+    if config.complete_cases and missing:
+        return f"no {missing[0]} value, and only complete cases are used"
+    return "" if known else f"no {config.target} label"
 
 
 @dataclass(frozen=True)
-class _Labels:
-    """What the clinical table says of a patient, and why that is not enough."""
+class _Found:
+    """Patients with usable features, and how they were found.
 
-    label: str
-    known: Mapping[str, str | float]
-    refused: str
+    Args:
+        patients: Those not refused, with files and tiles.
+        ledger: One row per patient, slide and unclaimed feature file.
+        bags: What their files are.
+        with_slides: Who has a slide in the slide table, by name.
+    """
 
-
-def _refuse_nobody(
-    found: Sequence[Patient],
-    needed: str,
-    stages: Sequence[tuple[str, int]],
-    ledger: Sequence[LedgerRow],
-) -> None:
-    if not found:
-        raise UserError(
-            f"At least one patient must have {needed}, but nobody has: "
-            + "; ".join(f"{count} {stage}" for stage, count in stages)
-            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
-        )
+    patients: list[Patient]
+    ledger: list[CohortRow]
+    bags: Inspection
+    with_slides: set[str]
 
 
-def _gather(
-    joined: Joined, labels: Mapping[str, _Labels], target: str
-) -> tuple[list[Patient], list[LedgerRow], Inspection, set[str]]:
-    """Return patients with features, the ledger, what their files are, and who has slides."""
+def _gather(people: Sequence[Patient], joined: Joined, refused: Mapping[str, str]) -> _Found:
+    """Look for the feature files of everybody.
+
+    Args:
+        people: Everybody in the clinical table, without files.
+        joined: What the slide table and the feature folder hold.
+        refused: Why somebody is not to be used; empty, or absent, for the others.
+    """
     bags = Inspection()
     slides_of = joined.slides_of
+    names = {person.name for person in people}
     ledger = [
-        LedgerRow("slide", key, name, "excluded", "its patient is not in the clinical table")
-        for name in sorted(set(slides_of) - set(labels))
+        CohortRow("slide", key, name, "excluded", "its patient is not in the clinical table")
+        for name in sorted(set(slides_of) - names)
         for key in slides_of[name]
     ]
     patients = []
-    for name in tqdm(sorted(labels), desc="features", unit="patient", leave=False):
-        label = labels[name]
-        keys = slides_of.get(name, [])
-        used, rows = _usable_files(name, keys, joined, None if label.refused else bags)
-        reason = label.refused
+    for person in tqdm(people, desc="features", unit="patient", leave=False):
+        reason = refused.get(person.name, "")
+        keys = slides_of.get(person.name, [])
+        used, rows = _usable_files(person.name, keys, joined, None if reason else bags)
         if not reason and not keys:
             reason = "no slide in the slide table"
         elif not reason and not used:
             reason = "none of its slides has usable features"
-        status = "excluded" if reason else "used"
         if not reason:
             tiles = sum(bags.tiles[path] for path in used)
-            patients.append(Patient(name, label.label, label.known, used, tiles))
-            if not label.label:
-                status = TRAINING_ONLY
-                reason = f"no {target} label: trained on for {listing(label.known)}, never tested"
-        ledger += [LedgerRow("patient", name, name, status, reason), *rows]
+            patients.append(replace(person, files=used, tiles=tiles))
+        status = "excluded" if reason else "used"
+        ledger += [CohortRow("patient", person.name, person.name, status, reason), *rows]
     ledger += [
-        LedgerRow("feature file", f"{name}.h5", "", "unclaimed", "not in the slide table")
+        CohortRow("feature file", f"{name}.h5", "", "unclaimed", "not in the slide table")
         for name in joined.unclaimed
     ]
-    return patients, ledger, bags, set(slides_of) & set(labels)
-
-
-def _cohort(
-    target: Target,
-    auxiliary: Sequence[Target],
-    patients: Sequence[Patient],
-    ledger: Sequence[LedgerRow],
-    stages: Sequence[tuple[str, int]],
-    bags: Inspection,
-) -> Cohort:
-    bags.refuse_mixture()
-    return Cohort(
-        target=target,
-        auxiliary=tuple(auxiliary),
-        patients=tuple(p for p in patients if p.label),
-        training_only=tuple(p for p in patients if not p.label),
-        ledger=tuple(sorted(ledger, key=lambda row: (row.item, row.patient, row.name))),
-        funnel=tuple(stages),
-        kind=bags.kind(),
-        digest=_sha256(
-            f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[bags.crc[f] for f in p.files]}"
-            for p in patients
-        ),
-    )
+    return _Found(patients, ledger, bags, set(slides_of) & names)
 
 
 def _usable_files(
-    patient: str,
-    keys: Sequence[str],
-    joined: Joined,
-    bags: Inspection | None,
-) -> tuple[tuple[Path, ...], list[LedgerRow]]:
+    patient: str, keys: Sequence[str], joined: Joined, bags: Inspection | None
+) -> tuple[tuple[Path, ...], list[CohortRow]]:
     """Return the usable feature files of one patient by name, and a ledger row for every slide.
 
     Without ``bags`` the patient is not used anyway, and no file is opened.
@@ -323,8 +289,57 @@ def _usable_files(
             reason = bags.problem(joined.files[candidates[0]])
         if not reason:
             used[candidates[0]] = joined.files[candidates[0]]
-        rows.append(LedgerRow("slide", key, patient, "excluded" if reason else "used", reason))
+        rows.append(CohortRow("slide", key, patient, "excluded" if reason else "used", reason))
     return tuple(used[name] for name in sorted(used)), rows
+
+
+def _refuse_nobody(
+    used: Sequence[Patient],
+    needed: str,
+    stages: Sequence[tuple[str, int]],
+    ledger: Sequence[CohortRow],
+) -> None:
+    if not used:
+        raise UserError(
+            f"At least one patient must have {needed}, but nobody has: "
+            + "; ".join(f"{count} {stage}" for stage, count in stages)
+            + f". Reasons: {listing(dict.fromkeys(left_out(ledger)), 3)}."
+        )
+
+
+def _cohort(
+    targets: Sequence[Target],
+    patients: Sequence[Patient],
+    training_only: Sequence[Patient],
+    stages: Sequence[tuple[str, int]],
+    found: _Found,
+) -> Cohort:
+    """Return the cohort, whose features must be of one kind."""
+    found.bags.refuse_mixture()
+    reasons = {
+        p.name: f"no {targets[0].name} label: trained on for {listing(p.known)}, never tested"
+        for p in training_only
+    }
+    ledger = [
+        replace(row, status=TRAINING_ONLY, reason=reasons[row.name])
+        if row.item == "patient" and row.name in reasons
+        else row
+        for row in found.ledger
+    ]
+    return Cohort(
+        target=targets[0],
+        auxiliary=tuple(targets[1:]),
+        patients=tuple(patients),
+        training_only=tuple(training_only),
+        ledger=tuple(sorted(ledger, key=lambda row: (row.item, row.patient, row.name))),
+        funnel=tuple(stages),
+        kind=found.bags.kind(),
+        digest=_sha256(
+            f"{p.name}\t{p.label}\t{sorted(p.known.items())}"
+            f"\t{[found.bags.crc[file] for file in p.files]}"
+            for p in found.patients
+        ),
+    )
 
 
 def log_cohort(cohort: Cohort) -> None:
@@ -349,12 +364,7 @@ def log_cohort(cohort: Cohort) -> None:
         logger.warning("%s", kind.simulated)
 
 
-def _cut(joined: Joined, name: str, cutoff: float, table: Path) -> Joined:
-    column = cut(name, joined.clinical[name], cutoff, table)
-    return replace(joined, clinical=joined.clinical.assign(**{name: column}))
-
-
-def left_out(ledger: Iterable[LedgerRow]) -> list[str]:
+def left_out(ledger: Iterable[CohortRow]) -> list[str]:
     """Return the item and the reason of every row that is not used at all."""
     kept = ("used", TRAINING_ONLY)
     return [f"{row.item}: {row.reason}" for row in ledger if row.status not in kept]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.targets import Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
-from examples.pathology.common.files import json_or_none, write_bytes, write_json, write_text
+from examples.pathology.common.files import json_or_none, write_bytes, write_json
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
+from examples.pathology.tables.writing import write_table
 from examples.pathology.training.fold import new_model
 from examples.pathology.training.losses import Scaler
 from examples.pathology.training.prediction import Fitted, PatientPrediction
@@ -73,7 +73,7 @@ def write_fold(
     """
     write_predictions(folder / "predictions.csv", fitted.targets, tested)
     write_predictions(folder / "validation.csv", fitted.targets, validated)
-    write_text(folder / "history.csv", _csv_of(fitted.history))
+    write_table(folder / "history.csv", pd.DataFrame(list(fitted.history)))
     write_embeddings(folder / "embeddings.npy", tested)
     buffer = io.BytesIO()
     torch.save(
@@ -159,12 +159,8 @@ def write_predictions(
     path: Path, targets: Sequence[Target], predictions: Sequence[PatientPrediction]
 ) -> None:
     """Write one row per patient: what is known, and what is predicted."""
-    write_text(path, _predictions_csv(targets, predictions))
-
-
-def _predictions_csv(targets: Sequence[Target], tested: Sequence[PatientPrediction]) -> str:
     rows = []
-    for prediction in tested:
+    for prediction in predictions:
         patient = prediction.patient
         row: dict[str, Any] = {"PATIENT": patient.name, targets[0].name: patient.label}
         for target in targets:
@@ -179,16 +175,7 @@ def _predictions_csv(targets: Sequence[Target], tested: Sequence[PatientPredicti
             else:
                 row[f"{target.name}_pred"] = prediction.numbers[target.name]
         rows.append(row)
-    return _csv_of(rows, prediction_columns(targets))
-
-
-def _csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    names = list(columns or dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    write_table(path, pd.DataFrame(rows, columns=prediction_columns(targets), dtype=object))
 
 
 def read_fold(folder: Path) -> FoldResult:

@@ -60,15 +60,7 @@ def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
     device = resolve_device(config.device)
     folders = fold_folders(config.run)
     models = [read_model(folder / "model.pt", device) for folder in folders]
-    targets = models[0][0].targets
-    cohort = load_external(
-        config.clini,
-        config.slide_table,
-        config.features,
-        targets,
-        patient_column=config.patient_column,
-        filename_column=config.filename_column,
-    )
+    cohort = load_external(config.sources, models[0][0].targets)
     for folder, (_, kind) in zip(folders, models, strict=True):
         refuse_other_features(kind, cohort.kind, folder, config.features)
     logger.info("Patients: %s", " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))

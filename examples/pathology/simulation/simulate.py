@@ -43,6 +43,7 @@ from examples.pathology.simulation.tables import (
     source_of,
 )
 from examples.pathology.tables.reading import FILENAME, PATIENT
+from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +143,9 @@ def _write(
     clinical = source.clinical[[config.target, *auxiliary]]
     if config.null and not external:
         clinical = shuffled(clinical, config)
-    _write_csv(out / "clini.csv", clinical.reset_index(names=PATIENT))
-    _write_csv(out / "slides.csv", pd.DataFrame(source.slides, columns=[PATIENT, FILENAME]))
-    _write_csv(out / "truth.csv", pd.DataFrame(list(truth.values())))
+    write_table(out / "clini.csv", clinical.reset_index(names=PATIENT))
+    write_table(out / "slides.csv", pd.DataFrame(source.slides, columns=[PATIENT, FILENAME]))
+    write_table(out / "truth.csv", pd.DataFrame(list(truth.values())))
     return SimulatedCohort(
         clini=out / "clini.csv",
         slide_table=out / "slides.csv",
@@ -274,10 +275,6 @@ def _planted(config: SimulateConfig, cohort: SimulatedCohort) -> str:
     if config.strength("tumour_shift") or config.strength("signature_effect"):
         return f"Planted: `{cohort.target}` = {cohort.positive} and the signatures; see truth.csv."
     return "Nothing is planted: what the bags say of labels and signatures, the fractions say."
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def settings_of(config: SimulateConfig, positive: str) -> dict[str, Any]:

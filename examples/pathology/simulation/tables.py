@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from examples.pathology.cohort.joining import read_clinical_table, read_slide_table
 from examples.pathology.cohort.targets import refuse_words
 from examples.pathology.common.errors import UserError, listing, nearest
 from examples.pathology.settings.simulate import SimulateConfig
@@ -25,6 +24,7 @@ from examples.pathology.simulation.composition import (
     shares_from,
 )
 from examples.pathology.tables.matching import slide_key
+from examples.pathology.tables.reading import read_clinical_table, read_slide_table
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
+import numpy as np
 import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing, nearest, one_line
+from examples.pathology.tables.matching import slide_key
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
 # What stands for "not known" in the tables of TCGA, CPTAC, Excel and pandas, in lower case.
@@ -73,3 +76,55 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             )
     cleaned: pd.DataFrame = table.map(lambda value: "" if value.lower() in MISSING else value)
     return cleaned
+
+
+def read_clinical_table(
+    path: Path, targets: Sequence[str], patient_column: str = PATIENT
+) -> pd.DataFrame:
+    """Read the clinical table: one row per patient, indexed by patient.
+
+    Args:
+        path: The table.
+        targets: Columns that must be there.
+        patient_column: The column of the patient.
+
+    Raises:
+        UserError: A patient is unnamed or stands in more than one row.
+    """
+    table = read_table(path, [patient_column, *targets])
+    _refuse_unnamed(table, path, patient_column)
+    twice = [name for name, count in Counter(table[patient_column]).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{path} must have one row per patient, but has several for {listing(sorted(twice))}."
+        )
+    indexed: pd.DataFrame = table.set_index(patient_column)
+    return indexed
+
+
+def read_slide_table(
+    path: Path, patient_column: str = PATIENT, filename_column: str = FILENAME
+) -> list[tuple[str, str]]:
+    """Read the slide table as ``(patient, key)``: a key is a relative path without suffix.
+
+    Args:
+        path: The table.
+        patient_column: The column of the patient.
+        filename_column: The column of the file name.
+
+    Raises:
+        UserError: A cell is empty, or a file name would lead out of the feature folder.
+    """
+    table = read_table(path, [patient_column, filename_column])
+    _refuse_unnamed(table, path, patient_column)
+    _refuse_unnamed(table, path, filename_column)
+    rows = zip(table[patient_column], table[filename_column], strict=True)
+    return [(patient, slide_key(name, path, filename_column)) for patient, name in rows]
+
+
+def _refuse_unnamed(table: pd.DataFrame, path: Path, column: str) -> None:
+    rows = [str(row + 2) for row in np.flatnonzero(table[column] == "")]
+    if rows:
+        raise UserError(
+            f"{path}: `{column}` must be filled in, but is empty in row {listing(rows)}."
+        )
