@@ -11,10 +11,12 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.pathology.common.errors import UserError, one_line
@@ -77,9 +79,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> object:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -155,21 +154,21 @@ def _globals(data: bytes) -> Iterator[str]:
 
 
 def check_entries(
-    found: Mapping[str, tuple[str, Tensor]],
+    found: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     *,
     network: str,
     path: Path,
-    file_names: Mapping[str, str] | None = None,
+    file_name: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Tensor]:
     """Check that a checkpoint has exactly a network's entries, each of its shape and finite.
 
     Args:
-        found: The file's name and the tensor of each entry, by the network's name of it.
+        found: The tensors of the file by the network's names.
         expected: The network's entries.
         network: Name of the network, for messages.
         path: The file, for messages.
-        file_names: What the file calls the network's entries, where it differs.
+        file_name: Gives the file's name of an entry from the network's.
 
     Returns:
         The tensors by the network's names, ready for ``load_state_dict(..., strict=True)``.
@@ -177,31 +176,29 @@ def check_entries(
     Raises:
         CheckpointError: If anything is missing, too much, of another shape or not finite.
     """
-    names = file_names or {}
-    missing = sorted(names.get(name, name) for name in expected.keys() - found.keys())
-    unknown = sorted(found[name][0] for name in found.keys() - expected.keys())
+    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or unknown:
         parts = [
-            f"{verb} {len(entries)} ({_some(entries)})"
-            for verb, entries in (("lacks", missing), ("has other ones:", unknown))
-            if entries
+            f"{verb} {len(names)} ({_some(sorted(map(file_name, names)))})"
+            for verb, names in (("lacks", missing), ("has other ones:", unknown))
+            if names
         ]
         raise CheckpointError(
             f"The weights file must have exactly the entries of {network}, but "
             f"{path} {' and '.join(parts)}. Nothing was loaded."
         )
-    for name, (original, value) in found.items():
+    for name, value in found.items():
         if value.shape != expected[name].shape:
             raise CheckpointError(
-                f"`{original}` must have the shape {tuple(expected[name].shape)}, but in {path} it "
-                f"has {tuple(value.shape)}. Nothing was loaded."
+                f"`{file_name(name)}` must have the shape {tuple(expected[name].shape)}, but in "
+                f"{path} it has {tuple(value.shape)}. Nothing was loaded."
             )
         if not torch.isfinite(value).all():
             raise CheckpointError(
-                f"`{original}` must be finite, but in {path} it has NaN or infinite values. "
-                "Nothing was loaded."
+                f"`{file_name(name)}` must be finite, but in {path} it has NaN or infinite "
+                "values. Nothing was loaded."
             )
-    return {name: value for name, (_, value) in found.items()}
+    return dict(found)
 
 
 def _some(names: list[str]) -> str:

@@ -1,11 +1,12 @@
-"""Networks by name."""
+"""Networks by name; the only file that knows all of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from examples.pathology.common.errors import UserError, nearest
-from examples.pathology.extractors.extractor import CTRANSPATH, Extractor
+from examples.pathology.extractors.ctranspath import CTRANSPATH, ctranspath_extractor
+from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.extractors.timm_models import TIMM_PREFIX, timm_extractor
 
 
@@ -21,8 +22,6 @@ def make_extractor(name: str, weights: Path | None, seed: int = 0) -> Extractor:
         UserError: If the name is unknown or the weights do not fit.
     """
     if name == CTRANSPATH:
-        from examples.pathology.extractors.ctranspath import ctranspath_extractor
-
         return ctranspath_extractor(weights, seed)
     if name.startswith(TIMM_PREFIX):
         return timm_extractor(name.removeprefix(TIMM_PREFIX), weights, seed)

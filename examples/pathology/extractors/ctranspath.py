@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,12 @@ from examples.pathology.extractors.checkpoints import (
     file_sha256,
     read_checkpoint,
 )
-from examples.pathology.extractors.extractor import (
-    CTRANSPATH,
-    LoadedExtractor,
-    Normalise,
-    warn_of_random_weights,
-)
+from examples.pathology.extractors.extractor import Extractor, Normalise, warn_of_random_weights
 
 logger = logging.getLogger(__name__)
+
+CTRANSPATH = "ctranspath"
+"""Its name, on the command line and in feature files."""
 
 RELEASED_SHA256 = "7c998680060c8743551a412583fac689db43cec07053b72dfec6dcd810113539"
 """Checksum of the ``ctranspath.pth`` that the authors published."""
@@ -45,7 +44,6 @@ CHIEF_SHA256 = "1646f23001214f74cf432ef0e80b808ee6605143802ae6ed53a87564ddc4924a
 """Checksum of the copy of this network that comes with CHIEF: another training, the same layout."""
 
 TILE_PX = 224
-FEATURES = 768
 
 IMAGENET = Normalise(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size_px=(TILE_PX, TILE_PX)
@@ -97,7 +95,7 @@ class ConvStem(nn.Module):
         return tokens
 
 
-def ctranspath_extractor(weights: Path | None, seed: int = 0) -> LoadedExtractor:
+def ctranspath_extractor(weights: Path | None, seed: int = 0) -> Extractor:
     """Build CTransPath with everything that extraction needs.
 
     Args:
@@ -109,15 +107,15 @@ def ctranspath_extractor(weights: Path | None, seed: int = 0) -> LoadedExtractor
     """
     model = ctranspath(weights, seed)
     if weights is None:
-        return LoadedExtractor(model, IMAGENET, f"{CTRANSPATH}-random-seed{seed}", None)
-    sha256 = file_sha256(Path(weights))
+        return Extractor(model, IMAGENET, f"{CTRANSPATH}-random-seed{seed}", None)
+    sha256 = file_sha256(weights)
     if sha256 != RELEASED_SHA256:
         logger.warning(
             "%s has CTransPath's layout but is not the released checkpoint (sha256 %s).",
             weights,
             sha256,
         )
-    return LoadedExtractor(model, IMAGENET, CTRANSPATH, sha256)
+    return Extractor(model, IMAGENET, CTRANSPATH, sha256)
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,6 @@ def ctranspath(weights: Path | None, seed: int = 0) -> nn.Module:
     Raises:
         CheckpointError: If the file is missing, damaged or not of CTransPath's layout.
     """
-    state = None if weights is None else read_checkpoint(Path(weights))
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights that are replaced below
         model = SwinTransformer(
             img_size=TILE_PX,
@@ -179,11 +176,12 @@ def ctranspath(weights: Path | None, seed: int = 0) -> nn.Module:
             window_size=7,
             num_classes=0,
         )
-    if state is None:
+    if weights is None:
         warn_of_random_weights("CTransPath", seed)
-        model.load_state_dict(_random_state(model, seed), strict=True)
+        state = _random_state(model, seed)
     else:
-        model.load_state_dict(_translated(state, model, Path(str(weights))), strict=True)
+        state = _translated(read_checkpoint(weights), model, weights)
+    model.load_state_dict(state, strict=True)
     model.eval()
     return model
 
@@ -211,19 +209,18 @@ def _translated(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> di
     timm 0.5.4 merged patches at the end of a stage, today's timm does at the start of the next
     one; it also stored index and mask buffers, which follow from the geometry.
     """
-    expected = model.state_dict()
-    renamed, indices = {}, {}
+    entries, indices = {}, {}
     for name, value in state.items():
         if name.endswith("relative_position_index"):
             indices[name] = value
         elif not name.endswith("attn_mask") and not name.startswith("head."):
-            renamed[re.sub(r"^layers\.(\d)\.downsample", _next_stage, name)] = (name, value)
+            entries[_merged_at(1, name)] = value
     checked = check_entries(
-        renamed,
-        expected,
+        entries,
+        model.state_dict(),
         network="CTransPath",
         path=path,
-        file_names={name: _checkpoint_name(name) for name in expected},
+        file_name=partial(_merged_at, -1),
     )
     buffers = dict(model.named_buffers())
     for name, value in indices.items():
@@ -236,14 +233,10 @@ def _translated(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> di
     return checked
 
 
-def _next_stage(match: re.Match[str]) -> str:
-    return f"layers.{int(match.group(1)) + 1}.downsample"
-
-
-def _checkpoint_name(name: str) -> str:
-    """Return the released checkpoint's name for one of the model's entries."""
+def _merged_at(step: int, name: str) -> str:
+    """Return the name of an entry if patches are merged so many stages later."""
     return re.sub(
         r"^layers\.(\d)\.downsample",
-        lambda match: f"layers.{int(match.group(1)) - 1}.downsample",
+        lambda match: f"layers.{int(match.group(1)) + step}.downsample",
         name,
     )

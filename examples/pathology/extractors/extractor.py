@@ -1,15 +1,10 @@
-"""Networks that turn tiles into features, behind one small protocol.
-
-Anything with a `model`, a `transform` and an `identifier` will do. Two kinds are built here by
-name: ``ctranspath``, and ``timm:NAME`` for any image model of timm.
-"""
+"""What extraction needs of a network that turns tiles into features."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,44 +12,21 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
-CTRANSPATH = "ctranspath"
-
-Transform = Callable[[Tensor], Tensor]
-
-
-class Extractor(Protocol):
-    """What extraction needs of a network; the attributes may be plain ones."""
-
-    @property
-    def model(self) -> nn.Module:
-        """Takes what `transform` gives, gives features (B, d); in eval mode."""
-
-    @property
-    def transform(self) -> Transform:
-        """Takes RGB tiles (B, h, w, 3) uint8 on any device, gives the model's input."""
-
-    @property
-    def identifier(self) -> str:
-        """Name that goes into feature files; random weights have another than trained ones."""
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """Checksum of the weights file; None for random weights."""
-
 
 @dataclass(frozen=True)
-class LoadedExtractor:
-    """An `Extractor` that was built from a name and a weights file.
+class Extractor:
+    """A network with what its tiles go through first, and the name of its features.
 
     Attributes:
-        model: Takes what `transform` gives, gives (B, d); in eval mode.
-        transform: Takes RGB tiles (B, h, w, 3) uint8, gives what the model takes.
-        identifier: Name that goes into feature files.
+        model: Takes what `transform` gives, gives features (B, d); in eval mode.
+        transform: Takes RGB tiles (B, h, w, 3) uint8 on any device, gives what the model takes.
+        identifier: Name that goes into feature files; random weights have another than trained
+            ones.
         weights_sha256: Checksum of the weights file; None for random weights.
     """
 
     model: nn.Module
-    transform: Transform
+    transform: Callable[[Tensor], Tensor]
     identifier: str
     weights_sha256: str | None
 

@@ -6,17 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from torch import nn
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
 
 from examples.pathology.common.errors import UserError, nearest
 from examples.pathology.extractors.checkpoints import check_entries, file_sha256, read_checkpoint
-from examples.pathology.extractors.extractor import (
-    Extractor,
-    LoadedExtractor,
-    Normalise,
-    warn_of_random_weights,
-)
+from examples.pathology.extractors.extractor import Extractor, Normalise, warn_of_random_weights
 
 TIMM_PREFIX = "timm:"
 
@@ -34,44 +31,44 @@ def timm_extractor(name: str, weights: Path | None, seed: int = 0) -> Extractor:
         UserError: If timm does not know the model, the weights do not fit, or the model gives
             something else than one vector per image.
     """
-    import timm
-    from timm.data.config import resolve_model_data_config
-
     if not timm.is_model(name):
-        known = timm.list_models()
         raise UserError(
             f"`extractor` must name one of timm's models, but timm {timm.__version__} has no "
-            f"{name!r}.{nearest(name, known)}"
+            f"{name!r}.{nearest(name, timm.list_models())}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = timm.create_model(name, pretrained=False, num_classes=0)
-    identifier = f"{TIMM_PREFIX}{name}"
+    identifier, sha256 = f"{TIMM_PREFIX}{name}", None
     if weights is None:
         warn_of_random_weights(name, seed)
         identifier += f"-random-seed{seed}"
     else:
-        heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-        prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-        state = {
-            key: (key, value)
-            for key, value in read_checkpoint(Path(weights)).items()
-            if not (prefixes and key.startswith(prefixes))
-        }
-        checked = check_entries(state, model.state_dict(), network=name, path=Path(weights))
-        model.load_state_dict(checked, strict=True)
+        model.load_state_dict(_checked_state(model, name, weights), strict=True)
+        sha256 = file_sha256(weights)
     model.eval()
-    resolve: Callable[[nn.Module], dict[str, Any]] = resolve_model_data_config
-    config = resolve(model)
-    size = (int(config["input_size"][1]), int(config["input_size"][2]))
-    mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-    transform = Normalise(tuple(config["mean"]), tuple(config["std"]), size, mode)
+    transform = _transform(model)
     with torch.inference_mode():
-        shape = tuple(model(torch.zeros(1, 3, *size)).shape)
+        shape = tuple(model(torch.zeros(1, 3, *transform.size_px)).shape)
     if len(shape) != 2:
         raise UserError(
             f"`extractor` must give one vector per tile, but {name} gives {shape[1:]} for each."
         )
-    return LoadedExtractor(
-        model, transform, identifier, None if weights is None else file_sha256(Path(weights))
-    )
+    return Extractor(model, transform, identifier, sha256)
+
+
+def _checked_state(model: nn.Module, name: str, weights: Path) -> dict[str, Tensor]:
+    """Read the weights of a model and leave out those of a head."""
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    state = read_checkpoint(weights)
+    entries = {key: state[key] for key in state if not key.startswith(prefixes)}
+    return check_entries(entries, model.state_dict(), network=name, path=weights)
+
+
+def _transform(model: nn.Module) -> Normalise:
+    resolve: Callable[[nn.Module], dict[str, Any]] = resolve_model_data_config
+    config = resolve(model)
+    _, height, width = config["input_size"]
+    mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    return Normalise(tuple(config["mean"]), tuple(config["std"]), (height, width), mode)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.extractors.extractor import LoadedExtractor
+from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import dispatch, extraction
 from examples.pathology.slides.slide import SlideFile
 from tests.pathology.slide_helpers import extract, save_slide
@@ -31,7 +31,7 @@ class Patches(nn.Module):
 
 
 def build(name, weights, seed):
-    return LoadedExtractor(Patches(), lambda tiles: tiles.float() / 255, name, "ab")
+    return Extractor(Patches(), lambda tiles: tiles.float() / 255, name, "ab")
 
 
 @pytest.fixture

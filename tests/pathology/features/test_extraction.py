@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.extractors.extractor import LoadedExtractor
+from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import extraction
 from examples.pathology.features.files import read_features
 from examples.pathology.settings.extract import TileRules
@@ -40,7 +40,7 @@ def network(monkeypatch):
 
     def build(name, weights, seed):
         name = name if weights else f"{name}-random-seed{seed}"
-        return LoadedExtractor(model, lambda t: t.float() / 255, name, "ab" if weights else None)
+        return Extractor(model, lambda t: t.float() / 255, name, "ab" if weights else None)
 
     monkeypatch.setattr(extraction, "make_extractor", build)
     return model

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.pathology.extractors.extractor import LoadedExtractor
+from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features.inference import Clock, batches, infer, place
 from examples.pathology.features.ledger import FEATURES, TILING
 from examples.pathology.slides.tiling import TileBlock
@@ -33,7 +33,7 @@ def scale(tiles):
 def make(precision="float32", batch_size=4):
     model = Affine()
     return place(
-        LoadedExtractor(model, scale, "affine", None), torch.device("cpu"), precision, batch_size
+        Extractor(model, scale, "affine", None), torch.device("cpu"), precision, batch_size
     ), model
 
 
@@ -104,7 +104,7 @@ def test_the_clock_tells_waiting_from_working():
         time.sleep(0.1)
         yield from blocks()
 
-    network = place(LoadedExtractor(Slow(), scale, "slow", None), torch.device("cpu"), "float32", 4)
+    network = place(Extractor(Slow(), scale, "slow", None), torch.device("cpu"), "float32", 4)
     clock = Clock()
     advanced = []
     infer(late(), network, clock, advanced.append)

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 import torch
 
-from examples.pathology.extractors.extractor import LoadedExtractor
+from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import extraction
 from examples.pathology.features.files import read_features
 from tests.pathology.slide_helpers import SHARED, extract, tissue
@@ -42,7 +42,7 @@ def write(path, pixels, *, resolution=(1, 1), unit="NONE", description="", level
 def network(monkeypatch):
     def build(name, weights, seed):
         model = torch.nn.Sequential(torch.nn.AvgPool2d(28), torch.nn.Flatten())
-        return LoadedExtractor(model, lambda t: t.permute(0, 3, 1, 2).float() / 255, name, "ab")
+        return Extractor(model, lambda t: t.permute(0, 3, 1, 2).float() / 255, name, "ab")
 
     monkeypatch.setattr(extraction, "make_extractor", build)
 

@@ -396,9 +396,9 @@ def test_wrong_use_of_a_cluster(options, words):
 SCRIPT = """
 import signal, sys
 from pathlib import Path
-from examples.pathology.cluster import cluster
-from examples.pathology.jobs import Job, run_jobs
-from tests.pathology.test_jobs import forever
+from examples.pathology.jobs.cluster import cluster
+from examples.pathology.jobs.engine import Job, run_jobs
+from tests.pathology.jobs.test_jobs import forever
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background
