@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from examples.pathology.features.inference import Network
 from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import Slide, SlideFile
+from mtbalance import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def parameters_of(
 def provenance_of(slide: Slide, row: LedgerRow, parameters: dict[str, Any]) -> dict[str, Any]:
     """Return what a feature file says about itself, by attribute name without our prefix."""
     return {
-        "version": _version(),
+        "version": __version__,
         "slide": slide.name,
         "slide_mpp": slide.mpp.x,
         "slide_mpp_y": slide.mpp.y,
@@ -52,13 +52,6 @@ def provenance_of(slide: Slide, row: LedgerRow, parameters: dict[str, Any]) -> d
         "tiles_total": row.tiles_total,
         "parameters": json.dumps(parameters, sort_keys=True),
     }
-
-
-def _version() -> str:
-    try:
-        return metadata.version("mtbalance")
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
 
 
 def finished_rows(

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from examples.pathology.training.bags import BagStore
 from examples.pathology.training.checkpoint import CHECKPOINT
 from examples.pathology.training.fold import BASELINE, TrainingConfig, fit_fold, needs_lookahead
 from examples.pathology.training.prediction import predict
+from mtbalance import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -241,12 +241,8 @@ def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
         logger.info("Taking up the run in %s", config.out)
         return
 
-    try:
-        own = version("mtbalance")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
     provenance = {
-        "mtbalance": own,
+        "mtbalance": __version__,
         "torch": torch.__version__,
         **{name: value for name, value in asdict(cohort.kind).items() if value is not None},
         "data_sha256": cohort.digest,
