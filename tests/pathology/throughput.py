@@ -27,12 +27,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the comm
 import torch
 
 from examples.pathology.features.extraction import (
-    Rows,
     default_workers,
     extract_slides,
     make_network,
 )
 from examples.pathology.features.inference import Clock, Network, infer
+from examples.pathology.features.ledger import Rows
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import SlideFile, find_slides, open_slide
 from examples.pathology.slides.tiling import TileBlock, TileReader, plan_tiles
@@ -73,9 +73,8 @@ def main() -> None:
             for path in Path(folder).rglob("*.h5"):
                 path.unlink()
             rows: list[Rows] = []
-            report = partial(_keep, rows)
             works = (
-                partial(extract_slides, files, settings, network, report),
+                partial(extract_slides, files, settings, network, rows.append),
                 partial(_alone, blocks, files, network),
             )
             for (name, found), work in zip(timings.items(), works, strict=True):
@@ -97,11 +96,6 @@ def _alone(
 ) -> None:
     for file in files:
         infer(blocks[file], network, Clock())
-
-
-def _keep(rows: list[Rows], row: Rows) -> bool:
-    rows.append(row)
-    return True
 
 
 @dataclass(frozen=True)

@@ -6,39 +6,41 @@ as they have room. A process that dies takes no slide with it but one that kills
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.features.extraction import (
     Report,
-    Rows,
     default_workers,
     extract_slides,
     make_network,
     retire,
 )
 from examples.pathology.features.inference import Network
-from examples.pathology.features.ledger import TILING, ExtractSummary, LedgerRow, write_ledger
-from examples.pathology.jobs.engine import Outcome
+from examples.pathology.features.ledger import (
+    TILING,
+    ExtractSummary,
+    LedgerKeeper,
+    Rows,
+    SlideRow,
+)
+from examples.pathology.jobs.cluster import cluster
+from examples.pathology.jobs.engine import Job, Outcome, run_jobs
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import SlideFile
 
 logger = logging.getLogger(__name__)
-
-LEDGER_PERIOD_S = 10.0
-"""The ledger on disk is at most this old, so that a killed run leaves one too."""
 
 MOST_IN_BATCH = 8
 """Slides that a process gets at once: while it works on one, it opens the next."""
@@ -89,42 +91,15 @@ def run(
         work = functools.partial(_spread, files, settings, device, {"scheduler": scheduler})
     else:
         raise UserError("`processes` must be left out where `scheduler` is given.")
-    rows: dict[str, Rows] = {}
-    ledger = settings.out / "ledger.csv"
-    stopped, failed = "", 0
-    started = written = time.monotonic()
-
-    def ordered() -> list[LedgerRow]:
-        return [row for file in files for row in rows.get(file.name, ())]
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: write_ledger(ledger, ordered()))  # after Ctrl-C as well
-        bar = stack.enter_context(tqdm(total=len(files), desc="extracting", unit="slide"))
-
-        def report(found: Rows) -> bool:
-            nonlocal failed, stopped, written
-            rows[found[0].slide] = found
-            failed += found[-1].status == "failed"
-            bar.update()
-            bar.set_postfix_str(found[0].slide, refresh=False)
-            if time.monotonic() - written > LEDGER_PERIOD_S:
-                write_ledger(ledger, ordered())
-                written = time.monotonic()
-            if max_failures is not None and failed > max_failures:
-                stopped = f"more than {max_failures} slides failed."
-            return not stopped
-
+    ledger, stopped = settings.out / "ledger.csv", ""
+    started = time.monotonic()
+    keeper = LedgerKeeper(ledger, [file.name for file in files], max_failures)
+    with closing(keeper):
         try:
-            work(report)
+            work(keeper.take_down)
         except RunError as error:
             stopped = str(error)
-    summary = ExtractSummary(
-        rows=tuple(ordered()),
-        ledger=ledger,
-        found=len(files),
-        seconds=time.monotonic() - started,
-        stopped=stopped,
-    )
+    summary = ExtractSummary(keeper.rows, ledger, len(files), time.monotonic() - started, stopped)
     logger.log(logging.ERROR if stopped else logging.INFO, "%s", summary)
     return summary
 
@@ -155,10 +130,6 @@ def _here(
     return functools.partial(_spread, files, settings, "auto", place)
 
 
-class _EnoughError(Exception):
-    """Whoever was told of a slide wants no more of them."""
-
-
 def _spread(
     files: Sequence[SlideFile],
     settings: ExtractConfig,
@@ -173,11 +144,8 @@ def _spread(
         settings: What to do.
         device: The device in a process.
         place: Which processes, as `cluster` takes it.
-        report: Told of each slide as its batch ends; returns whether to go on.
+        report: Told of each slide as its batch ends; an error that it raises ends the work.
     """
-    from examples.pathology.jobs.engine import Job, cluster, run_jobs
-
-    left = {file.name: file for file in files}
     settings = replace(
         settings,
         out=settings.out.absolute(),  # processes elsewhere are in other folders
@@ -185,6 +153,7 @@ def _spread(
         show_tiles=False,
     )
     run_id = uuid.uuid4().hex
+    left = {file.name: file for file in files}
 
     def jobs_of(batches: Iterable[Sequence[SlideFile]]) -> list[Job]:
         return [
@@ -192,25 +161,21 @@ def _spread(
             for batch in batches
         ]
 
-    def tell(rows: Rows) -> None:
-        del left[rows[0].slide]
-        if not report(rows):
-            raise _EnoughError
-
     def take(outcome: Outcome) -> None:
         if isinstance(outcome.value, UserError):
             raise outcome.value
         for rows in outcome.value or ():
-            tell(rows)
+            del left[rows[0].slide]
+            report(rows)
 
     def take_or_give_up(outcome: Outcome) -> None:
         take(outcome)
         if outcome.status == "failed":
-            file = left[outcome.key]
+            file = left.pop(outcome.key)
             retire(settings.out / f"{file.stem}.h5")
-            tell((LedgerRow(file.name, TILING, "failed", outcome.error),))
+            report((SlideRow(file.name, TILING, "failed", outcome.error),))
 
-    with cluster(**place) as client, contextlib.suppress(_EnoughError):
+    with cluster(**place) as client:
         batches = deal(files, len(client.nthreads()))
         run_jobs(jobs_of(batches), client, on_outcome=take, title="", deaths=1)
         if left:
@@ -257,12 +222,7 @@ def extract_batch(
     except UserError as error:
         return error
     found: list[Rows] = []
-
-    def report(rows: Rows) -> bool:
-        found.append(rows)
-        return True
-
-    extract_slides(files, settings, network, report)
+    extract_slides(files, settings, network, found.append)
     return found
 
 

@@ -1,21 +1,19 @@
 """The extraction stage: every slide becomes a feature file, or a ledger row that says why not.
 
-Threads read and filter tiles while the network runs. A finished file is left alone as long as it
-was made with the same parameters. Use it through `features.extract`.
+`extract_slide` is the way of one slide, from its first line to its last. `SlideQueue` lets slides
+follow each other so closely that the network hardly ever waits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import logging
 import os
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from examples.pathology.common.files import write_bytes
 from examples.pathology.extractors.choose import make_extractor
 from examples.pathology.features.files import write_features
 from examples.pathology.features.inference import Clock, Network, infer, place
-from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
+from examples.pathology.features.ledger import FEATURES, TILING, Rows, SlideRow
 from examples.pathology.features.provenance import finished_rows, parameters_of, provenance_of
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.overlay import draw_overlay
@@ -46,25 +44,10 @@ from examples.pathology.slides.units import SlideError
 
 logger = logging.getLogger(__name__)
 
-Rows = tuple[LedgerRow, ...]
-Report = Callable[[Rows], bool]
+Report = Callable[[Rows], object]
 
-
-@dataclass(frozen=True)
-class Job:
-    """The settings with the network on its device and the threads that read.
-
-    Attributes:
-        settings: What to do.
-        network: The network.
-        pool: Threads that read tiles.
-        ahead: Blocks of tiles read ahead; together with their size they bound the memory.
-    """
-
-    settings: ExtractConfig
-    network: Network
-    pool: ThreadPoolExecutor
-    ahead: int
+Steps = Generator[None, None, Rows]
+"""A slide on its way. Where it stops another thread may go on with it; it ends with its rows."""
 
 
 def default_workers(device: torch.device) -> int:
@@ -80,264 +63,192 @@ def make_network(settings: ExtractConfig, device: torch.device) -> Network:
 
 
 def extract_slides(
-    files: Sequence[SlideFile], settings: ExtractConfig, network: Network, report: Report
+    files: Iterable[SlideFile], settings: ExtractConfig, network: Network, report: Report
 ) -> None:
     """Extract slides one after the other; the network hardly ever waits for the rest.
-
-    While it works on a slide, the next one is opened and its first tiles are read, and the files
-    of the one before are written.
 
     Args:
         files: The slides.
         settings: What to do.
         network: The network on its device.
-        report: Called with the ledger rows of each slide, in the order of `files`; returns whether
-            to go on.
+        report: Called with the ledger rows of each slide, in the order of `files`; an error that
+            it raises ends the work.
     """
     threads = settings.workers or default_workers(network.device)
-    with (
-        ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool,
-        ThreadPoolExecutor(1, thread_name_prefix="opener") as opener,
-        ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
-    ):
-        job = Job(settings, network, pool, ahead=2 * threads)
-        coming = deque(opener.submit(_prepare, file, job) for file in files[:1])
-        ending: deque[Future[Rows]] = deque()
-        try:
-            for number, file in enumerate(files):
-                outcome = coming.popleft().result()
-                coming.extend(
-                    opener.submit(_prepare, following, job)
-                    for following in files[number + 1 : number + 2]
-                )
-                result = _compute(file, outcome, job)
-                if ending and not report(ending.popleft().result()):
-                    break
-                if isinstance(result, _Computed):
-                    ending.append(writer.submit(_conclude, file, result, job))
-                elif not report(result):
-                    break
-        finally:  # also after Ctrl-C: files that are there have their rows, and no slide stays open
-            while ending:
-                report(ending.popleft().result())
-            while coming:
-                future = coming.popleft()
-                if not future.cancel() and isinstance(outcome := future.result(), _Prepared):
-                    outcome.close()
+    with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
+        read = partial(TileReader, rules=settings.rules, pool=pool, ahead=2 * threads)
+        SlideQueue(report).run(extract_slide(file, settings, network, read) for file in files)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A slide that is open, planned and being read.
+class SlideQueue:
+    """Slides close behind each other: the network has one, the next is opened, the last written.
 
-    Attributes:
-        slide: The open slide.
-        path: Where its features go.
-        parameters: What they depend on.
-        plan: Its tiles.
-        reader: Reads them.
-        seconds: Time that opening and planning took.
-        broken: Levels of its pyramid that cannot be read.
+    The network works in the thread that calls, where Ctrl-C stops it at once; opening and writing
+    have a thread each.
+
+    Args:
+        report: Told the rows of each slide, in order.
     """
 
-    slide: Slide
-    path: Path
-    parameters: dict[str, Any]
-    plan: TilePlan
-    reader: TileReader
-    seconds: float
-    broken: frozenset[int]
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._next: tuple[Steps, Future[Rows]] | None = None
+        self._last: Future[Rows] | None = None
 
-    def close(self) -> None:
-        self.reader.close()
-        self.slide.close()
+    def run(self, slides: Iterator[Steps]) -> None:
+        """Take slides to their ends.
+
+        After an error or Ctrl-C, files that are there have their rows, and no slide stays open.
+        """
+        with self._opener, self._writer, ExitStack() as stack:
+            stack.callback(self._close_next)
+            stack.callback(self._report_last)
+            self._open_next(slides)
+            while self._next is not None:
+                slide, opened = self._next
+                rows = opened.result()
+                self._open_next(slides)
+                rows = rows or _step(slide)
+                self._report_last()
+                if rows:
+                    self._report(rows)
+                else:
+                    self._last = self._writer.submit(_step, slide)
+
+    def _open_next(self, slides: Iterator[Steps]) -> None:
+        slide = next(slides, None)
+        self._next = None if slide is None else (slide, self._opener.submit(_step, slide))
+
+    def _close_next(self) -> None:
+        if self._next is not None:
+            slide, opened = self._next
+            if not opened.cancel():
+                opened.result()
+            slide.close()
+
+    def _report_last(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            self._report(last.result())
 
 
-_Outcome = _Prepared | Rows | Exception
-"""A slide to work on, the rows of one that needs no work, or what went wrong."""
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """A slide whose tiles the network has seen; it is closed.
-
-    Attributes:
-        prepared: The slide as it was.
-        feats: Features (n, d) of its tiles.
-        positions: Row and column of each (n, 2).
-        clock: The time it took so far.
-    """
-
-    prepared: _Prepared
-    feats: npt.NDArray[np.float16]
-    positions: npt.NDArray[np.int64]
-    clock: Clock
-
-
-def _prepare(file: SlideFile, job: Job, broken: frozenset[int] = frozenset()) -> _Outcome:
-    """Open and plan a slide and begin to read it; a broken level is replaced by a finer one.
-
-    Errors are returned, not raised: they belong to this slide, whoever is working on another.
-    """
-    started = time.perf_counter()
+def _step(slide: Steps) -> Rows:
+    """Take a slide to where it stops next; return its rows if that is its end, and else none."""
     try:
-        if file.problem is not None:
-            raise SlideExcludedError(file.problem)
-        settings = job.settings
-        slide = open_slide(
-            file.path,
-            file.name,
-            table_mpp=file.table_mpp,
-            default_mpp=settings.default_mpp,
-            broken_levels=broken,
-        )
-        with contextlib.ExitStack() as stack:
-            stack.callback(slide.close)
-            path = settings.out / f"{file.stem}.h5"
-            parameters = parameters_of(file, slide, settings, job.network)
-            done = finished_rows(path, file, parameters)
-            if done is not None:
-                return done
-            plan = plan_tiles(slide, settings.rules)
-            reader = TileReader(slide, plan, settings.rules, pool=job.pool, ahead=job.ahead)
-            stack.pop_all()
-            seconds = time.perf_counter() - started
-            return _Prepared(slide, path, parameters, plan, reader, seconds, broken)
-    except LevelError as error:
-        return error if error.level == 0 else _retry(file, job, broken, error)
-    except Exception as error:  # noqa: BLE001 - see `_failure`
-        return error
+        next(slide)
+    except StopIteration as end:
+        rows: Rows = end.value
+        return rows
+    return ()
 
 
-def _retry(file: SlideFile, job: Job, broken: frozenset[int], error: LevelError) -> _Outcome:
-    logger.warning("%s It is read from a finer level instead.", error)
-    return _prepare(file, job, broken | {error.level})
+def extract_slide(
+    file: SlideFile,
+    settings: ExtractConfig,
+    network: Network,
+    read: Callable[[Slide, TilePlan], TileReader],
+) -> Steps:
+    """Extract one slide; it stops before the network begins, and before its files are written.
 
+    Args:
+        file: The slide.
+        settings: What to do.
+        network: The network on its device.
+        read: Begins to read the tiles of a slide.
 
-def _compute(file: SlideFile, outcome: _Outcome, job: Job) -> _Computed | Rows:
-    """Run the network over a prepared slide; whatever goes wrong becomes a row of the ledger."""
-    if isinstance(outcome, tuple):
-        return outcome
-    clock = Clock()
-    try:
-        if isinstance(outcome, Exception):
-            raise outcome
-        clock.seconds[TILING] = outcome.seconds
-        with (
-            contextlib.closing(outcome),
-            tqdm(
-                total=outcome.plan.count(TileStatus.PENDING),
-                desc=file.name,
-                unit="tile",
-                leave=False,
-                delay=3,
-                disable=not job.settings.show_tiles,
-            ) as bar,
-        ):
-            feats, positions = infer(outcome.reader, job.network, clock, bar.update)
-        clock.enter(clock.stage)
-        return _Computed(outcome, feats, positions, clock)
-    except LevelError as error:
-        if error.level > 0 and isinstance(outcome, _Prepared):
-            return _compute(file, _retry(file, job, outcome.broken, error), job)
-        return _failure(file, error, clock, job)
-    except Exception as error:  # noqa: BLE001 - see `_failure`
-        return _failure(file, error, clock, job)
-
-
-def _conclude(file: SlideFile, computed: _Computed, job: Job) -> Rows:
-    """Write the picture of a slide and, if it has tissue, its feature file."""
-    clock, prepared = computed.clock, computed.prepared
-    clock.resume(TILING)
+    Returns:
+        Its rows of the ledger; whatever goes wrong is one of them.
+    """
+    path = settings.out / f"{file.stem}.h5"
     rows: Rows = ()
-    try:
-        plan = prepared.plan
-        _save_picture(job.settings.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
-        row = _described(file, prepared, job.settings.rules.tile_size_um)
-        rows = (row,)
-        if row.status == "ok":
-            clock.enter(FEATURES)
-            _write(computed, row, job)
-            rows = (row, replace(row, stage=FEATURES))
-        else:
-            logger.warning("%s: %s", file.name, row.reason)
-            retire(job.settings.out / f"{file.stem}.h5")
-    except Exception as error:  # noqa: BLE001 - see `_failure`
-        return _failure(file, error, clock, job, rows)
-    return _timed(rows, clock)
+    broken: frozenset[int] = frozenset()
+    has_turn = False
+    while True:  # again for each level that turns out to be unreadable: a finer one replaces it
+        clock = Clock()
+        try:
+            with ExitStack() as stack:
+                slide = stack.enter_context(closing(_open(file, settings, broken)))
+                parameters = parameters_of(file, slide, settings, network)
+                finished = finished_rows(path, file, parameters)
+                if finished is not None:
+                    return finished
+                plan = plan_tiles(slide, settings.rules)
+                tiles = stack.enter_context(closing(read(slide, plan)))
+                if not has_turn:
+                    with clock.stopped():
+                        yield
+                    has_turn = True
+                bar = stack.enter_context(_bar(file, plan, settings.show_tiles))
+                feats, positions = infer(tiles, network, clock, bar.update)
+            with clock.stopped():
+                yield
+            clock.enter(TILING)
+            _save_picture(settings.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
+            rows = (_described(slide, plan, settings.rules.tile_size_um),)
+            if rows[0].status == "ok":
+                clock.enter(FEATURES)
+                made = provenance_of(slide, rows[0], parameters, clock)
+                _write(path, feats, positions, settings, network, made)
+                rows = (*rows, replace(rows[0], stage=FEATURES))
+            else:
+                logger.warning("%s: %s", file.name, rows[0].reason)
+                retire(path)
+        except Exception as error:  # noqa: BLE001 - thousands must not be lost to one nobody foresaw
+            if isinstance(error, LevelError) and error.level > 0:
+                logger.warning("%s It is read from a finer level instead.", error)
+                broken |= {error.level}
+                continue
+            if not has_turn:  # a run that ends before its turn has not looked at it
+                with clock.stopped():
+                    yield
+            rows = (*rows, _failure(file, error, clock.stage))
+            retire(path)
+        clock.enter(clock.stage)
+        return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
 
 
-def _failure(file: SlideFile, error: Exception, clock: Clock, job: Job, rows: Rows = ()) -> Rows:
-    """Turn what went wrong with a slide into its last row of the ledger.
-
-    The one broad net: thousands of slides must not be lost to one that nobody foresaw.
-    """
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        raise error  # the next slide would meet it too; a smaller batch_size helps
-    expected = isinstance(error, (SlideError, UserError))
-    reason = str(error) if expected else f"{type(error).__name__}: {error}"
-    if isinstance(error, SlideExcludedError):
-        logger.warning("%s: %s", file.name, reason)
-        status = "excluded"
-    else:
-        logger.error("%s failed: %s", file.name, reason, exc_info=None if expected else error)
-        status = "failed"
-    retire(job.settings.out / f"{file.stem}.h5")
-    return _timed((*rows, LedgerRow(file.name, clock.stage, status, reason)), clock)
-
-
-def _timed(rows: Rows, clock: Clock) -> Rows:
-    clock.enter(clock.stage)
-    return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
-
-
-def retire(path: Path) -> None:
-    """Rename features that an earlier run made of a slide that gives none now."""
-    if path.is_file():
-        old = path.with_name(path.name + ".old")
-        path.replace(old)
-        logger.warning("%s is from an earlier run and no longer valid; it is now %s.", path, old)
-
-
-def _write(computed: _Computed, row: LedgerRow, job: Job) -> None:
-    settings, extractor, prepared = job.settings, job.network.extractor, computed.prepared
-    write_features(
-        prepared.path,
-        computed.feats,
-        computed.positions[:, ::-1] * settings.rules.tile_size_um,
-        extractor=extractor.identifier,
-        weights_sha256=extractor.weights_sha256,
-        random_weights=extractor.weights_sha256 is None,
-        tile_size_um=settings.rules.tile_size_um,
-        tile_size_px=settings.rules.tile_size_px,
-        layout=settings.layout,
-        provenance={
-            **provenance_of(prepared.slide, row, prepared.parameters),
-            "seconds_tiling": computed.clock.seconds[TILING],
-            "seconds_features": computed.clock.seconds[FEATURES],
-            "unreadable_levels": json.dumps(sorted(prepared.broken)),
-        },
+def _open(file: SlideFile, settings: ExtractConfig, broken_levels: frozenset[int]) -> Slide:
+    if file.problem is not None:
+        raise SlideExcludedError(file.problem)
+    return open_slide(
+        file.path,
+        file.name,
+        table_mpp=file.table_mpp,
+        default_mpp=settings.default_mpp,
+        broken_levels=broken_levels,
     )
 
 
-def _described(file: SlideFile, prepared: _Prepared, um: float) -> LedgerRow:
+def _bar(file: SlideFile, plan: TilePlan, shown: bool) -> tqdm[Any]:
+    pending = plan.count(TileStatus.PENDING)
+    return tqdm(total=pending, desc=file.name, unit="tile", leave=False, delay=3, disable=not shown)
+
+
+def _save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=88)
+    write_bytes(path, buffer.getvalue())
+
+
+def _described(slide: Slide, plan: TilePlan, tile_size_um: float) -> SlideRow:
     """Say in a row what tiling found."""
-    slide, plan = prepared.slide, prepared.plan
     kept = plan.count(TileStatus.KEPT)
     reasons = []
     if plan.status.size == 0:
         size = f"{slide.width_um:.0f} x {slide.height_um:.0f} um"
-        reasons.append(f"no tile: the slide is {size}, and a tile is {um:g} um wide")
+        reasons.append(f"no tile: the slide is {size}, and a tile is {tile_size_um:g} um wide")
     elif not kept:
         reasons.append(
             f"no tile left: {plan.count(TileStatus.BRIGHT)} of {plan.status.size} are glass, "
             f"{plan.count(TileStatus.SMOOTH)} have too few edges"
         )
-    if prepared.broken:
-        levels = ", ".join(map(str, sorted(prepared.broken)))
+    if slide.broken_levels:
+        levels = ", ".join(map(str, sorted(slide.broken_levels)))
         reasons.append(f"unreadable levels, replaced by finer ones: {levels}")
-    return LedgerRow(
-        slide=file.name,
+    return SlideRow(
+        slide=slide.name,
         stage=TILING,
         status="ok" if kept else "empty",
         reason="; ".join(reasons),
@@ -348,7 +259,46 @@ def _described(file: SlideFile, prepared: _Prepared, um: float) -> LedgerRow:
     )
 
 
-def _save_picture(path: Path, picture: npt.NDArray[np.uint8]) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=88)
-    write_bytes(path, buffer.getvalue())
+def _write(
+    path: Path,
+    feats: npt.NDArray[np.float16],
+    positions: npt.NDArray[np.int64],
+    settings: ExtractConfig,
+    network: Network,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the features (n, d) of tiles in these rows and columns (n, 2) of the grid."""
+    extractor, rules = network.extractor, settings.rules
+    write_features(
+        path,
+        feats,
+        positions[:, ::-1] * rules.tile_size_um,
+        extractor=extractor.identifier,
+        weights_sha256=extractor.weights_sha256,
+        random_weights=extractor.weights_sha256 is None,
+        tile_size_um=rules.tile_size_um,
+        tile_size_px=rules.tile_size_px,
+        layout=settings.layout,
+        provenance=provenance,
+    )
+
+
+def _failure(file: SlideFile, error: Exception, stage: str) -> SlideRow:
+    """Say what went wrong with a slide, in the log and in a row."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error  # the next slide would meet it too; a smaller batch_size helps
+    expected = isinstance(error, (SlideError, UserError))
+    reason = str(error) if expected else f"{type(error).__name__}: {error}"
+    if isinstance(error, SlideExcludedError):
+        logger.warning("%s: %s", file.name, reason)
+        return SlideRow(file.name, stage, "excluded", reason)
+    logger.error("%s failed: %s", file.name, reason, exc_info=None if expected else error)
+    return SlideRow(file.name, stage, "failed", reason)
+
+
+def retire(path: Path) -> None:
+    """Rename features that an earlier run made of a slide that gives none now."""
+    if path.is_file():
+        old = path.with_name(path.name + ".old")
+        path.replace(old)
+        logger.warning("%s is from an earlier run and no longer valid; it is now %s.", path, old)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,9 +43,14 @@ class Clock:
         self.seconds[self.stage] += now - self._since
         self.stage, self._since = stage, now
 
-    def resume(self, stage: str) -> None:
-        """Begin a stage after a time that counts for none."""
-        self.stage, self._since = stage, time.perf_counter()
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let time go by that counts for no stage."""
+        self.enter(self.stage)
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from tqdm import tqdm
+
+from examples.pathology.common.errors import RunError
 from examples.pathology.common.files import table_csv, write_text
 
 TILING, FEATURES = "tiling", "features"
 """The stages: from a slide file to tiles of tissue, and from these to a feature file."""
 
-LEDGER_COLUMNS = (
-    "slide",
-    "stage",
-    "status",
-    "reason",
-    "tiles_total",
-    "tiles_kept",
-    "mpp",
-    "mpp_source",
-    "seconds",
-)
+LEDGER_PERIOD_S = 10.0
+"""The ledger on disk is at most this old, so that a killed run leaves one too."""
 
 
 @dataclass(frozen=True)
-class LedgerRow:
+class SlideRow:
     """What became of one slide in one stage.
 
     Attributes:
@@ -54,6 +49,12 @@ class LedgerRow:
     skipped: bool = False
 
 
+LEDGER_COLUMNS = tuple(field.name for field in fields(SlideRow) if field.name != "skipped")
+
+Rows = tuple[SlideRow, ...]
+"""What became of one slide, stage by stage."""
+
+
 @dataclass(frozen=True)
 class ExtractSummary:
     """What became of all slides.
@@ -66,7 +67,7 @@ class ExtractSummary:
         stopped: Why the run ended before the last slide; empty if it did not.
     """
 
-    rows: tuple[LedgerRow, ...]
+    rows: tuple[SlideRow, ...]
     ledger: Path
     found: int
     seconds: float
@@ -138,7 +139,7 @@ class ExtractSummary:
         )
 
 
-def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
+def write_ledger(path: Path, rows: Iterable[SlideRow]) -> None:
     """Write one line per slide and stage; the file on disk is always whole.
 
     Args:
@@ -147,3 +148,49 @@ def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
     """
     cells = ([getattr(row, name) for name in LEDGER_COLUMNS] for row in rows)
     write_text(path, table_csv(LEDGER_COLUMNS, cells))
+
+
+class LedgerKeeper:
+    """Takes down what became of each slide, on disk and in a bar; close it whatever happens.
+
+    Args:
+        path: Where the ledger is.
+        slides: The names of all slides, in the order of the ledger.
+        max_failures: How many of them may fail; None: all.
+    """
+
+    def __init__(self, path: Path, slides: Sequence[str], max_failures: int | None) -> None:
+        self._path, self._slides, self._max_failures = path, slides, max_failures
+        self._rows: dict[str, Rows] = {}
+        self._failed = 0
+        self._written = time.monotonic()
+        self._bar = tqdm(total=len(slides), desc="extracting", unit="slide")
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of all slides that were looked at."""
+        return tuple(row for slide in self._slides for row in self._rows.get(slide, ()))
+
+    def take_down(self, rows: Rows) -> None:
+        """Take down what became of a slide.
+
+        Raises:
+            RunError: More slides than may have failed.
+        """
+        self._rows[rows[0].slide] = rows
+        self._failed += rows[-1].status == "failed"
+        self._bar.update()
+        self._bar.set_postfix_str(rows[0].slide, refresh=False)
+        if time.monotonic() - self._written > LEDGER_PERIOD_S:
+            self._write()
+        if self._max_failures is not None and self._failed > self._max_failures:
+            raise RunError(f"more than {self._max_failures} slides failed.")
+
+    def _write(self) -> None:
+        write_ledger(self._path, self.rows)
+        self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Write the ledger and leave the bar as it is."""
+        self._bar.close()
+        self._write()

@@ -10,8 +10,8 @@ from typing import Any
 
 import h5py
 
-from examples.pathology.features.inference import Network
-from examples.pathology.features.ledger import FEATURES, TILING, LedgerRow
+from examples.pathology.features.inference import Clock, Network
+from examples.pathology.features.ledger import FEATURES, TILING, Rows, SlideRow
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.slide import Slide, SlideFile
 from mtbalance import __version__
@@ -38,7 +38,9 @@ def parameters_of(
     }
 
 
-def provenance_of(slide: Slide, row: LedgerRow, parameters: dict[str, Any]) -> dict[str, Any]:
+def provenance_of(
+    slide: Slide, row: SlideRow, parameters: dict[str, Any], clock: Clock
+) -> dict[str, Any]:
     """Return what a feature file says about itself, by attribute name without our prefix."""
     return {
         "version": __version__,
@@ -51,12 +53,13 @@ def provenance_of(slide: Slide, row: LedgerRow, parameters: dict[str, Any]) -> d
         "precision": parameters["precision"],
         "tiles_total": row.tiles_total,
         "parameters": json.dumps(parameters, sort_keys=True),
+        "seconds_tiling": clock.seconds[TILING],
+        "seconds_features": clock.seconds[FEATURES],
+        "unreadable_levels": json.dumps(sorted(slide.broken_levels)),
     }
 
 
-def finished_rows(
-    path: Path, file: SlideFile, parameters: dict[str, Any]
-) -> tuple[LedgerRow, ...] | None:
+def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Rows | None:
     """Return the rows of a slide whose features exist already, or None if there is work to do."""
     if not path.is_file():
         return None
@@ -70,7 +73,7 @@ def finished_rows(
         return None
     try:
         old = dict(json.loads(attributes["mtbalance_parameters"]))
-        row = LedgerRow(
+        row = SlideRow(
             slide=file.name,
             stage=TILING,
             status="ok",

@@ -24,10 +24,8 @@ import torch
 from distributed import Client, Future, KilledWorker, as_completed, get_client
 
 from examples.pathology.common.errors import RunError, UserError, listing, nearest, one_line
-from examples.pathology.jobs.cluster import cluster, threads_of
+from examples.pathology.jobs.cluster import threads_of
 from examples.pathology.jobs.progress import Progress
-
-__all__ = ["Job", "Outcome", "cluster", "run_jobs"]
 
 logger = logging.getLogger(__name__)
 

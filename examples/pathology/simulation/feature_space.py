@@ -20,7 +20,7 @@ from examples.pathology.simulation.composition import TISSUES, Tissue
 
 Array = npt.NDArray[np.float64]
 
-FEATURES = 768
+FEATURES_PER_TILE = 768
 RANK = 16  # directions in which the tiles of a tissue vary
 BATCH_RANK = 8  # directions in which slides differ from each other
 # Shares of the variance of one feature over all tiles.
@@ -56,18 +56,18 @@ class FeatureSpace:
     """
 
     def __init__(self, seed: int) -> None:
-        generator = np.random.default_rng([seed, FEATURES])
+        generator = np.random.default_rng([seed, FEATURES_PER_TILE])
         normal = generator.standard_normal
-        self.offset = np.sqrt(OFFSET) * normal(FEATURES)
-        self.centroids = np.sqrt(BETWEEN) * normal((len(TISSUES), FEATURES))
+        self.offset = np.sqrt(OFFSET) * normal(FEATURES_PER_TILE)
+        self.centroids = np.sqrt(BETWEEN) * normal((len(TISSUES), FEATURES_PER_TILE))
         decay = 1 / np.sqrt(np.arange(1, RANK + 1))
         decay *= np.sqrt(WITHIN / np.square(decay).sum())
-        self.factors = decay[:, None] * normal((len(TISSUES), RANK, FEATURES))
+        self.factors = decay[:, None] * normal((len(TISSUES), RANK, FEATURES_PER_TILE))
         # Directions among the factors of tumour tiles: where tiles vary anyway, nothing stands out.
         self.biomarker, self.clone, self.growth = np.linalg.qr(normal((RANK, 3)))[0].T
-        self.batch = normal((BATCH_RANK, FEATURES)) / np.sqrt(BATCH_RANK)
-        self.domain = normal(FEATURES)
-        self.domain_gain = normal(FEATURES)
+        self.batch = normal((BATCH_RANK, FEATURES_PER_TILE)) / np.sqrt(BATCH_RANK)
+        self.domain = normal(FEATURES_PER_TILE)
+        self.domain_gain = normal(FEATURES_PER_TILE)
 
     def tiles(
         self,
@@ -98,7 +98,7 @@ class FeatureSpace:
         scores += shifts.tumour_shift * np.outer(altered, self.biomarker)
         scores += 4 * shifts.signature_shift * np.outer(clone, self.clone)
         scores += shifts.signature_shift * tissue.growth * np.outer(is_tumour, self.growth)
-        feats = np.sqrt(ISOTROPIC) * generator.standard_normal((count, FEATURES))
+        feats = np.sqrt(ISOTROPIC) * generator.standard_normal((count, FEATURES_PER_TILE))
         for kind in np.unique(kinds):
             rows = kinds == kind
             feats[rows] += self.centroids[kind] + scores[rows] @ self.factors[kind]

@@ -201,7 +201,7 @@ class Slide:
         broken_levels: frozenset[int] = frozenset(),
     ) -> None:
         self._handle = handle
-        self._broken_levels = broken_levels
+        self.broken_levels = broken_levels
         self.name = name
         self.mpp = mpp
         self.width_px, self.height_px = handle.dimensions
@@ -222,7 +222,7 @@ class Slide:
         fine_enough = [
             level
             for level, downsample in enumerate(self._handle.level_downsamples)
-            if own * downsample <= mpp * (1 + LEVEL_TOLERANCE) and level not in self._broken_levels
+            if own * downsample <= mpp * (1 + LEVEL_TOLERANCE) and level not in self.broken_levels
         ]
         return max(fine_enough, key=lambda level: self._handle.level_downsamples[level], default=0)
 

@@ -26,7 +26,8 @@ from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.common.files import table_csv, write_text
 from examples.pathology.common.folders import sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
-from examples.pathology.jobs.engine import Job, Outcome, cluster, run_jobs
+from examples.pathology.jobs.cluster import cluster
+from examples.pathology.jobs.engine import Job, Outcome, run_jobs
 from examples.pathology.runs.crossval import (
     Plan,
     finish,

@@ -3,21 +3,21 @@ import csv
 from examples.pathology.features.ledger import (
     LEDGER_COLUMNS,
     ExtractSummary,
-    LedgerRow,
+    SlideRow,
     write_ledger,
 )
 
 ROWS = (
-    LedgerRow("a", "tiling", "ok", tiles_kept=5, seconds=1.0),
-    LedgerRow("a", "features", "ok", tiles_kept=5, seconds=3.0),
-    LedgerRow("b", "tiling", "ok", "finished before", tiles_kept=7, seconds=99, skipped=True),
-    LedgerRow("b", "features", "ok", "finished before", tiles_kept=7, seconds=99, skipped=True),
-    LedgerRow("c", "tiling", "empty", "glass", tiles_kept=0, seconds=0.5),
-    LedgerRow("d", "tiling", "excluded", "flat"),
+    SlideRow("a", "tiling", "ok", tiles_kept=5, seconds=1.0),
+    SlideRow("a", "features", "ok", tiles_kept=5, seconds=3.0),
+    SlideRow("b", "tiling", "ok", "finished before", tiles_kept=7, seconds=99, skipped=True),
+    SlideRow("b", "features", "ok", "finished before", tiles_kept=7, seconds=99, skipped=True),
+    SlideRow("c", "tiling", "empty", "glass", tiles_kept=0, seconds=0.5),
+    SlideRow("d", "tiling", "excluded", "flat"),
 )
 LATE = (
-    LedgerRow("e", "tiling", "ok", tiles_kept=2),
-    LedgerRow("e", "features", "failed", "disk full"),
+    SlideRow("e", "tiling", "ok", tiles_kept=2),
+    SlideRow("e", "features", "failed", "disk full"),
 )
 
 
@@ -41,7 +41,7 @@ def test_failures_and_an_early_end_are_seen_by_the_exit_code(tmp_path):
 
 
 def test_the_ledger_is_a_table_that_others_can_read(tmp_path):
-    rows = [LedgerRow('odd, "name"\n.svs', "tiling", "failed", "why, then?"), *ROWS]
+    rows = [SlideRow('odd, "name"\n.svs', "tiling", "failed", "why, then?"), *ROWS]
     write_ledger(tmp_path / "ledger.csv", rows)
     with (tmp_path / "ledger.csv").open(encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.pathology.simulation.composition import TISSUES, Tissue
-from examples.pathology.simulation.feature_space import FEATURES, FeatureSpace, Shifts
+from examples.pathology.simulation.feature_space import FEATURES_PER_TILE, FeatureSpace, Shifts
 
 NONE = Shifts(tumour_shift=0.0, signature_shift=0.0, batch_effect=0.0, domain_shift=0.0)
 MIXED = Tissue(np.array([0.5, 0.2, 0.1, 0.05, 0.1, 0.05, 0, 0]), altered=0.3, clone=0.2, growth=1.0)
@@ -28,7 +28,7 @@ def nearest(feats):
 @settings(deadline=None, max_examples=25)
 def test_every_tile_has_a_place_of_its_own_on_the_grid_row_by_row(count, seed):
     feats, coords = tiles(count=count, seed=seed)
-    assert feats.shape == (count, FEATURES)
+    assert feats.shape == (count, FEATURES_PER_TILE)
     assert coords.shape == (count, 2)
     assert (coords % 256 == 0).all()
     assert (coords >= 0).all()

@@ -14,7 +14,7 @@ import torch
 
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.common.toml import read_toml
-from examples.pathology.jobs.engine import cluster
+from examples.pathology.jobs.cluster import cluster
 from examples.pathology.runs.crossval import run_crossval, run_fold
 from examples.pathology.settings.benchmark import METHODS as ALL_METHODS
 from examples.pathology.settings.benchmark import BenchmarkConfig
