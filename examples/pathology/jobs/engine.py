@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from logging.handlers import BufferingHandler
 from typing import Any, Literal
 
 import torch
@@ -25,7 +27,7 @@ from distributed import Client, Future, KilledWorker, as_completed, get_client
 
 from examples.pathology.common.errors import RunError, UserError, listing, nearest, one_line
 from examples.pathology.jobs.cluster import threads_of
-from examples.pathology.jobs.progress import Progress
+from examples.pathology.jobs.progress import JobProgress
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +109,19 @@ def _work(job: Job, run: str, threads: int, deaths: int) -> bytes:
         torch.set_num_threads(threads)
         started = time.perf_counter()
 
-        def ended(status: Literal["done", "failed"], **more: Any) -> Outcome:
+        def reply(status: Literal["done", "failed"], trace: str = "", **more: Any) -> bytes:
             seconds = time.perf_counter() - started
-            return Outcome(job.key, status, seconds=seconds, attempts=attempts, **more)
+            outcome = Outcome(job.key, status, seconds=seconds, attempts=attempts, **more)
+            lines = tuple((record.levelno, record.getMessage()) for record in records)
+            return pickle.dumps(_Reply(outcome, lines, trace))
 
-        with _lines_kept() as lines:
+        with _records_kept() as records:
             try:
-                outcome = ended("done", value=job.run(*job.arguments))
-                return pickle.dumps(_Reply(outcome, tuple(lines)))
+                return reply("done", value=job.run(*job.arguments))
             except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not end the run
-                outcome = ended("failed", error=_words(error))
                 foreseen = isinstance(error, (UserError, RunError))
                 trace = "" if foreseen else "".join(traceback.format_exception(error))
-                return pickle.dumps(_Reply(outcome, tuple(lines), trace))
+                return reply("failed", trace, error=_words(error))
 
 
 def _words(error: Exception | SystemExit) -> str:
@@ -134,34 +136,25 @@ def _killed(key: str, attempts: int) -> Outcome:
 
 
 @contextmanager
-def _lines_kept() -> Iterator[list[tuple[int, str]]]:
-    """Keep the log lines of a job for the process that has asked for it."""
-    lines: list[tuple[int, str]] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append((record.levelno, record.getMessage()))
-
-    handler = Handler(logging.WARNING)
+def _records_kept() -> Iterator[list[logging.LogRecord]]:
+    """Keep the warnings of a job, and worse, for the process that has asked for it."""
+    handler = BufferingHandler(capacity=sys.maxsize)
+    handler.setLevel(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("examples", "mtbalance")]
     for each in loggers:
         each.addHandler(handler)
     try:
-        yield lines
+        yield handler.buffer
     finally:
         for each in loggers:
             each.removeHandler(handler)
-
-
-def _ignore(_: Outcome) -> None:
-    pass
 
 
 def run_jobs(
     jobs: Sequence[Job],
     client: Client,
     *,
-    on_outcome: Callable[[Outcome], None] = _ignore,
+    on_outcome: Callable[[Outcome], object] = lambda _: None,
     title: str = "jobs",
     max_failures: int | None = None,
     deaths: int = 3,
@@ -186,7 +179,7 @@ def run_jobs(
         RunError: If the scheduler is lost.
     """
     run = _Run(jobs, client, on_outcome, max_failures, deaths)
-    with closing(Progress(title, len(jobs), shown=bool(title))) as progress:
+    with closing(JobProgress(title, len(jobs), shown=bool(title))) as progress:
         try:
             while run.active:
                 if not run.advance():
@@ -230,7 +223,7 @@ class _Run:
         self,
         jobs: Sequence[Job],
         client: Client,
-        on_outcome: Callable[[Outcome], None],
+        on_outcome: Callable[[Outcome], object],
         max_failures: int | None,
         deaths: int,
     ) -> None:
@@ -256,7 +249,7 @@ class _Run:
         """Whether some job has no outcome yet."""
         return self._sorter.is_active()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: JobProgress) -> None:
         """Say how far the jobs are; the workers are counted now and then."""
         if time.monotonic() - self._counted >= COUNT_PERIOD_S:
             self._workers = len(self._client.nthreads())

@@ -18,7 +18,7 @@ IDLE_SHARE = 0.01
 nothing about those that are left."""
 
 
-class Progress:
+class JobProgress:
     """Jobs done, running and failed, and the time left; on stderr.
 
     Args:

@@ -21,7 +21,7 @@ from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.jobs import cluster as cluster_module
 from examples.pathology.jobs.cluster import cluster
 from examples.pathology.jobs.engine import Job, run_jobs
-from examples.pathology.jobs.progress import Progress, time_left
+from examples.pathology.jobs.progress import JobProgress, time_left
 
 ROOT = Path(__file__).parents[3]
 
@@ -470,7 +470,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog,
     caplog.set_level(logging.INFO)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress("folds", 10)
+    progress = JobProgress("folds", 10)
     for ended in range(5):
         now[0] += 25.0
         progress.show([25.0] * ended, ended, 1, 8, 2)
@@ -488,7 +488,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    progress = Progress("folds", 4)
+    progress = JobProgress("folds", 4)
     progress.show([60.0], 1, 1, 3, 2)
     progress._bar.refresh()
     progress.close()
