@@ -26,7 +26,8 @@ from examples.pathology.common.files import write_bytes
 from examples.pathology.runs import crossval
 from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.training import checkpoint as resume
-from examples.pathology.training import fold as training
+from examples.pathology.training import model
+from examples.pathology.training.learner import Learner
 from examples.pathology.training.model import JointTransformer
 from tests.pathology.tiny import Tables, make_tables
 
@@ -37,7 +38,7 @@ METHODS = ("uncert+graddrop", "autol+cagrad")
 def small_models() -> Iterator[None]:
     """Train small networks, and draw no figures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "JointTransformer", small)
+        patch.setattr(model, "JointTransformer", small)
         patch.setattr(crossval, "draw_figures", lambda *_, **__: [])
         yield
 
@@ -55,7 +56,7 @@ def die() -> None:
 def run(tables: Tables, out: Path, method: str, *, step: int = 0, write: int = 0) -> None:
     """Run in this process; die at the given step, or when the given write is half done."""
     steps, writes = 0, 0
-    original_backward, original_publish = training._Learner._backward, files.publish
+    original_backward, original_publish = Learner._backward, files.publish
 
     def backward(*arguments):
         nonlocal steps
@@ -75,8 +76,8 @@ def run(tables: Tables, out: Path, method: str, *, step: int = 0, write: int = 0
     def figures(folder, *_, **__):
         return [write_bytes(folder / f"{name}.png", b"a figure") for name in ("roc", "pr")]
 
-    training._Learner._backward, files.publish = backward, publish
-    training.JointTransformer, crossval.draw_figures = small, figures
+    Learner._backward, files.publish = backward, publish
+    model.JointTransformer, crossval.draw_figures = small, figures
     resume.COST_SHARE = float("inf")  # a checkpoint after every epoch, whatever it costs
     torch.set_num_threads(1)
     crossval.run_crossval(

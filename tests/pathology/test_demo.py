@@ -12,7 +12,7 @@ from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.runs import crossval
 from examples.pathology.settings.runs import DemoConfig
 from examples.pathology.simulation.slides import SlideCohort
-from examples.pathology.training import fold as training
+from examples.pathology.training import model
 from examples.pathology.training.model import JointTransformer
 from tests.pathology.tiny import make_tables
 
@@ -41,7 +41,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(demo, "make_slide_cohort", make_slide_cohort)
     monkeypatch.setattr(demo, "run_extract", extract)
-    monkeypatch.setattr(training, "JointTransformer", small)
+    monkeypatch.setattr(model, "JointTransformer", small)
     monkeypatch.setattr(crossval, "draw_figures", lambda *_, **__: [])  # the report draws them
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from examples.pathology.cohort.cohort import Cohort, load_cohort
 from examples.pathology.features.files import write_features
 from examples.pathology.settings.cohort import CohortConfig
+from examples.pathology.settings.crossval import CrossvalConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Tables:
         """Return the options of the command line that name them."""
         paths = {"clini": self.clini, "slide-table": self.slides, "features": self.features}
         return [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+
+
+def training(**changes: Any) -> CrossvalConfig:
+    """Return settings of a fold that is trained by itself, of which the tables do not matter."""
+    nowhere = Path("nowhere")
+    options = {"device": "cpu", **changes}
+    return CrossvalConfig(nowhere, nowhere, nowhere, "isMSIH", nowhere, **options)
 
 
 def write_bag(path: Path, feats: np.ndarray, *, extractor: str = "tiny", sha: str = "ab") -> None:

@@ -21,7 +21,7 @@ from examples.pathology.report import pages
 from examples.pathology.results import metrics
 from examples.pathology.results.resampling import Comparison, compare_auroc, holm
 from examples.pathology.results.runs import Run, read_run
-from examples.pathology.training.fold import BASELINE
+from examples.pathology.settings.crossval import BASELINE
 from mtbalance import PAPER_COMBINATIONS
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from examples.pathology.common.files import json_or_none, write_bytes, write_jso
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
 from examples.pathology.tables.writing import write_table
-from examples.pathology.training.fold import new_model
 from examples.pathology.training.losses import Scaler
+from examples.pathology.training.model import new_model
 from examples.pathology.training.prediction import Fitted, PatientPrediction
 
 DONE = "fold.json"  # written last: a fold that has it is finished

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ from examples.pathology.figures.run import draw_figures
 from examples.pathology.results.folds import DONE, read_fold, write_fold
 from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
+    BASELINE,
     CrossvalConfig,
     settings_that_differ,
     with_reference_protocol,
 )
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.checkpoint import CHECKPOINT
-from examples.pathology.training.fold import BASELINE, TrainingConfig, fit_fold, needs_lookahead
+from examples.pathology.training.fold import fit_fold
+from examples.pathology.training.learner import needs_lookahead
 from examples.pathology.training.prediction import predict
 from mtbalance import __version__
 
@@ -157,39 +159,24 @@ def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
     started = time.perf_counter()
     config, cohort, fold, folder = plan.config, plan.cohort, plan.folds[k - 1], plan.folder(k)
     by_name = {patient.name: patient for patient in cohort.patients}
-    names = _train_names(fold, plan.lookahead, config.lookahead_data)
-    train = [by_name[name] for name in names]
+    train, lookahead, validation, test = (
+        [by_name[name] for name in names]
+        for names in (*_steps_and_lookahead(plan, fold), fold.validation, fold.test)
+    )
     if config.balancer != BASELINE:  # it knows the primary target alone
         train += cohort.training_only
     fitted = fit_fold(
         cohort,
         train,
-        [by_name[name] for name in fold.validation],
-        TrainingConfig(
-            balancer=config.balancer,
-            epochs=config.epochs,
-            patience=config.patience,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            schedule=config.schedule,
-            standardize=config.standardize,
-            width=config.width,
-            layers=config.layers,
-            max_tiles=config.max_tiles,
-            precision=config.precision,
-            seed=fold_seed(config.seed, k),
-            device=device,
-        ),
-        lookahead=[
-            by_name[name] for name in _lookahead_names(fold, plan.lookahead, config.lookahead_data)
-        ],
+        validation,
+        replace(config, seed=fold_seed(config.seed, k), device=device),
+        lookahead=lookahead,
         bags=bags,
         name=f"fold {k}",
         checkpoint=folder / CHECKPOINT,
     )
     validated, tested = (
-        predict(fitted, [by_name[name] for name in names], bags=bags, device=device)
-        for names in (fold.validation, fold.test)
+        predict(fitted, patients, bags=bags, device=device) for patients in (validation, test)
     )
     seconds = sum(row["seconds"] for row in fitted.history)
     write_fold(folder, fitted, tested, validated, cohort, seconds)
@@ -214,15 +201,13 @@ def log_fold(k: int, fold: Fold) -> None:
     )
 
 
-def _train_names(fold: Fold, lookahead: bool, source: str) -> list[str]:
-    held = set(fold.lookahead) if lookahead and source == "heldout" else set()
-    return [name for name in fold.train if name not in held]
-
-
-def _lookahead_names(fold: Fold, lookahead: bool, source: str) -> tuple[str, ...]:
-    if not lookahead:
-        return ()
-    return fold.lookahead if source == "heldout" else fold.train
+def _steps_and_lookahead(plan: Plan, fold: Fold) -> tuple[Sequence[str], Sequence[str]]:
+    """Return who of the training part is stepped on, and who is looked ahead on."""
+    if not plan.lookahead:
+        return fold.train, ()
+    if plan.config.lookahead_data == "train":
+        return fold.train, fold.train
+    return [name for name in fold.train if name not in set(fold.lookahead)], fold.lookahead
 
 
 def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:

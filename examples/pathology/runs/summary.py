@@ -9,8 +9,7 @@ from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.splits import Fold, splits_sha256
 from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
-from examples.pathology.settings.crossval import CrossvalConfig
-from examples.pathology.training.fold import BASELINE
+from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 
 
 def summarise(

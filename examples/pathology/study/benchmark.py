@@ -39,7 +39,7 @@ from examples.pathology.runs.crossval import (
 from examples.pathology.runs.deploy import deploy_settings, run_deploy
 from examples.pathology.settings.benchmark import BenchmarkConfig
 from examples.pathology.settings.cohort import Sources
-from examples.pathology.settings.crossval import CrossvalConfig
+from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.study.folder import (
     EXTERNAL,
@@ -52,7 +52,7 @@ from examples.pathology.study.folder import (
 )
 from examples.pathology.study.report import write_study_report
 from examples.pathology.training.bags import BagStore
-from examples.pathology.training.fold import BASELINE, needs_lookahead
+from examples.pathology.training.learner import needs_lookahead
 
 logger = logging.getLogger(__name__)
 

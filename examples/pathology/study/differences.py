@@ -22,10 +22,10 @@ from examples.pathology.results.resampling import (
     exchange_values,
     pseudo_values,
 )
+from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.folder import Panel, Study
 from examples.pathology.study.tables import NAIVE
 from examples.pathology.tables.reading import PATIENT
-from examples.pathology.training.fold import BASELINE
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE)

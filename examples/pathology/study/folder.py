@@ -23,7 +23,7 @@ from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_predictions
 from examples.pathology.results.runs import Run, read_run
 from examples.pathology.settings.benchmark import folder_name
-from examples.pathology.training.fold import BASELINE
+from examples.pathology.settings.crossval import BASELINE
 
 SETTINGS = "study.toml"  # a folder that has it belongs to a benchmark
 LEDGER = "jobs.csv"

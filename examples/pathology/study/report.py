@@ -19,6 +19,7 @@ from examples.pathology.figures.study import Column, Estimate
 from examples.pathology.report import pages
 from examples.pathology.report.report import funnel_html
 from examples.pathology.results.runs import Run
+from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.differences import REFERENCES, Difference, all_differences
 from examples.pathology.study.folder import REPORT, Deployed, Panel, Study
 from examples.pathology.study.tables import (
@@ -40,7 +41,6 @@ from examples.pathology.study.verdicts import (
     marks,
     verdicts,
 )
-from examples.pathology.training.fold import BASELINE
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from examples.pathology.common.files import table_csv
 from examples.pathology.report import pages
 from examples.pathology.results.runs import Run
+from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.folder import Deployed, JobRow, Panel, Study, run_folder
-from examples.pathology.training.fold import BASELINE
 
 NAIVE = "naive"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from examples.pathology.common.files import json_or_none, table_csv
 from examples.pathology.report import pages
 from examples.pathology.results.resampling import PERMUTATIONS
+from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.differences import METRICS, REFERENCES, Difference, Metric
 from examples.pathology.study.folder import Study
 from examples.pathology.study.tables import Mark, Table, study_rows
-from examples.pathology.training.fold import BASELINE
 
 RISE, FALL = "▲ ", "▼ "
 MARKS = (

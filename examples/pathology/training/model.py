@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from examples.pathology.cohort.targets import Target
+from examples.pathology.settings.crossval import HEADS
+
 
 class Prediction(NamedTuple):
     """What the model says about a batch of bags.
@@ -138,6 +141,20 @@ class JointTransformer(nn.Module):
     def shared_modules(self) -> list[nn.Module]:
         """Return what all targets share: the places where their gradients meet."""
         return [self.projector, self.encoder, self.decoder]
+
+
+def new_model(
+    targets: Sequence[Target], in_features: int, *, width: int, layers: int
+) -> JointTransformer:
+    """Return the network for these targets, initialised from PyTorch's random numbers."""
+    return JointTransformer(
+        [target.width for target in targets],
+        in_features=in_features,
+        d_model=width,
+        layers=layers,
+        heads=HEADS,
+        feedforward=2 * width,  # the paper's ratio
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,7 +13,7 @@ from examples.pathology.report.report import CAUTION, REMARKS, write_report
 from examples.pathology.results.resampling import compare_auroc
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.settings.crossval import CrossvalConfig
-from examples.pathology.training import fold as training
+from examples.pathology.training import model
 from examples.pathology.training.model import JointTransformer
 from tests.pathology.parsing import sources_of
 from tests.pathology.tiny import make_tables, write_bag
@@ -26,10 +27,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tables = make_tables(folder, patients=16)
     (tables.features / "P05-1.h5").unlink()
-    write_bag(tables.features / "nobody.h5", training.np.ones((1, 768)))
+    write_bag(tables.features / "nobody.h5", np.ones((1, 768)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            training,
+            model,
             "JointTransformer",
             lambda outputs, in_features, **_: JointTransformer(
                 outputs, in_features=in_features, layers=1, d_model=8, heads=2, feedforward=8

@@ -17,7 +17,8 @@ from examples.pathology.runs import crossval
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.settings import crossval as config_module
 from examples.pathology.settings.crossval import CrossvalConfig
-from examples.pathology.training import fold as training
+from examples.pathology.training import model
+from examples.pathology.training.bags import BagStore
 from examples.pathology.training.model import JointTransformer
 from tests.pathology.killing import small
 from tests.pathology.tiny import make_tables, write_bag, write_table
@@ -29,7 +30,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "JointTransformer", small)
+        patch.setattr(model, "JointTransformer", small)
         yield
 
 
@@ -143,7 +144,7 @@ def test_the_saved_model_gives_the_saved_predictions(run, tables):
     table = pd.read_csv(run / "fold-1/predictions.csv")
     embeddings = np.load(run / "fold-1/embeddings.npy")
     for i, row in table.iterrows():
-        bag = training.BagStore().load(patients[row["PATIENT"]])
+        bag = BagStore().load(patients[row["PATIENT"]])
         with torch.inference_mode():
             outputs, embedding = model(torch.from_numpy(bag))
         assert outputs[0].softmax(1)[0, 1].item() == pytest.approx(row["isMSIH_MSS"], abs=1e-6)
@@ -407,7 +408,7 @@ def test_the_reference_protocol_is_resolved_and_saved(tables, tmp_path):
 
 
 def test_the_size_of_the_network_is_a_setting_and_read_back(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "JointTransformer", JointTransformer)
+    monkeypatch.setattr(model, "JointTransformer", JointTransformer)
     config = config_of(tables, tmp_path / "run", epochs=1, width=12, layers=3)
     assert run_crossval(config)["width"] == 12
     fitted, _ = read_model(tmp_path / "run/fold-1/model.pt", "cpu")

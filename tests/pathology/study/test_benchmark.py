@@ -22,8 +22,8 @@ from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 from examples.pathology.study import benchmark
 from examples.pathology.study.benchmark import run_benchmark
 from examples.pathology.study.folder import read_jobs, read_study
-from examples.pathology.training import fold as training
 from examples.pathology.training.bags import BagStore
+from examples.pathology.training.learner import Learner
 from mtbalance import PAPER_COMBINATIONS
 from tests.pathology.tiny import make_tables
 
@@ -392,7 +392,7 @@ def test_all_methods_start_from_the_same_weights(tables, tmp_path, monkeypatch):
         trunks[learner.config.balancer] = [p.detach().clone() for p in shared]
         raise StopError
 
-    monkeypatch.setattr(training._Learner, "train_epoch", note)
+    monkeypatch.setattr(Learner, "train_epoch", note)
     config = config_of(tables, tmp_path / "study", auxiliary=("LF",))
     for plan in benchmark.make_plans(config).values():
         with pytest.raises(StopError):

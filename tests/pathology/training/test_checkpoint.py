@@ -12,11 +12,12 @@ import torch
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.training import checkpoint as resume
-from examples.pathology.training import fold as training
+from examples.pathology.training import model
 from examples.pathology.training.checkpoint import Checkpoint
-from examples.pathology.training.fold import TrainingConfig, fit_fold
+from examples.pathology.training.fold import fit_fold
+from examples.pathology.training.learner import Learner
 from tests.pathology import killing
-from tests.pathology.tiny import make_tables
+from tests.pathology.tiny import make_tables, training
 
 ROOT = Path(__file__).parents[3]
 
@@ -59,11 +60,11 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(training, "JointTransformer", killing.small)
+    monkeypatch.setattr(model, "JointTransformer", killing.small)
 
 
 def fit(cohort, checkpoint=None, **changes):
-    config = TrainingConfig(**{"balancer": "pcgrad", "epochs": 3, **changes})
+    config = training(**{"balancer": "pcgrad", "epochs": 3, **changes})
     people = cohort.patients
     return fit_fold(cohort, people[:6], people[6:9], config, checkpoint=checkpoint)
 
@@ -81,7 +82,7 @@ def test_a_fold_that_had_stopped_early_takes_no_step(cohort, small, tmp_path, mo
     monkeypatch.setattr(resume, "COST_SHARE", math.inf)
     path = tmp_path / "checkpoint.pt"
     whole = fit(cohort, path, epochs=2)
-    monkeypatch.setattr(training._Learner, "train_epoch", None)
+    monkeypatch.setattr(Learner, "train_epoch", None)
     again = fit(cohort, path, epochs=2)
     assert again.history == whole.history
     assert again.best_epoch == whole.best_epoch
@@ -130,17 +131,17 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path):
 def test_a_schedule_goes_on_where_it_was(cohort, small, tmp_path, monkeypatch, schedule):
     monkeypatch.setattr(resume, "COST_SHARE", math.inf)
     whole = fit(cohort, epochs=5, schedule=schedule, patience=9)
-    original = training._Learner.validate
+    original = Learner.validate
 
     def stop(learner, patients, epoch):
         if epoch == 4:
             raise KeyboardInterrupt
         return original(learner, patients, epoch)
 
-    monkeypatch.setattr(training._Learner, "validate", stop)
+    monkeypatch.setattr(Learner, "validate", stop)
     with pytest.raises(KeyboardInterrupt):
         fit(cohort, tmp_path / "a.pt", epochs=5, schedule=schedule, patience=9)
-    monkeypatch.setattr(training._Learner, "validate", original)
+    monkeypatch.setattr(Learner, "validate", original)
     again = fit(cohort, tmp_path / "a.pt", epochs=5, schedule=schedule, patience=9)
     for ours, theirs in zip(again.history, whole.history, strict=True):
         assert ours["learning_rate"] == theirs["learning_rate"]

@@ -11,14 +11,16 @@ from torch.nn import functional as F
 
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import RunError, UserError
-from examples.pathology.training import fold as training
+from examples.pathology.training import learner
+from examples.pathology.training import model as network
 from examples.pathology.training.bags import BagStore
-from examples.pathology.training.fold import TrainingConfig, fit_fold, needs_lookahead
+from examples.pathology.training.fold import fit_fold, mean_and_deviation
+from examples.pathology.training.learner import Learner, needs_lookahead
 from examples.pathology.training.losses import Scaler, fit_scalers
 from examples.pathology.training.model import JointTransformer
 from examples.pathology.training.prediction import predict
 from mtbalance import PAPER_COMBINATIONS
-from tests.pathology.tiny import make_tables, write_bag
+from tests.pathology.tiny import make_tables, training, write_bag
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +37,12 @@ def small(monkeypatch):
             outputs, in_features=in_features, layers=1, d_model=16, heads=2, feedforward=16
         )
 
-    monkeypatch.setattr(training, "JointTransformer", build)
+    monkeypatch.setattr(network, "JointTransformer", build)
 
 
 def fit(cohort, train=6, **changes):
     patients = cohort.patients
-    config = TrainingConfig(**{"epochs": 2, "learning_rate": 1e-3, **changes})
+    config = training(**{"epochs": 2, "learning_rate": 1e-3, **changes})
     return fit_fold(
         cohort,
         patients[:train],
@@ -65,7 +67,7 @@ def test_naive_equals_a_plain_loop_over_the_sum_of_losses(cohort, small):
     bags = BagStore()
     scalers = fit_scalers(cohort.targets, cohort.patients[:6])
     torch.manual_seed(5)
-    model = training.JointTransformer([2, 1], in_features=768)
+    model = network.JointTransformer([2, 1], in_features=768)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
     best, state = math.inf, None
     for epoch in (1, 2, 3):
@@ -116,9 +118,7 @@ def test_it_stops_exactly_patience_epochs_after_the_best(
 ):
     losses = [1.0 - 0.1 * min(epoch, best) for epoch in range(1, 40)]
     script = iter(losses)
-    monkeypatch.setattr(
-        training._Learner, "validate", lambda *_: {"isMSIH": next(script), "LF": 0.0}
-    )
+    monkeypatch.setattr(Learner, "validate", lambda *_: {"isMSIH": next(script), "LF": 0.0})
     fitted = fit(cohort, balancer="baseline", epochs=32, patience=patience)
     assert fitted.best_epoch == best
     assert len(fitted.history) == best + patience
@@ -132,7 +132,7 @@ def test_the_best_epoch_is_kept(cohort, small, monkeypatch):
         states.append(learner.parameters())
         return {"isMSIH": next(script)}
 
-    monkeypatch.setattr(training._Learner, "validate", validate)
+    monkeypatch.setattr(Learner, "validate", validate)
     fitted = fit(cohort, balancer="baseline", epochs=4)
     assert fitted.best_epoch == 2
     for key, value in fitted.model.state_dict().items():
@@ -188,19 +188,19 @@ def test_a_feature_that_does_not_vary_has_no_spread(tmp_path):
     tables = make_tables(tmp_path)
     for i in range(12):
         write_bag(tables.features / f"P{i:02d}-1.h5", np.full((3, 768), 0.1))
-    _, deviation = training._mean_and_deviation(BagStore(), tables.load().patients)
+    _, deviation = mean_and_deviation(BagStore(), tables.load().patients)
     assert not deviation.any()
 
 
 def test_learned_weights_move_and_are_not_decayed(cohort, small, monkeypatch):
     caught = []
-    original = training._make
+    original = learner._new_balancer
 
     def catch(*arguments):
         caught.append((arguments, original(*arguments)))
         return caught[-1][1]
 
-    monkeypatch.setattr(training, "_make", catch)
+    monkeypatch.setattr(learner, "_new_balancer", catch)
     fit(cohort, balancer="uncert", epochs=1)
     ((_, _, _, optimizer, _), balancer) = caught[0]
     learned = list(balancer.parameters())
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_names_fold_epoch_patient_and_target(tmp_path,
             cohort,
             cohort.patients[:6],
             cohort.patients[6:9],
-            TrainingConfig(balancer="naive", epochs=3, learning_rate=1e18),
+            training(balancer="naive", epochs=3, learning_rate=1e18),
             name="fold 4",
         )
     assert str(caught.value).startswith("fold 4, epoch ")
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_names_fold_epoch_patient_and_target(tmp_path,
 @pytest.mark.parametrize("balancer", ["autol", "autol+cagrad"])
 def test_auto_lambda_looks_ahead_on_its_own_patients(cohort, small, monkeypatch, balancer):
     seen = []
-    original = training._Learner._losses
+    original = Learner._losses
 
     def spy(learner, patient, tiles):
         expected = BagStore().load(patient)
@@ -238,7 +238,7 @@ def test_auto_lambda_looks_ahead_on_its_own_patients(cohort, small, monkeypatch,
             seen.append(patient.name)
         return original(learner, patient, tiles)
 
-    monkeypatch.setattr(training._Learner, "_losses", spy)
+    monkeypatch.setattr(Learner, "_losses", spy)
     fit(cohort, balancer=balancer, epochs=2)
     ahead = [name for name in seen if name in {p.name for p in cohort.patients[9:12]}]
     assert len(seen) == 2 * 2 * 6
@@ -248,9 +248,7 @@ def test_auto_lambda_looks_ahead_on_its_own_patients(cohort, small, monkeypatch,
 
 def test_auto_lambda_without_patients_to_look_ahead_on_is_told(cohort, small):
     with pytest.raises(ValueError, match="`lookahead` must hold patients for autol"):
-        fit_fold(
-            cohort, cohort.patients[:6], cohort.patients[6:9], TrainingConfig(balancer="autol")
-        )
+        fit_fold(cohort, cohort.patients[:6], cohort.patients[6:9], training(balancer="autol"))
 
 
 @pytest.mark.parametrize("balancer", PAPER_COMBINATIONS)
@@ -289,7 +287,7 @@ def test_training_only_patients_take_part_in_every_method(cohort, small):
             cohort,
             [*unlabelled, *cohort.patients[2:6]],
             cohort.patients[6:9],
-            TrainingConfig(balancer=balancer, epochs=1),
+            training(balancer=balancer, epochs=1),
             lookahead=cohort.patients[9:12],
         )
         assert math.isfinite(fitted.history[0]["loss/LF"])
@@ -297,13 +295,13 @@ def test_training_only_patients_take_part_in_every_method(cohort, small):
 
 def test_a_cap_draws_other_tiles_in_every_epoch_and_validates_on_all(cohort, small, monkeypatch):
     seen = []
-    original = training._Learner._losses
+    original = Learner._losses
 
     def spy(learner, patient, tiles):
         seen.append((learner.model.training, patient.name, tiles[:, :8]))
         return original(learner, patient, tiles)
 
-    monkeypatch.setattr(training._Learner, "_losses", spy)
+    monkeypatch.setattr(Learner, "_losses", spy)
     fit(cohort, balancer="naive", epochs=6, max_tiles=2, patience=9)
     of_one = [tiles for train, name, tiles in seen if train and name == "P00"]
     assert {len(tiles) for train, _, tiles in seen if train} == {2}
@@ -318,13 +316,13 @@ def test_a_cap_draws_other_tiles_in_every_epoch_and_validates_on_all(cohort, sma
 def test_a_schedule_per_step_swings_within_an_epoch(cohort, small, monkeypatch):
     """PyTorch's own closed form: lr (1 + cos(pi t / T)) / 2 after t steps."""
     rates = []
-    original = training._Learner._backward
+    original = Learner._backward
 
     def spy(learner, *arguments):
         rates.append(learner.optimizer.param_groups[0]["lr"])
         return original(learner, *arguments)
 
-    monkeypatch.setattr(training._Learner, "_backward", spy)
+    monkeypatch.setattr(Learner, "_backward", spy)
     fit(cohort, balancer="naive", epochs=2, schedule="cosine-per-step")
     expected = [1e-3 * (1 + math.cos(math.pi * t / 2)) / 2 for t in range(12)]
     assert rates == pytest.approx(expected, abs=1e-12)
@@ -379,6 +377,6 @@ def test_devices_are_checked():
 
 
 def test_a_stream_goes_round_for_ever():
-    stream = training._stream(["a", "b"], np.random.default_rng(0))
+    stream = learner._stream(["a", "b"], np.random.default_rng(0))
     rounds = [{next(stream), next(stream)} for _ in range(5)]
     assert rounds == list(itertools.repeat({"a", "b"}, 5))
