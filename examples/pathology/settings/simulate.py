@@ -85,7 +85,7 @@ class SimulateConfig(Settings):
         0.4,
         "Of tumour tiles with proliferation and heterogeneity.",
         rule=_positive,
-        source="See `feature_space.Shifts`.",
+        source="See `FeatureSpace.tiles`.",
     )
     composition_noise: float = option(
         0.4, "Sd of log-shares of tissue between patients alike.", rule=_positive

@@ -151,27 +151,6 @@ POPULATIONS = MappingProxyType({population.target: population for population in 
 
 
 @dataclass(frozen=True)
-class Effects:
-    """How strongly status and signatures show in the tissue.
-
-    Args:
-        tumour_share: Mean share of altered tumour tiles in patients with the biomarker; 0.05 in
-            those without.
-        tumour_noise: Standard deviation of its log-odds between patients of a class.
-        lymphocyte_shift: What the biomarker adds to the log-share of lymphocytes.
-        signature_effect: What one standard deviation of a signature adds to the log-share of its
-            tissue, to the log-odds of the second clone, and to growth.
-        composition_noise: Standard deviation of each of these between patients alike.
-    """
-
-    tumour_share: float
-    tumour_noise: float
-    lymphocyte_shift: float
-    signature_effect: float
-    composition_noise: float
-
-
-@dataclass(frozen=True)
 class Tissue:
     """What a patient's slides are made of.
 
@@ -223,7 +202,7 @@ def complete(
 def draw_tissue(
     population: Population,
     z: Vector,
-    effects: Effects,
+    config: SimulateConfig,
     generator: np.random.Generator,
     *,
     positive: bool,
@@ -234,7 +213,7 @@ def draw_tissue(
     Args:
         population: Whose signatures `z` are.
         z: Signatures without gaps ``(k,)``.
-        effects: How strongly they show.
+        config: How strongly status and signatures show.
         generator: Of the draw.
         positive: The biomarker status.
         measured: Shares of `TISSUES` ``(8,)`` to take as they are; neither status nor signatures
@@ -245,23 +224,23 @@ def draw_tissue(
         stroma the stromal fraction, the second clone intratumor heterogeneity.
     """
     of = dict(zip(population.signatures, (float(value) for value in z), strict=True))
-    noise = effects.composition_noise * generator.standard_normal(len(TISSUES))
+    noise = config.composition_noise * generator.standard_normal(len(TISSUES))
     spread, clone, growth = (float(value) for value in generator.standard_normal(3))
-    odds = _logit(effects.tumour_share if positive else _NEGATIVE_SHARE)
+    odds = _logit(config.tumour_share if positive else _NEGATIVE_SHARE)
     immune = [of[name] for name in (LEUKOCYTES, LYMPHOCYTES) if name in of]
-    effect, vary = effects.signature_effect, effects.composition_noise
+    effect, vary = config.strength("signature_effect"), config.composition_noise
     shares = measured
     if shares is None:
         logits = np.array([np.log(_MEAN_SHARES.get(name, 0.0) or 1e-300) for name in TISSUES])
         logits += noise
         logits[TISSUES.index("LYM")] += effect * sum(immune) / max(len(immune), 1)
-        logits[TISSUES.index("LYM")] += effects.lymphocyte_shift * positive
+        logits[TISSUES.index("LYM")] += config.lymphocyte_shift * positive
         logits[TISSUES.index("STR")] += effect * of.get(STROMA, 0.0)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
     return Tissue(
         shares=shares,
-        altered=_logistic(odds + effects.tumour_noise * spread),
+        altered=_logistic(odds + config.tumour_noise * spread),
         clone=_logistic(_CLONE_LOGIT + effect * of.get(HETEROGENEITY, 0.0) + vary * clone),
         growth=effect * of.get(PROLIFERATION, 0.0) + vary * growth,
     )
@@ -305,14 +284,3 @@ def _logistic(x: float) -> float:
 def population_of(config: SimulateConfig) -> Population:
     """Return how biomarker and signatures go together; for other targets than HRD as for MSI."""
     return POPULATIONS.get(config.target, MSI)
-
-
-def effects_of(config: SimulateConfig) -> Effects:
-    """Return how strongly status and signatures show in the tissue."""
-    return Effects(
-        tumour_share=config.tumour_share,
-        tumour_noise=config.tumour_noise,
-        lymphocyte_shift=config.lymphocyte_shift,
-        signature_effect=config.strength("signature_effect"),
-        composition_noise=config.composition_noise,
-    )

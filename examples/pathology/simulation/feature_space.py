@@ -8,8 +8,6 @@ the seed alone: bags of one seed belong to one "network", whatever was simulated
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
@@ -27,25 +25,6 @@ BATCH_RANK = 8  # directions in which slides differ from each other
 OFFSET, BETWEEN, WITHIN, ISOTROPIC = 0.30, 0.20, 0.35, 0.15
 SMOOTHING_TILES = 2.5  # how far tissue is coherent
 DOMAIN_GAIN = 0.2  # change of a feature's scale by a domain shift of 1, standard deviation
-
-
-@dataclass(frozen=True)
-class Shifts:
-    """How strongly what a patient has shows in the features.
-
-    Args:
-        tumour_shift: Of altered tumour tiles.
-        signature_shift: Of all tumour tiles by a growth of 1, and of tiles of the second clone by
-            four times that. Both shifts are in standard deviations of tumour tiles along their
-            direction.
-        batch_effect: Between slides, in standard deviations of a feature.
-        domain_shift: Between the external site and the others, likewise.
-    """
-
-    tumour_shift: float
-    signature_shift: float
-    batch_effect: float
-    domain_shift: float
 
 
 class FeatureSpace:
@@ -73,7 +52,7 @@ class FeatureSpace:
         self,
         tissue: Tissue,
         count: int,
-        shifts: Shifts,
+        config: SimulateConfig,
         generator: np.random.Generator,
         *,
         external: bool = False,
@@ -83,7 +62,9 @@ class FeatureSpace:
         Args:
             tissue: What the slide is made of.
             count: How many tiles, at least 1.
-            shifts: How strongly it shows.
+            config: How strongly it shows: the tumour shift in altered tumour tiles; the signature
+                shift in all tumour tiles by a growth of 1, and in tiles of the second clone by four
+                times that. Both are in standard deviations of tumour tiles along their direction.
             generator: Of the draw.
             external: Whether the slide is of the external site.
 
@@ -95,18 +76,18 @@ class FeatureSpace:
         altered = is_tumour & (generator.random(count) < tissue.altered)
         clone = is_tumour & (generator.random(count) < tissue.clone)
         scores = generator.standard_normal((count, RANK))
-        scores += shifts.tumour_shift * np.outer(altered, self.biomarker)
-        scores += 4 * shifts.signature_shift * np.outer(clone, self.clone)
-        scores += shifts.signature_shift * tissue.growth * np.outer(is_tumour, self.growth)
+        scores += config.strength("tumour_shift") * np.outer(altered, self.biomarker)
+        scores += 4 * config.signature_shift * np.outer(clone, self.clone)
+        scores += config.signature_shift * tissue.growth * np.outer(is_tumour, self.growth)
         feats = np.sqrt(ISOTROPIC) * generator.standard_normal((count, FEATURES_PER_TILE))
         for kind in np.unique(kinds):
             rows = kinds == kind
             feats[rows] += self.centroids[kind] + scores[rows] @ self.factors[kind]
         feats += self.offset
-        feats += shifts.batch_effect * (generator.standard_normal(BATCH_RANK) @ self.batch)
+        feats += config.batch_effect * (generator.standard_normal(BATCH_RANK) @ self.batch)
         if external:
-            feats *= 1 + DOMAIN_GAIN * shifts.domain_shift * self.domain_gain
-            feats += shifts.domain_shift * self.domain
+            feats *= 1 + DOMAIN_GAIN * config.domain_shift * self.domain_gain
+            feats += config.domain_shift * self.domain
         # Neighbours in a smooth field are of one tissue, and of one clone.
         order = np.lexsort((clone, generator.permutation(len(TISSUES))[kinds]))
         cells, rank = _layout(count, generator)
@@ -130,13 +111,3 @@ def _layout(count: int, generator: np.random.Generator) -> tuple[Array, npt.NDAr
     rows, columns = np.nonzero(inside.reshape(side, side))
     rank = np.argsort(np.argsort(field[rows, columns], kind="stable"), kind="stable")
     return np.stack([columns, rows], axis=1).astype(float), rank
-
-
-def shifts_of(config: SimulateConfig) -> Shifts:
-    """Return how strongly the tissue shows in the features."""
-    return Shifts(
-        tumour_shift=config.strength("tumour_shift"),
-        signature_shift=config.signature_shift,
-        batch_effect=config.batch_effect,
-        domain_shift=config.domain_shift,
-    )

@@ -30,10 +30,9 @@ from examples.pathology.simulation.composition import (
     Tissue,
     complete,
     draw_tissue,
-    effects_of,
     population_of,
 )
-from examples.pathology.simulation.feature_space import FeatureSpace, shifts_of
+from examples.pathology.simulation.feature_space import FeatureSpace
 from examples.pathology.simulation.tables import (
     Source,
     auxiliary_of,
@@ -170,7 +169,7 @@ def _write_bags(
     external: bool,
 ) -> None:
     """Write the feature files that are not there yet."""
-    space, shifts = FeatureSpace(config.seed), shifts_of(config)
+    space = FeatureSpace(config.seed)
     site = "external" if external else "internal"
     for patient, key in tqdm(source.slides, desc=f"{site} bags", unit="slide", leave=False):
         path = folder / f"{key}.h5"
@@ -179,7 +178,7 @@ def _write_bags(
         generator = generator_of(config.seed, "slide", site, patient, key)
         size = round(config.tiles * float(np.exp(TILES_LOG_SD * generator.standard_normal())))
         size = min(max(size, MIN_TILES), config.max_tiles)
-        feats, coords = space.tiles(tissues[patient], size, shifts, generator, external=external)
+        feats, coords = space.tiles(tissues[patient], size, config, generator, external=external)
         write_features(
             path,
             feats,
@@ -206,9 +205,7 @@ def _tissue(
         positive=label == positive if label else None,
     )
     measured = None if source.fractions is None else source.fractions[name]
-    tissue = draw_tissue(
-        population, z, effects_of(config), generator, positive=status, measured=measured
-    )
+    tissue = draw_tissue(population, z, config, generator, positive=status, measured=measured)
     truth = {
         PATIENT: name,
         "positive": int(status),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import (
     HETEROGENEITY,
     HRD,
@@ -18,14 +19,14 @@ from examples.pathology.simulation.composition import (
     SIGNATURES,
     STROMA,
     TISSUES,
-    Effects,
     complete,
     draw_tissue,
     shares_from,
 )
 
 TABLES = Path(__file__).parents[4] / "shared" / "data" / "tables"
-EFFECTS = Effects(
+EFFECTS = SimulateConfig(
+    Path("nowhere"),
     tumour_share=0.4,
     tumour_noise=1.5,
     lymphocyte_shift=0.3,

@@ -1,14 +1,18 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import TISSUES, Tissue
-from examples.pathology.simulation.feature_space import FEATURES_PER_TILE, FeatureSpace, Shifts
+from examples.pathology.simulation.feature_space import FEATURES_PER_TILE, FeatureSpace
 
-NONE = Shifts(tumour_shift=0.0, signature_shift=0.0, batch_effect=0.0, domain_shift=0.0)
+NONE = SimulateConfig(
+    Path("nowhere"), tumour_shift=0.0, signature_shift=0.0, batch_effect=0.0, domain_shift=0.0
+)
 MIXED = Tissue(np.array([0.5, 0.2, 0.1, 0.05, 0.1, 0.05, 0, 0]), altered=0.3, clone=0.2, growth=1.0)
 SPACE = FeatureSpace(0)
 
