@@ -7,12 +7,12 @@ the nearest name on the other side where one may have been meant.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from examples.pathology.cohort.cohort import TRAINING_ONLY, Cohort, load_cohort
+from examples.pathology.cohort.cohort import Cohort, load_cohort
 from examples.pathology.cohort.joining import Joined, join
-from examples.pathology.cohort.patients import known_values
+from examples.pathology.cohort.patients import values_of
 from examples.pathology.cohort.splits import Fold, check_sizes, make_splits
 from examples.pathology.cohort.targets import Target, describe, prediction_columns
 from examples.pathology.settings.cohort import CheckConfig
@@ -62,67 +62,40 @@ def _say_joining(joined: Joined, config: CheckConfig, say: Callable[[str], None]
     no_row = [name for name in slides_of if name not in set(clinical)]
     no_file = sorted(key for key, found in joined.found.items() if not found)
     ambiguous = {key: found for key, found in joined.found.items() if len(found) > 1}
-    lists: list[tuple[str, Sequence[str], Mapping[str, str]]] = [
-        (
-            "Patients of the clinical table without a slide",
-            no_slide,
-            _did_you_mean(no_slide, no_row),
-        ),
-        (
-            "Patients of the slide table without a clinical row",
-            no_row,
-            _did_you_mean(no_row, no_slide),
-        ),
-        (
-            "Slides of the slide table without a feature file",
-            no_file,
-            _did_you_mean(no_file, joined.unclaimed),
-        ),
-        (
-            "Feature files without a row in the slide table",
-            joined.unclaimed,
-            _did_you_mean(joined.unclaimed, no_file),
-        ),
-        (
-            "Slides that may mean several feature files",
-            list(ambiguous),
-            {key: ": " + ", ".join(found) for key, found in ambiguous.items()},
-        ),
+    open_ends = [
+        ("Patients of the clinical table without a slide", no_slide, no_row),
+        ("Patients of the slide table without a clinical row", no_row, no_slide),
+        ("Slides of the slide table without a feature file", no_file, joined.unclaimed),
+        ("Feature files without a row in the slide table", joined.unclaimed, no_file),
     ]
-    for title, names, notes in lists:
-        _say_list(title, names, notes, config.limit, say)
-    several = Counter(len(keys) for keys in slides_of.values() if len(keys) > 1)
-    if several:
-        say("")
-        parts = [f"{count} with {slides}" for slides, count in sorted(several.items())]
-        say(f"Patients with several slides, which are joined: {', '.join(parts)}")
-        names = sorted(name for name, keys in slides_of.items() if len(keys) > 1)
-        _say_names(names, {n: f": {len(slides_of[n])} slides" for n in names}, config.limit, say)
-    return sum(len(names) for _, names, _ in lists)
-
-
-def _did_you_mean(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    near = near_matches(names, others)
-    return {name: f" (near: {other})" for name, other in near.items()}
+    for title, names, others in open_ends:
+        near = near_matches(names, others)
+        notes = {name: f" (near: {other})" for name, other in near.items()}
+        _say_list(f"{title}: {len(names)}", names, notes, config.limit, say)
+    notes = {key: ": " + ", ".join(found) for key, found in ambiguous.items()}
+    heading = f"Slides that may mean several feature files: {len(notes)}"
+    _say_list(heading, list(notes), notes, config.limit, say)
+    several = {name: len(keys) for name, keys in slides_of.items() if len(keys) > 1}
+    counts = sorted(Counter(several.values()).items())
+    parts = ", ".join(f"{patients} with {slides}" for slides, patients in counts)
+    notes = {name: f": {slides} slides" for name, slides in several.items()}
+    heading = f"Patients with several slides, which are joined: {parts}"
+    _say_list(heading, sorted(several), notes, config.limit, say)
+    return sum(len(names) for _, names, _ in open_ends) + len(ambiguous)
 
 
 def _say_list(
-    title: str,
+    heading: str,
     names: Sequence[str],
     notes: Mapping[str, str],
     limit: int,
     say: Callable[[str], None],
 ) -> None:
-    if names:
-        say("")
-        say(f"{title}: {len(names)}")
-        _say_names(names, notes, limit, say)
-
-
-def _say_names(
-    names: Sequence[str], notes: Mapping[str, str], limit: int, say: Callable[[str], None]
-) -> None:
-    """Show names with a note first: those are the ones that can be mended."""
+    """Show names, those with a note first: they are the ones that can be mended."""
+    if not names:
+        return
+    say("")
+    say(heading)
     for name in sorted(names, key=lambda name: name not in notes)[:limit]:
         say(f"  {name}{notes.get(name, '')}")
     if len(names) > limit:
@@ -154,7 +127,7 @@ def _say_files(cohort: Cohort, limit: int, say: Callable[[str], None]) -> int:
         and row.status == "excluded"
         and row.reason.startswith(("unreadable", "no tiles", "listed more"))
     }
-    _say_list("Feature files that cannot be used", list(bad), bad, limit, say)
+    _say_list(f"Feature files that cannot be used: {len(bad)}", list(bad), bad, limit, say)
     return len(bad)
 
 
@@ -170,31 +143,30 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
     say(f"Features: {kind.in_features} numbers per tile by {kind.extractor}{weights}{sha}")
     if kind.simulated:
         say(kind.simulated)
-    everybodys = [known_values(patient, cohort.targets) for patient in everybody]
+    known = values_of(everybody, cohort.targets)
     for target in cohort.targets:
-        known = [values[target.name] for values in everybodys if target.name in values]
-        absent = len(everybody) - len(known)
-        what = describe(target, known)
+        values = known[target.name]
+        absent = len(everybody) - len(values)
+        what = describe(target, values)
         say(f"  {target.name}: {what}; missing for {absent} of {len(everybody)}")
-    alone = [row.name for row in cohort.ledger if row.status == TRAINING_ONLY]
-    if alone:
-        say(f"  {len(alone)} without {cohort.target.name} are trained on for the others only")
+    if alone := len(cohort.training_only):
+        say(f"  {alone} without {cohort.target.name} are trained on for the others only")
 
 
 def _say_folds(cohort: Cohort, folds: Sequence[Fold], say: Callable[[str], None]) -> None:
     """Say how many know each target in every part of every fold, and how many are positive."""
-    known = {patient.name: known_values(patient, cohort.targets) for patient in cohort.patients}
+    by_name = {patient.name: patient for patient in cohort.patients}
     say("")
     say("Folds: patients, and of each target the positive / the known ones")
     for k, fold in enumerate(folds, start=1):
         for part in ("train", "validation", "test"):
-            members = [known[name] for name in getattr(fold, part)]
-            cells = [_counted(members, target) for target in cohort.targets]
+            members = [by_name[name] for name in getattr(fold, part)]
+            known = values_of(members, cohort.targets)
+            cells = [_counted(known[target.name], target) for target in cohort.targets]
             say(f"  fold {k} {part:<10} {len(members):5d}   " + "   ".join(cells))
 
 
-def _counted(members: Sequence[Mapping[str, str | float]], target: Target) -> str:
-    values = [values[target.name] for values in members if target.name in values]
+def _counted(values: Sequence[str | float], target: Target) -> str:
     if target.kind == "regression":
         return f"{target.name}: {len(values)}"
     positives = sum(value == target.positive for value in values)

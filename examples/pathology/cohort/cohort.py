@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from examples.pathology.cohort.inspection import Inspection
 from examples.pathology.cohort.joining import Joined, join
-from examples.pathology.cohort.patients import Patient, known_values
+from examples.pathology.cohort.patients import Patient, values_of
 from examples.pathology.cohort.targets import (
     MAX_AUXILIARY_CLASSES,
     MAX_CLASSES,
@@ -348,14 +348,15 @@ def log_cohort(cohort: Cohort) -> None:
     logger.info("Patients: %s", " -> ".join(stages))
     for reason, count in Counter(left_out(cohort.ledger)).most_common():
         logger.warning("Left out: %d x %s", count, reason)
-    everybody = [known_values(p, cohort.targets) for p in (*cohort.patients, *cohort.training_only)]
+    everybody = [*cohort.patients, *cohort.training_only]
+    known = values_of(everybody, cohort.targets)
     for target in cohort.targets:
-        known = [values[target.name] for values in everybody if target.name in values]
+        values = known[target.name]
         logger.info(
             "%s: %s; known for %d of %d patients",
             target.name,
-            describe(target, known),
-            len(known),
+            describe(target, values),
+            len(values),
             len(everybody),
         )
     kind = cohort.kind

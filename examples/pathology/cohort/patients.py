@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.pathology.cohort.targets import (
-    Target,
-)
+from examples.pathology.cohort.targets import Target
 
 
 @dataclass(frozen=True)
@@ -47,4 +45,15 @@ def known_values(patient: Patient, targets: Sequence[Target]) -> dict[str, str |
         elif patient.label:
             number = target.kind == "regression"
             values[target.name] = float(patient.label) if number else patient.label
+    return values
+
+
+def values_of(
+    patients: Iterable[Patient], targets: Sequence[Target]
+) -> dict[str, list[str | float]]:
+    """Return by target what is known of several patients, each as `known_values` gives it."""
+    values: dict[str, list[str | float]] = {target.name: [] for target in targets}
+    for patient in patients:
+        for name, value in known_values(patient, targets).items():
+            values[name].append(value)
     return values

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.pathology.cohort.patients import Patient, known_values
+from examples.pathology.cohort.patients import Patient, known_values, values_of
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 
@@ -55,10 +55,10 @@ def fit_scalers(targets: Sequence[Target], patients: Sequence[Patient]) -> dict[
         UserError: A target has fewer than two different values there.
     """
     scalers = {}
+    known = values_of(patients, targets)
     for target in targets:
         if target.kind == "regression":
-            known = (known_values(patient, targets) for patient in patients)
-            values = [float(each[target.name]) for each in known if target.name in each]
+            values = [float(value) for value in known[target.name]]
             if len(set(values)) < 2:
                 raise UserError(
                     f"`{target.name}` must have at least 2 values in every training part, but has "
