@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import write_json
+from examples.pathology.common.files import readable, write_json
 from examples.pathology.settings.crossval import REFERENCE_SEED, CrossvalConfig
 
 logger = logging.getLogger(__name__)
@@ -50,54 +50,33 @@ class Fold:
     lookahead: tuple[str, ...]
 
 
-def make_splits(cohort: Cohort, folds: int, seed: int) -> list[Fold]:
+def make_splits(cohort: Cohort, folds: int, seed: int, *, reference: bool = False) -> list[Fold]:
     """Draw stratified folds of patients, each with a validation and a look-ahead share.
 
     What they are stratified by, see `strata_of`.
 
     Args:
-        cohort: Whose patients.
+        cohort: Whose patients, in order of their names.
         folds: How many.
         seed: Of the draw.
+        reference: Whether to draw as the paper's published code does, by scikit-learn alone and
+            with its seed. A look-ahead share is not used there; one is drawn so that all splits
+            look alike.
     """
+    seed = REFERENCE_SEED if reference else seed
     names = np.array([p.name for p in cohort.patients])
     labels = strata_of(cohort, folds)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     drawn = []
     for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
         random = np.random.default_rng(fold_seed(seed, k))
-        held = stratified_share(labels[rest], VALIDATION_SHARE, random)
-        train = np.delete(rest, held)
-        ahead = stratified_share(labels[train], LOOKAHEAD_SHARE, random)
-        drawn.append(
-            Fold(
-                tuple(map(str, names[train])),
-                tuple(map(str, names[np.sort(rest[held])])),
-                tuple(map(str, names[test])),
-                tuple(map(str, names[np.sort(train[ahead])])),
+        if reference:
+            train, held = train_test_split(
+                rest, test_size=VALIDATION_SHARE, stratify=labels[rest], random_state=seed
             )
-        )
-    return drawn
-
-
-def make_reference_splits(cohort: Cohort, folds: int) -> list[Fold]:
-    """Draw folds as the paper's published code does: by scikit-learn alone, with its seed.
-
-    The look-ahead share is not used there; one is drawn so that all splits look alike.
-
-    Args:
-        cohort: Whose patients, in order of their names.
-        folds: How many.
-    """
-    names = np.array([p.name for p in cohort.patients])
-    labels = strata_of(cohort, folds)
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=REFERENCE_SEED)
-    drawn = []
-    for k, (rest, test) in enumerate(splitter.split(names, labels), start=1):
-        train, held = train_test_split(
-            rest, test_size=VALIDATION_SHARE, stratify=labels[rest], random_state=REFERENCE_SEED
-        )
-        random = np.random.default_rng(fold_seed(REFERENCE_SEED, k))
+        else:
+            share = stratified_share(labels[rest], VALIDATION_SHARE, random)
+            train, held = np.delete(rest, share), rest[share]
         ahead = stratified_share(labels[train], LOOKAHEAD_SHARE, random)
         parts = (train, held, test, train[ahead])
         drawn.append(Fold(*(tuple(map(str, names[np.sort(part)])) for part in parts)))
@@ -209,12 +188,11 @@ def load_or_make_splits(config: CrossvalConfig, cohort: Cohort) -> list[Fold]:
     stored = [_read_splits(path, cohort, config.folds) for path in sources]
     if len(stored) == 2 and stored[0] != stored[1]:
         raise UserError(f"{own} must hold the splits of {config.splits}, but holds others.")
-    if stored:
-        folds = stored[0]
-    elif config.reference_protocol:
-        folds = make_reference_splits(cohort, config.folds)
-    else:
-        folds = make_splits(cohort, config.folds, config.seed)
+    folds = (
+        stored[0]
+        if stored
+        else make_splits(cohort, config.folds, config.seed, reference=config.reference_protocol)
+    )
     check_splits(folds, cohort)
     if sources:
         logger.debug("Splits taken from %s", sources[0])
@@ -230,22 +208,22 @@ def load_or_make_splits(config: CrossvalConfig, cohort: Cohort) -> list[Fold]:
 
 
 def _read_splits(path: Path, cohort: Cohort, folds: int) -> list[Fold]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        read = [Fold(*(tuple(map(str, fold[part])) for part in PARTS)) for fold in value["folds"]]
-        digest = value["cohort_sha256"]
-    except OSError as error:
-        raise UserError(
-            f"{path} must be a readable file, but {error.strerror or error}."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} must hold splits of ours, but does not ({error!r}).") from error
+    with readable(path):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            read = [
+                Fold(*(tuple(map(str, fold[part])) for part in PARTS)) for fold in value["folds"]
+            ]
+            digest = value["cohort_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} must hold splits of ours, but does not ({error!r})."
+            ) from error
     if digest != cohort.labels_sha256():
         raise UserError(
             f"{path} must be of the same patients and labels, but its hash is {str(digest)[:12]} "
-            "and that of "
-            f"these tables {cohort.labels_sha256()[:12]}. Use another --out, or the tables it was "
-            "made for."
+            f"and that of these tables {cohort.labels_sha256()[:12]}. Use another --out, or the "
+            "tables it was made for."
         )
     if len(read) != folds:
         raise UserError(

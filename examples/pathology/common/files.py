@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, and never a part of one."""
+"""Files: one that cannot be read is named, and one that is written is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,27 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from examples.pathology.common.errors import UserError
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say of a file that the system cannot read that it must be readable.
+
+    Raises:
+        UserError: Reading it within raised an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology.common.errors import UserError, listing, nearest
-from examples.pathology.common.files import write_text
+from examples.pathology.common.files import readable, write_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,11 +64,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: The file is missing or does not parse.
     """
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} must be a readable file, but {error.strerror or error}."
-        ) from error
+        with readable(path):
+            tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} must be valid TOML, but {error}.") from error
     return tables

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.targets import Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
-from examples.pathology.common.files import json_or_none, write_bytes, write_json
+from examples.pathology.common.files import json_or_none, readable, write_bytes, write_json
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
 from examples.pathology.tables.writing import write_table
@@ -111,26 +111,29 @@ def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
     Raises:
         UserError: The file is missing or holds no model of ours.
     """
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        targets = tuple(
-            Target(**{**target, "classes": tuple(target["classes"])}) for target in saved["targets"]
-        )
-        model = new_model(targets, saved["in_features"], **saved["network"])
-        model.load_state_dict(saved["state_dict"])
-        scalers = {name: Scaler(*ends) for name, ends in saved["scalers"].items()}
-        fitted = Fitted(
-            model.to(device).eval(), targets, scalers, (), saved["best_epoch"], saved["precision"]
-        )
-        kind = FeatureKind.read(saved)
-    except OSError as error:
-        raise UserError(
-            f"{path} must be a readable file, but {error.strerror or error}."
-        ) from error
-    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} must hold a model of this release, but does not: {one_line(error)}."
-        ) from error
+    with readable(path):
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            targets = tuple(
+                Target(**{**target, "classes": tuple(target["classes"])})
+                for target in saved["targets"]
+            )
+            model = new_model(targets, saved["in_features"], **saved["network"])
+            model.load_state_dict(saved["state_dict"])
+            scalers = {name: Scaler(*ends) for name, ends in saved["scalers"].items()}
+            fitted = Fitted(
+                model.to(device).eval(),
+                targets,
+                scalers,
+                (),
+                saved["best_epoch"],
+                saved["precision"],
+            )
+            kind = FeatureKind.read(saved)
+        except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{path} must hold a model of this release, but does not: {one_line(error)}."
+            ) from error
     return fitted, kind
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing, nearest, one_line
+from examples.pathology.common.files import readable
 from examples.pathology.tables.matching import slide_key
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
@@ -35,30 +37,18 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise UserError(
             f"{path} must be one of {listing(readers)}, but its name ends in {path.suffix!r}."
         )
-    try:
-        if (separator := readers[path.suffix.lower()]) is None:
-            cells = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
-        else:
-            cells = pd.read_csv(
-                path,
-                sep=separator,
-                header=None,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-            )
-    except OSError as error:
-        raise UserError(
-            f"{path} must be a readable file, but {error.strerror or error}."
-        ) from error
-    except (
-        ValueError,
-        KeyError,
-        BadZipFile,
-    ) as error:  # every parser complaint is one of them
-        raise UserError(
-            f"{path} must be a table, but it cannot be read: {one_line(error)}."
-        ) from error
+    separator = readers[path.suffix.lower()]
+    options: dict[str, Any] = {"header": None, "dtype": str, "keep_default_na": False}
+    with readable(path):
+        try:
+            if separator is None:
+                cells = pd.read_excel(path, **options)
+            else:
+                cells = pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
+        except (ValueError, KeyError, BadZipFile) as error:  # every parser complaint is one of them
+            raise UserError(
+                f"{path} must be a table, but it cannot be read: {one_line(error)}."
+            ) from error
     cells = cells.fillna("").astype(str).map(str.strip)
     header = list(cells.iloc[0])
     table = cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)

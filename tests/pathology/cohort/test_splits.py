@@ -16,7 +16,6 @@ from examples.pathology.cohort.splits import (
     check_splits,
     fold_seed,
     load_or_make_splits,
-    make_reference_splits,
     make_splits,
     splits_sha256,
     strata_of,
@@ -200,7 +199,7 @@ def test_reference_splits_are_scikit_learns():
     """The published code's two calls, on the same patients."""
     cohort = cohort_of("a" * 40 + "b" * 13)
     labels = np.array([p.label for p in cohort.patients])
-    made = make_reference_splits(cohort, 5)
+    made = make_splits(cohort, 5, 0, reference=True)
     check_splits(made, cohort)
     splitter = StratifiedKFold(5, shuffle=True, random_state=1337)
     for fold, (rest, test) in zip(made, splitter.split(labels, labels), strict=True):
@@ -216,13 +215,13 @@ def test_reference_splits_are_scikit_learns():
 VALUES = st.lists(st.integers(-3, 60) | st.floats(-5, 5), min_size=25, max_size=70)
 
 
-@pytest.mark.parametrize("draw", [make_reference_splits, lambda *a: make_splits(*a, 0)])
+@pytest.mark.parametrize("reference", [True, False])
 @settings(deadline=None, max_examples=25)
 @given(values=VALUES, folds=st.integers(2, 5))
-def test_folds_of_a_regression_are_even_over_its_range(draw, values, folds):
+def test_folds_of_a_regression_are_even_over_its_range(reference, values, folds):
     """However many values are equal: every part of every fold has low, middle and high ones."""
     cohort = measured(values)
-    drawn = draw(cohort, folds)
+    drawn = make_splits(cohort, folds, 0, reference=reference)
     check_splits(drawn, cohort)
     stratum = dict(zip((p.name for p in cohort.patients), strata_of(cohort, folds), strict=True))
     sizes = Counter(stratum.values())
