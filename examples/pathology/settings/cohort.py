@@ -20,7 +20,7 @@ features_option = partial(needed, "Folder of feature files (.h5).")
 patient_column_option = partial(option, "PATIENT", "Column of the patient in both tables.")
 filename_column_option = partial(option, "FILENAME", "Column of the file name in the slide table.")
 mpp_table_option = partial(option, None, "Table whose MPP column gives um per pixel by file name.")
-folds_option = partial(option, 5, "Number of folds.", min=2, source="5: the paper")
+folds_option = partial(option, 5, "Number of folds.", min=2, source="the paper")
 kind_option = partial(
     option,
     (),
@@ -70,9 +70,7 @@ class CohortConfig(Settings):
     )
     positive: str | None = option(None, "Class whose AUROC is reported; default: the rarer one.")
     complete_cases: bool = option(
-        False,
-        "Leave out patients who lack a value of any target, as the paper does.",
-        source="Otherwise every value that is known is used.",
+        False, "Leave out patients who lack a value of any target, as the paper does."
     )
     patient_column: str = patient_column_option()
     filename_column: str = filename_column_option()

@@ -34,37 +34,30 @@ class CrossvalConfig(CohortConfig):
         "naive", "baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."
     )
     folds: int = folds_option()
-    epochs: int = option(32, "Most epochs per fold.", min=1, source="32: the paper")
+    epochs: int = option(32, "Most epochs per fold.", min=1, source="the paper")
     patience: int = option(
-        7,
-        "Epochs without a lower validation loss before a fold stops.",
-        min=1,
-        source="7: the paper; the loss is that of the primary target",
+        7, "Epochs without a lower validation loss before a fold stops.", min=1, source="the paper"
     )
-    learning_rate: float = option(0.0001, "Of AdamW.", rule=above(0), source="1e-4: the paper")
+    learning_rate: float = option(0.0001, "Of AdamW.", rule=above(0), source="the paper")
     weight_decay: float = option(
-        0.01,
-        "Of AdamW.",
-        rule=at_least(0),
-        source="0.01: PyTorch's default, which the paper's code uses",
+        0.01, "Of AdamW.", rule=at_least(0), source="PyTorch, and the paper's code"
     )
     schedule: str = option(
         "constant",
         "constant, cosine (per epoch) or cosine-per-step.",
         choices=("constant", "cosine", "cosine-per-step"),
-        source="The last one swings to 0 and back every `epochs` steps, as the paper's code does "
-        "for several targets; the paper says nothing.",
+        source="the paper says nothing; its code has `cosine-per-step` for several targets",
     )
     standardize: bool = option(
         False,
         "Scale tile features by mean and sd of the training part.",
-        source="The paper does not; features of random weights, which hardly vary, need it.",
+        source="the paper; features of random weights need it",
     )
     lookahead_data: str = option(
         "heldout",
         "Auto-Lambda's look-ahead: heldout (a tenth of the training part) or train.",
         choices=("heldout", "train"),
-        source="The held-out tenth is not trained on; `train` is as in the authors' code.",
+        source="the authors' code has `train`",
     )
     splits: Path | None = option(None, "splits.json of another run, to compare on equal folds.")
     width: int = option(
@@ -72,31 +65,23 @@ class CrossvalConfig(CohortConfig):
         f"Of the Transformer, a multiple of its {HEADS} attention heads.",
         min=1,
         rule=_whole_heads,
-        source="384: the paper",
+        source="the paper",
     )
-    layers: int = option(2, "Of its encoder, and of its decoder.", min=1, source="2: the paper")
+    layers: int = option(2, "Of its encoder, and of its decoder.", min=1, source="the paper")
     max_tiles: int | None = option(
         None,
         "Most tiles per patient and step, drawn anew in every epoch.",
         min=1,
-        source="All: the paper. Validation and test always see all.",
+        source="all: the paper",
     )
     precision: str = option(
         "float32",
         "float32; on a GPU also tf32 or bfloat16 (autocast).",
         choices=("float32", "tf32", "bfloat16"),
-        source="tf32 has 10 bits of mantissa in matrix products, bfloat16 has 7.",
     )
-    cache_gb: float = option(
-        4.0,
-        "Memory for tiles, in GB.",
-        min=0,
-        source="What does not fit is read again, ahead of its use.",
-    )
+    cache_gb: float = option(4.0, "Memory for tiles, in GB.", min=0)
     reference_protocol: bool = option(
-        False,
-        "Splits, complete cases, schedule and patience of the paper's published code.",
-        source="See `with_reference_protocol`.",
+        False, "Splits, complete cases, schedule and patience of the paper's published code."
     )
     note: str = option("", "A sentence for figures and report.")
     seed: int = seed_option()

@@ -67,18 +67,13 @@ class ExtractConfig(Settings):
         None,
         "Threads that read tiles, in each process; default: 2 on a CPU, with a GPU one per core.",
         min=1,
-        source="16 at most, shared out among the processes",
+        source="16 at most",
     )
     processes: int | None = option(None, "That share the slides; default: one per device.", min=1)
     scheduler: str | None = option(
-        None,
-        "Of Dask, whose workers share the slides instead.",
-        metavar="tcp://HOST:PORT",
-        source="They read and write the same folders under the same paths.",
+        None, "Of Dask, whose workers share the slides instead.", metavar="tcp://HOST:PORT"
     )
-    batch_size: int = option(
-        64, "Tiles per forward pass.", min=1, source="At most 8 are used on a CPU."
-    )
+    batch_size: int = option(64, "Tiles per forward pass.", min=1, source="at most 8 on a CPU")
     rules: TileRules = nested(TileRules)
     precision: str = option(
         "float32",

@@ -35,7 +35,7 @@ class Option:
         choices: The values that are allowed.
         flag: How it is typed, if not as its name.
         metavar: What stands for its value in the help, if not its type.
-        source: Where the default comes from, and what else a reader of the code wants to know.
+        source: Where the default comes from.
     """
 
     help: str

@@ -32,7 +32,7 @@ class SimulateConfig(Settings):
     clini: Path | None = option(
         None,
         "Clinical table with real labels; default: labels are drawn as well.",
-        source="Drawn with the correlations of TCGA-CRC, of TCGA-LUAD for HRD",
+        source="correlations of TCGA-CRC, for HRD of TCGA-LUAD",
     )
     target: str = option(TARGETS[0], "Column of the biomarker.")
     auxiliary: tuple[str, ...] = option(
@@ -43,25 +43,20 @@ class SimulateConfig(Settings):
         None, "How many to draw without --clini; default: 450.", rule=at_least(20)
     )
     slide_table: Path | None = option(None, "Table of PATIENT and FILENAME; default: a slide each.")
-    external_clini: Path | None = option(
-        None, "Clinical table of another site, for OUT/external.", source="It needs no signatures."
-    )
+    external_clini: Path | None = option(None, "Clinical table of another site, for OUT/external.")
     composition: str = option(
         "drawn", "drawn from label and signatures, or measured.", choices=("drawn", "measured")
     )
     tissue_fractions: Path | None = option(
         None,
         "Table of measured fractions: PATIENT, ADI, BACK, ..., TUM.",
-        source="The nine of Kather et al. (2019); who is not in it is left out",
+        source="Kather et al. (2019)",
     )
     null: bool = option(False, "Shuffle the auxiliary values: they carry nothing.")
     tiles: int = option(200, "Median number of tiles of a slide.", rule=at_least(1))
     max_tiles: int = option(1000, "Most tiles of a slide.", rule=at_least(1))
     tumour_shift: float | None = option(
-        None,
-        "Of altered tumour tiles, in sd; default: 6, or 0 if measured.",
-        rule=_positive,
-        source="In standard deviations of tumour tiles along that direction",
+        None, "Of altered tumour tiles, in sd; default: 6, or 0 if measured.", rule=_positive
     )
     tumour_share: float = option(
         0.4,
@@ -76,16 +71,10 @@ class SimulateConfig(Settings):
         0.3, "What the biomarker adds to the log-share of lymphocytes.", rule=_positive
     )
     signature_effect: float | None = option(
-        None,
-        "Of a signature on its tissue; default: 0.8, or 0 if measured.",
-        rule=_positive,
-        source="What one standard deviation adds to the log-share",
+        None, "Of a signature on its tissue; default: 0.8, or 0 if measured.", rule=_positive
     )
     signature_shift: float = option(
-        0.4,
-        "Of tumour tiles with proliferation and heterogeneity.",
-        rule=_positive,
-        source="See `FeatureSpace.tiles`.",
+        0.4, "Of tumour tiles with proliferation and heterogeneity.", rule=_positive
     )
     composition_noise: float = option(
         0.4, "Sd of log-shares of tissue between patients alike.", rule=_positive
