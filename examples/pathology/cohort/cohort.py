@@ -118,24 +118,24 @@ def load_cohort(config: CohortConfig) -> Cohort:
     kinds = _kinds(joined.clinical, config)
     people = _read_patients(joined.clinical, target, kinds)
     refused = {person.name: _refusal(person, config) for person in people}
-    found = _gather(people, joined, refused)
-    labelled = [patient for patient in found.patients if patient.label]
-    training_only = [patient for patient in found.patients if not patient.label]
+    found, ledger, bags = _gather(people, joined, refused)
+    labelled = [patient for patient in found if patient.label]
+    training_only = [patient for patient in found if not patient.label]
     usable = {person.name for person in people if person.label and not refused[person.name]}
     stages = [
         ("in the clinical table", len(people)),
         (f"with a label ({target})" + " and all other values" * config.complete_cases, len(usable)),
-        ("and a slide in the slide table", len(usable & found.with_slides)),
+        ("and a slide in the slide table", len(usable & set(joined.slides_of))),
         ("and usable features: used", len(labelled)),
     ]
-    _refuse_nobody(labelled, "a label, a slide and features", stages, found.ledger)
+    _refuse_nobody(labelled, "a label, a slide and features", stages, ledger)
     if training_only:
         stages.append(("without a label but with another value: trained on", len(training_only)))
     values: dict[str, list[str | float]] = {target: [p.label for p in labelled]}
     for name in config.auxiliary:
-        values[name] = [p.known[name] for p in found.patients if name in p.known]
+        values[name] = [p.known[name] for p in found if name in p.known]
     targets = [make_target(name, kinds[name], known, config) for name, known in values.items()]
-    return _cohort(targets, labelled, training_only, stages, found)
+    return _cohort(targets, labelled, training_only, stages, ledger, bags)
 
 
 def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
@@ -158,14 +158,14 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
         refuse_foreign_values(target, joined.clinical[target.name], sources.clini)
     kinds = {target.name: target.kind for target in here}
     people = _read_patients(joined.clinical, targets[0].name, kinds)
-    found = _gather(people, joined, {})
+    found, ledger, bags = _gather(people, joined, {})
     stages = [
         ("in the clinical table", len(people)),
-        ("and a slide in the slide table", len(found.with_slides)),
-        ("and usable features: used", len(found.patients)),
+        ("and a slide in the slide table", sum(p.name in joined.slides_of for p in people)),
+        ("and usable features: used", len(found)),
     ]
-    _refuse_nobody(found.patients, "a slide and features", stages, found.ledger)
-    return _cohort(targets, found.patients, [], stages, found)
+    _refuse_nobody(found, "a slide and features", stages, ledger)
+    return _cohort(targets, found, [], stages, ledger, bags)
 
 
 def _join(sources: Sources, columns: Sequence[str], target: str, cutoff: float | None) -> Joined:
@@ -211,37 +211,19 @@ def _refusal(patient: Patient, config: CohortConfig) -> str:
     return "" if known else f"no {config.target} label"
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Patients with usable features, and how they were found.
+def _gather(
+    people: Sequence[Patient], joined: Joined, refused: Mapping[str, str]
+) -> tuple[list[Patient], list[CohortRow], Inspection]:
+    """Look for the feature files of everybody who is not refused, for a reason given by name.
 
-    Args:
-        patients: Those not refused, with files and tiles.
-        ledger: One row per patient, slide and unclaimed feature file.
-        bags: What their files are.
-        with_slides: Who has a slide in the slide table, by name.
-    """
-
-    patients: list[Patient]
-    ledger: list[CohortRow]
-    bags: Inspection
-    with_slides: set[str]
-
-
-def _gather(people: Sequence[Patient], joined: Joined, refused: Mapping[str, str]) -> _Found:
-    """Look for the feature files of everybody.
-
-    Args:
-        people: Everybody in the clinical table, without files.
-        joined: What the slide table and the feature folder hold.
-        refused: Why somebody is not to be used; empty, or absent, for the others.
+    Returns:
+        Those who have some, with their files; what became of everybody and everything; the files.
     """
     bags = Inspection()
     slides_of = joined.slides_of
-    names = {person.name for person in people}
     ledger = [
         CohortRow("slide", key, name, "excluded", "its patient is not in the clinical table")
-        for name in sorted(set(slides_of) - names)
+        for name in sorted(slides_of.keys() - {person.name for person in people})
         for key in slides_of[name]
     ]
     patients = []
@@ -262,7 +244,7 @@ def _gather(people: Sequence[Patient], joined: Joined, refused: Mapping[str, str
         CohortRow("feature file", f"{name}.h5", "", "unclaimed", "not in the slide table")
         for name in joined.unclaimed
     ]
-    return _Found(patients, ledger, bags, set(slides_of) & names)
+    return patients, ledger, bags
 
 
 def _usable_files(
@@ -312,32 +294,32 @@ def _cohort(
     patients: Sequence[Patient],
     training_only: Sequence[Patient],
     stages: Sequence[tuple[str, int]],
-    found: _Found,
+    ledger: Sequence[CohortRow],
+    bags: Inspection,
 ) -> Cohort:
     """Return the cohort, whose features must be of one kind."""
-    found.bags.refuse_mixture()
+    kind = bags.kind()
     reasons = {
         p.name: f"no {targets[0].name} label: trained on for {listing(p.known)}, never tested"
         for p in training_only
     }
-    ledger = [
+    rows = [
         replace(row, status=TRAINING_ONLY, reason=reasons[row.name])
         if row.item == "patient" and row.name in reasons
         else row
-        for row in found.ledger
+        for row in ledger
     ]
     return Cohort(
         target=targets[0],
         auxiliary=tuple(targets[1:]),
         patients=tuple(patients),
         training_only=tuple(training_only),
-        ledger=tuple(sorted(ledger, key=lambda row: (row.item, row.patient, row.name))),
+        ledger=tuple(sorted(rows, key=lambda row: (row.item, row.patient, row.name))),
         funnel=tuple(stages),
-        kind=found.bags.kind(),
+        kind=kind,
         digest=_sha256(
-            f"{p.name}\t{p.label}\t{sorted(p.known.items())}"
-            f"\t{[found.bags.crc[file] for file in p.files]}"
-            for p in found.patients
+            f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[bags.crc[f] for f in p.files]}"
+            for p in sorted([*patients, *training_only], key=lambda p: p.name)
         ),
     )
 

@@ -23,11 +23,7 @@ class Inspection:
         """Return why a file cannot be used, or an empty string."""
         try:
             bag = read_features(path)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-        ) as error:  # h5py's words for a broken or foreign file
+        except (OSError, ValueError, KeyError) as error:  # h5py's for a broken or foreign file
             return f"unreadable: {one_line(error)}"
         if len(bag.feats) == 0:
             return "no tiles"
@@ -36,10 +32,13 @@ class Inspection:
         self._kinds.setdefault(bag.kind, path)
         return ""
 
-    def refuse_mixture(self) -> None:
-        """Raise if the usable files do not come from one extractor with one set of weights.
+    def kind(self) -> FeatureKind:
+        """Return what the usable files say together.
 
         A file of another tool may not know its weights or tile size: that alone is no difference.
+
+        Raises:
+            UserError: They do not come from one extractor with one set of weights.
         """
         kinds = sorted(self._kinds, key=lambda kind: str(self._kinds[kind]))
         for first, second in itertools.combinations(kinds, 2):
@@ -49,7 +48,4 @@ class Inspection:
                     f"size, but {self._kinds[first].name} is of {first} and "
                     f"{self._kinds[second].name} of {second}."
                 )
-
-    def kind(self) -> FeatureKind:
-        """Return what the usable files say together."""
         return together(list(self._kinds))

@@ -12,7 +12,11 @@ import pandas as pd
 from examples.pathology.common.errors import UserError
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files
-from examples.pathology.tables.reading import read_clinical_table, read_slide_table
+from examples.pathology.tables.reading import (
+    read_clinical_table,
+    read_slide_table,
+    refuse_two_owners,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def join(sources: Sources, columns: Sequence[str]) -> Joined:
     slides = read_slide_table(sources.slide_table, sources.patient_column, sources.filename_column)
     files = find_feature_files(sources.features)
     found = match_files((key for _, key in slides), files)
-    _refuse_shared_files(slides, found, sources.slide_table)
+    owned = ((patient, f"{found[key][0]}.h5") for patient, key in slides if len(found[key]) == 1)
+    refuse_two_owners(owned, "feature file", sources.slide_table)  # would leak between folds
     return Joined(clinical, slides, files, found)
 
 
@@ -79,16 +84,3 @@ def find_feature_files(folder: Path) -> dict[str, Path]:
         what = "holds none" if folder.is_dir() else "is no folder"
         raise UserError(f"`features` must be a folder of .h5 files, but {folder} {what}.")
     return files
-
-
-def _refuse_shared_files(
-    slides: Sequence[tuple[str, str]], found: Mapping[str, list[str]], table: Path
-) -> None:
-    """Raise if a feature file belongs to two patients, which would leak between folds."""
-    owners: dict[str, str] = {}
-    for patient, key in slides:
-        if len(found[key]) == 1 and (owner := owners.setdefault(found[key][0], patient)) != patient:
-            raise UserError(
-                f"{table}: each feature file must belong to one patient, but {found[key][0]}.h5 "
-                f"is claimed by {owner} and {patient}."
-            )

@@ -134,17 +134,17 @@ def _write(
 ) -> SimulatedCohort:
     """Write the bags and tables of one cohort."""
     simulated = _sentence(config, drawn=source.drawn, external=external)
-    tissues, truth = {}, {}
-    for name, row in source.clinical.iterrows():
-        cells = {str(column): str(cell) for column, cell in row.items()}
-        tissues[str(name)], truth[str(name)] = _tissue(config, source, str(name), cells, positive)
+    tissues, truth = {}, []
+    for name, cells in source.clinical.iterrows():
+        tissues[str(name)], said = _tissue(config, source, str(name), cells, positive)
+        truth.append(said)
     _write_bags(config, source, out / "features", tissues, simulated, external=external)
     clinical = source.clinical[[config.target, *auxiliary]]
     if config.null and not external:
         clinical = shuffled(clinical, config)
     write_table(out / "clini.csv", clinical.reset_index(names=PATIENT))
     write_table(out / "slides.csv", pd.DataFrame(source.slides, columns=[PATIENT, FILENAME]))
-    write_table(out / "truth.csv", pd.DataFrame(list(truth.values())))
+    write_table(out / "truth.csv", pd.DataFrame(truth))
     return SimulatedCohort(
         clini=out / "clini.csv",
         slide_table=out / "slides.csv",
@@ -191,7 +191,7 @@ def _write_bags(
 
 
 def _tissue(
-    config: SimulateConfig, source: Source, name: str, cells: Mapping[str, str], positive: str
+    config: SimulateConfig, source: Source, name: str, cells: pd.Series[str], positive: str
 ) -> tuple[Tissue, dict[str, Any]]:
     """Return what a patient's slides are made of, and the row of ``truth.csv`` that says so."""
     population = population_of(config)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,7 +23,9 @@ import tifffile
 from tqdm import tqdm
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import publish
+from examples.pathology.common.files import publish, write_text
+from examples.pathology.tables.reading import FILENAME, PATIENT
+from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,14 @@ class TissueTraits:
     gland_pallor: float
 
 
+class _Patient(NamedTuple):
+    name: str
+    positive: bool
+    fraction: float  # of leukocytes, as measured; NaN where that is missing
+    traits: TissueTraits
+    slides: int
+
+
 def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
     """Draw a cohort of small synthetic slides with the tables that belong to it.
 
@@ -101,58 +112,59 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
     """
     if patients < 2:
         raise UserError(f"`patients` must be at least 2 (one per class), but got {patients}.")
-    rng = np.random.default_rng([seed, 0])
-    folder = Path(out) / "slides"
+    drawn = _draw_patients(patients, np.random.default_rng([seed, 0]))
+    folder = out / "slides"
     folder.mkdir(parents=True, exist_ok=True)
+    slides = []
+    for index, patient in enumerate(tqdm(drawn, desc="drawing slides", unit="patient")):
+        for number in range(patient.slides):
+            stem = f"{patient.name}-{number + 1}"
+            pixels = draw_slide(patient.traits, np.random.default_rng([seed, 1, index, number]))
+            write_pyramid(folder / f"{stem}.tif", pixels, mpp=MPP)
+            slides.append((patient.name, stem))
+    target, auxiliary = "isMSIH", "Leukocyte Fraction"
+    columns = {
+        PATIENT: [patient.name for patient in drawn],
+        target: ["MSIH" if patient.positive else "nonMSIH" for patient in drawn],
+        auxiliary: np.round([patient.fraction for patient in drawn], 4),
+        "Source": "synthetic",
+    }
+    write_table(out / "clini.csv", pd.DataFrame(columns))
+    write_table(out / "slides.csv", pd.DataFrame(slides, columns=[PATIENT, FILENAME]))
+    write_text(out / "README.txt", NOTICE)
+    logger.info("%d synthetic patients with %d slides are in %s.", patients, len(slides), out)
+    return SlideCohort(
+        folder=out,
+        slides=folder,
+        clini=out / "clini.csv",
+        slide_table=out / "slides.csv",
+        target=target,
+        auxiliary=auxiliary,
+        n_patients=patients,
+        n_slides=len(slides),
+    )
 
+
+def _draw_patients(patients: int, rng: np.random.Generator) -> list[_Patient]:
+    """Draw what is planted in each patient: label and inflammation show in tissue and fraction."""
     positives = np.zeros(patients, dtype=bool)
     positives[: max(1, round(0.4 * patients))] = True
     rng.shuffle(positives)
     inflammation = 1.3 * positives + _spread(positives, rng)
     fraction = np.clip(_squash(inflammation - 1.2) * 0.6 + rng.normal(0, 0.02, patients), 0.01, 0.9)
-    missing = rng.permutation(patients)[: max(1, patients // 12)]
+    fraction[rng.permutation(patients)[: max(1, patients // 12)]] = np.nan
     two_slides = set(rng.permutation(patients)[: max(1, patients // 5)].tolist())
     mucin = np.clip(0.15 + 0.15 * positives + 0.10 * _spread(positives, rng), 0.0, 0.8)
     pallor = np.clip(0.30 + 0.25 * positives + 0.20 * _spread(positives, rng), 0.0, 1.0)
-
-    names = [f"SYN-{index + 1:03d}" for index in range(patients)]
-    slide_rows = []
-    for index in tqdm(range(patients), desc="drawing slides", unit="patient"):
-        traits = TissueTraits(
-            lymphocytes_per_mm2=float(150 + 3000 * _squash(inflammation[index] - 0.8)),
-            mucin_share=float(mucin[index]),
-            gland_pallor=float(pallor[index]),
+    drawn = []
+    for i in range(patients):
+        lymphocytes = float(150 + 3000 * _squash(inflammation[i] - 0.8))
+        traits = TissueTraits(lymphocytes, float(mucin[i]), float(pallor[i]))
+        slides = 2 if i in two_slides else 1
+        drawn.append(
+            _Patient(f"SYN-{i + 1:03d}", bool(positives[i]), float(fraction[i]), traits, slides)
         )
-        for number in range(2 if index in two_slides else 1):
-            stem = f"{names[index]}-{number + 1}"
-            pixels = draw_slide(traits, np.random.default_rng([seed, 1, index, number]))
-            write_pyramid(folder / f"{stem}.tif", pixels, mpp=MPP)
-            slide_rows.append({"PATIENT": names[index], "FILENAME": stem})
-
-    fraction[missing] = np.nan
-    target, auxiliary = "isMSIH", "Leukocyte Fraction"
-    clini = pd.DataFrame(
-        {
-            "PATIENT": names,
-            target: np.where(positives, "MSIH", "nonMSIH"),
-            auxiliary: np.round(fraction, 4),
-            "Source": "synthetic",
-        }
-    )
-    clini.to_csv(Path(out) / "clini.csv", index=False)
-    pd.DataFrame(slide_rows).to_csv(Path(out) / "slides.csv", index=False)
-    (Path(out) / "README.txt").write_text(NOTICE, encoding="utf-8")
-    logger.info("%d synthetic patients with %d slides are in %s.", patients, len(slide_rows), out)
-    return SlideCohort(
-        folder=Path(out),
-        slides=folder,
-        clini=Path(out) / "clini.csv",
-        slide_table=Path(out) / "slides.csv",
-        target=target,
-        auxiliary=auxiliary,
-        n_patients=patients,
-        n_slides=len(slide_rows),
-    )
+    return drawn
 
 
 def _spread(positives: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -24,7 +24,11 @@ from examples.pathology.simulation.composition import (
     shares_from,
 )
 from examples.pathology.tables.matching import slide_key
-from examples.pathology.tables.reading import read_clinical_table, read_slide_table
+from examples.pathology.tables.reading import (
+    read_clinical_table,
+    read_slide_table,
+    refuse_two_owners,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,22 +97,15 @@ def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -
         refuse_words(name, table[name], clini)
     clinical = table[[config.target, *names]]
     if slide_table is None:
-        patients = [str(patient) for patient in clinical.index]
-        keys = [slide_key(name, clini, config.patient_column) for name in patients]
-        return Source(clinical, list(zip(patients, keys, strict=True)))
+        named = [(name, slide_key(name, clini, config.patient_column)) for name in clinical.index]
+        return Source(clinical, named)
     everyone = read_slide_table(slide_table, config.patient_column, config.filename_column)
     slides = [(patient, key) for patient, key in everyone if patient in clinical.index]
     if unknown := len(everyone) - len(slides):
         logger.warning("Left out: %d slides of patients who are not in %s", unknown, clini)
     if not slides:
         raise UserError(f"{slide_table} must have slides of patients of {clini}, but has none.")
-    owners: dict[str, str] = {}
-    for patient, key in slides:
-        if (owner := owners.setdefault(key, patient)) != patient:
-            raise UserError(
-                f"{slide_table}: each slide must belong to one patient, but {key} is claimed by "
-                f"{owner} and {patient}."
-            )
+    refuse_two_owners(slides, "slide", slide_table)
     return Source(clinical, slides)
 
 

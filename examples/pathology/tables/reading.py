@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -110,6 +110,23 @@ def read_slide_table(
     _refuse_unnamed(table, path, filename_column)
     rows = zip(table[patient_column], table[filename_column], strict=True)
     return [(patient, slide_key(name, path, filename_column)) for patient, name in rows]
+
+
+def refuse_two_owners(owned: Iterable[tuple[str, str]], what: str, table: Path) -> None:
+    """Raise if something belongs to two patients.
+
+    Args:
+        owned: Patient and what is theirs.
+        what: What that is, for the error.
+        table: Where it stands, for the error.
+    """
+    owners: dict[str, str] = {}
+    for patient, name in owned:
+        if (owner := owners.setdefault(name, patient)) != patient:
+            raise UserError(
+                f"{table}: each {what} must belong to one patient, but {name} is claimed by "
+                f"{owner} and {patient}."
+            )
 
 
 def _refuse_unnamed(table: pd.DataFrame, path: Path, column: str) -> None:
