@@ -9,6 +9,7 @@ import hashlib
 import io
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +24,10 @@ from examples.pathology.common.errors import UserError, one_line
 
 _ZIP, _PICKLE = b"PK", b"\x80"
 
-_HARMLESS = ("torch._utils ", "torch.storage ", "collections OrderedDict")
-"""What the pickle of an ordinary checkpoint names; the storage types of torch come on top."""
+_HARMLESS = re.compile(
+    r"torch\._utils .*|torch\.storage .*|collections OrderedDict.*|torch .*Storage", re.DOTALL
+)
+"""What the pickle of an ordinary checkpoint names."""
 
 _WRAPPERS = ("model", "state_dict")
 """Keys under which checkpoints keep their tensors, if not at the top."""
@@ -128,15 +131,11 @@ def _code_in(path: Path) -> str | None:
         else:
             data = path.read_bytes()
         for name in _globals(data):
-            if not (name.startswith(_HARMLESS) or _is_storage(name)):
+            if not _HARMLESS.fullmatch(name):
                 return name.replace(" ", ".")
     except (zipfile.BadZipFile, StopIteration, ValueError, OSError):
         pass  # damaged beyond looking for code
     return None
-
-
-def _is_storage(name: str) -> bool:
-    return name.startswith("torch ") and name.endswith("Storage")
 
 
 def _globals(data: bytes) -> Iterator[str]:

@@ -61,39 +61,23 @@ def resolve_devices(names: str) -> list[torch.device]:
     return [torch.device(resolve_device(name.strip())) for name in names.split(",")]
 
 
-def run(
-    files: Sequence[SlideFile],
-    settings: ExtractConfig,
-    device: str,
-    *,
-    processes: int | None = None,
-    scheduler: str | None = None,
-    max_failures: int | None = None,
-) -> ExtractSummary:
+def run(files: Sequence[SlideFile], config: ExtractConfig) -> ExtractSummary:
     """Extract slides in one or more processes; the ledger is written whatever happens.
-
-    Args:
-        files: The slides.
-        settings: What to do.
-        device: Where, as `resolve_devices` takes it; with `scheduler`, one for each worker.
-        processes: How many processes here; None: one per device.
-        scheduler: A Dask scheduler whose workers do it, as `cluster` takes it; None: here.
-        max_failures: End the run when more slides than this have failed; None: never.
 
     Raises:
         UserError: If the network cannot be built as asked for, or no workers can be had.
     """
     work: Callable[[Report], None]
-    if scheduler is None:
-        work = _here(files, settings, device, processes)
-    elif processes is None:
+    if config.scheduler is None:
+        work = _here(files, config)
+    elif config.processes is None:
         files = [replace(file, path=file.path.absolute()) for file in files]
-        work = functools.partial(_spread, files, settings, device, {"scheduler": scheduler})
+        work = functools.partial(_spread, files, config, {"scheduler": config.scheduler})
     else:
         raise UserError("`processes` must be left out where `scheduler` is given.")
-    ledger, stopped = settings.out / "ledger.csv", ""
+    ledger, stopped = config.out / "ledger.csv", ""
     started = time.monotonic()
-    keeper = LedgerKeeper(ledger, [file.name for file in files], max_failures)
+    keeper = LedgerKeeper(ledger, [file.name for file in files], config.max_failures)
     with closing(keeper):
         try:
             work(keeper.take_down)
@@ -104,52 +88,42 @@ def run(
     return summary
 
 
-def _here(
-    files: Sequence[SlideFile], settings: ExtractConfig, device: str, processes: int | None
-) -> Callable[[Report], None]:
+def _here(files: Sequence[SlideFile], config: ExtractConfig) -> Callable[[Report], None]:
     """Return what does the work on this machine: in this process if one is enough."""
-    devices = resolve_devices(device)
-    if processes is not None and processes < len(devices):
+    devices = resolve_devices(config.device)
+    count = len(devices) if config.processes is None else config.processes
+    if count < len(devices):
         raise UserError(
             f"`processes` must be at least 1 and at least the {len(devices)} devices of `device`, "
-            f"but got {processes}."
+            f"but got {count}."
         )
-    count = processes or len(devices)
     if count == 1:
-        return functools.partial(
-            extract_slides, files, settings, make_network(settings, devices[0])
-        )
-    if settings.workers is None:
-        settings = replace(settings, workers=max(1, default_workers(devices[0]) // count))
+        return functools.partial(extract_slides, files, config, make_network(config, devices[0]))
     place = {
         "workers": count,
         "threads_per_worker": max(1, torch.get_num_threads() // count),
-        "devices": () if device == "auto" else [str(each) for each in devices],
+        "devices": () if config.device == "auto" else [str(device) for device in devices],
     }
+    workers = config.workers or max(1, default_workers(devices[0]) // count)
     # "auto", since a process sees the device that is its own, and no other.
-    return functools.partial(_spread, files, settings, "auto", place)
+    return functools.partial(_spread, files, replace(config, device="auto", workers=workers), place)
 
 
 def _spread(
-    files: Sequence[SlideFile],
-    settings: ExtractConfig,
-    device: str,
-    place: Mapping[str, Any],
-    report: Report,
+    files: Sequence[SlideFile], config: ExtractConfig, place: Mapping[str, Any], report: Report
 ) -> None:
     """Extract slides in several processes, in batches; each slide is reported once.
 
     Args:
         files: The slides.
-        settings: What to do.
-        device: The device in a process.
+        config: How; its device is that in a process.
         place: Which processes, as `cluster` takes it.
         report: Told of each slide as its batch ends; an error that it raises ends the work.
     """
-    settings = replace(
-        settings,
-        out=settings.out.absolute(),  # processes elsewhere are in other folders
-        weights=settings.weights and settings.weights.absolute(),
+    config = replace(
+        config,
+        out=config.out.absolute(),  # processes elsewhere are in other folders
+        weights=config.weights and config.weights.absolute(),
         show_tiles=False,
     )
     run_id = uuid.uuid4().hex
@@ -157,8 +131,7 @@ def _spread(
 
     def jobs_of(batches: Iterable[Sequence[SlideFile]]) -> list[Job]:
         return [
-            Job(_title(batch), extract_batch, (tuple(batch), settings, device, run_id))
-            for batch in batches
+            Job(_title(batch), extract_batch, (tuple(batch), config, run_id)) for batch in batches
         ]
 
     def take(outcome: Outcome) -> None:
@@ -172,7 +145,7 @@ def _spread(
         take(outcome)
         if outcome.status == "failed":
             file = left.pop(outcome.key)
-            retire(settings.out / f"{file.stem}.h5")
+            retire(config.out / f"{file.stem}.h5")
             report((SlideRow(file.name, TILING, "failed", outcome.error),))
 
     with cluster(**place) as client:
@@ -204,29 +177,28 @@ def _bytes(path: Path) -> int:
 
 
 def extract_batch(
-    files: Sequence[SlideFile], settings: ExtractConfig, device: str, run_id: str
+    files: Sequence[SlideFile], config: ExtractConfig, run_id: str
 ) -> list[Rows] | UserError:
     """Extract slides in a process of a cluster; slides that are finished are found so.
 
     Args:
         files: The slides.
-        settings: What to do.
-        device: Where.
+        config: How.
         run_id: The run they belong to; a process keeps its network for one run.
 
     Returns:
         The rows of each slide, or the error with which the network could not be built.
     """
     try:
-        network = _network(settings, device, run_id)
+        network = _network(config, run_id)
     except UserError as error:
         return error
     found: list[Rows] = []
-    extract_slides(files, settings, network, found.append)
+    extract_slides(files, config, network, found.append)
     return found
 
 
 @functools.lru_cache(maxsize=1)
-def _network(settings: ExtractConfig, device: str, run_id: str) -> Network:  # noqa: ARG001
+def _network(config: ExtractConfig, run_id: str) -> Network:  # noqa: ARG001
     """Build the network of a run once; the next run may have other weights of the same name."""
-    return make_network(settings, torch.device(resolve_device(device)))
+    return make_network(config, torch.device(resolve_device(config.device)))

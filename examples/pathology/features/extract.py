@@ -33,11 +33,4 @@ def run_extract(config: ExtractConfig) -> ExtractSummary:
         stems = [file.stem for file in files]
         known = mpp_of_slides(config.slide_table, stems, config.filename_column)
         files = [replace(file, table_mpp=known.get(file.stem)) for file in files]
-    return dispatch.run(
-        files,
-        config,
-        config.device,
-        processes=config.processes,
-        scheduler=config.scheduler,
-        max_failures=config.max_failures,
-    )
+    return dispatch.run(files, config)

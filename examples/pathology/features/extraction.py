@@ -56,28 +56,28 @@ def default_workers(device: torch.device) -> int:
     return min(16, cores or 1) if device.type == "cuda" else 2
 
 
-def make_network(settings: ExtractConfig, device: torch.device) -> Network:
+def make_network(config: ExtractConfig, device: torch.device) -> Network:
     """Build the network of a run on its device."""
-    extractor = make_extractor(settings.extractor, settings.weights, settings.seed)
-    return place(extractor, device, settings.precision, settings.batch_size)
+    extractor = make_extractor(config.extractor, config.weights, config.seed)
+    return place(extractor, device, config.precision, config.batch_size)
 
 
 def extract_slides(
-    files: Iterable[SlideFile], settings: ExtractConfig, network: Network, report: Report
+    files: Iterable[SlideFile], config: ExtractConfig, network: Network, report: Report
 ) -> None:
     """Extract slides one after the other; the network hardly ever waits for the rest.
 
     Args:
         files: The slides.
-        settings: What to do.
+        config: How.
         network: The network on its device.
         report: Called with the ledger rows of each slide, in the order of `files`; an error that
             it raises ends the work.
     """
-    threads = settings.workers or default_workers(network.device)
+    threads = config.workers or default_workers(network.device)
     with ThreadPoolExecutor(threads, thread_name_prefix="tiles") as pool:
-        read = partial(TileReader, rules=settings.rules, pool=pool, ahead=2 * threads)
-        SlideQueue(report).run(extract_slide(file, settings, network, read) for file in files)
+        read = partial(TileReader, rules=config.rules, pool=pool, ahead=2 * threads)
+        SlideQueue(report).run(extract_slide(file, config, network, read) for file in files)
 
 
 class SlideQueue:
@@ -146,7 +146,7 @@ def _step(slide: Steps) -> Rows:
 
 def extract_slide(
     file: SlideFile,
-    settings: ExtractConfig,
+    config: ExtractConfig,
     network: Network,
     read: Callable[[Slide, TilePlan], TileReader],
 ) -> Steps:
@@ -154,14 +154,14 @@ def extract_slide(
 
     Args:
         file: The slide.
-        settings: What to do.
+        config: How.
         network: The network on its device.
         read: Begins to read the tiles of a slide.
 
     Returns:
         Its rows of the ledger; whatever goes wrong is one of them.
     """
-    path = settings.out / f"{file.stem}.h5"
+    path = config.out / f"{file.stem}.h5"
     rows: Rows = ()
     broken: frozenset[int] = frozenset()
     has_turn = False
@@ -169,28 +169,28 @@ def extract_slide(
         clock = Clock()
         try:
             with ExitStack() as stack:
-                slide = stack.enter_context(closing(_open(file, settings, broken)))
-                parameters = parameters_of(file, slide, settings, network)
+                slide = stack.enter_context(closing(_open(file, config, broken)))
+                parameters = parameters_of(file, slide, config, network)
                 finished = finished_rows(path, file, parameters)
                 if finished is not None:
                     return finished
-                plan = plan_tiles(slide, settings.rules)
+                plan = plan_tiles(slide, config.rules)
                 tiles = stack.enter_context(closing(read(slide, plan)))
                 if not has_turn:
                     with clock.stopped():
                         yield
                     has_turn = True
-                bar = stack.enter_context(_bar(file, plan, settings.show_tiles))
+                bar = stack.enter_context(_bar(file, plan, config.show_tiles))
                 feats, positions = infer(tiles, network, clock, bar.update)
             with clock.stopped():
                 yield
             clock.enter(TILING)
-            _save_picture(settings.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
-            rows = (_described(slide, plan, settings.rules.tile_size_um),)
+            _save_picture(config.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
+            rows = (_described(slide, plan, config.rules.tile_size_um),)
             if rows[0].status == "ok":
                 clock.enter(FEATURES)
                 made = provenance_of(slide, rows[0], parameters, clock)
-                _write(path, feats, positions, settings, network, made)
+                _write(path, feats, positions, config, network, made)
                 rows = (*rows, replace(rows[0], stage=FEATURES))
             else:
                 logger.warning("%s: %s", file.name, rows[0].reason)
@@ -209,14 +209,14 @@ def extract_slide(
         return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
 
 
-def _open(file: SlideFile, settings: ExtractConfig, broken_levels: frozenset[int]) -> Slide:
+def _open(file: SlideFile, config: ExtractConfig, broken_levels: frozenset[int]) -> Slide:
     if file.problem is not None:
         raise SlideExcludedError(file.problem)
     return open_slide(
         file.path,
         file.name,
         table_mpp=file.table_mpp,
-        default_mpp=settings.default_mpp,
+        default_mpp=config.default_mpp,
         broken_levels=broken_levels,
     )
 
@@ -263,12 +263,12 @@ def _write(
     path: Path,
     feats: npt.NDArray[np.float16],
     positions: npt.NDArray[np.int64],
-    settings: ExtractConfig,
+    config: ExtractConfig,
     network: Network,
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the features (n, d) of tiles in these rows and columns (n, 2) of the grid."""
-    extractor, rules = network.extractor, settings.rules
+    extractor, rules = network.extractor, config.rules
     write_features(
         path,
         feats,
@@ -278,7 +278,7 @@ def _write(
         random_weights=extractor.weights_sha256 is None,
         tile_size_um=rules.tile_size_um,
         tile_size_px=rules.tile_size_px,
-        layout=settings.layout,
+        layout=config.layout,
         provenance=provenance,
     )
 

@@ -183,7 +183,7 @@ def write_features(
     if layout not in LAYOUTS:
         raise UserError(f"`layout` must be one of {', '.join(LAYOUTS)}, but got {layout!r}.")
     stored = np.asarray(feats).astype(np.float16)
-    coords = np.asarray(coords_um, dtype=np.float32)
+    coords: npt.NDArray[Any] = np.asarray(coords_um, dtype=np.float32)
     if stored.ndim != 2 or coords.shape != (len(stored), 2):
         raise UserError(
             f"`feats` must be (n, d) and `coords_um` (n, 2), but got {stored.shape} and "
@@ -191,32 +191,34 @@ def write_features(
         )
     if not np.isfinite(stored).all():
         raise UserError(f"`feats` must be finite and below 65504, but those for {path} are not.")
+    ours = {
+        "weights_sha256": weights_sha256 or "",
+        "random_weights": random_weights,
+        **({"simulated": simulated} if simulated else {}),
+        **(provenance or {}),
+    }
+    attributes = {"extractor": extractor, **{f"mtbalance_{k}": v for k, v in ours.items()}}
+    if layout == "stamp-v1":
+        coords = np.rint(coords * (tile_size_px / tile_size_um)).astype(np.int64)
+        # STAMP v1 writes no size. With it, v2 and we know the unit of a single tile too.
+        attributes["tile_size"] = float(tile_size_px)
+    else:
+        attributes |= {
+            "unit": "um",
+            "tile_size": tile_size_um,
+            "tile_size_um": tile_size_um,
+            "tile_size_px": tile_size_px,
+            "feat_type": "tile",
+            "stamp_version": "2.0.0",
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")  # no `.h5` at the end: readers pass it by
     try:
         with h5py.File(temporary, "w") as file:
             file["feats"] = stored
+            file["coords"] = coords
             file["augmented"] = np.zeros(len(stored), dtype=bool)
-            file.attrs["extractor"] = extractor
-            if layout == "stamp-v1":
-                pixels = np.rint(coords * (tile_size_px / tile_size_um))
-                file["coords"] = pixels.astype(np.int64)
-                # STAMP v1 writes no size. With it, v2 and we know the unit of a single tile too.
-                file.attrs["tile_size"] = float(tile_size_px)
-            else:
-                file["coords"] = coords
-                file.attrs["unit"] = "um"
-                file.attrs["tile_size"] = tile_size_um
-                file.attrs["tile_size_um"] = tile_size_um
-                file.attrs["tile_size_px"] = tile_size_px
-                file.attrs["feat_type"] = "tile"
-                file.attrs["stamp_version"] = "2.0.0"
-            file.attrs["mtbalance_weights_sha256"] = weights_sha256 or ""
-            file.attrs["mtbalance_random_weights"] = random_weights
-            if simulated:
-                file.attrs["mtbalance_simulated"] = simulated
-            for name, value in (provenance or {}).items():
-                file.attrs[f"mtbalance_{name}"] = value
+            file.attrs.update(attributes)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def place(extractor: Extractor, device: torch.device, precision: str, batch_size
     Args:
         extractor: The network.
         device: Where it will run.
-        precision: ``float32`` or ``bfloat16``.
+        precision: As in `Network`.
         batch_size: Tiles per call; at most 8 are used on a CPU.
     """
     extractor.model.to(device)

@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def parameters_of(
-    file: SlideFile, slide: Slide, settings: ExtractConfig, network: Network
+    file: SlideFile, slide: Slide, config: ExtractConfig, network: Network
 ) -> dict[str, Any]:
     """Return all that decides what a slide's features are; a file made with others is redone."""
     return {
-        **asdict(settings.rules),
+        **asdict(config.rules),
         "extractor": network.extractor.identifier,
         "weights_sha256": network.extractor.weights_sha256,
         "precision": network.precision,
-        "layout": settings.layout,
+        "layout": config.layout,
         "slide_bytes": file.path.stat().st_size,
         "slide_quickhash": slide.quickhash,
         "slide_width_px": slide.width_px,

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 
 from examples.pathology.slides.tiling import Pixels, TilePlan, TileStatus
 
-_COLOURS: dict[TileStatus, tuple[int, int, int]] = {
-    TileStatus.KEPT: (0, 158, 115),
-    TileStatus.SMOOTH: (213, 94, 0),
-    TileStatus.BRIGHT: (150, 150, 150),
-    TileStatus.PENDING: (204, 121, 167),
+
+class _Look(NamedTuple):
+    label: str
+    colour: tuple[int, int, int]  # people with colour blindness tell these apart too
+    strength: float  # of the colour over the tile, 0 to 1
+
+
+_LOOKS = {
+    TileStatus.KEPT: _Look("kept", (0, 158, 115), 0.0),
+    TileStatus.BRIGHT: _Look("glass", (150, 150, 150), 0.1),
+    TileStatus.SMOOTH: _Look("too few edges", (213, 94, 0), 0.35),
+    TileStatus.PENDING: _Look("not read", (204, 121, 167), 0.35),
 }
-"""Colours that people with colour blindness tell apart too."""
-
-
-_OVERHANG_COLOUR = (0, 114, 178)
-
-
-_LABELS = {
-    TileStatus.KEPT: "kept",
-    TileStatus.SMOOTH: "too few edges",
-    TileStatus.BRIGHT: "glass",
-    TileStatus.PENDING: "not read",
-}
+_OVERHANG = _Look("over the edge: no whole tile", (0, 114, 178), 0.3)
 
 
 def draw_overlay(plan: TilePlan) -> Pixels:
@@ -36,24 +34,20 @@ def draw_overlay(plan: TilePlan) -> Pixels:
     Returns:
         RGB, ``(h, w, 3)``.
     """
-    picture = plan.overview.copy()
     rows, columns = plan.status.shape
     px = plan.tile_px
-    tint = picture.astype(np.float32)
-    overhang = np.ones(picture.shape[:2], dtype=bool)
-    overhang[: rows * px, : columns * px] = False
-    tint[overhang] = 0.7 * tint[overhang] + 0.3 * np.array(_OVERHANG_COLOUR)
+    looks = [*(_LOOKS[status] for status in sorted(TileStatus)), _OVERHANG]
+    shown = np.full(plan.overview.shape[:2], len(looks) - 1)  # of each pixel its look
+    shown[: rows * px, : columns * px] = np.kron(plan.status, np.ones((px, px), dtype=np.uint8))
+    strength = np.array([look.strength for look in looks])[:, None]
+    colour = strength * np.array([look.colour for look in looks])
+    picture = (1 - strength).astype(np.float32)[shown] * plan.overview + colour[shown]
+    picture = np.clip(picture.astype(np.float32), 0, 255).astype(np.uint8)
     for row, column in np.ndindex(rows, columns):
-        part = (slice(row * px, (row + 1) * px), slice(column * px, (column + 1) * px))
-        status = TileStatus(int(plan.status[row, column]))
-        strength = {TileStatus.KEPT: 0.0, TileStatus.BRIGHT: 0.1}.get(status, 0.35)
-        tint[part] = (1 - strength) * tint[part] + strength * np.array(_COLOURS[status])
-    picture = np.clip(tint, 0, 255).astype(np.uint8)
-    for row, column in np.ndindex(rows, columns):
-        colour = _COLOURS[TileStatus(int(plan.status[row, column]))]
         corner = (column * px + 1, row * px + 1)
         opposite = ((column + 1) * px - 2, (row + 1) * px - 2)
-        cv2.rectangle(picture, corner, opposite, colour, max(1, px // 40))
+        look = _LOOKS[TileStatus(int(plan.status[row, column]))]
+        cv2.rectangle(picture, corner, opposite, look.colour, max(1, px // 40))
     legend = _legend(plan)
     width = max(picture.shape[1], legend.shape[1])
     return np.vstack([_padded(picture, width), _padded(legend, width)])
@@ -67,11 +61,11 @@ def _padded(picture: Pixels, width: int) -> Pixels:
 def _legend(plan: TilePlan) -> Pixels:
     """Draw one line per status that occurs, with the number of tiles."""
     entries = [
-        (_COLOURS[status], f"{_LABELS[status]}: {plan.count(status)}")
-        for status in TileStatus
+        (look.colour, f"{look.label}: {plan.count(status)}")
+        for status, look in _LOOKS.items()
         if plan.count(status)
     ]
-    entries.append((_OVERHANG_COLOUR, "over the edge: no whole tile"))
+    entries.append((_OVERHANG.colour, _OVERHANG.label))
     line = 22
     legend: Pixels = np.full((line * len(entries) + 8, 280, 3), 255, dtype=np.uint8)
     for number, (colour, text) in enumerate(entries):

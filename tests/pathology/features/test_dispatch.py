@@ -71,6 +71,7 @@ from pathlib import Path
 from examples.pathology.features import extraction
 from examples.pathology.features import files as features
 from tests.pathology.features import test_dispatch
+from tests.pathology.slide_helpers import extract
 
 place, slides, out, mark = sys.argv[1], *map(Path, sys.argv[2:])
 
@@ -274,10 +275,16 @@ def test_workers_of_a_scheduler_share_the_slides(tmp_path, network, monkeypatch)
         assert contents(Path("out"))[name] == contents(Path("one"))[name]
 
 
-@pytest.mark.parametrize(("device", "processes"), [("cpu,cpu", 1), ("cpu", 0)])
-def test_each_device_needs_a_process(tmp_path, device, processes):
+@pytest.mark.parametrize(
+    ("device", "processes", "words"),
+    [
+        ("cpu,cpu", 1, "at least the 2 devices of `device`, but got 1."),
+        ("cpu", 0, "`processes` must be at least 1, but got 0."),
+    ],
+)
+def test_each_device_needs_a_process(tmp_path, device, processes, words):
     make_slides(tmp_path / "in", 1)
-    with pytest.raises(UserError, match=f"devices of `device`, but got {processes}."):
+    with pytest.raises(UserError, match=words):
         extract(tmp_path / "in", tmp_path / "out", device=device, processes=processes, **CHEAP)
 
 

@@ -1,8 +1,13 @@
 import csv
 
+import pytest
+
+from examples.pathology.common.errors import RunError
+from examples.pathology.features import ledger
 from examples.pathology.features.ledger import (
     LEDGER_COLUMNS,
     ExtractSummary,
+    LedgerKeeper,
     SlideRow,
     write_ledger,
 )
@@ -50,3 +55,36 @@ def test_the_ledger_is_a_table_that_others_can_read(tmp_path):
     assert (read[0]["reason"], read[0]["tiles_kept"], read[1]["tiles_kept"]) == (
         "why, then?", "", "5",
     )  # fmt: skip
+
+
+def rows_of(slide, status="ok"):
+    return (SlideRow(slide, "tiling", "ok"), SlideRow(slide, "features", status))
+
+
+def names_in(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row["slide"] for row in csv.DictReader(file)]
+
+
+def test_the_keeper_has_the_rows_in_the_order_of_the_slides(tmp_path, monkeypatch):
+    path = tmp_path / "out" / "ledger.csv"
+    keeper = LedgerKeeper(path, ["a", "b", "c"], None)
+    keeper.take_down(rows_of("c", "failed"))
+    assert not path.exists()  # not after every slide
+    monkeypatch.setattr(ledger, "LEDGER_PERIOD_S", -1.0)
+    keeper.take_down(rows_of("a", "failed"))
+    assert names_in(path) == ["a", "a", "c", "c"]
+    keeper.close()
+    assert keeper.rows == (*rows_of("a", "failed"), *rows_of("c", "failed"))
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_the_keeper_ends_a_run_at_one_failure_too_many(limit, tmp_path):
+    keeper = LedgerKeeper(tmp_path / "ledger.csv", "abcd", limit)
+    keeper.take_down(rows_of("a"))
+    for slide in "bcd"[:limit]:
+        keeper.take_down(rows_of(slide, "failed"))
+    with pytest.raises(RunError, match=f"^more than {limit} slides failed.$"):
+        keeper.take_down(rows_of("d", "failed"))
+    keeper.close()
+    assert names_in(tmp_path / "ledger.csv") == [n for n in "abcd"[: limit + 1] + "d" for _ in "12"]
