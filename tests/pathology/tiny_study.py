@@ -10,14 +10,14 @@ import pandas as pd
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.toml import write_toml
-from examples.pathology.results.folds import read_fold
-from examples.pathology.results.measuring import summary_of_metrics
+from examples.pathology.results.folds import FoldResult, read_fold, read_predictions
+from examples.pathology.results.measuring import summarise_metrics
+from examples.pathology.results.summary import metrics_json
 from examples.pathology.study.folder import (
     EXTERNAL,
     LEDGER,
     RUNS,
     SETTINGS,
-    read_deployed,
     run_folder,
 )
 from examples.pathology.training.fold import BASELINE
@@ -70,7 +70,7 @@ def write_study(
                 "seconds": [r.seconds for r in results],
                 "epochs": [r.epochs for r in results],
                 "best_epochs": [r.best_epoch for r in results],
-                "metrics": summary_of_metrics(results, targets, 0),
+                "metrics": metrics_json(summarise_metrics(results, targets, 0)),
             }
             write_json(run / "metrics.json", summary)
             write_ledger(run)
@@ -172,16 +172,27 @@ def write_deployed(folder: Path, method: str, seed: int, shift: float) -> None:
         table = predictions_of([PRIMARY], "E", 0, seed + 10 + number, shift)
         table.to_csv(place / "predictions.csv", index=False)
         np.save(place / "embeddings.npy", np.zeros((PATIENTS, 4), dtype=np.float32))
+    places = [*(folder / f"fold-{k + 1}" for k in range(FOLDS)), folder]
+    results = [
+        FoldResult(
+            read_predictions(place / "predictions.csv"),
+            np.load(place / "embeddings.npy"),
+            0,
+            0,
+            0.0,
+            0.5,
+        )
+        for place in places
+    ]
+    *by_fold, ensemble = results
     summary = {
         **about(method, PATIENTS),
         "labelled": PATIENTS,
         "thresholds": [0.5] * FOLDS,
         "threshold_of_ensemble": 0.5,
+        "metrics": metrics_json(summarise_metrics(by_fold, [PRIMARY], 0)),
+        "metrics_of_ensemble": metrics_json(summarise_metrics([ensemble], [PRIMARY], 0)),
     }
-    write_json(folder / "metrics.json", summary)
-    read = read_deployed(folder, method)
-    summary["metrics"] = summary_of_metrics(read.results, [PRIMARY], 0)
-    summary["metrics_of_ensemble"] = summary_of_metrics([read.ensemble], [PRIMARY], 0)
     write_json(folder / "metrics.json", summary)
     write_ledger(folder)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.figures import history as history_plots
 from examples.pathology.figures import plots
 from examples.pathology.results.folds import FoldResult
+from examples.pathology.results.summary import RunSummary
 
 
 def draw_figures(
     figures: Path,
-    summary: Mapping[str, Any],
+    summary: RunSummary,
     results: Sequence[FoldResult],
     *,
     seed: int,
@@ -23,25 +23,16 @@ def draw_figures(
 
     Args:
         figures: The folder to write to.
-        summary: What ``metrics.json`` holds.
+        summary: What ``metrics.json`` says.
         results: Of all folds.
         seed: Of the t-SNE.
 
     Returns:
         A title and the file of every figure.
     """
-    targets = [
-        Target(
-            str(summary["target"]),
-            summary.get("kind", "classification"),  # runs of earlier releases have no other
-            tuple(summary.get("classes", ())),
-            str(summary.get("positive", "")),
-        ),
-        *(Target(str(t["name"]), t["kind"]) for t in summary["auxiliary"]),
-    ]
-    drawn = draw_scores(figures, summary, results, targets)
+    drawn = draw_scores(figures, summary, results, summary.targets)
     path = figures / "tsne.png"
-    primary = targets[0]
+    primary = summary.primary
     labels = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
     plots.tsne(
         [
@@ -50,15 +41,15 @@ def draw_figures(
         ],
         primary.classes,
         path,
-        title=f"{summary['method']}: [cls] embedding by {primary.name}",
-        caption=caption_of(summary),
+        title=f"{summary.method}: [cls] embedding by {primary.name}",
+        caption=summary.caption,
         seed=seed,
     )
     drawn.append(("t-SNE", path))
     histories = [result.history for result in results if len(result.history)]
     if histories:
-        tasks = [target.name for target in targets]
-        method, caption = str(summary["method"]), caption_of(summary)
+        tasks = [target.name for target in summary.targets]
+        method, caption = summary.method, summary.caption
         best = [result.best_epoch for result in results if len(result.history)]
         path = figures / "training.png"
         history_plots.training(histories, best, tasks, path, title=method, caption=caption)
@@ -71,7 +62,7 @@ def draw_figures(
 
 def draw_scores(
     figures: Path,
-    summary: Mapping[str, Any],
+    summary: RunSummary,
     results: Sequence[FoldResult],
     targets: Sequence[Target],
 ) -> list[tuple[str, Path]]:
@@ -79,7 +70,7 @@ def draw_scores(
 
     Args:
         figures: The folder to write to.
-        summary: What ``metrics.json`` holds.
+        summary: What ``metrics.json`` says.
         results: Of all folds; patients without a label are left out.
         targets: What was predicted, the primary target first.
 
@@ -87,7 +78,7 @@ def draw_scores(
         A title and the file of every figure.
     """
     primary = targets[0]
-    caption = caption_of(summary)
+    caption = summary.caption
     drawn = []
     if primary.kind == "classification":
         drawn += _draw_ranking(figures, summary, results, primary)
@@ -102,17 +93,17 @@ def draw_scores(
                 points.append((measured, known[f"{target.name}_pred"].to_numpy(dtype=float)))
             if not any(len(measured) for measured, _ in points):
                 continue  # an external cohort need not know it
-            heading = f"{summary['method']}: {target.name}"
+            heading = f"{summary.method}: {target.name}"
             plots.regression(points, path, title=heading, caption=caption)
             drawn.append((f"measured and predicted {target.name}", path))
     return drawn
 
 
 def _draw_ranking(
-    figures: Path, summary: Mapping[str, Any], results: Sequence[FoldResult], primary: Target
+    figures: Path, summary: RunSummary, results: Sequence[FoldResult], primary: Target
 ) -> list[tuple[str, Path]]:
-    caption = caption_of(summary)
-    title = f"{summary['method']}: {primary.name} = {primary.positive}"
+    caption = summary.caption
+    title = f"{summary.method}: {primary.name} = {primary.positive}"
     scored = []
     for result in results:
         known = result.predictions[result.predictions[primary.name] != ""]
@@ -122,14 +113,3 @@ def _draw_ranking(
     plots.roc(scored, drawn[0][1], title=title, caption=caption)
     plots.precision_recall(scored, drawn[1][1], title=title, caption=caption)
     return drawn
-
-
-def caption_of(summary: Mapping[str, Any]) -> str:
-    """Return the warning that belongs under every figure of a run."""
-    note = str(summary["note"]).strip().rstrip(".")
-    parts = [f"{note}."] if note else []
-    if simulated := summary.get("simulated"):  # runs of 0.1.0 do not say
-        parts.append(str(simulated))
-    if summary["random_weights"]:
-        parts.append("Features come from a network with RANDOM weights and carry no biology.")
-    return " ".join(parts)

@@ -1,14 +1,23 @@
-"""What report pages are made of: tables as HTML, Markdown and CSV, figures inside the page."""
+"""What report pages are made of: templates, tables in three forms, figures inside the page."""
 
 from __future__ import annotations
 
 import base64
-import html
 import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from examples.pathology.cohort.cohort import TRAINING_ONLY
+from examples.pathology.common.files import write_text
+from examples.pathology.results.runs import Run
+from examples.pathology.results.summary import MetricSummary
 
 MISSING = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -23,151 +32,120 @@ METRIC_COLUMNS = (
     "folds",
 )
 
-Row = Sequence[object]
+_PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first chunk
+_SCALE = 0.46  # two plain figures of 150 dpi stand side by side
 
 
-def page_html(title: str, parts: Sequence[str]) -> str:
-    """Return a whole page that needs no other file.
-
-    Args:
-        title: Of the page.
-        parts: Its body, as HTML; empty ones are left out.
-    """
-    head = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-    ]
-    return "\n".join([*head, *(part for part in parts if part)]) + "\n</body></html>\n"
-
-
-def warning_html(text: str) -> str:
-    """Return a paragraph that stands out."""
-    return f"<p class='warning'>{html.escape(text)}</p>"
-
-
-def paragraph_html(text: str) -> str:
-    """Return a paragraph; no text, no paragraph."""
-    return f"<p>{html.escape(text)}</p>" if text else ""
-
-
-def list_html(items: Sequence[str], *, ordered: bool = False) -> str:
-    """Return a list; no items, no list."""
-    tag = "ol" if ordered else "ul"
-    lines = "".join(f"<li>{html.escape(item)}</li>" for item in items)
-    return f"<{tag}>{lines}</{tag}>" if items else ""
-
-
-def table_html(
-    headings: Sequence[str], rows: Sequence[Row], *, names: int = 1, dense: bool = False
-) -> str:
-    """Return a table.
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Write a page that needs no other file.
 
     Args:
-        headings: Of the columns.
-        rows: The cells.
-        names: How many of the first columns say what a row is; of several, the first one says it
-            once for all rows that follow each other and have it in common.
-        dense: Whether to set it small, for many columns.
+        path: The page.
+        template: Its template in ``templates/``.
+        values: What the template names.
     """
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    lines = []
-    # Without a common name every row is a group of its own.
-    for _, group in itertools.groupby(rows, key=lambda row: row[0] if names > 1 else object()):
-        together = list(group)
-        for number, row in enumerate(together):
-            cells = [html.escape(_keep_together(str(cell))) for cell in row]
-            named = [f"<th>{cell}</th>" for cell in cells[:names]]
-            if number:
-                del named[0]
-            elif len(together) > 1:
-                named[0] = f"<th rowspan='{len(together)}'>{cells[0]}</th>"
-            lines.append(
-                f"<tr>{''.join(named)}{''.join(f'<td>{cell}</td>' for cell in cells[names:])}</tr>"
-            )
-    return (
-        f"<div class='scroll{' dense' * dense}'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    write_text(path, ENVIRONMENT.get_template(template).render(values))
 
 
-def table_markdown(headings: Sequence[str], rows: Sequence[Row]) -> str:
-    """Return a table in Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines
-    )
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> pd.DataFrame:
+    """Return a table whose cells stay as they are: whole numbers beside missing ones stay whole."""
+    frame: pd.DataFrame = pd.DataFrame(rows, columns=list(headings), dtype=object)
+    return frame
 
 
-def figures_html(figures: Sequence[tuple[str, Path]], *, wide: bool = False) -> str:
-    """Return figures side by side, within the page, all on the same scale.
-
-    Args:
-        figures: What each shows, and its ``.png`` file.
-        wide: Whether each is as wide as the page instead.
-    """
-    parts = []
-    for text, path in figures:
-        picture = path.read_bytes()
-        data = base64.b64encode(picture).decode("ascii")
-        pixels = int.from_bytes(picture[_PNG_WIDTH], "big")
-        size = "class='wide'" if wide else f"width='{round(pixels * _SCALE)}'"
-        parts.append(f"<img {size} alt='{html.escape(text)}' src='data:image/png;base64,{data}'>")
-    return f"<div class='figures'>{''.join(parts)}</div>"
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as CSV, nothing rounded; None and NaN are empty fields."""
+    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
-def metric_cell(value: Mapping[str, Any] | None, *, sd: bool = True) -> str:
+def write_markdown(path: Path, frame: pd.DataFrame, remarks: Sequence[str]) -> None:
+    """Write a table in Markdown, and a paragraph below it for each remark that says something."""
+    lines = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy()]
+    rows = (" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in lines)
+    text = "".join(f"| {row} |\n" for row in rows)
+    write_text(path, text + "".join(f"\n{remark}\n" for remark in remarks if remark))
+
+
+def metric_cell(value: MetricSummary | None, *, sd: bool = True) -> str:
     """Return a figure of a run in words: mean ± sd [95 % interval over patients].
 
     Args:
-        value: What ``metrics.json`` holds of it; ``None`` if the run has none.
+        value: The figure; ``None`` if the run has none.
         sd: Whether to give the standard deviation over folds.
     """
     if value is None:
         return MISSING
-    if value["mean"] is None:
-        return "undefined: " + "; ".join(sorted(set(value["undefined"].values())))
-    folds = len(value["folds"])
-    known = value["folds_with_value"]
-    spread = f" ± {value['sd']:.3f}" if sd and value["sd"] is not None else ""
-    low, high = value["ci95_over_patients"]
-    if low is not None:
-        spread += f" [{low:.3f}, {high:.3f}]"
-    return f"{value['mean']:.3f}{spread}" + (
-        "" if known == folds else f" ({known} of {folds} folds)"
+    over = value.over_folds
+    if math.isnan(over.mean):
+        return "undefined: " + "; ".join(sorted({s.reason for s in value.scores if s.reason}))
+    spread = f" ± {over.sd:.3f}" if sd and not math.isnan(over.sd) else ""
+    interval = "" if math.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]"
+    folds = len(value.scores)
+    known = "" if over.folds == folds else f" ({over.folds} of {folds} folds)"
+    return f"{over.mean:.3f}{spread}{interval}{known}"
+
+
+def metric_numbers(value: MetricSummary) -> list[object]:
+    """Return all numbers of a figure, in the order of `METRIC_COLUMNS`."""
+    over = value.over_folds
+    folds = ("" if math.isnan(s.value) else f"{s.value:.6g}" for s in value.scores)
+    numbers = (over.mean, over.sd, value.low, value.high, over.low, over.high)
+    return [*numbers, over.folds, " ".join(folds)]
+
+
+class Funnel(NamedTuple):
+    """Who was used, and who was not.
+
+    Args:
+        stages: From the clinical table to those used, with their numbers.
+        training_only: How many were trained on for other targets only.
+        left_out: How many were left out, of what, and why.
+    """
+
+    stages: tuple[str, ...]
+    training_only: int
+    left_out: tuple[str, ...]
+
+
+def funnel_of(run: Run) -> Funnel:
+    """Return who was used, and who was left out and why."""
+    ledger = pd.read_csv(run.folder / "ledger.csv", dtype=str, keep_default_na=False)
+    out = ledger[~ledger["status"].isin(("used", TRAINING_ONLY))]
+    reasons = Counter(zip(out["item"], out["reason"], strict=True)).most_common()
+    return Funnel(
+        tuple(f"{count} {stage}" for stage, count in run.summary.funnel),
+        int((ledger["status"] == TRAINING_ONLY).sum()),
+        tuple(f"{n} × {item}: {why}" for (item, why), n in reasons),
     )
 
 
-def metric_numbers(value: Mapping[str, Any]) -> list[object]:
-    """Return all numbers of a figure, in the order of `METRIC_COLUMNS`."""
-    return [
-        value["mean"],
-        value["sd"],
-        *value["ci95_over_patients"],
-        *value["ci95_over_folds"],
-        value["folds_with_value"],
-        " ".join("" if v is None else f"{v:.6g}" for v in value["folds"]),
-    ]
+def _groups(frame: pd.DataFrame, names: int) -> list[list[tuple[object, ...]]]:
+    """Group rows that follow each other and have the first cell in common, if more name them."""
+    rows = frame.itertuples(index=False, name=None)
+    key = (lambda row: row[0]) if names > 1 else (lambda _: object())
+    return [list(group) for _, group in itertools.groupby(rows, key)]
 
 
-def _keep_together(text: str) -> str:
+def _unbroken(cell: object) -> str:
     """Keep an interval, a number with its spread, and an equation on one line."""
-    return re.sub(r"\[[^\[\]]+\]| ± | = ", lambda found: found[0].replace(" ", NO_BREAK), text)
+    return re.sub(r"\[[^\[\]]+\]| ± | = ", lambda found: found[0].replace(" ", NO_BREAK), str(cell))
 
 
-_PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first chunk
-_SCALE = 0.46  # two plain figures of 150 dpi stand side by side
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 "
-    "1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}th,td{border-bottom:1px solid #ccc;padding:.4rem "
-    ".9rem;"
-    "text-align:left}thead th{border-bottom:2px solid #222}.scroll{overflow-x:auto}"
-    ".dense{font-size:.85rem}.dense th,.dense td{padding:.2rem .5rem}"
-    "th[rowspan]{vertical-align:top;max-width:9rem}"
-    ".warning{background:#fff3cd;border-left:4px solid #e69f00;padding:.6rem 1rem}"
-    ".figures{display:flex;flex-wrap:wrap;gap:1rem}img{max-width:100%;height:auto}"
-    "img.wide{width:100%}"
+def _inlined(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+
+
+def _shown_width(picture: Path) -> int:
+    return round(int.from_bytes(picture.read_bytes()[_PNG_WIDTH], "big") * _SCALE)
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters.update(
+    groups=_groups, unbroken=_unbroken, inlined=_inlined, shown_width=_shown_width
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,38 +15,28 @@ from examples.pathology.cohort.targets import Target
 from examples.pathology.common.files import json_or_none
 from examples.pathology.results import metrics, resampling
 from examples.pathology.results.folds import FoldResult
+from examples.pathology.results.metrics import Metric, Score
 from examples.pathology.results.resampling import Resampled
+from examples.pathology.results.summary import MetricSummary
 
 
-def describe_primary(target: Target, labels: Sequence[str]) -> dict[str, Any]:
-    """Return what a summary says of the primary target.
+def spread_of(target: Target, labels: Sequence[str]) -> dict[str, Any]:
+    """Return how the primary target is spread, as `RunSummary` has it.
 
     Args:
         target: The primary target.
         labels: Its values of the patients who have one.
+
+    Returns:
+        ``positives`` of a classification, ``values`` of a regression; nothing if nobody has one.
     """
-    about: dict[str, Any] = {"target": target.name, "kind": target.kind}
     if target.kind == "classification":
-        cut = {} if target.cutoff is None else {"cutoff": target.cutoff}
-        return {
-            **about,
-            "classes": list(target.classes),
-            "positive": target.positive,
-            **cut,
-            "positives": list(labels).count(target.positive),
-        }
+        return {"positives": list(labels).count(target.positive)}
     if not labels:
-        return about
+        return {}
     values = np.array(labels, dtype=float)
-    return {
-        **about,
-        "values": {
-            "lowest": float(values.min()),
-            "highest": float(values.max()),
-            "mean": float(values.mean()),
-            "sd": float(values.std(ddof=1)),
-        },
-    }
+    ends = {"lowest": float(values.min()), "highest": float(values.max())}
+    return {"values": {**ends, "mean": float(values.mean()), "sd": float(values.std(ddof=1))}}
 
 
 def thresholds_of(target: Target, results: Sequence[FoldResult]) -> dict[str, Any]:
@@ -66,58 +57,71 @@ class Measured:
         resampled: Computes it for resamples of them; ``None`` where it is not defined.
     """
 
-    score: metrics.Score
+    score: Score
     strata: NDArray[np.str_]
     resampled: Resampled | None
 
 
-def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[str, Measured]:
+def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, Measured]:
     """Return every figure of one fold by name, the primary target's first."""
     primary = targets[0]
     known = (result.predictions[primary.name] != "").to_numpy()
     table = result.predictions[known]
     if primary.kind == "regression":
-        measured = _measure_numbers(table, primary, _strata(table, primary), "pearson", "mae")
+        measured = _measure_numbers(table, primary)
     else:
-        measured = _measure_classes(result, known, primary)
+        measured = _measure_classes(table, result.embeddings[known], result.threshold, primary)
     for target in targets[1:]:
         measured |= _measure_auxiliary(result.predictions, target, primary)
     return measured
 
 
-def _measure_classes(
-    result: FoldResult, known: NDArray[np.bool_], primary: Target
-) -> dict[str, Measured]:
-    table = result.predictions[known]
+def _measure_numbers(table: pd.DataFrame, primary: Target) -> dict[Metric, Measured]:
     strata = _strata(table, primary)
-    measured = _ranking(table, primary, primary.positive, strata, "auroc", "auprc")
-    positive = strata == primary.positive
-    score = table[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)
-    called = score >= result.threshold
-    measured["f1"] = _measured(
-        metrics.f1(positive, score, result.threshold),
-        strata,
-        lambda weights: resampling.f1(positive, called, weights),
-    )
-    measured["prevalence"] = Measured(metrics.prevalence(positive), strata, None)
-    embeddings = result.embeddings[known]
-    measured["silhouette"] = _measured(
-        metrics.silhouette(embeddings, strata),
-        strata,
-        lambda weights: resampling.silhouette(embeddings, strata, weights),
-    )
+    truth, predicted = _numbers(table, primary)
+    distances = partial(resampling.mean, np.abs(truth - predicted))
+    return {
+        Metric("pearson"): _pearson(table, primary, strata),
+        Metric("mae"): _measured(metrics.mean_absolute_error(truth, predicted), strata, distances),
+    }
+
+
+def _measure_classes(
+    table: pd.DataFrame, embeddings: NDArray[np.float32], threshold: float, primary: Target
+) -> dict[Metric, Measured]:
+    strata = _strata(table, primary)
+    positive, score = _scores(table, primary, primary.positive)
+    measured = {
+        Metric("auroc"): _auroc(table, primary, primary.positive, strata),
+        Metric("auprc"): _measured(
+            metrics.auprc(positive, score), strata, partial(resampling.auprc, positive, score)
+        ),
+        Metric("f1"): _measured(
+            metrics.f1(positive, score, threshold),
+            strata,
+            partial(resampling.f1, positive, score >= threshold),
+        ),
+        Metric("prevalence"): Measured(metrics.prevalence(positive), strata, None),
+        Metric("silhouette"): _measured(
+            metrics.silhouette(embeddings, strata),
+            strata,
+            partial(resampling.silhouette, embeddings, strata),
+        ),
+    }
     if len(primary.classes) > 2:
         for label in primary.classes:
-            measured |= _ranking(table, primary, label, strata, f"auroc of {label}")
+            measured[Metric("auroc", label=label)] = _auroc(table, primary, label, strata)
     return measured
 
 
-def _measure_auxiliary(table: pd.DataFrame, target: Target, primary: Target) -> dict[str, Measured]:
+def _measure_auxiliary(
+    table: pd.DataFrame, target: Target, primary: Target
+) -> dict[Metric, Measured]:
     known = table[table[target.name] != ""]
     strata = _strata(known, primary)
     if target.kind == "classification":
-        return _ranking(known, target, target.positive, strata, f"auroc/{target.name}")
-    return _measure_numbers(known, target, strata, f"pearson/{target.name}")
+        return {Metric("auroc", target.name): _auroc(known, target, target.positive, strata)}
+    return {Metric("pearson", target.name): _pearson(known, target, strata)}
 
 
 def _strata(table: pd.DataFrame, primary: Target) -> NDArray[np.str_]:
@@ -127,83 +131,52 @@ def _strata(table: pd.DataFrame, primary: Target) -> NDArray[np.str_]:
     return table[primary.name].to_numpy(dtype=str)
 
 
-def _measure_numbers(
-    table: pd.DataFrame,
-    target: Target,
-    strata: NDArray[np.str_],
-    pearson: str,
-    mae: str | None = None,
-) -> dict[str, Measured]:
-    """Return how predicted and measured numbers agree, under the names given."""
-    truth = table[target.name].to_numpy(dtype=float)
-    predicted = table[f"{target.name}_pred"].to_numpy(dtype=float)
-    measured = {
-        pearson: _measured(
-            metrics.pearson(truth, predicted),
-            strata,
-            lambda weights: resampling.pearson(truth, predicted, weights),
-        )
-    }
-    if mae is not None:
-        measured[mae] = _measured(
-            metrics.mean_absolute_error(truth, predicted),
-            strata,
-            lambda weights: resampling.mean(np.abs(truth - predicted), weights),
-        )
-    return measured
-
-
-def _ranking(
-    table: pd.DataFrame,
-    target: Target,
-    label: str,
-    strata: NDArray[np.str_],
-    auroc: str,
-    auprc: str | None = None,
-) -> dict[str, Measured]:
-    """Return the areas of one class against the others, under the names given."""
+def _scores(
+    table: pd.DataFrame, target: Target, label: str
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return who is of a class, and the probability of it."""
     positive = (table[target.name] == label).to_numpy()
-    score = table[f"{target.name}_{label}"].to_numpy(dtype=float)
-    measured = {
-        auroc: _measured(
-            metrics.auroc(positive, score),
-            strata,
-            lambda weights: resampling.auroc(positive, score, weights),
-        )
-    }
-    if auprc is not None:
-        measured[auprc] = _measured(
-            metrics.auprc(positive, score),
-            strata,
-            lambda weights: resampling.auprc(positive, score, weights),
-        )
-    return measured
+    return positive, table[f"{target.name}_{label}"].to_numpy(dtype=float)
 
 
-def _measured(score: metrics.Score, strata: NDArray[np.str_], resampled: Resampled) -> Measured:
+def _numbers(
+    table: pd.DataFrame, target: Target
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return measured and predicted values."""
+    truth, predicted = table[target.name], table[f"{target.name}_pred"]
+    return truth.to_numpy(dtype=float), predicted.to_numpy(dtype=float)
+
+
+def _auroc(table: pd.DataFrame, target: Target, label: str, strata: NDArray[np.str_]) -> Measured:
+    scores = _scores(table, target, label)
+    return _measured(metrics.auroc(*scores), strata, partial(resampling.auroc, *scores))
+
+
+def _pearson(table: pd.DataFrame, target: Target, strata: NDArray[np.str_]) -> Measured:
+    numbers = _numbers(table, target)
+    return _measured(metrics.pearson(*numbers), strata, partial(resampling.pearson, *numbers))
+
+
+def _measured(score: Score, strata: NDArray[np.str_], resampled: Resampled) -> Measured:
     return Measured(score, strata, None if score.reason else resampled)
 
 
-def summary_of_metrics(
+def summarise_metrics(
     results: Sequence[FoldResult], targets: Sequence[Target], seed: int
-) -> dict[str, Any]:
-    """Return every figure in every fold, its mean, spread and intervals, ready for JSON."""
+) -> dict[Metric, MetricSummary]:
+    """Return every figure in every fold, its mean, its spread and its intervals.
+
+    Args:
+        results: Of all folds.
+        targets: What is predicted, the primary target first.
+        seed: Of the bootstrap.
+    """
     folds = [measure_fold(result, targets) for result in results]
-    return {name: _summary_json([fold[name] for fold in folds], seed) for name in folds[0]}
+    return {metric: _summarise([fold[metric] for fold in folds], seed) for metric in folds[0]}
 
 
-def _summary_json(measured: Sequence[Measured], seed: int) -> dict[str, Any]:
-    scores = [m.score for m in measured]
-    summary = metrics.over_folds(scores)
-    interval = resampling.interval(
-        [(m.strata, m.resampled) for m in measured if m.resampled is not None], seed=seed
-    )
-    return {
-        "folds": [json_or_none(score.value) for score in scores],
-        "undefined": {str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
-        "mean": json_or_none(summary.mean),
-        "sd": json_or_none(summary.sd),
-        "ci95_over_patients": [json_or_none(end) for end in interval],
-        "ci95_over_folds": [json_or_none(summary.low), json_or_none(summary.high)],
-        "folds_with_value": summary.folds,
-    }
+def _summarise(measured: Sequence[Measured], seed: int) -> MetricSummary:
+    scores = tuple(each.score for each in measured)
+    defined = [(each.strata, each.resampled) for each in measured if each.resampled is not None]
+    interval = resampling.interval(defined, seed=seed)
+    return MetricSummary(scores, metrics.over_folds(scores), *interval)

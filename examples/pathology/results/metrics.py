@@ -16,6 +16,53 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
+TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "prevalence": "Prevalence",
+    "silhouette": "Silhouette of [cls]",
+    "pearson": "Pearson r",
+    "mae": "Mean absolute error",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Which figure, and of what; as text its name in ``metrics.json``.
+
+    Args:
+        figure: One of `TITLES`.
+        auxiliary: The auxiliary target that it is of; empty: the primary one.
+        label: The class that is told from all others; empty: the positive one.
+    """
+
+    figure: str
+    auxiliary: str = ""
+    label: str = ""
+
+    @classmethod
+    def read(cls, name: str) -> Metric:
+        """Return the metric that has a name in ``metrics.json``."""
+        figure = name.partition("/")[0].partition(" of ")[0]
+        of = name.removeprefix(figure)
+        if of.startswith("/"):
+            return cls(figure, auxiliary=of[1:])
+        return cls(figure, label=of.removeprefix(" of "))
+
+    def __str__(self) -> str:
+        if self.label:
+            return f"{self.figure} of {self.label}"
+        return f"{self.figure}/{self.auxiliary}" if self.auxiliary else self.figure
+
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        title = TITLES[self.figure]
+        if self.label:
+            return f"{title} of {self.label} against the rest"
+        return f"{title}, {self.auxiliary}" if self.auxiliary else title
+
 
 @dataclass(frozen=True)
 class Score:

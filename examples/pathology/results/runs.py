@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.toml import read_toml
-from examples.pathology.results import metrics
-from examples.pathology.results.folds import (
-    FoldResult,
-    read_fold,
-)
+from examples.pathology.results.folds import FoldResult, read_fold
+from examples.pathology.results.summary import RunSummary, read_summary
 
 
 @dataclass(frozen=True)
@@ -23,38 +16,25 @@ class Run:
     """A finished run, read from its folder.
 
     Args:
-        name: Its row in the table: the method, with the folder if two runs share a method.
+        name: Its row in a table: the method, with the folder if two runs share a method.
         folder: Where it is.
-        summary: What ``metrics.json`` holds.
+        summary: What ``metrics.json`` says.
         results: Of every fold.
     """
 
     name: str
     folder: Path
-    summary: Mapping[str, Any]
+    summary: RunSummary
     results: tuple[FoldResult, ...]
 
-    def scores(self, metric: str) -> list[metrics.Score]:
-        """Return a figure of every fold, NaN with the reason where it is not defined."""
-        value = self.summary["metrics"][metric]
-        return [
-            metrics.Score(
-                math.nan if number is None else number, value["undefined"].get(str(k), "")
-            )
-            for k, number in enumerate(value["folds"], start=1)
-        ]
 
-
-def read_run(folder: Path, name: str) -> Run:
-    """Read a finished run.
-
-    Args:
-        folder: Its folder.
-        name: Its row in a table.
-    """
-    summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    folds = range(1, len(summary["seconds"]) + 1)
-    return Run(name, folder, summary, tuple(read_fold(folder / f"fold-{k}") for k in folds))
+def read_run(folder: Path) -> Run:
+    """Read a finished run, under the name of its method."""
+    summary = read_summary(folder)
+    folds = range(1, len(summary.seconds) + 1)
+    return Run(
+        summary.method, folder, summary, tuple(read_fold(folder / f"fold-{k}") for k in folds)
+    )
 
 
 def fold_folders(run: Path) -> list[Path]:

@@ -8,11 +8,11 @@ part.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
 from examples.pathology.results.folds import DONE, read_fold, write_fold
+from examples.pathology.results.summary import RunSummary
 from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
     BASELINE,
@@ -64,14 +65,14 @@ class Plan:
         return self.config.out / f"fold-{k}"
 
 
-def run_crossval(config: CrossvalConfig) -> dict[str, Any]:
+def run_crossval(config: CrossvalConfig) -> RunSummary:
     """Cross-validate one method and write its run folder.
 
     Args:
         config: All settings.
 
     Returns:
-        What ``metrics.json`` holds.
+        What ``metrics.json`` says.
 
     Raises:
         UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
@@ -135,7 +136,7 @@ def run_fold(plan: Plan, k: int, bags: BagStore) -> None:
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def finish(plan: Plan, *, figures: bool = True) -> dict[str, Any]:
+def finish(plan: Plan, *, figures: bool = True) -> RunSummary:
     """Sum up a run all of whose folds are finished.
 
     Args:
@@ -143,14 +144,14 @@ def finish(plan: Plan, *, figures: bool = True) -> dict[str, Any]:
         figures: Whether to draw it; `report` draws it as well.
 
     Returns:
-        What ``metrics.json`` holds; it is written last: a run that has it is finished.
+        What ``metrics.json`` says; it is written last: a run that has it is finished.
     """
     config = plan.config
     results = [read_fold(plan.folder(k)) for k in range(1, len(plan.folds) + 1)]
     summary = summarise(config, plan.cohort, plan.folds, results)
     if figures:
         draw_figures(config.out / "figures", summary, results, seed=config.seed)
-    write_json(config.out / "metrics.json", summary)
+    write_json(config.out / "metrics.json", summary.to_json())
     _log_summary(summary)
     return summary
 
@@ -235,13 +236,16 @@ def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
     write_toml(path, {"crossval": config.resolved(), "provenance": provenance})
 
 
-def _log_summary(summary: Mapping[str, Any]) -> None:
-    for name, value in summary["metrics"].items():
-        mean, sd = value["mean"], value["sd"]
-        shown = "undefined" if mean is None else f"{mean:.3f}"
-        spread = "" if sd is None else f" +/- {sd:.3f} (sd over {value['folds_with_value']} folds)"
-        low, high = value["ci95_over_patients"]
-        interval = "" if low is None else f", 95 % interval over patients {low:.3f} to {high:.3f}"
-        logger.info("%s %s: %s%s%s", summary["method"], name, shown, spread, interval)
-        for fold, reason in value["undefined"].items():
-            logger.warning("%s is not defined in fold %s: %s", name, fold, reason)
+def _log_summary(summary: RunSummary) -> None:
+    for metric, value in summary.metrics.items():
+        mean, sd, known = value.over_folds.mean, value.over_folds.sd, value.over_folds.folds
+        shown = "undefined" if math.isnan(mean) else f"{mean:.3f}"
+        spread = "" if math.isnan(sd) else f" +/- {sd:.3f} (sd over {known} folds)"
+        low, high = value.low, value.high
+        interval = (
+            "" if math.isnan(low) else f", 95 % interval over patients {low:.3f} to {high:.3f}"
+        )
+        logger.info("%s %s: %s%s%s", summary.method, metric, shown, spread, interval)
+        for k, score in enumerate(value.scores, start=1):
+            if score.reason:
+                logger.warning("%s is not defined in fold %s: %s", metric, k, score.reason)

@@ -31,8 +31,10 @@ from examples.pathology.results.folds import (
     write_embeddings,
     write_predictions,
 )
-from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
+from examples.pathology.results.measuring import spread_of, summarise_metrics, thresholds_of
+from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import fold_folders
+from examples.pathology.results.summary import RunSummary, metrics_json, primary_json
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
@@ -105,7 +107,7 @@ def _predict_all(
     ensemble = _result(path, together, float(np.mean(thresholds)) if thresholds else np.nan)
     summary = _summary(config, cohort, targets, results, ensemble)
     if figures and summary["labelled"]:
-        draw_scores(config.out / "figures", summary, results, targets)
+        draw_scores(config.out / "figures", RunSummary.from_json(summary), results, targets)
     write_json(config.out / "metrics.json", summary)
     logger.info(
         "%d patients, %d with a label; %s", len(cohort.patients), summary["labelled"], config.out
@@ -156,21 +158,19 @@ def _summary(
     labels = [patient.label for patient in cohort.patients if patient.label]
     if thresholds := thresholds_of(targets[0], results):
         thresholds["threshold_of_ensemble"] = json_or_none(ensemble.threshold)
+    together = summarise_metrics([ensemble], targets, config.seed)
+    together.pop(Metric("silhouette"), None)  # the mean of several models has no embedding
     return {
         "format": 1,
         "run": str(config.run.resolve()),
         "method": trained["balancer"],
-        **describe_primary(targets[0], labels),
+        **primary_json(targets[0], **spread_of(targets[0], labels)),
         "patients": len(cohort.patients),
         "labelled": len(labels),
         "funnel": [list(stage) for stage in cohort.funnel],
         **asdict(cohort.kind),
         "note": trained.get("note", ""),
         **thresholds,
-        "metrics": summary_of_metrics(results, targets, config.seed),
-        "metrics_of_ensemble": {
-            name: value
-            for name, value in summary_of_metrics([ensemble], targets, config.seed).items()
-            if name != "silhouette"  # the mean of several models has no embedding
-        },
+        "metrics": metrics_json(summarise_metrics(results, targets, config.seed)),
+        "metrics_of_ensemble": metrics_json(together),
     }

@@ -26,9 +26,9 @@ from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import Bag, read_features
 from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.figures import heatmap as heatmap_plots
-from examples.pathology.figures.run import caption_of
 from examples.pathology.results.folds import read_model
 from examples.pathology.results.runs import fold_folders
+from examples.pathology.results.summary import warning_of
 from examples.pathology.settings.extract import TileRules
 from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.slides.pixelsizes import mpp_of_slide
@@ -104,7 +104,9 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         "simulated": bag.kind.simulated,
         "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
     }
-    caption = caption_of(summary)
+    caption = warning_of(
+        summary["note"], bag.kind.simulated, random_weights=bag.kind.random_weights
+    )
     by_kind = {"attention": values.attention, score: values.score}
     best = {
         kind: np.argsort(-value, kind="stable")[: config.top] for kind, value in by_kind.items()

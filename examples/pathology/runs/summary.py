@@ -1,49 +1,49 @@
-"""What metrics.json holds of a cross-validation."""
+"""What metrics.json says of a cross-validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.splits import Fold, splits_sha256
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import describe_primary, summary_of_metrics, thresholds_of
+from examples.pathology.results.measuring import spread_of, summarise_metrics, thresholds_of
+from examples.pathology.results.summary import RunSummary
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 
 
 def summarise(
     config: CrossvalConfig, cohort: Cohort, folds: Sequence[Fold], results: Sequence[FoldResult]
-) -> dict[str, Any]:
-    """Turn the predictions of all folds into what ``metrics.json`` holds."""
-    targets = cohort.targets[:1] if config.balancer == BASELINE else cohort.targets
-    return {
-        "format": 1,
-        "method": config.balancer,
-        **describe_primary(cohort.target, [patient.label for patient in cohort.patients]),
-        "auxiliary": [{"name": t.name, "kind": t.kind} for t in targets[1:]],
-        "patients": len(cohort.patients),
-        "training_only": 0 if config.balancer == BASELINE else len(cohort.training_only),
-        "complete_cases": config.complete_cases,
-        "max_tiles": config.max_tiles,
-        "width": config.width,
-        "layers": config.layers,
-        "precision": config.precision,
-        "tiles": sum(patient.tiles for patient in cohort.patients),
-        "funnel": [list(stage) for stage in cohort.funnel],
-        "extractor": cohort.kind.extractor,
-        "random_weights": cohort.kind.random_weights,
-        "simulated": cohort.kind.simulated,
-        "note": config.note,
-        "seed": config.seed,
-        "splits_sha256": splits_sha256(folds),
-        "best_epochs": [result.best_epoch for result in results],
-        "epochs": [result.epochs for result in results],
-        "seconds": [result.seconds for result in results],
+) -> RunSummary:
+    """Turn the predictions of all folds into what ``metrics.json`` says."""
+    alone = config.balancer == BASELINE  # it knows the primary target only
+    targets = cohort.targets[:1] if alone else cohort.targets
+    return RunSummary(
+        method=config.balancer,
+        targets=tuple(targets),
+        **spread_of(cohort.target, [patient.label for patient in cohort.patients]),
+        patients=len(cohort.patients),
+        training_only=0 if alone else len(cohort.training_only),
+        complete_cases=config.complete_cases,
+        max_tiles=config.max_tiles,
+        width=config.width,
+        layers=config.layers,
+        precision=config.precision,
+        tiles=sum(patient.tiles for patient in cohort.patients),
+        funnel=cohort.funnel,
+        extractor=cohort.kind.extractor,
+        random_weights=cohort.kind.random_weights,
+        simulated=cohort.kind.simulated,
+        note=config.note,
+        seed=config.seed,
+        splits_sha256=splits_sha256(folds),
+        best_epochs=[result.best_epoch for result in results],
+        epochs=[result.epochs for result in results],
+        seconds=[result.seconds for result in results],
         **thresholds_of(cohort.target, results),
-        "share_waiting_for_data": _share_waiting(results),
-        "metrics": summary_of_metrics(results, targets, config.seed),
-    }
+        share_waiting_for_data=_share_waiting(results),
+        metrics=summarise_metrics(results, targets, config.seed),
+    )
 
 
 def _share_waiting(results: Sequence[FoldResult]) -> float | None:

@@ -46,7 +46,6 @@ from examples.pathology.study.folder import (
     LEDGER,
     RUNS,
     SETTINGS,
-    JobRow,
     read_study,
     run_folder,
 )
@@ -98,9 +97,9 @@ def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
     return page, len(missing)
 
 
-def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[JobRow]:
+def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[Outcome]:
     """Run what is not done, and return and write what became of every job, in their order."""
-    rows = {job.key: JobRow(job.key, "done", "", 0.0, 0) for job in jobs if is_done(job)}
+    rows = {job.key: Outcome(job.key, "done", attempts=0) for job in jobs if is_done(job)}
     left = [
         replace(job, needs=tuple(key for key in job.needs if key not in rows))
         for job in jobs
@@ -108,9 +107,7 @@ def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[JobRow]:
     ]
 
     def note(outcome: Outcome) -> None:
-        rows[outcome.key] = JobRow(
-            outcome.key, outcome.status, outcome.error, outcome.seconds, outcome.attempts
-        )
+        rows[outcome.key] = outcome
 
     try:
         if left:
@@ -307,7 +304,7 @@ def _write_settings(config: BenchmarkConfig, plan: Plan) -> None:
     )
 
 
-def _write_ledger(path: Path, rows: Sequence[JobRow]) -> None:
+def _write_ledger(path: Path, rows: Sequence[Outcome]) -> None:
     headings = ["job", "status", "error", "seconds", "attempts"]
     cells = ((r.key, r.status, r.error, f"{r.seconds:.3f}", r.attempts) for r in rows)
     write_text(path, table_csv(headings, cells))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.results import resampling
 from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.measuring import Measured, measure_fold
+from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import (
     PERMUTATIONS,
     Resampled,
@@ -24,25 +24,25 @@ from examples.pathology.results.resampling import (
 )
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.folder import Panel, Study
-from examples.pathology.study.tables import NAIVE
+from examples.pathology.study.tables import AUPRC, AUROC, NAIVE, SILHOUETTE
 from examples.pathology.tables.reading import PATIENT
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE)
-AREAS = {"auroc": resampling.auroc, "auprc": resampling.auprc}
+AREAS = {AUROC: resampling.auroc, AUPRC: resampling.auprc}
 
 
 @dataclass(frozen=True)
-class Metric:
+class Criterion:
     """What methods are compared by.
 
     Args:
-        key: Its name in ``metrics.json``.
-        name: Its name in words.
+        metric: Which figure.
+        name: It in words.
         cohort: ``internal`` or ``external``.
     """
 
-    key: str
+    metric: Metric
     name: str
     cohort: str
 
@@ -52,20 +52,20 @@ class Metric:
         return self.name if self.cohort == "internal" else f"{self.name} (external, ensemble)"
 
 
-METRICS = (
-    Metric("auroc", "AUROC", "internal"),
-    Metric("auprc", "AUPRC", "internal"),
-    Metric("silhouette", "silhouette", "internal"),
-    Metric("auroc", "AUROC", "external"),
+CRITERIA = (
+    Criterion(AUROC, "AUROC", "internal"),
+    Criterion(AUPRC, "AUPRC", "internal"),
+    Criterion(SILHOUETTE, "silhouette", "internal"),
+    Criterion(AUROC, "AUROC", "external"),
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus a reference, in one metric.
+    """A method minus a reference, by one criterion.
 
     Args:
-        metric: The metric.
+        criterion: The criterion.
         reference: The method it is compared with.
         auxiliary: The auxiliary target of both (the baseline's is that of its panel).
         method: The method.
@@ -73,12 +73,12 @@ class Difference:
         low: Lower end of its 95 % interval.
         high: Upper end.
         p: Two-sided.
-        corrected: p corrected for all comparisons of this metric with this reference.
+        corrected: p corrected for all comparisons by this criterion with this reference.
         family: How many these are.
         folds: How many folds have both figures.
     """
 
-    metric: Metric
+    criterion: Criterion
     reference: str
     auxiliary: str
     method: str
@@ -103,7 +103,7 @@ class _Fold:
     patients: NDArray[np.str_]
     truth: NDArray[np.bool_]
     score: NDArray[np.float64]
-    measured: dict[str, Measured]
+    measured: dict[Metric, Measured]
 
 
 def all_differences(study: Study, *, permutations: int = PERMUTATIONS) -> list[Difference]:
@@ -114,7 +114,7 @@ def all_differences(study: Study, *, permutations: int = PERMUTATIONS) -> list[D
         permutations: How many exchanges.
 
     Returns:
-        The differences, by metric, then reference, panel and method.
+        The differences, by criterion, then reference, panel and method.
 
     Raises:
         UserError: Two runs that are to be compared tested other patients.
@@ -128,17 +128,17 @@ def all_differences(study: Study, *, permutations: int = PERMUTATIONS) -> list[D
     }
     seed = int(study.settings["seed"])
     found: list[Difference] = []
-    for metric in METRICS:
+    for criterion in CRITERIA:
         of_cohort = {
-            panel.auxiliary: folds[panel.auxiliary, metric.cohort] for panel in study.panels
+            panel.auxiliary: folds[panel.auxiliary, criterion.cohort] for panel in study.panels
         }
         for reference in REFERENCES:
-            found += _family(metric, reference, of_cohort, seed=seed, permutations=permutations)
+            found += _family(criterion, reference, of_cohort, seed=seed, permutations=permutations)
     return found
 
 
 def _family(
-    metric: Metric,
+    criterion: Criterion,
     reference: str,
     panels: Mapping[str, Mapping[str, Sequence[_Fold]]],
     *,
@@ -153,7 +153,7 @@ def _family(
             continue
         for method, ours in methods.items():
             if method not in left_out:
-                difference = Difference(metric, reference, auxiliary, method)
+                difference = Difference(criterion, reference, auxiliary, method)
                 family.append(_measure(difference, ours, methods[reference], seed, permutations))
     size = sum(not math.isnan(each.p) for each in family)
     corrected = resampling.holm([each.p for each in family])
@@ -170,7 +170,7 @@ def refuse_other_splits(panel: Panel) -> None:
     """
     runs = list(panel.runs.values())
     for run in runs[1:]:
-        if run.summary["splits_sha256"] != runs[0].summary["splits_sha256"]:
+        if run.summary.splits_sha256 != runs[0].summary.splits_sha256:
             raise UserError(
                 f"Methods must be compared on equal splits, but {run.folder} has others than "
                 f"{runs[0].folder}. Delete one of them and run `benchmark` again."
@@ -180,19 +180,16 @@ def refuse_other_splits(panel: Panel) -> None:
 def _folds_of_panel(panel: Panel, cohort: str) -> dict[str, list[_Fold]]:
     if cohort == "external":
         return {
-            method: [_fold(deployed.ensemble, panel.runs[method].summary)]
+            method: [_fold(deployed.ensemble, panel.runs[method].summary.primary)]
             for method, deployed in panel.deployed.items()
         }
     return {
-        method: [_fold(result, run.summary) for result in run.results]
+        method: [_fold(result, run.summary.primary) for result in run.results]
         for method, run in panel.runs.items()
     }
 
 
-def _fold(result: FoldResult, summary: Mapping[str, Any]) -> _Fold:
-    target = Target(
-        summary["target"], "classification", tuple(summary["classes"]), summary["positive"]
-    )
+def _fold(result: FoldResult, target: Target) -> _Fold:
     known = (result.predictions[target.name] != "").to_numpy()
     order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
     table = result.predictions[known].iloc[order]
@@ -214,18 +211,18 @@ def _measure(
     permutations: int,
 ) -> Difference:
     values, intervals, exchanges = [], [], []
-    key = what.metric.key
+    metric = what.criterion.metric
     for a, b in zip(ours, theirs, strict=True):
         if not np.array_equal(a.patients, b.patients):
             raise UserError(
                 f"Methods must be compared on the same patients, but {what.method} and "
-                f"{what.reference} on {what.auxiliary} have others ({what.metric.cohort}). Run "
+                f"{what.reference} on {what.auxiliary} have others ({what.criterion.cohort}). Run "
                 "`benchmark` again."
             )
-        one, other = a.measured[key], b.measured[key]
+        one, other = a.measured[metric], b.measured[metric]
         if one.resampled is None or other.resampled is None:
             continue  # not defined in this fold
-        if key == "silhouette":
+        if metric == SILHOUETTE:
             if np.unique(one.strata, return_counts=True)[1].min() < 2:
                 continue  # not defined without the only patient of a class
             exchange = exchange_values(
@@ -233,7 +230,7 @@ def _measure(
                 pseudo_values(other.resampled, len(a.patients)),
             )
         else:
-            exchange = exchange_ranks(a.truth, a.score, b.score, AREAS[key])
+            exchange = exchange_ranks(a.truth, a.score, b.score, AREAS[metric])
         values.append(one.score.value - other.score.value)
         intervals.append((one.strata, _minus(one.resampled, other.resampled)))
         exchanges.append(exchange)

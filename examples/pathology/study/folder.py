@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import numpy as np
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.toml import read_toml
+from examples.pathology.jobs.engine import Outcome
 from examples.pathology.results.folds import FoldResult, read_predictions
 from examples.pathology.results.runs import Run, read_run
+from examples.pathology.results.summary import Metrics, RunSummary, metrics_from_json
 from examples.pathology.settings.benchmark import folder_name
 from examples.pathology.settings.crossval import BASELINE
 
@@ -31,22 +33,18 @@ RUNS, EXTERNAL, REPORT = "runs", "external", "report"
 
 
 @dataclass(frozen=True)
-class Deployed:
+class Deployed(Run):
     """A run deployed on the external cohort, read from its folder.
 
     Args:
-        name: The method.
-        folder: Where it is.
-        summary: What ``metrics.json`` holds.
-        results: Of every fold's model on all external patients.
+        labelled: How many of its patients have a label.
         ensemble: The mean of all models; its embeddings are those of the first.
+        metrics_of_ensemble: How good it is.
     """
 
-    name: str
-    folder: Path
-    summary: Mapping[str, Any]
-    results: tuple[FoldResult, ...]
+    labelled: int
     ensemble: FoldResult
+    metrics_of_ensemble: Metrics
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,6 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class JobRow:
-    """What became of one job.
-
-    Args:
-        key: Which one: ``AUXILIARY/METHOD/fold-K`` or ``.../results`` or ``.../deploy``.
-        status: ``done``, ``failed``, or ``skipped`` because something it needs failed.
-        error: Why it failed.
-        seconds: How long it took, in the process that finished it; 0 if it was done already.
-        attempts: How often it was begun in this invocation.
-    """
-
-    key: str
-    status: str
-    error: str
-    seconds: float
-    attempts: int
-
-
-@dataclass(frozen=True)
 class Study:
     """A benchmark, read back; runs that failed are missing and stand in `jobs`.
 
@@ -93,7 +72,7 @@ class Study:
         provenance: What it holds under ``[provenance]``: versions, machine, features, data.
         methods: All methods asked for, in order of the tables.
         panels: One per auxiliary target.
-        jobs: What became of every job of the last invocation.
+        jobs: What became of every job of the last invocation, without what it returned.
     """
 
     folder: Path
@@ -101,7 +80,7 @@ class Study:
     provenance: Mapping[str, Any]
     methods: tuple[str, ...]
     panels: tuple[Panel, ...]
-    jobs: tuple[JobRow, ...]
+    jobs: tuple[Outcome, ...]
 
     @property
     def deployed(self) -> bool:
@@ -134,48 +113,40 @@ def read_study(folder: Path) -> Study:
     stored = read_toml(path)
     settings = stored["benchmark"]
     methods = tuple(settings["methods"])
-    panels = []
-    for auxiliary in settings["auxiliary"]:
-        places = {
-            method: run_folder(auxiliary, method, own_baseline=settings["complete_cases"])
-            for method in methods
-        }
-        finished = {
-            method: place
-            for method, place in places.items()
-            if (folder / RUNS / place / "metrics.json").exists()
-        }
-        panels.append(
-            Panel(
-                auxiliary,
-                {m: read_run(folder / RUNS / place, m) for m, place in finished.items()},
-                {
-                    m: read_deployed(folder / EXTERNAL / place, m)
-                    for m, place in finished.items()
-                    if (folder / EXTERNAL / place / "metrics.json").exists()
-                },
-            )
-        )
+    panels = [
+        _read_panel(folder, auxiliary, methods, own_baseline=settings["complete_cases"])
+        for auxiliary in settings["auxiliary"]
+    ]
     if not any(panel.runs for panel in panels):
         raise UserError(f"`run` must hold a finished run, but none of {folder} is finished.")
-    return Study(
-        folder,
-        settings,
-        stored.get("provenance", {}),
-        methods,
-        tuple(panels),
-        read_jobs(folder / LEDGER),
-    )
+    made, jobs = stored.get("provenance", {}), read_jobs(folder / LEDGER)
+    return Study(folder, settings, made, methods, tuple(panels), jobs)
 
 
-def read_deployed(folder: Path, name: str) -> Deployed:
-    """Read what `deploy` wrote."""
-    summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    thresholds = [*summary["thresholds"], summary["threshold_of_ensemble"]]
-    places = [folder / f"fold-{k + 1}" for k in range(len(summary["thresholds"]))]
+def _read_panel(
+    folder: Path, auxiliary: str, methods: Sequence[str], *, own_baseline: bool
+) -> Panel:
+    runs, deployed = {}, {}
+    for method in methods:
+        place = run_folder(auxiliary, method, own_baseline=own_baseline)
+        if (folder / RUNS / place / "metrics.json").exists():
+            runs[method] = read_run(folder / RUNS / place)
+            if (folder / EXTERNAL / place / "metrics.json").exists():
+                deployed[method] = read_deployed(folder / EXTERNAL / place)
+    return Panel(auxiliary, runs, deployed)
+
+
+def read_deployed(folder: Path) -> Deployed:
+    """Read what `deploy` wrote, under the name of its method."""
+    stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    summary = RunSummary.from_json(stored)
+    places = [folder / f"fold-{k}" for k in range(1, len(summary.thresholds) + 1)]
     results = []
     for place, predictions, threshold in zip(
-        [*places, places[0]], [*places, folder], thresholds, strict=True
+        [*places, places[0]],
+        [*places, folder],
+        [*summary.thresholds, stored["threshold_of_ensemble"]],
+        strict=True,
     ):
         results.append(
             FoldResult(
@@ -188,17 +159,30 @@ def read_deployed(folder: Path, name: str) -> Deployed:
             )
         )
     *by_fold, ensemble = results
-    return Deployed(name, folder, summary, tuple(by_fold), ensemble)
+    return Deployed(
+        summary.method,
+        folder,
+        summary,
+        tuple(by_fold),
+        labelled=stored["labelled"],
+        ensemble=ensemble,
+        metrics_of_ensemble=metrics_from_json(stored["metrics_of_ensemble"]),
+    )
 
 
-def read_jobs(path: Path) -> tuple[JobRow, ...]:
-    """Read the ledger of jobs; a benchmark that was stopped early has none."""
+def read_jobs(path: Path) -> tuple[Outcome, ...]:
+    """Read what became of the jobs; a benchmark that was stopped early does not say."""
     if not path.exists():
         return ()
     with path.open(encoding="utf-8", newline="") as file:
+        rows: Iterator[Mapping[str, Any]] = csv.DictReader(file)
         return tuple(
-            JobRow(
-                row["job"], row["status"], row["error"], float(row["seconds"]), int(row["attempts"])
+            Outcome(
+                row["job"],
+                row["status"],
+                row["error"],
+                seconds=float(row["seconds"]),
+                attempts=int(row["attempts"]),
             )
-            for row in csv.DictReader(file)
+            for row in rows
         )

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-from examples.pathology.common.files import table_csv
+import pandas as pd
+
+from examples.pathology.jobs.engine import Outcome
 from examples.pathology.report import pages
+from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import Run
+from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.study.folder import Deployed, JobRow, Panel, Study, run_folder
+from examples.pathology.study.folder import Deployed, Panel, Study, run_folder
 
 NAIVE = "naive"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as it is shown.
-
-    Args:
-        headings: Of the columns; the first two say what a row is.
-        rows: The cells.
-    """
-
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+AUROC, AUPRC, SILHOUETTE = Metric("auroc"), Metric("auprc"), Metric("silhouette")
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,13 @@ class StudyRow:
     failure: str
     deploy_failure: str
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The cells that say what the row is."""
+        return {"Auxiliary target": self.auxiliary, "Method": self.method}
 
-Mark = Callable[[StudyRow, str, str], str]
+
+Mark = Callable[[StudyRow, str, Metric], str]
 
 
 def study_rows(study: Study) -> list[StudyRow]:
@@ -84,7 +79,7 @@ def study_rows(study: Study) -> list[StudyRow]:
     return rows
 
 
-def why_missing(jobs: Sequence[JobRow]) -> str:
+def why_missing(jobs: Sequence[Outcome]) -> str:
     """Return why a result is not there, from the jobs that should have made it."""
     failed = next((job for job in jobs if job.status == "failed"), None)
     if failed is not None:
@@ -93,200 +88,156 @@ def why_missing(jobs: Sequence[JobRow]) -> str:
     return f"skipped: {skipped.error}" if skipped is not None else "not finished"
 
 
-def performance(study: Study, mark: Mark) -> Table:
+def performance(study: Study, mark: Mark) -> pd.DataFrame:
     """Return Table 1: AUROC and AUPRC within the cohort and, where there is one, outside it.
 
     Args:
         study: The benchmark.
         mark: From a row, a cohort and a metric, what to write before its figure.
     """
-    headings = ["Auxiliary target", "Method", "AUROC", "AUPRC", "Prevalence"]
-    if study.deployed:
-        headings += [
-            "External AUROC, ensemble",
-            "External AUPRC, ensemble",
-            "External AUROC, mean of folds",
-            "External AUPRC, mean of folds",
-            "External prevalence",
-        ]
     rows = []
     for row in study_rows(study):
-        names = [row.auxiliary, row.method]
-        if row.run is None:
-            rows.append((*names, row.failure, *[""] * (len(headings) - 3)))
-            continue
-        summary = row.run.summary
-        cells = [
-            mark(row, "internal", key) + _cell(summary["metrics"], key)
-            for key in ("auroc", "auprc")
-        ]
-        cells.append(_share(summary["positives"], summary["patients"]))
+        cells = {**row.names, "AUROC": row.failure}
+        if row.run is not None:
+            summary = row.run.summary
+            for metric in (AUROC, AUPRC):
+                cell = _cell(summary.metrics, metric)
+                cells[metric.title] = mark(row, "internal", metric) + cell
+            cells["Prevalence"] = _share(summary.positives, summary.patients)
         if row.deployed is not None:
+            for metric in (AUROC, AUPRC):
+                cell = _cell(row.deployed.metrics_of_ensemble, metric)
+                title = f"External {metric.title}, ensemble"
+                cells[title] = mark(row, "external", metric) + cell
             outside = row.deployed.summary
-            cells += [
-                mark(row, "external", key) + _cell(outside["metrics_of_ensemble"], key)
-                for key in ("auroc", "auprc")
-            ]
-            cells += [_cell(outside["metrics"], key) for key in ("auroc", "auprc")]
-            cells.append(_share(outside["positives"], outside["labelled"]))
-        elif study.deployed:
-            cells += [row.deploy_failure, "", "", "", ""]
-        rows.append((*names, *cells))
-    return Table(tuple(headings), tuple(rows))
+            for metric in (AUROC, AUPRC):
+                cells[f"External {metric.title}, mean of folds"] = _cell(outside.metrics, metric)
+            cells["External prevalence"] = _share(outside.positives, row.deployed.labelled)
+        elif row.deploy_failure:
+            cells["External AUROC, ensemble"] = row.deploy_failure
+        rows.append(cells)
+    return _table(rows)
 
 
-def representation(study: Study, mark: Mark) -> Table:
+def representation(study: Study, mark: Mark) -> pd.DataFrame:
     """Return Table 2: silhouette of the [cls] embedding, and how well the auxiliary value is met.
 
     Args:
         study: The benchmark.
         mark: As for `performance`.
     """
-    headings = (
-        "Auxiliary target",
-        "Method",
-        "Silhouette of [cls] by true class",
-        "Auxiliary value: Pearson r (AUROC where it is a class)",
-    )
+    silhouette = f"{SILHOUETTE.title} by true class"
     rows = []
     for row in study_rows(study):
-        if row.run is None:
-            rows.append((row.auxiliary, row.method, row.failure, ""))
-            continue
-        found = row.run.summary["metrics"]
-        cell = mark(row, "internal", "silhouette") + _cell(found, "silhouette")
-        rows.append((row.auxiliary, row.method, cell, _auxiliary_cell(found, row.panel.auxiliary)))
-    return Table(headings, tuple(rows))
+        cells = {**row.names, silhouette: row.failure}
+        if row.run is not None:
+            found, auxiliary = row.run.summary.metrics, row.panel.auxiliary
+            cells[silhouette] = mark(row, "internal", SILHOUETTE) + _cell(found, SILHOUETTE)
+            as_class, as_number = (Metric(figure, auxiliary) for figure in ("auroc", "pearson"))
+            cells["Auxiliary value: Pearson r (AUROC where it is a class)"] = (
+                f"AUROC {_cell(found, as_class)}" if as_class in found else _cell(found, as_number)
+            )
+        rows.append(cells)
+    return _table(rows)
 
 
-class CostRow(NamedTuple):
-    """What a method costs on an auxiliary target; None where it is not known.
-
-    Args:
-        auxiliary: The auxiliary target.
-        method: The method.
-        seconds: Per epoch, see `seconds_per_epoch`.
-        relative: The same, relative to naive on this auxiliary target.
-        epochs: How many were run in each fold, with spaces between.
-        total: Seconds of all folds.
-    """
-
-    auxiliary: str
-    method: str
-    seconds: float | None = None
-    relative: float | None = None
-    epochs: str = ""
-    total: float | None = None
-
-
-def cost_rows(study: Study) -> list[CostRow]:
-    """Return what each method costs.
+def costs(study: Study) -> pd.DataFrame:
+    """Return what each method costs on an auxiliary target; None where it is not known.
 
     The baseline stands in every panel, since each has a naive run of its own to compare with.
+
+    Returns:
+        ``auxiliary``, ``method``, ``seconds`` per epoch (see `seconds_per_epoch`), the same
+        ``relative`` to naive on this auxiliary target, ``epochs`` run in each fold, with spaces
+        between, and ``total`` seconds of all folds.
     """
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for panel in study.panels:
         naive = seconds_per_epoch(panel.runs.get(NAIVE))
         for method in study.methods:
             run = panel.runs.get(method)
             seconds = seconds_per_epoch(run)
             if run is None or seconds is None:
-                rows.append(CostRow(panel.auxiliary, method))
+                rows.append((panel.auxiliary, method, None, None, "", None))
                 continue
-            rows.append(
-                CostRow(
-                    panel.auxiliary,
-                    method,
-                    seconds,
-                    seconds / naive if naive else None,
-                    " ".join(str(result.epochs) for result in run.results),
-                    sum(result.seconds for result in run.results),
-                )
-            )
-    return rows
+            relative = seconds / naive if naive else None
+            epochs = " ".join(str(result.epochs) for result in run.results)
+            total = sum(result.seconds for result in run.results)
+            rows.append((panel.auxiliary, method, seconds, relative, epochs, total))
+    return pages.table(("auxiliary", "method", "seconds", "relative", "epochs", "total"), rows)
 
 
-def cost_table(study: Study) -> Table:
-    """Return `cost_rows` as they are shown."""
-    headings = (
-        "Auxiliary target",
-        "Method",
-        "Seconds per epoch",
-        "Relative to naive",
-        "Epochs run in each fold",
-        "Seconds in all",
+def costs_in_words(found: pd.DataFrame) -> pd.DataFrame:
+    """Return `costs` as they are shown."""
+    shown: pd.DataFrame = found.set_axis(
+        [
+            "Auxiliary target",
+            "Method",
+            "Seconds per epoch",
+            "Relative to naive",
+            "Epochs run in each fold",
+            "Seconds in all",
+        ],
+        axis=1,
     )
-    return Table(
-        headings,
-        tuple(
-            (
-                row.auxiliary,
-                row.method,
-                pages.MISSING if row.seconds is None else f"{row.seconds:.3g}",
-                pages.MISSING if row.relative is None else f"{row.relative:.2f}",
-                row.epochs,
-                pages.MISSING if row.total is None else f"{row.total:.0f}",
-            )
-            for row in cost_rows(study)
-        ),
-    )
+    for heading, form in (
+        ("Seconds per epoch", ".3g"),
+        ("Relative to naive", ".2f"),
+        ("Seconds in all", ".0f"),
+    ):
+        shown[heading] = [
+            pages.MISSING if value is None else format(value, form) for value in shown[heading]
+        ]
+    return shown
 
 
 def seconds_per_epoch(run: Run | None) -> float | None:
     """Return the median over the epochs of all folds; ``None`` if no time was kept."""
     if run is None:
         return None
-    seconds = [
-        float(value)
-        for result in run.results
-        if "seconds" in result.history
-        for value in result.history["seconds"]
-    ]
-    return statistics.median(seconds) if seconds else None
+    kept = [result.history["seconds"] for result in run.results if "seconds" in result.history]
+    return float(pd.concat(kept).median()) if kept else None
 
 
-def numbers(study: Study, keys: Callable[[str], bool]) -> str:
-    """Return a CSV with a row per method, cohort and metric, nothing rounded or left out.
+def numbers(study: Study, wanted: Callable[[Metric], bool]) -> pd.DataFrame:
+    """Return a row per method, cohort and metric, nothing rounded or left out.
 
     Args:
         study: The benchmark.
-        keys: Which metrics, by name.
+        wanted: Which metrics.
     """
     rows: list[list[object]] = []
     for row in study_rows(study):
-        names: list[object] = [row.auxiliary, row.method]
-        if row.run is None:
-            rows.append([*names, "", "", *[""] * len(pages.METRIC_COLUMNS), row.failure])
-            continue
-        for cohort, found in _summaries(row):
+        for cohort, found in _metrics_of(row):
             rows += [
-                [*names, cohort, key, *pages.metric_numbers(value), "done"]
-                for key, value in found.items()
-                if keys(key)
+                [row.auxiliary, row.method, cohort, metric, *pages.metric_numbers(value), "done"]
+                for metric, value in found.items()
+                if wanted(metric)
             ]
-        if row.deploy_failure:
-            blank = [""] * len(pages.METRIC_COLUMNS)
-            rows.append([*names, "external", "", *blank, row.deploy_failure])
+        blank = [""] * (1 + len(pages.METRIC_COLUMNS))
+        for cohort, failure in (("", row.failure), ("external", row.deploy_failure)):
+            if failure:
+                rows.append([row.auxiliary, row.method, cohort, *blank, failure])
     headings = ["auxiliary", "method", "cohort", "metric", *pages.METRIC_COLUMNS, "status"]
-    return table_csv(headings, rows)
+    return pages.table(headings, rows)
 
 
-def _summaries(row: StudyRow) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _metrics_of(row: StudyRow) -> Iterator[tuple[str, Metrics]]:
     if row.run is not None:
-        yield "internal", row.run.summary["metrics"]
+        yield "internal", row.run.summary.metrics
     if row.deployed is not None:
-        yield "external, ensemble", row.deployed.summary["metrics_of_ensemble"]
-        yield "external, mean of folds", row.deployed.summary["metrics"]
+        yield "external, ensemble", row.deployed.metrics_of_ensemble
+        yield "external, mean of folds", row.deployed.summary.metrics
 
 
-def _cell(found: Mapping[str, Any], key: str) -> str:
-    return pages.metric_cell(found.get(key), sd=False)
+def _table(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """Return a table of rows by heading; a cell that a row does not have is empty."""
+    headings = dict.fromkeys(heading for row in rows for heading in row)
+    return pages.table([*headings], [[row.get(name, "") for name in headings] for row in rows])
 
 
-def _auxiliary_cell(found: Mapping[str, Any], auxiliary: str) -> str:
-    if (value := found.get(f"auroc/{auxiliary}")) is not None:
-        return f"AUROC {pages.metric_cell(value, sd=False)}"
-    return _cell(found, f"pearson/{auxiliary}")
+def _cell(found: Metrics, metric: Metric) -> str:
+    return pages.metric_cell(found.get(metric), sd=False)
 
 
 def _share(part: int, whole: int) -> str:

@@ -1,5 +1,6 @@
 import base64
 import csv
+import html
 import json
 import re
 import shutil
@@ -183,14 +184,14 @@ def test_methods_are_tested_against_the_baseline_patient_by_patient(runs, page, 
         score = theirs["isMSIH_MSS"].reindex(ours.index)
         folds.append((truth, ours["isMSIH_MSS"].to_numpy(), score.to_numpy()))
     test = compare_auroc(folds)
-    words = "DeLong&#x27;s test over the same test patients, the trained models taken as they are"
+    words = "DeLong's test over the same test patients, the trained models taken as they are"
     expected = f"{words}: {test.low:+.3f} to {test.high:+.3f}, p = {test.p:.3f}."
-    assert expected in text_of(page)
+    assert expected in html.unescape(text_of(page))
     shutil.copytree(runs, tmp_path / "runs")
     path = tmp_path / "runs/naive/fold-1/predictions.csv"
     head, *rows = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([head, *reversed(rows)]) + "\n", encoding="utf-8")
-    assert expected in text_of(write_report([tmp_path / "runs"]))
+    assert expected in html.unescape(text_of(write_report([tmp_path / "runs"])))
 
 
 def test_runs_of_different_targets_are_refused(runs, tmp_path):

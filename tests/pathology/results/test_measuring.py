@@ -6,7 +6,9 @@ import pytest
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import describe_primary, measure_fold
+from examples.pathology.results.measuring import measure_fold, spread_of
+from examples.pathology.results.metrics import Metric
+from examples.pathology.results.summary import primary_json
 
 LABEL = Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")
 LF = Target("LF", "regression")
@@ -18,8 +20,8 @@ def test_a_fold_of_one_class_has_no_auroc_and_says_why():
     )
     measured = measure_fold(FoldResult(table, np.eye(2, dtype=np.float32), 1, 1, 0.0), [LABEL])
     for name in ("auroc", "auprc", "silhouette"):
-        assert math.isnan(measured[name].score.value)
-        assert measured[name].score.reason == "one class only"
+        assert math.isnan(measured[Metric(name)].score.value)
+        assert measured[Metric(name)].score.reason == "one class only"
 
 
 def test_a_regression_is_measured_in_its_unit_without_strata():
@@ -34,26 +36,31 @@ def test_a_regression_is_measured_in_its_unit_without_strata():
     )
     embeddings = np.zeros((5, 2), dtype=np.float32)
     measured = measure_fold(FoldResult(table, embeddings, 1, 1, 0.0), [LF, LABEL])
-    assert list(measured) == ["pearson", "mae", "auroc/isMSIH"]
-    assert measured["mae"].score.value == pytest.approx((1 + 0 + 1.5 + 0.5) / 4)
+    assert list(map(str, measured)) == ["pearson", "mae", "auroc/isMSIH"]
+    assert measured[Metric("mae")].score.value == pytest.approx((1 + 0 + 1.5 + 0.5) / 4)
     r = np.corrcoef([1, 2, 4, 3], [2, 2, 2.5, 3.5])[0, 1]
-    assert measured["pearson"].score.value == pytest.approx(r)
-    assert measured["auroc/isMSIH"].score.value == pytest.approx(1 / 4)  # of MSIH over MSS
+    assert measured[Metric("pearson")].score.value == pytest.approx(r)
+    assert measured[Metric("auroc", "isMSIH")].score.value == pytest.approx(
+        1 / 4
+    )  # of MSIH over MSS
     assert {len(set(each.strata)) for each in measured.values()} == {1}
     twice = np.array([[2.0, 0.0, 1.0, 1.0]])
-    assert measured["mae"].resampled(twice)[0] == pytest.approx((2 * 1 + 1.5 + 0.5) / 4)
+    assert measured[Metric("mae")].resampled(twice)[0] == pytest.approx((2 * 1 + 1.5 + 0.5) / 4)
 
 
 def test_a_summary_says_what_a_primary_target_is_like():
-    about = describe_primary(LF, ["1", "2", "4.5"])
+    def describe(target, labels):
+        return primary_json(target, **spread_of(target, labels))
+
+    about = describe(LF, ["1", "2", "4.5"])
     assert about == {
         "target": "LF",
         "kind": "regression",
         "values": {"lowest": 1.0, "highest": 4.5, "mean": 2.5, "sd": pytest.approx(3.25**0.5)},
     }
-    assert describe_primary(LF, []) == {"target": "LF", "kind": "regression"}
+    assert describe(LF, []) == {"target": "LF", "kind": "regression"}
     cut = Target("LF", "classification", ("<2", ">=2"), ">=2", 2.0)
-    assert describe_primary(cut, [">=2", "<2", ">=2"]) == {
+    assert describe(cut, [">=2", "<2", ">=2"]) == {
         "target": "LF",
         "kind": "classification",
         "classes": ["<2", ">=2"],

@@ -13,6 +13,7 @@ from examples.pathology.common.toml import read_toml
 from examples.pathology.figures.run import draw_figures
 from examples.pathology.report.report import write_report
 from examples.pathology.results.folds import read_fold, read_model
+from examples.pathology.results.summary import read_summary
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.runs.deploy import run_deploy
 from examples.pathology.settings.crossval import CrossvalConfig
@@ -140,7 +141,7 @@ def test_the_saved_model_gives_the_saved_predictions(runs, tables):
 
 
 def test_figures_are_those_of_a_regression(runs, tmp_path):
-    summary = read(runs / "naive/metrics.json")
+    summary = read_summary(runs / "naive")
     results = [read_fold(runs / f"naive/fold-{k}") for k in (1, 2)]
     drawn = draw_figures(tmp_path, summary, results, seed=0)
     assert [path.stem for _, path in drawn] == ["regression", "tsne", "training", "balance"]

@@ -18,7 +18,6 @@ from examples.pathology.cohort.cohort import load_cohort
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import read_features
-from examples.pathology.figures.run import caption_of
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.settings.cohort import CheckConfig, CohortConfig
 from examples.pathology.settings.crossval import CrossvalConfig
@@ -352,8 +351,8 @@ def test_every_number_and_figure_of_a_run_states_it(tmp_path):
             *files, "isMSIH", tmp_path / "run", folds=2, epochs=1, width=12, layers=1, device="cpu"
         )
     )
-    assert summary["simulated"] == cohort.simulated
-    assert cohort.simulated in caption_of(summary)
+    assert summary.simulated == cohort.simulated
+    assert cohort.simulated in summary.caption
     provenance = read_toml(tmp_path / "run" / "config.toml")["provenance"]
     assert provenance["simulated"] == cohort.simulated
 

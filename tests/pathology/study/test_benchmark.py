@@ -122,7 +122,7 @@ def test_every_method_runs_on_every_target_and_the_baseline_once(study):
     assert [panel.auxiliary for panel in read.panels] == ["LF", "Prolif/A"]
     for panel in read.panels:
         assert tuple(panel.runs) == tuple(panel.deployed) == METHODS
-        assert panel.runs["naive"].summary["auxiliary"][0]["name"] == panel.auxiliary
+        assert panel.runs["naive"].summary.targets[1].name == panel.auxiliary
     assert {job.status for job in read.jobs} == {"done"}
     assert len(read.jobs) == 5 * (2 + 1 + 1)  # folds, results, deployment
     assert read.settings["methods"] == list(METHODS)

@@ -13,17 +13,18 @@ from examples.pathology import cli
 from examples.pathology.common.errors import UserError
 from examples.pathology.figures import study as study_plots
 from examples.pathology.report import pages
+from examples.pathology.results.summary import MetricSummary
 from examples.pathology.study import report as study_report
-from examples.pathology.study.differences import METRICS, Difference, all_differences
+from examples.pathology.study.differences import CRITERIA, Difference, all_differences
 from examples.pathology.study.folder import read_study
 from examples.pathology.study.report import conflict_rates, write_study_report
-from examples.pathology.study.tables import cost_rows, study_rows
+from examples.pathology.study.tables import costs, study_rows
 from examples.pathology.study.verdicts import verdict, verdicts
 from tests.pathology.figures.test_plots import words
 from tests.pathology.parsing import sources_of
 from tests.pathology.tiny_study import NOTE, write_jobs, write_study
 
-AUROC = METRICS[0]
+AUROC = CRITERIA[0]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
         table = pd.read_csv(path, dtype=str)
         table["isMSIH"] = "MSS"
         table.to_csv(path, index=False)
-    found = [d for d in all_differences(read_study(copy)) if d.metric.cohort == "internal"]
+    found = [d for d in all_differences(read_study(copy)) if d.criterion.cohort == "internal"]
     assert {d.folds for d in found} == {1}
     for path in copy.glob("runs/**/fold-2/predictions.csv"):
         table = pd.read_csv(path, dtype=str)
@@ -249,13 +250,19 @@ def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
 
 
 def test_tables_hold_the_numbers_of_the_runs(planted, page):
-    found = json.loads((planted / "runs/lf/naive/metrics.json").read_text(encoding="utf-8"))
-    outside = json.loads((planted / "external/lf/naive/metrics.json").read_text(encoding="utf-8"))
+    found, outside = (
+        json.loads((planted / place / "lf/naive/metrics.json").read_text(encoding="utf-8"))
+        for place in ("runs", "external")
+    )
+
+    def cell(value):
+        return pages.metric_cell(MetricSummary.from_json(value), sd=False)
+
     expected = [
-        *(pages.metric_cell(found["metrics"][key], sd=False) for key in ("auroc", "auprc")),
+        *(cell(found["metrics"][key]) for key in ("auroc", "auprc")),
         "0.333",
         *(
-            pages.metric_cell(outside[part][key], sd=False)
+            cell(outside[part][key])
             for part in ("metrics_of_ensemble", "metrics")
             for key in ("auroc", "auprc")
         ),
@@ -263,8 +270,8 @@ def test_tables_hold_the_numbers_of_the_runs(planted, page):
     ]
     assert cells(page, "table1.md", "LF", "naive") == expected
     silhouette, pearson = cells(page, "table2.md", "LF", "naive")
-    assert silhouette == pages.metric_cell(found["metrics"]["silhouette"], sd=False)
-    assert pearson == pages.metric_cell(found["metrics"]["pearson/LF"], sd=False)
+    assert silhouette == cell(found["metrics"]["silhouette"])
+    assert pearson == cell(found["metrics"]["pearson/LF"])
     assert cells(page, "table2.md", "(every one)", "baseline")[1] == "–"
     rows = {
         (row["auxiliary"], row["method"], row["cohort"], row["metric"]): row
@@ -287,7 +294,9 @@ def test_a_shared_baseline_comes_once_and_an_own_one_with_each_target(null, tmp_
 
 
 def test_cost_is_the_median_epoch_relative_to_naive(null):
-    rows = {(row.auxiliary, row.method): row for row in cost_rows(read_study(null))}
+    rows = {
+        (row.auxiliary, row.method): row for row in costs(read_study(null)).itertuples(index=False)
+    }
     assert rows["LF", "dwa"][2:] == (4.0, 2.0, "3 3", 18.0)
     assert rows["LF", "naive"].relative == 1.0
     assert len(rows) == 6
