@@ -32,7 +32,7 @@ def draw_figures(
     """
     drawn = draw_scores(figures, summary, results, summary.targets)
     path = figures / "tsne.png"
-    primary = summary.primary
+    primary = summary.targets[0]
     labels = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
     plots.tsne(
         [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,14 +21,8 @@ from examples.pathology.results.summary import MetricSummary
 MISSING = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 METRIC_COLUMNS = (
-    "mean",
-    "sd",
-    "ci95_low_over_patients",
-    "ci95_high_over_patients",
-    "ci95_low_over_folds",
-    "ci95_high_over_folds",
-    "folds_with_value",
-    "folds",
+    *("mean", "sd", "ci95_low_over_patients", "ci95_high_over_patients"),
+    *("ci95_low_over_folds", "ci95_high_over_folds", "folds_with_value", "folds"),
 )
 
 _PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first chunk
@@ -53,11 +46,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> pd.DataF
     return frame
 
 
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as CSV, nothing rounded; None and NaN are empty fields."""
-    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
-
-
 def write_markdown(path: Path, frame: pd.DataFrame, remarks: Sequence[str]) -> None:
     """Write a table in Markdown, and a paragraph below it for each remark that says something."""
     lines = [frame.columns, ["---"] * len(frame.columns), *frame.to_numpy()]
@@ -75,22 +63,23 @@ def metric_cell(value: MetricSummary | None, *, sd: bool = True) -> str:
     """
     if value is None:
         return MISSING
-    over = value.over_folds
-    if math.isnan(over.mean):
-        return "undefined: " + "; ".join(sorted({s.reason for s in value.scores if s.reason}))
-    spread = f" ± {over.sd:.3f}" if sd and not math.isnan(over.sd) else ""
-    interval = "" if math.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]"
-    folds = len(value.scores)
-    known = "" if over.folds == folds else f" ({over.folds} of {folds} folds)"
-    return f"{over.mean:.3f}{spread}{interval}{known}"
+    if value.mean is None:
+        return "undefined: " + "; ".join(sorted(set(value.undefined.values())))
+    known, folds = value.folds_with_value, len(value.folds)
+    low, high = value.ci95_over_patients
+    return (
+        f"{value.mean:.3f}"
+        + (f" ± {value.sd:.3f}" if sd and value.sd is not None else "")
+        + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+        + (f" ({known} of {folds} folds)" if known < folds else "")
+    )
 
 
 def metric_numbers(value: MetricSummary) -> list[object]:
     """Return all numbers of a figure, in the order of `METRIC_COLUMNS`."""
-    over = value.over_folds
-    folds = ("" if math.isnan(s.value) else f"{s.value:.6g}" for s in value.scores)
-    numbers = (over.mean, over.sd, value.low, value.high, over.low, over.high)
-    return [*numbers, over.folds, " ".join(folds)]
+    folds = " ".join("" if each is None else f"{each:.6g}" for each in value.folds)
+    ends = (*value.ci95_over_patients, *value.ci95_over_folds)
+    return [value.mean, value.sd, *ends, value.folds_with_value, folds]
 
 
 class Funnel(NamedTuple):

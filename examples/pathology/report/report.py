@@ -21,6 +21,7 @@ from examples.pathology.results.resampling import Comparison, compare_auroc, hol
 from examples.pathology.results.runs import Run, read_run
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.tables.reading import PATIENT
+from examples.pathology.tables.writing import write_table
 from mtbalance import PAPER_COMBINATIONS
 
 logger = logging.getLogger(__name__)
@@ -67,14 +68,14 @@ def write_report(
     if len(read) > 1:
         figures.insert(0, ("Methods side by side", _draw_comparisons(read, out / "figures")))
     shown = _columns(read)
-    table, caution = _table(read, shown), CAUTION.format(remark=REMARKS[first.primary.kind])
+    table, caution = _table(read, shown), CAUTION.format(remark=REMARKS[first.kind])
     pages.write_markdown(out / "table.md", table, [caution, first.caption])
-    pages.write_csv(out / "table.csv", _numbers(read, [*shown, Metric("prevalence")]))
+    write_table(out / "table.csv", _numbers(read, [*shown, Metric("prevalence")]))
     page = out / "index.html"
     pages.write_page(
         page,
         "report.html.j2",
-        title=f"Cross-validation of {first.primary.name}",
+        title=f"Cross-validation of {first.target}",
         preface=preface,
         warnings=_warnings(read, unfinished),
         summary=first,
@@ -114,17 +115,12 @@ def _find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def _read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [read_run(folder) for folder in folders]
-    first = runs[0].summary.primary
     for run in runs:
-        primary = run.summary.primary
-        for what, one, other in (
-            ("target", first.name, primary.name),
-            ("kind", first.kind, primary.kind),
-            ("positive", first.positive, primary.positive),
-        ):
-            if one != other:
+        for what in ("target", "kind", "positive"):
+            first, other = (getattr(each.summary, what) for each in (runs[0], run))
+            if first != other:
                 raise UserError(
-                    f"All runs must have the same {what}, but {folders[0]} has {one!r} and "
+                    f"All runs must have the same {what}, but {folders[0]} has {first!r} and "
                     f"{run.folder} has {other!r}."
                 )
     count = Counter(run.name for run in runs)
@@ -137,7 +133,7 @@ def _read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _columns(runs: Sequence[Run]) -> list[Metric]:
     """Return the metrics that the table shows."""
-    regression = runs[0].summary.primary.kind == "regression"
+    regression = runs[0].summary.kind == "regression"
     always = ("pearson", "mae") if regression else ("auroc", "auprc", "f1", "silhouette")
     found = dict.fromkeys(metric for run in runs for metric in run.summary.metrics)
     return [*map(Metric, always), *(metric for metric in found if metric.auxiliary or metric.label)]
@@ -167,7 +163,7 @@ def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path
     drawn = []
     caption = runs[0].summary.caption
     folds = min(len(run.results) for run in runs)
-    if (first := runs[0].summary).primary.kind == "regression":
+    if (first := runs[0].summary).kind == "regression":
         compared = [("pearson", "Pearson r", 0.0)]
     else:
         share = first.positives / first.patients
@@ -190,7 +186,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         return []
     splits = base.summary.splits_sha256
     comparable = [run for run in runs[1:] if run.summary.splits_sha256 == splits]
-    if base.summary.primary.kind == "regression":
+    if base.summary.kind == "regression":
         metric, tests = Metric("pearson"), [""] * len(comparable)
     else:
         metric, tests = Metric("auroc"), _delong_sentences(comparable, base)
@@ -224,7 +220,7 @@ def _delong_sentences(runs: Sequence[Run], base: Run) -> list[str]:
 
 def _delong(ours: Run, theirs: Run) -> Comparison:
     """Compare the AUROCs of two runs on the same test patients."""
-    target = ours.summary.primary
+    target = ours.summary.targets[0]
     score = f"{target.name}_{target.positive}"
     folds = []
     for a, b in zip(ours.results, theirs.results, strict=True):

@@ -20,23 +20,24 @@ from examples.pathology.results.resampling import Resampled
 from examples.pathology.results.summary import MetricSummary
 
 
-def spread_of(target: Target, labels: Sequence[str]) -> dict[str, Any]:
-    """Return how the primary target is spread, as `RunSummary` has it.
+def describe_primary(target: Target, labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a summary says of the primary target.
 
     Args:
         target: The primary target.
         labels: Its values of the patients who have one.
-
-    Returns:
-        ``positives`` of a classification, ``values`` of a regression; nothing if nobody has one.
     """
+    about: dict[str, Any] = {"target": target.name, "kind": target.kind}
     if target.kind == "classification":
-        return {"positives": list(labels).count(target.positive)}
+        cut = {} if target.cutoff is None else {"cutoff": target.cutoff}
+        classes = {"classes": list(target.classes), "positive": target.positive}
+        return {**about, **classes, **cut, "positives": list(labels).count(target.positive)}
     if not labels:
-        return {}
+        return about
     values = np.array(labels, dtype=float)
     ends = {"lowest": float(values.min()), "highest": float(values.max())}
-    return {"values": {**ends, "mean": float(values.mean()), "sd": float(values.std(ddof=1))}}
+    spread = {"mean": float(values.mean()), "sd": float(values.std(ddof=1))}
+    return {**about, "values": {**ends, **spread}}
 
 
 def thresholds_of(target: Target, results: Sequence[FoldResult]) -> dict[str, Any]:
@@ -176,7 +177,16 @@ def summarise_metrics(
 
 
 def _summarise(measured: Sequence[Measured], seed: int) -> MetricSummary:
-    scores = tuple(each.score for each in measured)
+    scores = [each.score for each in measured]
+    over_folds = metrics.over_folds(scores)
     defined = [(each.strata, each.resampled) for each in measured if each.resampled is not None]
     interval = resampling.interval(defined, seed=seed)
-    return MetricSummary(scores, metrics.over_folds(scores), *interval)
+    return MetricSummary(
+        folds=[json_or_none(score.value) for score in scores],
+        undefined={str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
+        mean=json_or_none(over_folds.mean),
+        sd=json_or_none(over_folds.sd),
+        ci95_over_patients=[json_or_none(end) for end in interval],
+        ci95_over_folds=[json_or_none(over_folds.low), json_or_none(over_folds.high)],
+        folds_with_value=over_folds.folds,
+    )

@@ -165,24 +165,13 @@ def silhouette(embedding: ArrayLike, label: ArrayLike) -> Score:
         embedding: ``(n, d)``, the [cls] embedding of each patient.
         label: ``(n,)``, the true class.
     """
-    each = silhouettes(embedding, label)
-    return each if isinstance(each, Score) else Score(float(each.mean()))
-
-
-def silhouettes(embedding: ArrayLike, label: ArrayLike) -> NDArray[np.float64] | Score:
-    """Return the silhouette of each patient ``(n,)``, or why there is none.
-
-    Args:
-        embedding: ``(n, d)``.
-        label: ``(n,)``, the true class.
-    """
     points, labels = np.asarray(embedding, dtype=float), np.asarray(label)
     classes = len(np.unique(labels))
     if classes < 2:
         return Score(math.nan, "one class only")
     if classes >= len(labels):
         return Score(math.nan, "every patient is a class of its own")
-    return np.asarray(sklearn_metrics.silhouette_samples(points, labels), dtype=float)
+    return Score(float(sklearn_metrics.silhouette_samples(points, labels).mean()))
 
 
 def pearson(truth: ArrayLike, predicted: ArrayLike) -> Score:

@@ -8,7 +8,6 @@ part.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -238,14 +237,11 @@ def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
 
 def _log_summary(summary: RunSummary) -> None:
     for metric, value in summary.metrics.items():
-        mean, sd, known = value.over_folds.mean, value.over_folds.sd, value.over_folds.folds
-        shown = "undefined" if math.isnan(mean) else f"{mean:.3f}"
-        spread = "" if math.isnan(sd) else f" +/- {sd:.3f} (sd over {known} folds)"
-        low, high = value.low, value.high
-        interval = (
-            "" if math.isnan(low) else f", 95 % interval over patients {low:.3f} to {high:.3f}"
-        )
+        shown = "undefined" if value.mean is None else f"{value.mean:.3f}"
+        folds = value.folds_with_value
+        spread = "" if value.sd is None else f" +/- {value.sd:.3f} (sd over {folds} folds)"
+        low, high = value.ci95_over_patients
+        interval = "" if low is None else f", 95 % interval over patients {low:.3f} to {high:.3f}"
         logger.info("%s %s: %s%s%s", summary.method, metric, shown, spread, interval)
-        for k, score in enumerate(value.scores, start=1):
-            if score.reason:
-                logger.warning("%s is not defined in fold %s: %s", metric, k, score.reason)
+        for fold, reason in value.undefined.items():
+            logger.warning("%s is not defined in fold %s: %s", metric, fold, reason)

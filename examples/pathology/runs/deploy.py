@@ -31,10 +31,10 @@ from examples.pathology.results.folds import (
     write_embeddings,
     write_predictions,
 )
-from examples.pathology.results.measuring import spread_of, summarise_metrics, thresholds_of
+from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import fold_folders
-from examples.pathology.results.summary import RunSummary, metrics_json, primary_json
+from examples.pathology.results.summary import RunSummary, metrics_json
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
@@ -164,7 +164,7 @@ def _summary(
         "format": 1,
         "run": str(config.run.resolve()),
         "method": trained["balancer"],
-        **primary_json(targets[0], **spread_of(targets[0], labels)),
+        **describe_primary(targets[0], labels),
         "patients": len(cohort.patients),
         "labelled": len(labels),
         "funnel": [list(stage) for stage in cohort.funnel],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.splits import Fold, splits_sha256
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import spread_of, summarise_metrics, thresholds_of
+from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
 from examples.pathology.results.summary import RunSummary
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 
@@ -20,8 +20,8 @@ def summarise(
     targets = cohort.targets[:1] if alone else cohort.targets
     return RunSummary(
         method=config.balancer,
-        targets=tuple(targets),
-        **spread_of(cohort.target, [patient.label for patient in cohort.patients]),
+        **describe_primary(cohort.target, [patient.label for patient in cohort.patients]),
+        auxiliary=[{"name": target.name, "kind": target.kind} for target in targets[1:]],
         patients=len(cohort.patients),
         training_only=0 if alone else len(cohort.training_only),
         complete_cases=config.complete_cases,

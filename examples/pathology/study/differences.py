@@ -16,7 +16,6 @@ from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.measuring import Measured, measure_fold
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import (
-    PERMUTATIONS,
     Resampled,
     exchange_ranks,
     exchange_values,
@@ -38,25 +37,20 @@ class Criterion:
 
     Args:
         metric: Which figure.
-        name: It in words.
-        cohort: ``internal`` or ``external``.
+        cohort: Of which cohort: ``internal`` or ``external``.
+        title: Both in words.
     """
 
     metric: Metric
-    name: str
     cohort: str
-
-    @property
-    def title(self) -> str:
-        """Name and, if it is the other one, the cohort."""
-        return self.name if self.cohort == "internal" else f"{self.name} (external, ensemble)"
+    title: str
 
 
 CRITERIA = (
-    Criterion(AUROC, "AUROC", "internal"),
-    Criterion(AUPRC, "AUPRC", "internal"),
-    Criterion(SILHOUETTE, "silhouette", "internal"),
-    Criterion(AUROC, "AUROC", "external"),
+    Criterion(AUROC, "internal", "AUROC"),
+    Criterion(AUPRC, "internal", "AUPRC"),
+    Criterion(SILHOUETTE, "internal", "silhouette"),
+    Criterion(AUROC, "external", "AUROC (external, ensemble)"),
 )
 
 
@@ -106,12 +100,11 @@ class _Fold:
     measured: dict[Metric, Measured]
 
 
-def all_differences(study: Study, *, permutations: int = PERMUTATIONS) -> list[Difference]:
+def all_differences(study: Study) -> list[Difference]:
     """Compare every method with the baseline and with naive, panel by panel.
 
     Args:
         study: The benchmark.
-        permutations: How many exchanges.
 
     Returns:
         The differences, by criterion, then reference, panel and method.
@@ -120,41 +113,34 @@ def all_differences(study: Study, *, permutations: int = PERMUTATIONS) -> list[D
         UserError: Two runs that are to be compared tested other patients.
     """
     for panel in study.panels:
-        refuse_other_splits(panel)
+        _refuse_other_splits(panel)
     folds = {
-        (panel.auxiliary, cohort): _folds_of_panel(panel, cohort)
-        for panel in study.panels
+        cohort: {panel.auxiliary: _folds_of_panel(panel, cohort) for panel in study.panels}
         for cohort in ("internal", "external")
     }
     seed = int(study.settings["seed"])
-    found: list[Difference] = []
-    for criterion in CRITERIA:
-        of_cohort = {
-            panel.auxiliary: folds[panel.auxiliary, criterion.cohort] for panel in study.panels
-        }
-        for reference in REFERENCES:
-            found += _family(criterion, reference, of_cohort, seed=seed, permutations=permutations)
-    return found
+    return [
+        difference
+        for criterion in CRITERIA
+        for reference in REFERENCES
+        for difference in _family(criterion, reference, folds[criterion.cohort], seed)
+    ]
 
 
 def _family(
     criterion: Criterion,
     reference: str,
     panels: Mapping[str, Mapping[str, Sequence[_Fold]]],
-    *,
     seed: int,
-    permutations: int,
 ) -> list[Difference]:
     """Compare all methods of all panels with one reference, and correct for their number."""
     left_out = REFERENCES[: REFERENCES.index(reference) + 1]  # naive is compared with the baseline
     family = []
     for auxiliary, methods in panels.items():
-        if reference not in methods:
-            continue
-        for method, ours in methods.items():
-            if method not in left_out:
+        for method in methods:
+            if reference in methods and method not in left_out:
                 difference = Difference(criterion, reference, auxiliary, method)
-                family.append(_measure(difference, ours, methods[reference], seed, permutations))
+                family.append(_measure(difference, methods[method], methods[reference], seed))
     size = sum(not math.isnan(each.p) for each in family)
     corrected = resampling.holm([each.p for each in family])
     return [
@@ -162,12 +148,8 @@ def _family(
     ]
 
 
-def refuse_other_splits(panel: Panel) -> None:
-    """Raise if methods of a panel were not tested on the same folds.
-
-    Raises:
-        UserError: They were not.
-    """
+def _refuse_other_splits(panel: Panel) -> None:
+    """Raise if methods of a panel were not tested on the same folds."""
     runs = list(panel.runs.values())
     for run in runs[1:]:
         if run.summary.splits_sha256 != runs[0].summary.splits_sha256:
@@ -180,11 +162,11 @@ def refuse_other_splits(panel: Panel) -> None:
 def _folds_of_panel(panel: Panel, cohort: str) -> dict[str, list[_Fold]]:
     if cohort == "external":
         return {
-            method: [_fold(deployed.ensemble, panel.runs[method].summary.primary)]
+            method: [_fold(deployed.ensemble, panel.runs[method].summary.targets[0])]
             for method, deployed in panel.deployed.items()
         }
     return {
-        method: [_fold(result, run.summary.primary) for result in run.results]
+        method: [_fold(result, run.summary.targets[0]) for result in run.results]
         for method, run in panel.runs.items()
     }
 
@@ -204,11 +186,7 @@ def _fold(result: FoldResult, target: Target) -> _Fold:
 
 
 def _measure(
-    what: Difference,
-    ours: Sequence[_Fold],
-    theirs: Sequence[_Fold],
-    seed: int,
-    permutations: int,
+    what: Difference, ours: Sequence[_Fold], theirs: Sequence[_Fold], seed: int
 ) -> Difference:
     values, intervals, exchanges = [], [], []
     metric = what.criterion.metric
@@ -225,10 +203,8 @@ def _measure(
         if metric == SILHOUETTE:
             if np.unique(one.strata, return_counts=True)[1].min() < 2:
                 continue  # not defined without the only patient of a class
-            exchange = exchange_values(
-                pseudo_values(one.resampled, len(a.patients)),
-                pseudo_values(other.resampled, len(a.patients)),
-            )
+            both = (pseudo_values(f, len(a.patients)) for f in (one.resampled, other.resampled))
+            exchange = exchange_values(*both)
         else:
             exchange = exchange_ranks(a.truth, a.score, b.score, AREAS[metric])
         values.append(one.score.value - other.score.value)
@@ -237,10 +213,8 @@ def _measure(
     if not values:
         return what
     low, high = resampling.interval(intervals, seed=seed)
-    p = resampling.permutation_p(exchanges, seed=seed, permutations=permutations)
-    return replace(
-        what, difference=float(np.mean(values)), low=low, high=high, p=p, folds=len(values)
-    )
+    p, mean = resampling.permutation_p(exchanges, seed=seed), float(np.mean(values))
+    return replace(what, difference=mean, low=low, high=high, p=p, folds=len(values))
 
 
 def _minus(one: Resampled, other: Resampled) -> Resampled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from examples.pathology.figures import plots
 from examples.pathology.figures import study as study_plots
 from examples.pathology.figures.study import Column, Estimate
 from examples.pathology.report import pages
-from examples.pathology.report.pages import Funnel, funnel_of, write_csv
+from examples.pathology.report.pages import Funnel, funnel_of
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Run
@@ -39,6 +40,7 @@ from examples.pathology.study.verdicts import (
     marks,
     verdicts,
 )
+from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +69,13 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     for number, table in enumerate(tables, start=1):
         pages.write_markdown(out / f"table{number}.md", table, [MARKS, *warnings])
     areas = (AUROC, AUPRC, Metric("f1"), Metric("prevalence"))
-    write_csv(out / "table1.csv", numbers(study, lambda metric: metric in areas))
-    write_csv(
+    write_table(out / "table1.csv", numbers(study, lambda metric: metric in areas))
+    write_table(
         out / "table2.csv",
         numbers(study, lambda metric: metric == SILHOUETTE or bool(metric.auxiliary)),
     )
-    write_csv(out / "differences.csv", differences_in_full(differences))
-    write_csv(out / "cost.csv", cost)
+    write_table(out / "differences.csv", differences_in_full(differences))
+    write_table(out / "cost.csv", cost)
     page = out / "index.html"
     panel = next(panel for panel in study.panels if panel.runs)
     pages.write_page(
@@ -180,8 +182,10 @@ def _columns(study: Study, panel: Panel) -> list[Column]:
 
 
 def _estimate(found: Metrics, metric: Metric) -> Estimate:
-    value = found.get(metric)
-    return Estimate() if value is None else Estimate(value.over_folds.mean, value.low, value.high)
+    if (value := found.get(metric)) is None:
+        return Estimate()
+    numbers = (value.mean, *value.ci95_over_patients)
+    return Estimate(*(math.nan if number is None else number for number in numbers))
 
 
 def _draw_embeddings(study: Study, panel: Panel, path: Path, caption: str) -> None:
@@ -191,7 +195,7 @@ def _draw_embeddings(study: Study, panel: Panel, path: Path, caption: str) -> No
     results = [panel.runs[method].results[0] for method in methods]
     plots.tsne(
         [(r.embeddings, r.predictions[target].to_numpy(dtype=str)) for r in results],
-        _any_run(panel).summary.primary.classes,
+        _any_run(panel).summary.classes,
         path,
         title=f"[cls] embedding by {target}, with {panel.auxiliary}",
         caption=caption,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,6 +18,15 @@ from examples.pathology.study.folder import Deployed, Panel, Study, run_folder
 NAIVE = "naive"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
 AUROC, AUPRC, SILHOUETTE = Metric("auroc"), Metric("auprc"), Metric("silhouette")
+
+COST = {  # a column of `costs`: its heading on the page, and how its cells are shown there
+    "auxiliary": ("Auxiliary target", ""),
+    "method": ("Method", ""),
+    "seconds": ("Seconds per epoch", ".3g"),
+    "relative": ("Relative to naive", ".2f"),
+    "epochs": ("Epochs run in each fold", ""),
+    "total": ("Seconds in all", ".0f"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,15 @@ class StudyRow:
         """The cells that say what the row is."""
         return {"Auxiliary target": self.auxiliary, "Method": self.method}
 
+    @property
+    def metrics(self) -> dict[str, Metrics]:
+        """Its figures, by the cohort that they are of."""
+        found = {} if self.run is None else {"internal": self.run.summary.metrics}
+        if self.deployed is not None:
+            found["external, ensemble"] = self.deployed.metrics_of_ensemble
+            found["external, mean of folds"] = self.deployed.summary.metrics
+        return found
+
 
 Mark = Callable[[StudyRow, str, Metric], str]
 
@@ -72,14 +90,14 @@ def study_rows(study: Study) -> list[StudyRow]:
                     panel,
                     run,
                     deployed,
-                    why_missing(jobs) if run is None else "",
-                    why_missing(deploying) if missing else "",
+                    _why_missing(jobs) if run is None else "",
+                    _why_missing(deploying) if missing else "",
                 )
             )
     return rows
 
 
-def why_missing(jobs: Sequence[Outcome]) -> str:
+def _why_missing(jobs: Sequence[Outcome]) -> str:
     """Return why a result is not there, from the jobs that should have made it."""
     failed = next((job for job in jobs if job.status == "failed"), None)
     if failed is not None:
@@ -98,21 +116,17 @@ def performance(study: Study, mark: Mark) -> pd.DataFrame:
     rows = []
     for row in study_rows(study):
         cells = {**row.names, "AUROC": row.failure}
-        if row.run is not None:
-            summary = row.run.summary
+        for cohort, found in row.metrics.items():
             for metric in (AUROC, AUPRC):
-                cell = _cell(summary.metrics, metric)
-                cells[metric.title] = mark(row, "internal", metric) + cell
-            cells["Prevalence"] = _share(summary.positives, summary.patients)
+                heading = metric.title
+                if cohort != "internal":
+                    heading = cohort.replace("external", f"External {metric.title}")
+                sign = mark(row, cohort.removesuffix(", ensemble"), metric)
+                cells[heading] = sign + _cell(found, metric)
+            if cohort == "internal" and row.run is not None:
+                cells["Prevalence"] = _share(row.run, row.run.summary.patients)
         if row.deployed is not None:
-            for metric in (AUROC, AUPRC):
-                cell = _cell(row.deployed.metrics_of_ensemble, metric)
-                title = f"External {metric.title}, ensemble"
-                cells[title] = mark(row, "external", metric) + cell
-            outside = row.deployed.summary
-            for metric in (AUROC, AUPRC):
-                cells[f"External {metric.title}, mean of folds"] = _cell(outside.metrics, metric)
-            cells["External prevalence"] = _share(outside.positives, row.deployed.labelled)
+            cells["External prevalence"] = _share(row.deployed, row.deployed.labelled)
         elif row.deploy_failure:
             cells["External AUROC, ensemble"] = row.deploy_failure
         rows.append(cells)
@@ -147,16 +161,15 @@ def costs(study: Study) -> pd.DataFrame:
     The baseline stands in every panel, since each has a naive run of its own to compare with.
 
     Returns:
-        ``auxiliary``, ``method``, ``seconds`` per epoch (see `seconds_per_epoch`), the same
-        ``relative`` to naive on this auxiliary target, ``epochs`` run in each fold, with spaces
-        between, and ``total`` seconds of all folds.
+        A row per auxiliary target and method: ``seconds`` per epoch (median of all folds), the same
+        ``relative`` to naive there, ``epochs`` run in each fold, ``total`` seconds of all folds.
     """
     rows: list[tuple[object, ...]] = []
     for panel in study.panels:
-        naive = seconds_per_epoch(panel.runs.get(NAIVE))
+        naive = _seconds_per_epoch(panel.runs.get(NAIVE))
         for method in study.methods:
             run = panel.runs.get(method)
-            seconds = seconds_per_epoch(run)
+            seconds = _seconds_per_epoch(run)
             if run is None or seconds is None:
                 rows.append((panel.auxiliary, method, None, None, "", None))
                 continue
@@ -164,34 +177,19 @@ def costs(study: Study) -> pd.DataFrame:
             epochs = " ".join(str(result.epochs) for result in run.results)
             total = sum(result.seconds for result in run.results)
             rows.append((panel.auxiliary, method, seconds, relative, epochs, total))
-    return pages.table(("auxiliary", "method", "seconds", "relative", "epochs", "total"), rows)
+    return pages.table([*COST], rows)
 
 
 def costs_in_words(found: pd.DataFrame) -> pd.DataFrame:
     """Return `costs` as they are shown."""
-    shown: pd.DataFrame = found.set_axis(
-        [
-            "Auxiliary target",
-            "Method",
-            "Seconds per epoch",
-            "Relative to naive",
-            "Epochs run in each fold",
-            "Seconds in all",
-        ],
-        axis=1,
-    )
-    for heading, form in (
-        ("Seconds per epoch", ".3g"),
-        ("Relative to naive", ".2f"),
-        ("Seconds in all", ".0f"),
-    ):
-        shown[heading] = [
-            pages.MISSING if value is None else format(value, form) for value in shown[heading]
-        ]
-    return shown
+    shown = {
+        heading: [pages.MISSING if cell is None else format(cell, form) for cell in found[column]]
+        for column, (heading, form) in COST.items()
+    }
+    return pages.table([*shown], [*zip(*shown.values(), strict=True)])
 
 
-def seconds_per_epoch(run: Run | None) -> float | None:
+def _seconds_per_epoch(run: Run | None) -> float | None:
     """Return the median over the epochs of all folds; ``None`` if no time was kept."""
     if run is None:
         return None
@@ -208,7 +206,7 @@ def numbers(study: Study, wanted: Callable[[Metric], bool]) -> pd.DataFrame:
     """
     rows: list[list[object]] = []
     for row in study_rows(study):
-        for cohort, found in _metrics_of(row):
+        for cohort, found in row.metrics.items():
             rows += [
                 [row.auxiliary, row.method, cohort, metric, *pages.metric_numbers(value), "done"]
                 for metric, value in found.items()
@@ -222,14 +220,6 @@ def numbers(study: Study, wanted: Callable[[Metric], bool]) -> pd.DataFrame:
     return pages.table(headings, rows)
 
 
-def _metrics_of(row: StudyRow) -> Iterator[tuple[str, Metrics]]:
-    if row.run is not None:
-        yield "internal", row.run.summary.metrics
-    if row.deployed is not None:
-        yield "external, ensemble", row.deployed.metrics_of_ensemble
-        yield "external, mean of folds", row.deployed.summary.metrics
-
-
 def _table(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
     """Return a table of rows by heading; a cell that a row does not have is empty."""
     headings = dict.fromkeys(heading for row in rows for heading in row)
@@ -240,5 +230,5 @@ def _cell(found: Metrics, metric: Metric) -> str:
     return pages.metric_cell(found.get(metric), sd=False)
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.3f}" if whole else pages.MISSING
+def _share(run: Run, patients: int) -> str:
+    return f"{run.summary.positives / patients:.3f}" if patients else pages.MISSING

@@ -1,6 +1,7 @@
 import csv
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jinja2
@@ -9,8 +10,8 @@ from PIL import Image
 
 from examples.pathology.report import pages
 from examples.pathology.report.pages import table
-from examples.pathology.results.metrics import Score, Summary, over_folds
 from examples.pathology.results.summary import MetricSummary
+from examples.pathology.tables.writing import write_table
 
 PARTS = pages.ENVIRONMENT.get_template("parts.html.j2").module
 
@@ -48,7 +49,7 @@ def test_tables_escape_what_their_format_would_read(tmp_path):
         "",
         "a | remark",
     ]
-    pages.write_csv(tmp_path / "t.csv", frame)
+    write_table(tmp_path / "t.csv", frame)
     assert (tmp_path / "t.csv").read_bytes() == b"a|b,c\n<x> & y,\n1|2,0.5\n"
     assert "<tr><th>&lt;x&gt; &amp; y</th><td>None</td></tr>" in html_of(frame)
 
@@ -57,7 +58,7 @@ def test_a_csv_gives_numbers_back_as_they_are(tmp_path):
     """A whole number beside a missing one stays whole, and no digit is lost."""
     numbers = [1 / 3, 0.1 + 0.2, 1e-17, 5e22, -0.0, 7, 10**18]
     rows = [("x", number, 'say "a, b"\nc') for number in numbers]
-    pages.write_csv(tmp_path / "t.csv", table("abc", [*rows, ("", None, math.nan)]))
+    write_table(tmp_path / "t.csv", table("abc", [*rows, ("", None, math.nan)]))
     with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
         read = list(csv.reader(file))
     assert read[1:-1] == [["x", repr(number), 'say "a, b"\nc'] for number in numbers]
@@ -104,13 +105,13 @@ def test_a_funnel_counts_who_was_left_out_by_reason(tmp_path):
 
 
 def test_a_figure_in_words():
-    scores = (Score(0.7), Score(math.nan, "one class only"), Score(0.8))
-    over = Summary(0.75, 0.1, 0.5, 1.0, 2)
-    value = MetricSummary(scores, over, 0.6, 0.9)
+    value = MetricSummary(
+        mean=0.75, sd=0.1, ci95_over_patients=[0.6, 0.9], ci95_over_folds=[0.5, 1.0],
+        folds=[0.7, None, 0.8], folds_with_value=2, undefined={"2": "one class only"},
+    )  # fmt: skip
     assert pages.metric_cell(value) == "0.750 ± 0.100 [0.600, 0.900] (2 of 3 folds)"
     assert pages.metric_cell(value, sd=False) == "0.750 [0.600, 0.900] (2 of 3 folds)"
     assert pages.metric_numbers(value) == [0.75, 0.1, 0.6, 0.9, 0.5, 1.0, 2, "0.7  0.8"]
     assert len(pages.METRIC_COLUMNS) == len(pages.metric_numbers(value))
-    undefined = MetricSummary(scores[1:2], over_folds(scores[1:2]), math.nan, math.nan)
-    assert pages.metric_cell(undefined) == "undefined: one class only"
+    assert pages.metric_cell(replace(value, mean=None)) == "undefined: one class only"
     assert pages.metric_cell(None) == "–"

@@ -6,9 +6,8 @@ import pytest
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import measure_fold, spread_of
+from examples.pathology.results.measuring import describe_primary, measure_fold
 from examples.pathology.results.metrics import Metric
-from examples.pathology.results.summary import primary_json
 
 LABEL = Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")
 LF = Target("LF", "regression")
@@ -49,18 +48,15 @@ def test_a_regression_is_measured_in_its_unit_without_strata():
 
 
 def test_a_summary_says_what_a_primary_target_is_like():
-    def describe(target, labels):
-        return primary_json(target, **spread_of(target, labels))
-
-    about = describe(LF, ["1", "2", "4.5"])
+    about = describe_primary(LF, ["1", "2", "4.5"])
     assert about == {
         "target": "LF",
         "kind": "regression",
         "values": {"lowest": 1.0, "highest": 4.5, "mean": 2.5, "sd": pytest.approx(3.25**0.5)},
     }
-    assert describe(LF, []) == {"target": "LF", "kind": "regression"}
+    assert describe_primary(LF, []) == {"target": "LF", "kind": "regression"}
     cut = Target("LF", "classification", ("<2", ">=2"), ">=2", 2.0)
-    assert describe(cut, [">=2", "<2", ">=2"]) == {
+    assert describe_primary(cut, [">=2", "<2", ">=2"]) == {
         "target": "LF",
         "kind": "classification",
         "classes": ["<2", ">=2"],

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+from sklearn.metrics import silhouette_samples
 
 from examples.pathology.results import metrics, resampling
 
@@ -266,7 +267,7 @@ def test_silhouettes_of_patients_are_not_exchangeable_but_their_pseudo_values_ar
         exchanges = [silhouette_exchange(*fold) for fold in folds]
         p.append(resampling.permutation_p(exchanges, seed=0, permutations=199))
         exchanges = [
-            resampling.exchange_values(*(metrics.silhouettes(x, label) for x in both))
+            resampling.exchange_values(*(silhouette_samples(x, label) for x in both))
             for label, *both in folds
         ]
         as_if_independent.append(resampling.permutation_p(exchanges, seed=0, permutations=199))

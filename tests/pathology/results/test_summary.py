@@ -4,7 +4,7 @@ import math
 import pytest
 
 from examples.pathology.cohort.targets import Target
-from examples.pathology.results.metrics import TITLES, Metric, Score, over_folds
+from examples.pathology.results.metrics import TITLES, Metric, Score
 from examples.pathology.results.summary import MetricSummary, RunSummary, warning_of
 
 NAMES = [
@@ -29,14 +29,18 @@ def test_every_figure_is_a_metric_of_that_name():
             assert Metric.read(str(metric)) == metric
 
 
-SCORES = (Score(0.5), Score(math.nan, "one class only"), Score(0.75))
-AUROC = MetricSummary(SCORES, over_folds(SCORES), 0.25, 1.0)
+AUROC = MetricSummary(
+    [0.5, None, 0.75], {"2": "one class only"}, 0.625, None, [0.25, 1.0], [None, None], 2
+)
+CLASSES = {"classes": ["a", "b"], "positive": "b"}
+CUT = {"classes": ["<2", ">=2"], "positive": ">=2", "cutoff": 2.0}
 
 
-def run(target, **changes):
+def run(**changes):
     values = {
         "method": "naive",
-        "targets": (target, Target("LF", "regression")),
+        "target": "y",
+        "auxiliary": [{"name": "LF", "kind": "regression"}],
         "patients": 9,
         "funnel": [("in the table", 9)],
         "extractor": "x",
@@ -50,10 +54,10 @@ def run(target, **changes):
 @pytest.mark.parametrize(
     "summary",
     [
-        run(Target("y", "classification", ("a", "b"), "b"), positives=0, thresholds=[0.5, None]),
-        run(Target("y", "classification", ("<2", ">=2"), ">=2", 2.0), max_tiles=7, seconds=[1.5]),
-        run(Target("y", "regression"), values={"mean": 1.0}),
-        run(Target("y", "regression"), note="n", simulated="s", metrics={}),
+        run(**CLASSES, positives=0, thresholds=[0.5, None]),
+        run(**CUT, max_tiles=7, seconds=[1.5]),
+        run(kind="regression", values={"mean": 1.0}),
+        run(kind="regression", note="n", simulated="s", metrics={}),
     ],
 )
 def test_a_summary_is_read_back_as_it_was_written(summary):
@@ -64,37 +68,36 @@ def test_a_summary_is_read_back_as_it_was_written(summary):
 
 
 def test_what_a_kind_of_target_does_not_have_is_not_written():
-    labels = run(Target("y", "classification", ("a", "b"), "b"), positives=3).to_json()
+    labels = run(**CLASSES, positives=3).to_json()
     assert (labels["positives"], labels["positive"], labels["classes"]) == (3, "b", ["a", "b"])
     assert "values" not in labels
     assert "cutoff" not in labels
-    numbers = run(Target("y", "regression")).to_json()
+    numbers = run(kind="regression").to_json()
     assert not {"classes", "positive", "positives", "thresholds", "values"} & set(numbers)
 
 
-def test_a_metric_is_written_without_nan():
-    assert AUROC.to_json() == {
-        "folds": [0.5, None, 0.75],
-        "undefined": {"2": "one class only"},
-        "mean": 0.625,
-        "sd": pytest.approx(0.125 * 2**0.5),
-        "ci95_over_patients": [0.25, 1.0],
-        "ci95_over_folds": [pytest.approx(0.625 - 12.7062 / 8), pytest.approx(0.625 + 12.7062 / 8)],
-        "folds_with_value": 2,
-    }
-    nothing = MetricSummary(SCORES[1:2], over_folds(SCORES[1:2]), math.nan, math.nan)
-    assert nothing.to_json()["mean"] is None
-    read = MetricSummary.from_json(json.loads(json.dumps(nothing.to_json(), allow_nan=False)))
-    assert read.scores[0].reason == "one class only"
-    assert all(map(math.isnan, (read.low, read.scores[0].value, read.over_folds.mean)))
+def test_the_targets_are_those_that_were_predicted():
+    auxiliary = Target("LF", "regression")
+    assert run(**CUT).targets == [
+        Target("y", "classification", ("<2", ">=2"), ">=2", 2.0),
+        auxiliary,
+    ]
+    assert run(kind="regression").targets == [Target("y", "regression"), auxiliary]
+
+
+def test_a_fold_without_a_value_says_why():
+    first, second, third = AUROC.scores
+    assert (first, third) == (Score(0.5), Score(0.75))
+    assert math.isnan(second.value)
+    assert second.reason == "one class only"
 
 
 def test_runs_of_earlier_releases_are_read():
-    stored = run(Target("y", "classification", ("a", "b"), "b")).to_json()
-    for name in ("kind", "simulated", "max_tiles", "share_waiting_for_data", "width", "thresholds"):
+    stored = run(**CLASSES).to_json()
+    for name in ("kind", "simulated", "max_tiles", "share_waiting_for_data", "width"):
         del stored[name]
     summary = RunSummary.from_json({**stored, "unknown": 1})
-    assert summary.primary == Target("y", "classification", ("a", "b"), "b")
+    assert summary.targets[0] == Target("y", "classification", ("a", "b"), "b")
     assert summary.simulated == ""
 
 

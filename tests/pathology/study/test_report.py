@@ -256,7 +256,7 @@ def test_tables_hold_the_numbers_of_the_runs(planted, page):
     )
 
     def cell(value):
-        return pages.metric_cell(MetricSummary.from_json(value), sd=False)
+        return pages.metric_cell(MetricSummary(**value), sd=False)
 
     expected = [
         *(cell(found["metrics"][key]) for key in ("auroc", "auprc")),
