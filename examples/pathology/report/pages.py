@@ -6,7 +6,7 @@ import base64
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from examples.pathology.cohort.cohort import TRAINING_ONLY
 from examples.pathology.common.files import write_text
-from examples.pathology.results.runs import Run
-from examples.pathology.results.summary import MetricSummary
+from examples.pathology.results.summary import MetricSummary, RunSummary
 
 MISSING = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -82,6 +81,11 @@ def metric_numbers(value: MetricSummary) -> list[object]:
     return [value.mean, value.sd, *ends, value.folds_with_value, folds]
 
 
+def captions_of(summaries: Iterable[RunSummary]) -> list[str]:
+    """Return the warnings that belong above figures of several runs, each once."""
+    return list(dict.fromkeys(each.caption for each in summaries if each.caption))
+
+
 class Funnel(NamedTuple):
     """Who was used, and who was not.
 
@@ -96,13 +100,18 @@ class Funnel(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def funnel_of(run: Run) -> Funnel:
-    """Return who was used, and who was left out and why."""
-    ledger = pd.read_csv(run.folder / "ledger.csv", dtype=str, keep_default_na=False)
+def funnel_of(folder: Path, summary: RunSummary) -> Funnel:
+    """Return who was used, and who was left out and why.
+
+    Args:
+        folder: Of a run or a deployment.
+        summary: What its ``metrics.json`` says.
+    """
+    ledger = pd.read_csv(folder / "ledger.csv", dtype=str, keep_default_na=False)
     out = ledger[~ledger["status"].isin(("used", TRAINING_ONLY))]
     reasons = Counter(zip(out["item"], out["reason"], strict=True)).most_common()
     return Funnel(
-        tuple(f"{count} {stage}" for stage, count in run.summary.funnel),
+        tuple(f"{count} {stage}" for stage, count in summary.funnel),
         int((ledger["status"] == TRAINING_ONLY).sum()),
         tuple(f"{n} × {item}: {why}" for (item, why), n in reasons),
     )

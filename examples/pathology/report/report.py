@@ -83,7 +83,7 @@ def write_report(
         caution=caution,
         differences=_differences(read),
         figures_of=figures,
-        used=pages.funnel_of(read[0]),
+        used=pages.funnel_of(read[0].folder, first),
         runs=_runs_table(read),
     )
     logger.info("The report is %s", page)
@@ -241,7 +241,7 @@ def _test_sentence(test: Comparison, corrected: float, comparisons: int) -> str:
 
 
 def _warnings(runs: Sequence[Run], unfinished: Sequence[Path]) -> list[str]:
-    texts = list(dict.fromkeys(run.summary.caption for run in runs if run.summary.caption))
+    texts = pages.captions_of(run.summary for run in runs)
     if len({run.summary.splits_sha256 for run in runs}) > 1:
         texts.append(
             "The runs were made on different splits: their rows cannot be compared fold by fold."

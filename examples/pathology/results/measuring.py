@@ -73,7 +73,13 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, 
     else:
         measured = _measure_classes(table, result.embeddings[known], result.threshold, primary)
     for target in targets[1:]:
-        measured |= _measure_auxiliary(result.predictions, target, primary)
+        table = result.predictions[result.predictions[target.name] != ""]
+        strata = _strata(table, primary)
+        if target.kind == "regression":
+            measured[Metric("pearson", target.name)] = _pearson(table, target, strata)
+        else:
+            auroc = _auroc(table, target, target.positive, strata)
+            measured[Metric("auroc", target.name)] = auroc
     return measured
 
 
@@ -92,37 +98,21 @@ def _measure_classes(
 ) -> dict[Metric, Measured]:
     strata = _strata(table, primary)
     positive, score = _scores(table, primary, primary.positive)
+    auprc, f1 = metrics.auprc(positive, score), metrics.f1(positive, score, threshold)
+    called = score >= threshold
+    silhouette = metrics.silhouette(embeddings, strata)
+    of_resamples = partial(resampling.silhouette, embeddings, strata)
     measured = {
         Metric("auroc"): _auroc(table, primary, primary.positive, strata),
-        Metric("auprc"): _measured(
-            metrics.auprc(positive, score), strata, partial(resampling.auprc, positive, score)
-        ),
-        Metric("f1"): _measured(
-            metrics.f1(positive, score, threshold),
-            strata,
-            partial(resampling.f1, positive, score >= threshold),
-        ),
+        Metric("auprc"): _measured(auprc, strata, partial(resampling.auprc, positive, score)),
+        Metric("f1"): _measured(f1, strata, partial(resampling.f1, positive, called)),
         Metric("prevalence"): Measured(metrics.prevalence(positive), strata, None),
-        Metric("silhouette"): _measured(
-            metrics.silhouette(embeddings, strata),
-            strata,
-            partial(resampling.silhouette, embeddings, strata),
-        ),
+        Metric("silhouette"): _measured(silhouette, strata, of_resamples),
     }
     if len(primary.classes) > 2:
         for label in primary.classes:
             measured[Metric("auroc", label=label)] = _auroc(table, primary, label, strata)
     return measured
-
-
-def _measure_auxiliary(
-    table: pd.DataFrame, target: Target, primary: Target
-) -> dict[Metric, Measured]:
-    known = table[table[target.name] != ""]
-    strata = _strata(known, primary)
-    if target.kind == "classification":
-        return {Metric("auroc", target.name): _auroc(known, target, target.positive, strata)}
-    return {Metric("pearson", target.name): _pearson(known, target, strata)}
 
 
 def _strata(table: pd.DataFrame, primary: Target) -> NDArray[np.str_]:

@@ -33,15 +33,19 @@ RUNS, EXTERNAL, REPORT = "runs", "external", "report"
 
 
 @dataclass(frozen=True)
-class Deployed(Run):
+class Deployed:
     """A run deployed on the external cohort, read from its folder.
 
     Args:
+        folder: Where it is.
+        summary: What ``metrics.json`` says.
         labelled: How many of its patients have a label.
         ensemble: The mean of all models; its embeddings are those of the first.
         metrics_of_ensemble: How good it is.
     """
 
+    folder: Path
+    summary: RunSummary
     labelled: int
     ensemble: FoldResult
     metrics_of_ensemble: Metrics
@@ -132,42 +136,24 @@ def _read_panel(
         if (folder / RUNS / place / "metrics.json").exists():
             runs[method] = read_run(folder / RUNS / place)
             if (folder / EXTERNAL / place / "metrics.json").exists():
-                deployed[method] = read_deployed(folder / EXTERNAL / place)
+                deployed[method] = _read_deployed(folder / EXTERNAL / place)
     return Panel(auxiliary, runs, deployed)
 
 
-def read_deployed(folder: Path) -> Deployed:
-    """Read what `deploy` wrote, under the name of its method."""
+def _read_deployed(folder: Path) -> Deployed:
     stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    summary = RunSummary.from_json(stored)
-    places = [folder / f"fold-{k}" for k in range(1, len(summary.thresholds) + 1)]
-    results = []
-    for place, predictions, threshold in zip(
-        [*places, places[0]],
-        [*places, folder],
-        [*summary.thresholds, stored["threshold_of_ensemble"]],
-        strict=True,
-    ):
-        results.append(
-            FoldResult(
-                read_predictions(predictions / "predictions.csv"),
-                np.load(place / "embeddings.npy", allow_pickle=False),
-                best_epoch=0,
-                epochs=0,
-                seconds=0.0,
-                threshold=math.nan if threshold is None else float(threshold),
-            )
-        )
-    *by_fold, ensemble = results
-    return Deployed(
-        summary.method,
-        folder,
-        summary,
-        tuple(by_fold),
-        labelled=stored["labelled"],
-        ensemble=ensemble,
-        metrics_of_ensemble=metrics_from_json(stored["metrics_of_ensemble"]),
+    threshold = stored["threshold_of_ensemble"]
+    ensemble = FoldResult(
+        read_predictions(folder / "predictions.csv"),
+        np.load(folder / "fold-1" / "embeddings.npy", allow_pickle=False),
+        best_epoch=0,
+        epochs=0,
+        seconds=0.0,
+        threshold=math.nan if threshold is None else float(threshold),
     )
+    metrics = metrics_from_json(stored["metrics_of_ensemble"])
+    summary = RunSummary.from_json(stored)
+    return Deployed(folder, summary, stored["labelled"], ensemble, metrics)
 
 
 def read_jobs(path: Path) -> tuple[Outcome, ...]:

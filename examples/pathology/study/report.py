@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from examples.pathology.results.runs import Run
 from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.differences import REFERENCES, all_differences
-from examples.pathology.study.folder import REPORT, Panel, Study
+from examples.pathology.study.folder import REPORT, Deployed, Panel, Study
 from examples.pathology.study.tables import (
     AUPRC,
     AUROC,
@@ -64,16 +64,17 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     differences = all_differences(study)
     mark = marks(differences)
     tables = performance(study, mark), representation(study, mark)
-    warnings, cost = _warnings(study), costs(study)
+    runs = [run for panel in study.panels for run in panel.runs.values()]
+    deployed = [each for panel in study.panels for each in panel.deployed.values()]
+    warnings = pages.captions_of(
+        [*(run.summary for run in runs), *(each.summary for each in deployed)]
+    )
+    cost = costs(study)
     figures = draw_study(study, out / "figures")
     for number, table in enumerate(tables, start=1):
         pages.write_markdown(out / f"table{number}.md", table, [MARKS, *warnings])
-    areas = (AUROC, AUPRC, Metric("f1"), Metric("prevalence"))
-    write_table(out / "table1.csv", numbers(study, lambda metric: metric in areas))
-    write_table(
-        out / "table2.csv",
-        numbers(study, lambda metric: metric == SILHOUETTE or bool(metric.auxiliary)),
-    )
+    for name, in_full in _tables_in_full(study).items():
+        write_table(out / f"{name}.csv", in_full)
     write_table(out / "differences.csv", differences_in_full(differences))
     write_table(out / "cost.csv", cost)
     page = out / "index.html"
@@ -95,7 +96,7 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
         permutations=PERMUTATIONS,
         cost=costs_in_words(cost),
         figures_of_study=figures,
-        funnels=_funnels(study),
+        funnels=_funnels(study, deployed),
         not_done=_not_done(study),
         again=sum(job.attempts > 1 for job in study.jobs),
         settings=_settings_table(study.settings),
@@ -103,6 +104,14 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     )
     logger.info("The report is %s", page)
     return page
+
+
+def _tables_in_full(study: Study) -> dict[str, pd.DataFrame]:
+    areas = (AUROC, AUPRC, Metric("f1"), Metric("prevalence"))
+    return {
+        "table1": numbers(study, lambda metric: metric in areas),
+        "table2": numbers(study, lambda metric: metric == SILHOUETTE or bool(metric.auxiliary)),
+    }
 
 
 def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
@@ -215,21 +224,16 @@ def _any_run(panel: Panel) -> Run:
     return min(panel.runs.items(), key=lambda item: item[0] == BASELINE)[1]
 
 
-def _warnings(study: Study) -> list[str]:
-    runs = [run for panel in study.panels for run in panel.runs.values()]
-    runs += [each for panel in study.panels for each in panel.deployed.values()]
-    return list(dict.fromkeys(run.summary.caption for run in runs if run.summary.caption))
-
-
-def _funnels(study: Study) -> dict[str, Funnel]:
+def _funnels(study: Study, deployed: Sequence[Deployed]) -> dict[str, Funnel]:
     """Return who was used, for each cohort once."""
     found: dict[Funnel, list[str]] = {}
     for panel in study.panels:
         if panel.runs:
-            found.setdefault(funnel_of(_any_run(panel)), []).append(panel.auxiliary)
+            run = _any_run(panel)
+            found.setdefault(funnel_of(run.folder, run.summary), []).append(panel.auxiliary)
     funnels = {f"With {', '.join(names)}": funnel for funnel, names in found.items()}
-    for deployed in [run for panel in study.panels for run in panel.deployed.values()][:1]:
-        funnels["External cohort"] = funnel_of(deployed)
+    if deployed:
+        funnels["External cohort"] = funnel_of(deployed[0].folder, deployed[0].summary)
     return funnels
 
 

@@ -11,7 +11,7 @@ from examples.pathology.jobs.engine import Outcome
 from examples.pathology.report import pages
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import Run
-from examples.pathology.results.summary import Metrics
+from examples.pathology.results.summary import Metrics, RunSummary
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.folder import Deployed, Panel, Study, run_folder
 
@@ -124,9 +124,9 @@ def performance(study: Study, mark: Mark) -> pd.DataFrame:
                 sign = mark(row, cohort.removesuffix(", ensemble"), metric)
                 cells[heading] = sign + _cell(found, metric)
             if cohort == "internal" and row.run is not None:
-                cells["Prevalence"] = _share(row.run, row.run.summary.patients)
+                cells["Prevalence"] = _share(row.run.summary, row.run.summary.patients)
         if row.deployed is not None:
-            cells["External prevalence"] = _share(row.deployed, row.deployed.labelled)
+            cells["External prevalence"] = _share(row.deployed.summary, row.deployed.labelled)
         elif row.deploy_failure:
             cells["External AUROC, ensemble"] = row.deploy_failure
         rows.append(cells)
@@ -230,5 +230,5 @@ def _cell(found: Metrics, metric: Metric) -> str:
     return pages.metric_cell(found.get(metric), sd=False)
 
 
-def _share(run: Run, patients: int) -> str:
-    return f"{run.summary.positives / patients:.3f}" if patients else pages.MISSING
+def _share(summary: RunSummary, patients: int) -> str:
+    return f"{summary.positives / patients:.3f}" if patients else pages.MISSING

@@ -100,8 +100,12 @@ def test_a_funnel_counts_who_was_left_out_by_reason(tmp_path):
     rows = ["patient,a,used,", "slide,b,failed,why", "slide,c,failed,why", "slide,d,failed,other"]
     head = "item,name,status,reason"
     (tmp_path / "ledger.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
-    run = SimpleNamespace(folder=tmp_path, summary=SimpleNamespace(funnel=[("seen", 1)]))
-    assert pages.funnel_of(run) == (("1 seen",), 0, ("2 × slide: why", "1 × slide: other"))
+    summary = SimpleNamespace(funnel=[("seen", 1)])
+    assert pages.funnel_of(tmp_path, summary) == (
+        ("1 seen",),
+        0,
+        ("2 × slide: why", "1 × slide: other"),
+    )
 
 
 def test_a_figure_in_words():
