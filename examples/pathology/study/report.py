@@ -62,14 +62,11 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     """
     out = out or study.folder / REPORT
     differences = all_differences(study)
-    mark = marks(differences)
-    tables = performance(study, mark), representation(study, mark)
-    runs = [run for panel in study.panels for run in panel.runs.values()]
+    signs, cost = marks(differences), costs(study)
+    tables = performance(study, signs), representation(study, signs)
     deployed = [each for panel in study.panels for each in panel.deployed.values()]
-    warnings = pages.captions_of(
-        [*(run.summary for run in runs), *(each.summary for each in deployed)]
-    )
-    cost = costs(study)
+    summaries = [run.summary for panel in study.panels for run in panel.runs.values()]
+    warnings = pages.captions_of([*summaries, *(each.summary for each in deployed)])
     figures = draw_study(study, out / "figures")
     for number, table in enumerate(tables, start=1):
         pages.write_markdown(out / f"table{number}.md", table, [MARKS, *warnings])

@@ -66,7 +66,8 @@ class StudyRow:
         return found
 
 
-Mark = Callable[[StudyRow, str, Metric], str]
+Marks = Mapping[tuple[str, Metric, str, str], str]
+"""What to write before a figure, by cohort, metric, auxiliary target and method."""
 
 
 def study_rows(study: Study) -> list[StudyRow]:
@@ -106,12 +107,12 @@ def _why_missing(jobs: Sequence[Outcome]) -> str:
     return f"skipped: {skipped.error}" if skipped is not None else "not finished"
 
 
-def performance(study: Study, mark: Mark) -> pd.DataFrame:
+def performance(study: Study, marks: Marks) -> pd.DataFrame:
     """Return Table 1: AUROC and AUPRC within the cohort and, where there is one, outside it.
 
     Args:
         study: The benchmark.
-        mark: From a row, a cohort and a metric, what to write before its figure.
+        marks: What to write before figures.
     """
     rows = []
     for row in study_rows(study):
@@ -121,8 +122,8 @@ def performance(study: Study, mark: Mark) -> pd.DataFrame:
                 heading = metric.title
                 if cohort != "internal":
                     heading = cohort.replace("external", f"External {metric.title}")
-                sign = mark(row, cohort.removesuffix(", ensemble"), metric)
-                cells[heading] = sign + _cell(found, metric)
+                place = (cohort.removesuffix(", ensemble"), metric, row.panel.auxiliary, row.method)
+                cells[heading] = marks.get(place, "") + _cell(found, metric)
             if cohort == "internal" and row.run is not None:
                 cells["Prevalence"] = _share(row.run.summary, row.run.summary.patients)
         if row.deployed is not None:
@@ -133,12 +134,12 @@ def performance(study: Study, mark: Mark) -> pd.DataFrame:
     return _table(rows)
 
 
-def representation(study: Study, mark: Mark) -> pd.DataFrame:
+def representation(study: Study, marks: Marks) -> pd.DataFrame:
     """Return Table 2: silhouette of the [cls] embedding, and how well the auxiliary value is met.
 
     Args:
         study: The benchmark.
-        mark: As for `performance`.
+        marks: What to write before figures.
     """
     silhouette = f"{SILHOUETTE.title} by true class"
     rows = []
@@ -146,7 +147,8 @@ def representation(study: Study, mark: Mark) -> pd.DataFrame:
         cells = {**row.names, silhouette: row.failure}
         if row.run is not None:
             found, auxiliary = row.run.summary.metrics, row.panel.auxiliary
-            cells[silhouette] = mark(row, "internal", SILHOUETTE) + _cell(found, SILHOUETTE)
+            sign = marks.get(("internal", SILHOUETTE, auxiliary, row.method), "")
+            cells[silhouette] = sign + _cell(found, SILHOUETTE)
             as_class, as_number = (Metric(figure, auxiliary) for figure in ("auroc", "pearson"))
             cells["Auxiliary value: Pearson r (AUROC where it is a class)"] = (
                 f"AUROC {_cell(found, as_class)}" if as_class in found else _cell(found, as_number)

@@ -11,7 +11,7 @@ from examples.pathology.report import pages
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.differences import CRITERIA, REFERENCES, Criterion, Difference
 from examples.pathology.study.folder import Study
-from examples.pathology.study.tables import Mark, study_rows
+from examples.pathology.study.tables import Marks, study_rows
 
 RISE, FALL = "▲ ", "▼ "
 MARKS = (
@@ -89,18 +89,15 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
 
 
-def marks(differences: Sequence[Difference]) -> Mark:
-    """Return what to write before a figure: whether it differs significantly from the baseline."""
-    signs = {
-        (d.criterion.cohort, d.criterion.metric, d.auxiliary, d.method): RISE
-        if d.difference > 0
-        else FALL
+def marks(differences: Sequence[Difference]) -> Marks:
+    """Return what to write before a figure that differs significantly from the baseline's."""
+    return {
+        (d.criterion.cohort, d.criterion.metric, d.auxiliary, d.method): (
+            RISE if d.difference > 0 else FALL
+        )
         for d in differences
         if d.reference == BASELINE and d.significant
     }
-    return lambda row, cohort, metric: signs.get(
-        (cohort, metric, row.panel.auxiliary, row.method), ""
-    )
 
 
 def differences_table(differences: Sequence[Difference], reference: str) -> pd.DataFrame:
