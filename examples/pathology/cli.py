@@ -132,7 +132,7 @@ def simulate(config: SimulateConfig) -> None:
     """Make feature bags with a known truth for the labels of a clinical table."""
     from examples.pathology.simulation.simulate import run_simulate
 
-    typer.echo(run_simulate(config).clini.parent)
+    typer.echo(run_simulate(config).sources.clini.parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -118,7 +118,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
     kinds = _kinds(joined.clinical, config)
     people = _read_patients(joined.clinical, target, kinds)
     refused = {person.name: _refusal(person, config) for person in people}
-    found, ledger, bags = _gather(people, joined, refused)
+    found, ledger, inspection = _gather(people, joined, refused)
     labelled = [patient for patient in found if patient.label]
     training_only = [patient for patient in found if not patient.label]
     usable = {person.name for person in people if person.label and not refused[person.name]}
@@ -135,7 +135,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
     for name in config.auxiliary:
         values[name] = [p.known[name] for p in found if name in p.known]
     targets = [make_target(name, kinds[name], known, config) for name, known in values.items()]
-    return _cohort(targets, labelled, training_only, stages, ledger, bags)
+    return _cohort(targets, labelled, training_only, stages, ledger, inspection)
 
 
 def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
@@ -158,14 +158,14 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
         refuse_foreign_values(target, joined.clinical[target.name], sources.clini)
     kinds = {target.name: target.kind for target in here}
     people = _read_patients(joined.clinical, targets[0].name, kinds)
-    found, ledger, bags = _gather(people, joined, {})
+    found, ledger, inspection = _gather(people, joined, {})
     stages = [
         ("in the clinical table", len(people)),
         ("and a slide in the slide table", sum(p.name in joined.slides_of for p in people)),
         ("and usable features: used", len(found)),
     ]
     _refuse_nobody(found, "a slide and features", stages, ledger)
-    return _cohort(targets, found, [], stages, ledger, bags)
+    return _cohort(targets, found, [], stages, ledger, inspection)
 
 
 def _join(sources: Sources, columns: Sequence[str], target: str, cutoff: float | None) -> Joined:
@@ -219,7 +219,7 @@ def _gather(
     Returns:
         Those who have some, with their files; what became of everybody and everything; the files.
     """
-    bags = Inspection()
+    inspection = Inspection()
     slides_of = joined.slides_of
     ledger = [
         CohortRow("slide", key, name, "excluded", "its patient is not in the clinical table")
@@ -230,13 +230,13 @@ def _gather(
     for person in tqdm(people, desc="features", unit="patient", leave=False):
         reason = refused.get(person.name, "")
         keys = slides_of.get(person.name, [])
-        used, rows = _usable_files(person.name, keys, joined, None if reason else bags)
+        used, rows = _usable_files(person.name, keys, joined, None if reason else inspection)
         if not reason and not keys:
             reason = "no slide in the slide table"
         elif not reason and not used:
             reason = "none of its slides has usable features"
         if not reason:
-            tiles = sum(bags.tiles[path] for path in used)
+            tiles = sum(inspection.tiles[path] for path in used)
             patients.append(replace(person, files=used, tiles=tiles))
         status = "excluded" if reason else "used"
         ledger += [CohortRow("patient", person.name, person.name, status, reason), *rows]
@@ -244,22 +244,22 @@ def _gather(
         CohortRow("feature file", f"{name}.h5", "", "unclaimed", "not in the slide table")
         for name in joined.unclaimed
     ]
-    return patients, ledger, bags
+    return patients, ledger, inspection
 
 
 def _usable_files(
-    patient: str, keys: Sequence[str], joined: Joined, bags: Inspection | None
+    patient: str, keys: Sequence[str], joined: Joined, inspection: Inspection | None
 ) -> tuple[tuple[Path, ...], list[CohortRow]]:
     """Return the usable feature files of one patient by name, and a ledger row for every slide.
 
-    Without ``bags`` the patient is not used anyway, and no file is opened.
+    Without an inspection the patient is not used anyway, and no file is opened.
     """
     rows = []
     used: dict[str, Path] = {}
     for key in keys:
         candidates = joined.found[key]
         reason = ""
-        if bags is None:
+        if inspection is None:
             reason = "its patient is left out"
         elif not candidates:
             reason = "no feature file"
@@ -268,7 +268,7 @@ def _usable_files(
         elif candidates[0] in used:
             reason = f"listed more than once ({candidates[0]}.h5)"
         else:
-            reason = bags.problem(joined.files[candidates[0]])
+            reason = inspection.problem(joined.files[candidates[0]])
         if not reason:
             used[candidates[0]] = joined.files[candidates[0]]
         rows.append(CohortRow("slide", key, patient, "excluded" if reason else "used", reason))
@@ -295,10 +295,10 @@ def _cohort(
     training_only: Sequence[Patient],
     stages: Sequence[tuple[str, int]],
     ledger: Sequence[CohortRow],
-    bags: Inspection,
+    inspection: Inspection,
 ) -> Cohort:
     """Return the cohort, whose features must be of one kind."""
-    kind = bags.kind()
+    kind, crc = inspection.kind(), inspection.crc
     reasons = {
         p.name: f"no {targets[0].name} label: trained on for {listing(p.known)}, never tested"
         for p in training_only
@@ -318,7 +318,7 @@ def _cohort(
         funnel=tuple(stages),
         kind=kind,
         digest=_sha256(
-            f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[bags.crc[f] for f in p.files]}"
+            f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[crc[file] for file in p.files]}"
             for p in sorted([*patients, *training_only], key=lambda p: p.name)
         ),
     )

@@ -16,20 +16,20 @@ from examples.pathology.common.toml import read_toml, write_toml
 logger = logging.getLogger(__name__)
 
 
-def claim_folder(out: Path, kind: str, settings: Mapping[str, Any]) -> None:
-    """Mark a folder with what is made in it, ``<kind>.toml``, or check that it is the same.
+def claim_folder(out: Path, what: str, settings: Mapping[str, Any]) -> None:
+    """Mark a folder with what is made in it, ``<what>.toml``, or check that it is the same.
 
     Args:
         out: The folder, made if missing; hidden files in it do not count.
-        kind: What is made, such as ``demo``.
+        what: What is made, such as ``demo``.
         settings: All that decides the content, as `write_toml` takes it.
 
     Raises:
         UserError: The folder holds another one, or other files.
     """
-    path = out / f"{kind}.toml"
+    path = out / f"{what}.toml"
     if path.exists():
-        stored = read_toml(path).get(kind, {})
+        stored = read_toml(path).get(what, {})
         differing = [
             f"{name}: {stored.get(name)} -> {settings.get(name)}"
             for name in dict.fromkeys([*settings, *stored])
@@ -37,13 +37,13 @@ def claim_folder(out: Path, kind: str, settings: Mapping[str, Any]) -> None:
         ]
         if differing:
             raise UserError(
-                f"`out` must be a new folder or one of the same {kind}, but {out} differs in "
+                f"`out` must be a new folder or one of the same {what}, but {out} differs in "
                 f"{listing(differing)}."
             )
     elif out.exists() and any(not found.name.startswith(".") for found in out.iterdir()):
         raise UserError(f"`out` must be a new or empty folder, but {out} holds other files.")
     else:
-        write_toml(path, {kind: settings})
+        write_toml(path, {what: settings})
 
 
 def clean(folder: Path) -> None:

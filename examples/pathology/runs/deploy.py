@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +125,20 @@ def mean_prediction(by_fold: Sequence[Sequence[PatientPrediction]]) -> list[Pati
         Mean probabilities and mean numbers. Embeddings of different models have no common axes:
         those of the first model stand in.
     """
-    together = []
-    for each in zip(*by_fold, strict=True):
-        first = each[0]
-        together.append(
-            PatientPrediction(
-                first.patient,
-                {
-                    name: np.mean([p.probabilities[name] for p in each], axis=0)
-                    for name in first.probabilities
-                },
-                {name: float(np.mean([p.numbers[name] for p in each])) for name in first.numbers},
-                first.embedding,
-            )
+    return [
+        replace(
+            first,
+            probabilities={
+                name: np.mean([p.probabilities[name] for p in (first, *others)], axis=0)
+                for name in first.probabilities
+            },
+            numbers={
+                name: float(np.mean([p.numbers[name] for p in (first, *others)]))
+                for name in first.numbers
+            },
         )
-    return together
+        for first, *others in zip(*by_fold, strict=True)
+    ]
 
 
 def _result(path: Path, predictions: Sequence[PatientPrediction], threshold: float) -> FoldResult:

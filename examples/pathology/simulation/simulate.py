@@ -23,7 +23,7 @@ from examples.pathology.cohort.targets import make_target, refuse_foreign_values
 from examples.pathology.common.files import write_text
 from examples.pathology.common.folders import claim_folder, sole_writer
 from examples.pathology.features.files import write_features
-from examples.pathology.settings.cohort import CohortConfig
+from examples.pathology.settings.cohort import CohortConfig, Sources
 from examples.pathology.settings.simulate import STRENGTHS, SimulateConfig
 from examples.pathology.simulation.composition import (
     TISSUES,
@@ -34,12 +34,12 @@ from examples.pathology.simulation.composition import (
 )
 from examples.pathology.simulation.feature_space import FeatureSpace
 from examples.pathology.simulation.tables import (
-    Source,
+    CohortTables,
     auxiliary_of,
     generator_of,
-    read_source,
+    read_tables,
     shuffled,
-    source_of,
+    tables_of,
 )
 from examples.pathology.tables.reading import FILENAME, PATIENT
 from examples.pathology.tables.writing import write_table
@@ -57,9 +57,8 @@ class SimulatedCohort:
     """Where a simulated cohort lies and what is in it.
 
     Args:
-        clini: Clinical table: ``PATIENT``, the target, the auxiliary columns.
-        slide_table: ``PATIENT`` and ``FILENAME``.
-        features: Folder of feature files.
+        sources: Its tables and feature files; the clinical table has the target and the auxiliary
+            columns.
         truth: What made each patient's bags.
         target: The biomarker.
         positive: Its label that alters tumour tiles.
@@ -70,9 +69,7 @@ class SimulatedCohort:
         external: The cohort of the other site.
     """
 
-    clini: Path
-    slide_table: Path
-    features: Path
+    sources: Sources
     truth: Path
     target: str
     positive: str
@@ -99,33 +96,33 @@ def run_simulate(config: SimulateConfig) -> SimulatedCohort:
     Raises:
         UserError: Tables or settings are wrong, or the folder holds another simulation.
     """
-    source = source_of(config)
-    labels = [label for label in source.clinical[config.target] if label]
+    tables = tables_of(config)
+    labels = [label for label in tables.clinical[config.target] if label]
     table = Path("the drawn table") if config.clini is None else config.clini
     asked = CohortConfig(table, config.out, config.out, config.target, positive=config.positive)
     target = make_target(config.target, "classification", labels, asked)
-    auxiliary = auxiliary_of(config, source.clinical)
+    auxiliary = auxiliary_of(config, tables.clinical)
     external = None
     if config.external_clini is not None:
-        external = read_source(config.external_clini, None, config)
+        external = read_tables(config.external_clini, None, config)
         labels_there = external.clinical[config.target]
         refuse_foreign_values(target, labels_there, config.external_clini)
     with sole_writer(config.out):
         claim_folder(config.out, "simulation", settings_of(config, target.positive))
-        cohort = _write(config, source, config.out, target.positive, auxiliary)
+        cohort = _write(config, tables, config.out, target.positive, auxiliary)
         if external is not None:
             here = tuple(name for name in auxiliary if name in external.clinical)
             folder = config.out / "external"
             other = _write(config, external, folder, target.positive, here, external=True)
             cohort = replace(cohort, external=other)
-        write_text(config.out / "README.txt", _readme(config, cohort, source.left_out))
+        write_text(config.out / "README.txt", _readme(config, cohort, tables.left_out))
     logger.warning("%s", cohort.simulated)
     return cohort
 
 
 def _write(
     config: SimulateConfig,
-    source: Source,
+    tables: CohortTables,
     out: Path,
     positive: str,
     auxiliary: tuple[str, ...],
@@ -133,35 +130,34 @@ def _write(
     external: bool = False,
 ) -> SimulatedCohort:
     """Write the bags and tables of one cohort."""
-    simulated = _sentence(config, drawn=source.drawn, external=external)
+    there = Sources(out / "clini.csv", out / "slides.csv", out / "features")
+    simulated = _sentence(config, drawn=tables.drawn, external=external)
     tissues, truth = {}, []
-    for name, cells in source.clinical.iterrows():
-        tissues[str(name)], said = _tissue(config, source, str(name), cells, positive)
+    for name, cells in tables.clinical.iterrows():
+        tissues[str(name)], said = _tissue(config, tables, str(name), cells, positive)
         truth.append(said)
-    _write_bags(config, source, out / "features", tissues, simulated, external=external)
-    clinical = source.clinical[[config.target, *auxiliary]]
+    _write_bags(config, tables, there.features, tissues, simulated, external=external)
+    clinical = tables.clinical[[config.target, *auxiliary]]
     if config.null and not external:
         clinical = shuffled(clinical, config)
-    write_table(out / "clini.csv", clinical.reset_index(names=PATIENT))
-    write_table(out / "slides.csv", pd.DataFrame(source.slides, columns=[PATIENT, FILENAME]))
+    write_table(there.clini, clinical.reset_index(names=PATIENT))
+    write_table(there.slide_table, pd.DataFrame(tables.slides, columns=[PATIENT, FILENAME]))
     write_table(out / "truth.csv", pd.DataFrame(truth))
     return SimulatedCohort(
-        clini=out / "clini.csv",
-        slide_table=out / "slides.csv",
-        features=out / "features",
+        sources=there,
         truth=out / "truth.csv",
         target=config.target,
         positive=positive,
         auxiliary=auxiliary,
         patients=len(clinical),
-        slides=len(source.slides),
+        slides=len(tables.slides),
         simulated=simulated,
     )
 
 
 def _write_bags(
     config: SimulateConfig,
-    source: Source,
+    tables: CohortTables,
     folder: Path,
     tissues: Mapping[str, Tissue],
     simulated: str,
@@ -171,7 +167,7 @@ def _write_bags(
     """Write the feature files that are not there yet."""
     space = FeatureSpace(config.seed)
     site = "external" if external else "internal"
-    for patient, key in tqdm(source.slides, desc=f"{site} bags", unit="slide", leave=False):
+    for patient, key in tqdm(tables.slides, desc=f"{site} bags", unit="slide", leave=False):
         path = folder / f"{key}.h5"
         if path.exists():  # whole, as it has its name, and of these settings, as the folder is
             continue
@@ -191,7 +187,7 @@ def _write_bags(
 
 
 def _tissue(
-    config: SimulateConfig, source: Source, name: str, cells: pd.Series[str], positive: str
+    config: SimulateConfig, tables: CohortTables, name: str, cells: pd.Series[str], positive: str
 ) -> tuple[Tissue, dict[str, Any]]:
     """Return what a patient's slides are made of, and the row of ``truth.csv`` that says so."""
     population = population_of(config)
@@ -204,7 +200,7 @@ def _tissue(
         generator,
         positive=label == positive if label else None,
     )
-    measured = None if source.fractions is None else source.fractions[name]
+    measured = None if tables.fractions is None else tables.fractions[name]
     tissue = draw_tissue(population, z, config, generator, positive=status, measured=measured)
     truth = {
         PATIENT: name,

@@ -112,11 +112,11 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
     """
     if patients < 2:
         raise UserError(f"`patients` must be at least 2 (one per class), but got {patients}.")
-    drawn = _draw_patients(patients, np.random.default_rng([seed, 0]))
+    sampled = _sample_patients(patients, np.random.default_rng([seed, 0]))
     folder = out / "slides"
     folder.mkdir(parents=True, exist_ok=True)
     slides = []
-    for index, patient in enumerate(tqdm(drawn, desc="drawing slides", unit="patient")):
+    for index, patient in enumerate(tqdm(sampled, desc="drawing slides", unit="patient")):
         for number in range(patient.slides):
             stem = f"{patient.name}-{number + 1}"
             pixels = draw_slide(patient.traits, np.random.default_rng([seed, 1, index, number]))
@@ -124,9 +124,9 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
             slides.append((patient.name, stem))
     target, auxiliary = "isMSIH", "Leukocyte Fraction"
     columns = {
-        PATIENT: [patient.name for patient in drawn],
-        target: ["MSIH" if patient.positive else "nonMSIH" for patient in drawn],
-        auxiliary: np.round([patient.fraction for patient in drawn], 4),
+        PATIENT: [patient.name for patient in sampled],
+        target: ["MSIH" if patient.positive else "nonMSIH" for patient in sampled],
+        auxiliary: np.round([patient.fraction for patient in sampled], 4),
         "Source": "synthetic",
     }
     write_table(out / "clini.csv", pd.DataFrame(columns))
@@ -145,8 +145,8 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
     )
 
 
-def _draw_patients(patients: int, rng: np.random.Generator) -> list[_Patient]:
-    """Draw what is planted in each patient: label and inflammation show in tissue and fraction."""
+def _sample_patients(patients: int, rng: np.random.Generator) -> list[_Patient]:
+    """Sample what is planted in each patient, and what is measured of it."""
     positives = np.zeros(patients, dtype=bool)
     positives[: max(1, round(0.4 * patients))] = True
     rng.shuffle(positives)

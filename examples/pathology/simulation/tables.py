@@ -36,7 +36,7 @@ DEFAULT_PATIENTS = 450  # about as many as TCGA-CRC has with label and slide
 
 
 @dataclass(frozen=True)
-class Source:
+class CohortTables:
     """What the tables say of one cohort.
 
     Args:
@@ -54,7 +54,7 @@ class Source:
     left_out: int = 0
 
 
-def source_of(config: SimulateConfig) -> Source:
+def tables_of(config: SimulateConfig) -> CohortTables:
     """Return the cohort to make bags for.
 
     Raises:
@@ -62,25 +62,25 @@ def source_of(config: SimulateConfig) -> Source:
     """
     if config.clini is None:
         return _draw(config)
-    source = read_source(config.clini, config.slide_table, config)
+    tables = read_tables(config.clini, config.slide_table, config)
     if config.tissue_fractions is None:
-        return source
+        return tables
     path = config.tissue_fractions
     table = read_clinical_table(path, [BACKGROUND, *TISSUES], config.patient_column)
     fractions = {
         str(name): shares_from({tissue: str(row[tissue]) for tissue in TISSUES}, str(name))
         for name, row in table.iterrows()
     }
-    clinical = source.clinical[source.clinical.index.isin(list(fractions))]
+    clinical = tables.clinical[tables.clinical.index.isin(list(fractions))]
     if clinical.empty:
         raise UserError(f"{path} must have patients of {config.clini}, but has none.")
-    left_out = len(source.clinical) - len(clinical)
+    left_out = len(tables.clinical) - len(clinical)
     logger.warning("Left out: %d patients without measured tissue fractions", left_out)
-    slides = [(patient, key) for patient, key in source.slides if patient in clinical.index]
-    return Source(clinical, slides, fractions=fractions, left_out=left_out)
+    slides = [(patient, key) for patient, key in tables.slides if patient in clinical.index]
+    return CohortTables(clinical, slides, fractions=fractions, left_out=left_out)
 
 
-def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -> Source:
+def read_tables(clini: Path, slide_table: Path | None, config: SimulateConfig) -> CohortTables:
     """Read the target and all signatures of a clinical table, and its slides.
 
     Args:
@@ -98,7 +98,7 @@ def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -
     clinical = table[[config.target, *names]]
     if slide_table is None:
         named = [(name, slide_key(name, clini, config.patient_column)) for name in clinical.index]
-        return Source(clinical, named)
+        return CohortTables(clinical, named)
     everyone = read_slide_table(slide_table, config.patient_column, config.filename_column)
     slides = [(patient, key) for patient, key in everyone if patient in clinical.index]
     if unknown := len(everyone) - len(slides):
@@ -106,10 +106,10 @@ def read_source(clini: Path, slide_table: Path | None, config: SimulateConfig) -
     if not slides:
         raise UserError(f"{slide_table} must have slides of patients of {clini}, but has none.")
     refuse_two_owners(slides, "slide", slide_table)
-    return Source(clinical, slides)
+    return CohortTables(clinical, slides)
 
 
-def _draw(config: SimulateConfig) -> Source:
+def _draw(config: SimulateConfig) -> CohortTables:
     """Draw labels, signatures and which of them are missing."""
     population = population_of(config)
     rows = {}
@@ -124,7 +124,7 @@ def _draw(config: SimulateConfig) -> Source:
         rows[name] = ["" if gone else cell for gone, cell in zip(missing, cells, strict=True)]
     columns = [config.target, *population.signatures]
     clinical = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    return Source(clinical, [(name, name) for name in rows], drawn=True)
+    return CohortTables(clinical, [(name, name) for name in rows], drawn=True)
 
 
 def shuffled(clinical: pd.DataFrame, config: SimulateConfig) -> pd.DataFrame:

@@ -93,23 +93,22 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return all that the next epoch depends on, besides patients and settings."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "balancer": None if self.balancer is None else self.balancer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "random": random_state(self.device),
+        state = {
+            name: None if part is None else part.state_dict()
+            for name, part in self._parts().items()
         }
+        return {**state, "random": random_state(self.device)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go back to a state of `state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.balancer is not None:
-            self.balancer.load_state_dict(state["balancer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        for name, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(state[name])
         set_random_state(state["random"], self.device)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = ("model", "optimizer", "balancer", "scheduler")
+        return {name: getattr(self, name) for name in parts}
 
     def train_epoch(self, patients: Sequence[Patient], epoch: int) -> dict[str, float]:
         """Take one step per patient, in a new order, and return the means of what steps report."""

@@ -85,7 +85,9 @@ def content(folder):
 
 
 def bags_of(cohort):
-    return {path.stem: read_features(path) for path in sorted(cohort.features.rglob("*.h5"))}
+    return {
+        path.stem: read_features(path) for path in sorted(cohort.sources.features.rglob("*.h5"))
+    }
 
 
 def pooled(cohort):
@@ -94,11 +96,11 @@ def pooled(cohort):
 
 def test_labels_come_through_verbatim_and_what_is_missing_stays_missing(settings):
     cohort = run_simulate(settings)
-    clini = text(cohort.clini)
+    clini = text(cohort.sources.clini)
     assert list(clini) == ["isMSIH", "Leukocyte Fraction", "Intratumor Heterogeneity"]
     expected = {row[0]: [cell.replace("NA", "") for cell in row[1:4]] for row in CLINICAL}
     assert {name: list(row) for name, row in clini.iterrows()} == expected
-    slides = pd.read_csv(cohort.slide_table)
+    slides = pd.read_csv(cohort.sources.slide_table)
     assert list(slides["FILENAME"]) == [f"P{i}-DX1" for i in (1, 2, 3, 4, 6, 7)] + ["P1-DX2"]
     assert (cohort.patients, cohort.slides, cohort.positive) == (7, 7, "MSI-H")
     truth = pd.read_csv(cohort.truth).set_index("PATIENT")
@@ -111,9 +113,9 @@ def test_labels_come_through_verbatim_and_what_is_missing_stays_missing(settings
 def test_a_simulated_cohort_is_read_like_any_other_and_says_what_it_is(settings, caplog):
     simulated = run_simulate(settings)
     config = CohortConfig(
-        simulated.clini,
-        simulated.slide_table,
-        simulated.features,
+        simulated.sources.clini,
+        simulated.sources.slide_table,
+        simulated.sources.features,
         simulated.target,
         auxiliary=simulated.auxiliary,
     )
@@ -158,7 +160,7 @@ def test_a_patients_bags_depend_on_no_other_patient(settings, tmp_path):
 def test_a_stopped_simulation_is_taken_up_and_another_one_is_refused(settings):
     cohort = run_simulate(settings)
     before = content(settings.out)
-    kept, lost = cohort.features / "P1-DX1.h5", cohort.features / "P6-DX1.h5"
+    kept, lost = cohort.sources.features / "P1-DX1.h5", cohort.sources.features / "P6-DX1.h5"
     lost.unlink()
     stamp = kept.stat().st_mtime_ns
     run_simulate(settings)
@@ -180,7 +182,7 @@ def test_settings_are_written_down_resolved(settings):
 
 def test_composition_and_features_follow_the_signatures_and_the_label(drawn):
     signal, _ = drawn
-    table = pd.read_csv(signal.clini).set_index("PATIENT")
+    table = pd.read_csv(signal.sources.clini).set_index("PATIENT")
     truth = pd.read_csv(signal.truth).set_index("PATIENT")
     for signature, column, least in (
         ("Leukocyte Fraction", "LYM", 0.4),
@@ -203,7 +205,7 @@ def lymphocytes_seen(cohort):
 
 def test_in_the_null_setting_auxiliary_values_say_nothing_of_label_or_bag(drawn):
     signal, null = drawn
-    before, after = text(signal.clini), text(null.clini)
+    before, after = text(signal.sources.clini), text(null.sources.clini)
     assert list(before["isMSIH"]) == list(after["isMSIH"])
     ours, theirs = bags_of(signal), bags_of(null)
     for name, bag in ours.items():  # the very same bags: the label shows as before
@@ -222,7 +224,7 @@ def test_in_the_null_setting_auxiliary_values_say_nothing_of_label_or_bag(drawn)
         assert abs(values[signature].corr(status[labelled])) < chance
     assert before["Leukocyte Fraction"].astype(float).corr(seen) > 1.5 * chance
     assert "SHUFFLED among patients (null setting)" in null.simulated
-    assert "Null setting" in (null.clini.parent / "README.txt").read_text()
+    assert "Null setting" in (null.sources.clini.parent / "README.txt").read_text()
 
 
 def test_patients_with_and_without_a_label_are_shuffled_apart(tmp_path):
@@ -241,7 +243,7 @@ def test_patients_with_and_without_a_label_are_shuffled_apart(tmp_path):
 def test_drawn_labels_say_so_and_lack_as_many_values_as_real_ones(drawn):
     signal, _ = drawn
     assert signal.simulated.endswith("labels are DRAWN as well.")
-    table = text(signal.clini)
+    table = text(signal.sources.clini)
     assert set(table["isMSIH"]) <= {"MSI-H", "MSS", ""}
     assert 0.08 < (table["isMSIH"] == "MSI-H").mean() < 0.21
     assert (table["Intratumor Heterogeneity"] == "").mean() < 0.05
@@ -259,7 +261,7 @@ def test_another_site_is_shifted_and_needs_no_signatures(settings, tmp_path):
     external = cohort.external
     assert external is not None
     assert (external.patients, external.auxiliary, external.simulated) == (30, (), REAL_LABELS)
-    assert list(text(external.clini)) == ["isMSIH"]
+    assert list(text(external.sources.clini)) == ["isMSIH"]
     truth = pd.read_csv(external.truth)
     assert truth["z Leukocyte Fraction"].nunique() == 30  # drawn given the label
     plain = run_simulate(replace(config, domain_shift=0.0, out=tmp_path / "plain")).external
@@ -320,7 +322,7 @@ def test_measured_fractions_tell_msi_as_well_as_published(tmp_path):
     )
     cohort = run_simulate(config)
     assert cohort.patients == 363
-    table = text(cohort.clini).join(pd.read_csv(cohort.truth).set_index("PATIENT"))
+    table = text(cohort.sources.clini).join(pd.read_csv(cohort.truth).set_index("PATIENT"))
     table = table[table["isMSIH"] != ""]
     model = make_pipeline(StandardScaler(), LogisticRegression())
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
@@ -332,8 +334,10 @@ def test_measured_fractions_tell_msi_as_well_as_published(tmp_path):
 
 def test_simulated_and_real_features_never_mix(settings):
     cohort = run_simulate(settings)
-    config = CohortConfig(cohort.clini, cohort.slide_table, cohort.features, "isMSIH")
-    path = cohort.features / "P6-DX1.h5"
+    config = CohortConfig(
+        cohort.sources.clini, cohort.sources.slide_table, cohort.sources.features, "isMSIH"
+    )
+    path = cohort.sources.features / "P6-DX1.h5"
     bag = read_features(path)
     write_bag(path, bag.feats, extractor=bag.kind.extractor, sha="")
     with pytest.raises(UserError, match="All feature files must come from one extractor"):
@@ -342,7 +346,7 @@ def test_simulated_and_real_features_never_mix(settings):
 
 def test_every_number_and_figure_of_a_run_states_it(tmp_path):
     cohort = run_simulate(SimulateConfig(tmp_path / "sim", patients=60, tiles=8, max_tiles=8))
-    files = (cohort.clini, cohort.slide_table, cohort.features)
+    files = (cohort.sources.clini, cohort.sources.slide_table, cohort.sources.features)
     said: list[str] = []
     run_check(CheckConfig(*files, "isMSIH", folds=2), said.append)
     assert cohort.simulated in said
