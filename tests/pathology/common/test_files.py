@@ -5,6 +5,7 @@ import math
 import pytest
 
 from examples.pathology.common import files
+from examples.pathology.common.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -24,3 +25,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         files.write_json(tmp_path / "a.json", {"a": math.nan})
+
+
+def test_a_file_that_cannot_be_read_is_named_and_other_errors_pass(tmp_path):
+    path = tmp_path / "b"
+    with (
+        pytest.raises(UserError, match=r"b must be a readable file, but No such file"),
+        files.readable(path),
+    ):
+        path.read_text()
+    with pytest.raises(KeyError), files.readable(tmp_path):
+        {}["a"]

@@ -380,3 +380,8 @@ def test_a_stream_goes_round_for_ever():
     stream = learner._stream(["a", "b"], np.random.default_rng(0))
     rounds = [{next(stream), next(stream)} for _ in range(5)]
     assert rounds == list(itertools.repeat({"a", "b"}, 5))
+
+
+def test_means_are_over_the_steps_that_have_a_number():
+    rows = [{"a": 1.0, "b": math.nan}, {"a": 2.0, "c": 5.0}, {"b": math.nan, "a": 6.0}]
+    assert learner._means(rows) == {"a": 3.0, "c": 5.0}
