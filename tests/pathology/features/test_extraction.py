@@ -14,7 +14,7 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import extraction
 from examples.pathology.features.files import read_features
-from examples.pathology.settings.extract import TileRules
+from examples.pathology.settings.extract import ExtractConfig, TileRules
 from examples.pathology.slides import slide as slides
 from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, extract, plain, save_slide
 
@@ -165,6 +165,27 @@ def test_unforeseen_errors_are_logged_with_their_traceback(tmp_path, network, mo
     assert rows["a.tif"]["stage"] == "tiling"
     assert rows["b.tif"]["status"] == "ok"
     assert "Traceback" in caplog.text
+
+
+def test_a_slide_that_cannot_be_opened_is_looked_at_when_its_turn_comes(tmp_path, network, caplog):
+    (tmp_path / "a.svs").write_text("no slide")
+    (tmp_path / "a.h5").write_bytes(b"of an earlier run")
+    config = ExtractConfig(tmp_path, tmp_path, device="cpu")
+    built = extraction.make_network(config, torch.device("cpu"))
+    (file,) = slides.find_slides(tmp_path)
+    for gets_its_turn in (False, True):
+        caplog.clear()
+        steps = extraction.extract_slide(file, config, built, None)
+        next(steps)
+        assert "a.svs" not in caplog.text
+        assert (tmp_path / "a.h5").exists()
+        if gets_its_turn:
+            with pytest.raises(StopIteration) as end:
+                next(steps)
+            assert [(row.slide, row.status) for row in end.value.value] == [("a.svs", "failed")]
+            assert "a.svs failed" in caplog.text
+            assert (tmp_path / "a.h5.old").exists()
+        steps.close()
 
 
 def test_finished_slides_are_left_alone(tmp_path, network):
