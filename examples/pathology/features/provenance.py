@@ -69,8 +69,7 @@ def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Ro
             kept = len(stored["feats"])
             whole = kept == len(stored["coords"])
     except (OSError, KeyError) as error:
-        logger.warning("%s is damaged (%s); %s is extracted again.", path, error, file.name)
-        return None
+        return _again(path, file, f"is damaged ({error})")
     try:
         old = dict(json.loads(attributes["mtbalance_parameters"]))
         row = SlideRow(
@@ -87,22 +86,20 @@ def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Ro
         )
         seconds = round(float(attributes["mtbalance_seconds_features"]), 3)
     except (KeyError, TypeError, ValueError):
-        logger.warning(
-            "%s was made by another program or release; %s is extracted again.", path, file.name
-        )
-        return None
+        return _again(path, file, "was made by another program or release")
     if not whole:
-        logger.warning("%s is damaged; %s is extracted again.", path, file.name)
-        return None
+        return _again(path, file, "is damaged")
     changed = [
-        key for key in sorted(old.keys() | parameters) if old.get(key) != parameters.get(key)
+        f"{key} {old.get(key)} -> {parameters.get(key)}"
+        for key in sorted(old.keys() | parameters)
+        if old.get(key) != parameters.get(key)
     ]
     if changed:
-        logger.warning(
-            "%s was made with other parameters (%s); %s is extracted again.",
-            path,
-            ", ".join(f"{key} {old.get(key)} -> {parameters.get(key)}" for key in changed),
-            file.name,
-        )
-        return None
+        return _again(path, file, f"was made with other parameters ({', '.join(changed)})")
     return row, replace(row, stage=FEATURES, seconds=seconds)
+
+
+def _again(path: Path, file: SlideFile, why: str) -> Rows | None:
+    """Say why a slide is extracted again though it has a file; return no rows."""
+    logger.warning("%s %s; %s is extracted again.", path, why, file.name)
+    return None
