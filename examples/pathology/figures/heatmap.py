@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from examples.pathology.figures.plots import GREY, STYLE, save, wrap
+from examples.pathology.figures.sheet import PICTURES, SMALL, TEXT, Sheet
+from examples.pathology.training.tile_values import TileValues
 
 LEAST_SPAN = 0.1
 """Of the colours: tiles that hardly differ must not look as if they did."""
@@ -25,12 +24,9 @@ def heatmap(
     um_per_px: float,
     corners_um: NDArray[np.float32],
     tile_um: float,
-    attention: NDArray[np.float64],
-    score: NDArray[np.float64],
-    path: Path,
+    values: TileValues,
+    sheet: Sheet,
     *,
-    title: str,
-    caption: str = "",
     what: str = "Class score",
     least_span: float = LEAST_SPAN,
 ) -> None:
@@ -41,40 +37,33 @@ def heatmap(
         um_per_px: Size of its pixels.
         corners_um: x and y of the top-left corner of every tile ``(n, 2)``.
         tile_um: Edge of a tile.
-        attention: ``(n,)``, 1 for the average tile.
-        score: ``(n,)``, the probability of a class, or a value.
-        path: The ``.png`` to write.
-        title: Above the panels.
-        caption: Below them.
-        what: Name of the score.
+        values: What the models say of every tile.
+        sheet: Where to, and the words around it.
+        what: The score's name.
         least_span: Of the score's colours.
     """
     height_mm, width_mm = (side * um_per_px / 1000 for side in overview.shape[:2])
-    panel = 4.6 if width_mm >= height_mm else max(2.8, 4.6 * width_mm / height_mm)
-    tall = panel * height_mm / width_mm
-    figure = Figure(figsize=(3 * panel + 2.4, min(tall, 9.0) + 1.6), layout="constrained")
-    figure.suptitle(title, fontsize=STYLE["font"] + 2)
-    panels = figure.subplots(1, 3)
+    width = 4.6 if width_mm >= height_mm else max(2.8, 4.6 * width_mm / height_mm)
+    height = min(width * height_mm / width_mm, 9.0)
+    remark = "Colours span the 1st to 99th percentile of this slide's tiles, and at least 0.1"
+    remark += f" ({what.lower()}: {least_span:.3g})." if least_span != LEAST_SPAN else "."
     parts = [
         ("Slide", None, "", 0.0),
-        ("Attention (1: the average tile)", attention, "magma", LEAST_SPAN),
-        (f"{what} of each tile alone", score, "viridis", least_span),
+        ("Attention (1: the average tile)", values.attention, "magma", LEAST_SPAN),
+        (f"{what} of each tile alone", values.score, "viridis", least_span),
     ]
-    for axes, (name, values, colours, span) in zip(panels, parts, strict=True):
-        axes.imshow(overview, extent=(0, width_mm, height_mm, 0))
-        if values is not None:
-            corners = corners_um.astype(float) / 1000
-            drawn = _squares(axes, corners, tile_um / 1000, values, colours, span)
-            figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
-        axes.set_xlim(0, width_mm)
-        axes.set_ylim(height_mm, 0)
-        axes.set_title(name, fontsize=STYLE["font"])
-        axes.set_xlabel("mm", fontsize=STYLE["small"])
-        axes.tick_params(labelsize=STYLE["small"])
-    text = "Colours span the 1st to 99th percentile of this slide's tiles, and at least 0.1"
-    text += f" ({what.lower()}: {least_span:.3g}). " if least_span != LEAST_SPAN else ". "
-    figure.supxlabel(wrap(text + caption, 140), fontsize=STYLE["small"], color=GREY)
-    save(figure, path)
+    with sheet.open(
+        (width, height), (2.4, 1.6), len(parts), remark=remark, letters=140 / 3, style=PICTURES
+    ) as (figure, panels):
+        for axes, (name, shown, colours, span) in zip(panels, parts, strict=True):
+            axes.imshow(overview, extent=(0, width_mm, height_mm, 0))
+            if shown is not None:
+                corners = corners_um.astype(float) / 1000
+                drawn = _squares(axes, corners, tile_um / 1000, shown, colours, span)
+                figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
+            axes.set(xlim=(0, width_mm), ylim=(height_mm, 0), title=name)
+            axes.set_xlabel("mm", fontsize=SMALL)
+            axes.tick_params(labelsize=SMALL)
 
 
 def _squares(
@@ -103,30 +92,24 @@ def _squares(
 
 
 def top_tiles(
-    rows: Sequence[tuple[str, Sequence[Picture], NDArray[np.float64]]],
-    path: Path,
-    *,
-    title: str,
-    caption: str = "",
+    rows: Sequence[tuple[str, Sequence[Picture], NDArray[np.float64]]], sheet: Sheet
 ) -> None:
     """Draw the tiles with the highest values, a row for each kind of value.
 
     Args:
         rows: Name of the value, pictures of tiles, and their values, highest first.
-        path: The ``.png`` to write.
-        title: Above them.
-        caption: Below them.
+        sheet: Where to, and the words around it.
     """
     columns = max(len(pictures) for _, pictures, _ in rows)
-    figure = Figure(figsize=(1.9 * columns + 0.8, 2.3 * len(rows) + 1.0), layout="constrained")
-    figure.suptitle(wrap(title, 16 * columns + 8), fontsize=STYLE["font"])
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, pictures, values) in zip(panels, rows, strict=True):
-        for axes in line:
+    count, style = len(rows) * columns, {**PICTURES, "figure.titlesize": TEXT}
+    with sheet.open((1.9, 2.3), (0.8, 1.0), count, columns=columns, letters=22, style=style) as (
+        _,
+        panels,
+    ):
+        for axes in panels:
             axes.set_axis_off()
-        for axes, picture, value in zip(line, pictures, values, strict=False):
-            axes.imshow(picture)
-            axes.set_title(f"{name} {value:.4g}", fontsize=STYLE["small"])
-    if caption:
-        figure.supxlabel(wrap(caption, 22 * columns), fontsize=STYLE["small"], color=GREY)
-    save(figure, path)
+        for number, (name, pictures, values) in enumerate(rows):
+            line = panels[number * columns :]
+            for axes, picture, value in zip(line, pictures, values, strict=False):
+                axes.imshow(picture)
+                axes.set_title(f"{name} {value:.4g}", fontsize=SMALL)

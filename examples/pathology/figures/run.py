@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from examples.pathology.cohort.targets import Target
-from examples.pathology.figures import history as history_plots
-from examples.pathology.figures import plots
+from examples.pathology.figures.embedding import tsne
+from examples.pathology.figures.history import balance, training
+from examples.pathology.figures.scores import precision_recall, regression, roc
+from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.summary import RunSummary
 
 
 def draw_figures(
-    figures: Path,
-    summary: RunSummary,
-    results: Sequence[FoldResult],
-    *,
-    seed: int,
+    figures: Path, summary: RunSummary, results: Sequence[FoldResult], *, seed: int
 ) -> list[tuple[str, Path]]:
     """Draw what a run says: its ranking, its embedding, its measurements and its training.
 
@@ -30,32 +31,30 @@ def draw_figures(
     Returns:
         A title and the file of every figure.
     """
+    primary, method, caption = summary.targets[0], summary.method, summary.caption
     drawn = draw_scores(figures, summary, results, summary.targets)
+    truth = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
     path = figures / "tsne.png"
-    primary = summary.targets[0]
-    labels = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
-    plots.tsne(
+    tsne(
         [
             (result.embeddings, each if primary.classes else each.astype(float))
-            for result, each in zip(results, labels, strict=True)
+            for result, each in zip(results, truth, strict=True)
         ],
         primary.classes,
-        path,
-        title=f"{summary.method}: [cls] embedding by {primary.name}",
-        caption=summary.caption,
+        Sheet(path, f"{method}: [cls] embedding by {primary.name}", caption),
         seed=seed,
     )
     drawn.append(("t-SNE", path))
-    histories = [result.history for result in results if len(result.history)]
-    if histories:
+    trained = [result for result in results if len(result.history)]
+    if trained:
         tasks = [target.name for target in summary.targets]
-        method, caption = summary.method, summary.caption
-        best = [result.best_epoch for result in results if len(result.history)]
+        histories = [result.history for result in trained]
+        best = [result.best_epoch for result in trained]
         path = figures / "training.png"
-        history_plots.training(histories, best, tasks, path, title=method, caption=caption)
+        training(histories, best, tasks, Sheet(path, method, caption))
         drawn.append(("training", path))
         path = figures / "balance.png"
-        if history_plots.balance(histories, tasks, path, title=method, caption=caption):
+        if balance(histories, tasks, Sheet(path, method, caption)):
             drawn.append(("task weights and gradient conflict", path))
     return drawn
 
@@ -77,39 +76,37 @@ def draw_scores(
     Returns:
         A title and the file of every figure.
     """
-    primary = targets[0]
-    caption = summary.caption
-    drawn = []
+    primary, drawn = targets[0], []
     if primary.kind == "classification":
-        drawn += _draw_ranking(figures, summary, results, primary)
+        positive = primary.positive
+        scored = [
+            (labels == positive, scores)
+            for labels, scores in _known(results, primary.name, f"{primary.name}_{positive}")
+        ]
+        title = f"{summary.method}: {primary.name} = {positive}"
+        drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
+        for draw, (_, path) in zip((roc, precision_recall), drawn, strict=True):
+            draw(scored, Sheet(path, title, summary.caption))
     for number, target in enumerate(targets):
-        if target.kind == "regression":
+        if target.kind != "regression":
+            continue
+        points = [
+            (labels.astype(float), values)
+            for labels, values in _known(results, target.name, f"{target.name}_pred")
+        ]
+        if any(len(measured) for measured, _ in points):  # an external cohort need not know it
             # A target's name may hold any character.
             path = figures / (f"regression-{number}.png" if number else "regression.png")
-            points = []
-            for result in results:
-                known = result.predictions[result.predictions[target.name] != ""]
-                measured = known[target.name].to_numpy(dtype=float)
-                points.append((measured, known[f"{target.name}_pred"].to_numpy(dtype=float)))
-            if not any(len(measured) for measured, _ in points):
-                continue  # an external cohort need not know it
-            heading = f"{summary.method}: {target.name}"
-            plots.regression(points, path, title=heading, caption=caption)
+            title = f"{summary.method}: {target.name}"
+            regression(points, Sheet(path, title, summary.caption))
             drawn.append((f"measured and predicted {target.name}", path))
     return drawn
 
 
-def _draw_ranking(
-    figures: Path, summary: RunSummary, results: Sequence[FoldResult], primary: Target
-) -> list[tuple[str, Path]]:
-    caption = summary.caption
-    title = f"{summary.method}: {primary.name} = {primary.positive}"
-    scored = []
-    for result in results:
-        known = result.predictions[result.predictions[primary.name] != ""]
-        truth = (known[primary.name] == primary.positive).to_numpy()
-        scored.append((truth, known[f"{primary.name}_{primary.positive}"].to_numpy(dtype=float)))
-    drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
-    plots.roc(scored, drawn[0][1], title=title, caption=caption)
-    plots.precision_recall(scored, drawn[1][1], title=title, caption=caption)
-    return drawn
+def _known(
+    results: Sequence[FoldResult], target: str, prediction: str
+) -> list[tuple[NDArray[np.str_], NDArray[np.float64]]]:
+    """Return each fold's labels and predictions of the patients who have a label."""
+    tables = [result.predictions for result in results]
+    tables = [table[table[target] != ""] for table in tables]
+    return [(t[target].to_numpy(dtype=str), t[prediction].to_numpy(dtype=float)) for t in tables]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.figures import plots
 from examples.pathology.figures.run import draw_figures
+from examples.pathology.figures.scores import compare
+from examples.pathology.figures.sheet import Sheet
 from examples.pathology.report import pages
 from examples.pathology.results import metrics
 from examples.pathology.results.metrics import Metric
@@ -161,7 +162,6 @@ def _numbers(runs: Sequence[Run], columns: Sequence[Metric]) -> pd.DataFrame:
 
 def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path]]:
     drawn = []
-    caption = runs[0].summary.caption
     folds = min(len(run.results) for run in runs)
     if (first := runs[0].summary).kind == "regression":
         compared = [("pearson", "Pearson r", 0.0)]
@@ -169,13 +169,13 @@ def _draw_comparisons(runs: Sequence[Run], folder: Path) -> list[tuple[str, Path
         share = first.positives / first.patients
         compared = [("auroc", "AUROC", 0.5), ("auprc", "AUPRC", share)]
     for key, name, chance in compared:
-        path = folder / f"compare-{key}.png"
+        path, title = folder / f"compare-{key}.png", f"{name} in every fold"
         values = {
             run.name: [s.value for s in run.summary.metrics[Metric(key)].scores][:folds]
             for run in runs
         }
-        plots.compare(values, path, metric=name, chance=chance, caption=caption)
-        drawn.append((f"{name} in every fold", path))
+        compare(values, Sheet(path, title, first.caption), metric=name, chance=chance)
+        drawn.append((title, path))
     return drawn
 
 

@@ -12,9 +12,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,8 @@ from examples.pathology.common.files import table_csv, write_json, write_text
 from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import Bag, read_features
 from examples.pathology.features.kind import refuse_other_features
-from examples.pathology.figures import heatmap as heatmap_plots
+from examples.pathology.figures.heatmap import LEAST_SPAN, Picture, heatmap, top_tiles
+from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import read_model
 from examples.pathology.results.runs import fold_folders
 from examples.pathology.results.summary import warning_of
@@ -35,14 +35,24 @@ from examples.pathology.slides.pixelsizes import mpp_of_slide
 from examples.pathology.slides.slide import LevelError, Slide, open_slide, slide_file
 from examples.pathology.slides.tiling import plan_tiles
 from examples.pathology.slides.units import SlideError
+from examples.pathology.training.prediction import Fitted
 from examples.pathology.training.tile_values import TileValues, tile_values
 
 logger = logging.getLogger(__name__)
 
 TOP_TILE_PX = 224
 
-Opener = Callable[..., Slide]
+Opener = Callable[[frozenset[int]], Slide]
 """Opens the slide, given its broken levels."""
+
+
+class Score(NamedTuple):
+    """What the score of a tile is called, and how much its colours cover at least."""
+
+    column: str  # of the table
+    words: str  # in the figure
+    of: str  # a class, or a target
+    least_span: float
 
 
 def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
@@ -64,146 +74,138 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
     started = time.perf_counter()
     device = resolve_device(config.device)
     folders = fold_folders(config.run)
-    models = [read_model(folder / "model.pt", device) for folder in folders]
-    if not config.slide.is_file():
-        raise UserError(f"`slide` must be readable, but there is no file {config.slide}.")
-    name = PurePosixPath(slide_file(config.slide.absolute()).name).name  # of DICOM, the folder's
-    table = config.slide_table
-    opener = partial(
-        open_slide,
-        config.slide,
-        name,
-        table_mpp=None
-        if table is None
-        else mpp_of_slide(table, config.slide, config.filename_column),
-        default_mpp=config.default_mpp,
-    )
-    with closing(_open(opener)) as slide:
+    read = [read_model(folder / "model.pt", device) for folder in folders]
+    opener = _opener(config)
+    with closing(opener(frozenset())) as slide:
         bag = read_features(config.features, mpp=slide.mpp.x)
         size_um = _check(bag, slide, config.features)
-    for folder, (_, kind) in zip(folders, models, strict=True):
+    for folder, (_, kind) in zip(folders, read, strict=True):
         refuse_other_features(kind, bag.kind, folder, config.features)
-    values = tile_values([fitted for fitted, _ in models], bag.feats, device)
-    target = models[0][0].targets[0]
-    if target.kind == "classification":
-        score, what, least_span = "score", "Class score", heatmap_plots.LEAST_SPAN
-        heading = f"{target.name} = {target.positive}"
-    else:  # colours span a tenth of what training has seen, as for probabilities
-        ranges = [fitted.scalers[target.name] for fitted, _ in models]
-        score, what, heading = "value", "Predicted value", target.name
-        least_span = heatmap_plots.LEAST_SPAN * float(np.mean([r.high - r.low for r in ranges]))
+    models = [fitted for fitted, _ in read]
+    values, score = tile_values(models, bag.feats, device), _score(models)
+    target = models[0].targets[0]
     summary: dict[str, Any] = {
-        "slide": name,
+        "slide": slide.name,
         "run": str(config.run.resolve()),
         "target": target.name,
         **({"positive": target.positive} if target.positive else {}),
-        f"{score}_of_the_slide": values.slide_score,
+        f"{score.column}_of_the_slide": values.slide_score,
         "tiles": len(bag.feats),
         "tile_size_um": size_um,
         "random_weights": bag.kind.random_weights,
         "simulated": bag.kind.simulated,
         "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
     }
-    caption = warning_of(
-        summary["note"], bag.kind.simulated, random_weights=bag.kind.random_weights
-    )
-    by_kind = {"attention": values.attention, score: values.score}
-    best = {
-        kind: np.argsort(-value, kind="stable")[: config.top] for kind, value in by_kind.items()
-    }
-    corners = [bag.coords_um[indices] for indices in best.values()]
-    overview, um_per_px, tiles = _read_pictures(opener, size_um, corners)
-    heatmap_plots.heatmap(
-        overview,
-        um_per_px,
-        bag.coords_um,
-        size_um,
-        values.attention,
-        values.score,
-        config.out / "heatmap.png",
-        title=f"{name}: {heading}, {score} of the slide {values.slide_score:.3g}",
-        caption=caption,
-        what=what,
-        least_span=least_span,
-    )
-    heatmap_plots.top_tiles(
-        [
-            (kind, pictures, by_kind[kind][indices])
-            for (kind, indices), pictures in zip(best.items(), tiles, strict=True)
-        ],
-        config.out / "top-tiles.png",
-        title=f"{name}: tiles of {size_um:g} um with the highest values",
-        caption=caption,
-    )
+    _draw(config, opener, bag.coords_um, values, score, summary)
     write_text(config.out / "tiles.csv", _tiles_csv(bag, values, score))
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_json(config.out / "heatmap.json", summary)
-    logger.info(
-        "%s: %d tiles, %.1f s; %s",
-        name,
-        len(bag.feats),
-        summary["seconds"],
-        config.out,
-    )
+    said = slide.name, len(bag.feats), summary["seconds"], config.out
+    logger.info("%s: %d tiles, %.1f s; %s", *said)
     return summary
+
+
+def _opener(config: HeatmapConfig) -> Opener:
+    """Return what opens the slide; the size of its pixels is looked up once."""
+    path, table = config.slide, config.slide_table
+    if not path.is_file():
+        raise UserError(f"`slide` must be readable, but there is no file {path}.")
+    name = PurePosixPath(slide_file(path.absolute()).name).name  # of DICOM, the folder's
+    mpp = None if table is None else mpp_of_slide(table, path, config.filename_column)
+
+    def opener(broken: frozenset[int]) -> Slide:
+        try:
+            return open_slide(
+                path, name, table_mpp=mpp, default_mpp=config.default_mpp, broken_levels=broken
+            )
+        except (SlideError, OSError) as error:
+            raise UserError(f"`slide` must be readable: {error}") from error
+
+    return opener
 
 
 def _check(bag: Bag, slide: Slide, path: Path) -> float:
     """Return the tile size, and raise if tiles cannot be placed on the slide."""
+    size_um = bag.kind.tile_size_um
     if len(bag.feats) == 0:
         raise UserError(f"{path} must hold tiles, but holds none.")
-    if bag.kind.tile_size_um is None or not np.isfinite(bag.coords_um).all():
+    if size_um is None or not np.isfinite(bag.coords_um).all():
         raise UserError(
             f"{path} must say where its tiles are in um, but does not. Extract the slide again."
         )
-    ends = bag.coords_um.max(axis=0) + bag.kind.tile_size_um
+    ends = bag.coords_um.max(axis=0) + size_um
     limits = np.array([slide.width_um, slide.height_um])
-    if (bag.coords_um.min() < -bag.kind.tile_size_um) or (
-        ends > limits + bag.kind.tile_size_um
-    ).any():
+    if bag.coords_um.min() < -size_um or (ends > limits + size_um).any():
         raise UserError(
             f"`features` must be those of `slide`, but {path.name} has tiles up to "
             f"{ends[0]:.0f} x {ends[1]:.0f} um and {slide.name} measures "
             f"{limits[0]:.0f} x {limits[1]:.0f} um."
         )
-    return bag.kind.tile_size_um
+    return size_um
 
 
-def _open(opener: Opener, broken: frozenset[int] = frozenset()) -> Slide:
-    try:
-        return opener(broken_levels=broken)
-    except (SlideError, OSError) as error:
-        raise UserError(f"`slide` must be readable: {error}") from error
+def _score(models: Sequence[Fitted]) -> Score:
+    target = models[0].targets[0]
+    if target.kind == "classification":
+        return Score("score", "Class score", f"{target.name} = {target.positive}", LEAST_SPAN)
+    # Colours span a tenth of what training has seen, as for probabilities.
+    seen = [fitted.scalers[target.name] for fitted in models]
+    least_span = LEAST_SPAN * float(np.mean([scaler.high - scaler.low for scaler in seen]))
+    return Score("value", "Predicted value", target.name, least_span)
+
+
+def _draw(
+    config: HeatmapConfig,
+    opener: Opener,
+    corners_um: NDArray[np.float32],
+    values: TileValues,
+    score: Score,
+    summary: dict[str, Any],
+) -> None:
+    """Draw the values over the slide, and the tiles with the highest."""
+    name, size_um = summary["slide"], summary["tile_size_um"]
+    caption = warning_of(
+        summary["note"], summary["simulated"], random_weights=summary["random_weights"]
+    )
+    by_kind = {"attention": values.attention, score.column: values.score}
+    best = [np.argsort(-value, kind="stable")[: config.top] for value in by_kind.values()]
+    overview, um_per_px, tiles = _read_pictures(opener, size_um, [corners_um[i] for i in best])
+    title = f"{name}: {score.of}, {score.column} of the slide {values.slide_score:.3g}"
+    sheet = Sheet(config.out / "heatmap.png", title, caption)
+    place = overview, um_per_px, corners_um, size_um
+    heatmap(*place, values, sheet, what=score.words, least_span=score.least_span)
+    title = f"{name}: tiles of {size_um:g} um with the highest values"
+    rows = [
+        (kind, pictures, value[indices])
+        for (kind, value), indices, pictures in zip(by_kind.items(), best, tiles, strict=True)
+    ]
+    top_tiles(rows, Sheet(config.out / "top-tiles.png", title, caption))
 
 
 def _read_pictures(
     opener: Opener,
     size_um: float,
-    corners_um: Sequence[NDArray[np.float32]],
+    rows_um: Sequence[NDArray[np.float32]],
     broken: frozenset[int] = frozenset(),
-) -> tuple[heatmap_plots.Picture, float, list[list[heatmap_plots.Picture]]]:
-    """Read the whole slide, with the size of its pixels in um, and rows of tiles.
+) -> tuple[Picture, float, list[list[Picture]]]:
+    """Read the whole slide, with the size of its pixels in um, and rows of tiles at their corners.
 
     As in `extract`, a broken level of the pyramid is replaced by a finer one.
     """
     rules = TileRules(tile_size_um=size_um, max_dark_share=1.0)  # only the picture is needed
+    size = size_um, size_um, (TOP_TILE_PX, TOP_TILE_PX)
     try:
-        with closing(_open(opener, broken)) as slide:
+        with closing(opener(broken)) as slide:
             plan = plan_tiles(slide, rules)
-            size_px = (TOP_TILE_PX, TOP_TILE_PX)
-            tiles = [
-                [slide.read(float(x), float(y), size_um, size_um, size_px) for x, y in row]
-                for row in corners_um
-            ]
+            tiles = [[slide.read(float(x), float(y), *size) for x, y in row] for row in rows_um]
             return plan.overview, size_um / plan.tile_px, tiles
     except LevelError as error:
         if error.level == 0:
             raise UserError(f"`slide` must be readable: {error}") from error
         logger.warning("%s It is read from a finer level instead.", error)
-        return _read_pictures(opener, size_um, corners_um, broken | {error.level})
+        return _read_pictures(opener, size_um, rows_um, broken | {error.level})
 
 
-def _tiles_csv(bag: Bag, values: TileValues, score: str) -> str:
-    columns = bag.coords_um.tolist(), values.attention.tolist(), values.score.tolist()
-    rows = ((x, y, attention, value) for (x, y), attention, value in zip(*columns, strict=True))
-    return table_csv(["x_um", "y_um", "attention", score], rows)
+def _tiles_csv(bag: Bag, values: TileValues, score: Score) -> str:
+    table = np.column_stack([bag.coords_um, values.attention, values.score])
+    return table_csv(["x_um", "y_um", "attention", score.column], table.tolist())

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from examples.pathology.figures import plots
-from examples.pathology.figures import study as study_plots
-from examples.pathology.figures.study import Column, Estimate
+from examples.pathology.figures.embedding import tsne
+from examples.pathology.figures.sheet import Sheet
+from examples.pathology.figures.study import Column, Estimate, conflicts, dots, weights_over_time
 from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
 from examples.pathology.results.metrics import Metric
@@ -126,16 +126,17 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         path = folder / f"methods-{number}.png"  # its name may hold any character
         title = f"All methods with {auxiliary}"
         names = [m if m in panel.runs else f"{m} (missing)" for m in study.methods]
-        study_plots.dots(names, _columns(study, panel), path, title=title, caption=caption)
+        dots(names, _columns(study, panel), Sheet(path, title, caption))
         drawn.append((title, path))
         path = folder / f"weights-{number}.png"
         title = f"Task weights over time with {auxiliary}"
         tasks = [study.settings["target"], auxiliary]
         histories = {method: _histories(run) for method, run in panel.runs.items()}
-        if study_plots.weights_over_time(histories, tasks, path, title=title, caption=caption):
+        if weights_over_time(histories, tasks, Sheet(path, title, caption)):
             drawn.append((title, path))
         path = folder / f"tsne-{number}.png"
-        _draw_embeddings(study, panel, path, caption)
+        title = f"[cls] embedding by {tasks[0]}, with {auxiliary}"
+        _draw_embeddings(study, panel, Sheet(path, title, caption))
         drawn.append((f"t-SNE of the [cls] embedding with {auxiliary}", path))
     rates = {
         panel.auxiliary: {
@@ -146,8 +147,8 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
     methods = [name for name in study.methods if any(name in found for found in rates.values())]
     if methods:
         path, title = folder / "conflicts.png", "How often the two tasks conflict"
-        caption = _any_run(study.panels[0]).summary.caption
-        study_plots.conflicts(methods, rates, path, title=title, caption=caption)
+        caption = _any_run(next(panel for panel in study.panels if panel.runs)).summary.caption
+        conflicts(methods, rates, Sheet(path, title, caption))
         drawn.append((title, path))
     return drawn
 
@@ -194,17 +195,15 @@ def _estimate(found: Metrics, metric: Metric) -> Estimate:
     return Estimate(*(math.nan if number is None else number for number in numbers))
 
 
-def _draw_embeddings(study: Study, panel: Panel, path: Path, caption: str) -> None:
+def _draw_embeddings(study: Study, panel: Panel, sheet: Sheet) -> None:
     wanted = [*EMBEDDED, *study.methods]
     methods = list(dict.fromkeys(name for name in wanted if name in panel.runs))[: len(EMBEDDED)]
     target = study.settings["target"]
     results = [panel.runs[method].results[0] for method in methods]
-    plots.tsne(
+    tsne(
         [(r.embeddings, r.predictions[target].to_numpy(dtype=str)) for r in results],
         _any_run(panel).summary.classes,
-        path,
-        title=f"[cls] embedding by {target}, with {panel.auxiliary}",
-        caption=caption,
+        sheet,
         seed=study.settings["seed"],
         names=methods,
         about="t-SNE of the test patients of fold 1, by each method's own model; panels share no "

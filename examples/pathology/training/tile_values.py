@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology.training.model import Prediction
 from examples.pathology.training.prediction import Fitted, forward
 
-CHUNK = 4096  # tiles per forward pass, each a bag of its own
+TILES_PER_PASS = 4096  # each a bag of its own
 
 
 @dataclass(frozen=True)
@@ -40,24 +39,21 @@ def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: st
         device: Where the models are.
     """
     where = torch.device(device)
-    attention, score, whole = [], [], []
+    attention, scores, of_slide = [], [], []
     for fitted in models:
         with torch.inference_mode():
             looks = fitted.model.attention(torch.from_numpy(feats).to(where))
             attention.append(looks.double().cpu().numpy() * len(feats))
-            alone = [
-                _score(forward(fitted.model, chunk[:, None], where, fitted.precision), fitted)
-                for chunk in np.split(feats, range(CHUNK, len(feats), CHUNK))
-            ]
-            output = forward(fitted.model, feats, where, fitted.precision)
-        score.append(np.concatenate(alone))
-        whole.append(_score(output, fitted)[0])
-    return TileValues(np.mean(attention, axis=0), np.mean(score, axis=0), float(np.mean(whole)))
+            parts = np.split(feats[:, None], range(TILES_PER_PASS, len(feats), TILES_PER_PASS))
+            scores.append(np.concatenate([_scores(fitted, part, where) for part in parts]))
+            of_slide.append(_scores(fitted, feats, where)[0])
+    return TileValues(np.mean(attention, axis=0), np.mean(scores, axis=0), float(np.mean(of_slide)))
 
 
-def _score(said: Prediction, fitted: Fitted) -> NDArray[np.float64]:
+def _scores(fitted: Fitted, bags: NDArray[np.float32], device: torch.device) -> NDArray[np.float64]:
     """Return the positive class's probability, or the value in its unit, of every bag ``(b,)``."""
-    target, output = fitted.targets[0], said.outputs[0].double()
+    target = fitted.targets[0]
+    output = forward(fitted.model, bags, device, fitted.precision).outputs[0].double()
     if target.kind == "regression":
         return fitted.scalers[target.name].unscale(output[:, 0].cpu().numpy())
     positive = output.softmax(dim=1)[:, target.classes.index(target.positive)]

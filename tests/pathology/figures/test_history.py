@@ -1,22 +1,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.text import Text
 
-from examples.pathology.figures import history as history_plots
-from examples.pathology.figures import plots
-
-
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(history_plots, "save", lambda figure, _: figures.append(figure))
-    monkeypatch.setattr(plots, "save", lambda figure, _: figures.append(figure))
-    return figures
-
-
-def words(figure):
-    return " ".join(" ".join(text.get_text() for text in figure.findobj(Text)).split())
+from examples.pathology.figures.history import balance, training
+from examples.pathology.figures.sheet import Sheet
+from tests.pathology.drawing import words
 
 
 def history(epochs=3, **columns):
@@ -39,7 +27,7 @@ def test_training_shows_both_losses_of_every_task_and_the_epoch_kept(tmp_path, d
         "loss/b": [6.0, 5.0, 4.0],
         "validation/b": [0.3, 0.2, 0.1],
     }
-    history_plots.training([history(**columns)], [2], ["a", "b"], tmp_path / "x.png", title="m")
+    training([history(**columns)], [2], ["a", "b"], Sheet(tmp_path / "x.png", "m"))
     left, right = drawn[0].axes
     assert ([1, 2, 3], [3.0, 2.0, 1.0]) in lines_of(left)
     assert ([1, 2, 3], [0.9, 0.5, 0.7]) in lines_of(left)
@@ -51,9 +39,7 @@ def test_training_shows_both_losses_of_every_task_and_the_epoch_kept(tmp_path, d
 
 def test_balance_shows_weights_and_cosines(tmp_path, drawn):
     columns = {"weight/a": [1.0, 2.0, 3.0], "weight/b": [0.5] * 3, "cosine/a/b": [0.1, -0.2, 0.0]}
-    assert history_plots.balance(
-        [history(**columns)] * 2, ["a", "b"], tmp_path / "x.png", title="m"
-    )
+    assert balance([history(**columns)] * 2, ["a", "b"], Sheet(tmp_path / "x.png", "m"))
     first, second, third = drawn[0].axes
     assert lines_of(first).count(([1, 2, 3], [1.0, 2.0, 3.0])) == 2
     assert lines_of(second).count(([1, 2, 3], [0.5] * 3)) == 2
@@ -70,7 +56,7 @@ def test_the_axis_of_cosines_is_centred_and_neither_too_fine_nor_too_wide(
     cosine, low, high, tmp_path, drawn
 ):
     columns = {"weight/a": [1.0], "weight/b": [1.0], "cosine/a/b": [cosine]}
-    history_plots.balance([history(1, **columns)], ["a", "b"], tmp_path / "x.png", title="m")
+    balance([history(1, **columns)], ["a", "b"], Sheet(tmp_path / "x.png", "m"))
     bottom, top = drawn[0].axes[2].get_ylim()
     assert bottom == -top
     assert low <= top <= high
@@ -80,36 +66,25 @@ def test_four_tasks_have_a_panel_for_each_weight_and_each_pair(tmp_path, drawn):
     pairs = ["a/b", "a/c", "a/d", "b/c", "b/d", "c/d"]
     columns = {f"weight/{task}": [1.0] * 3 for task in "abcd"}
     columns |= {f"cosine/{pair}": [0.1] * 3 for pair in pairs}
-    history_plots.balance([history(**columns)], list("abcd"), tmp_path / "x.png", title="m")
+    balance([history(**columns)], list("abcd"), Sheet(tmp_path / "x.png", "m"))
     titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
     assert titles[:4] == [f"Weight of {task}" for task in "abcd"]
     assert titles[4:] == [f"Gradients of {pair.replace('/', ' and ')}" for pair in pairs]
 
 
 def test_without_weights_there_is_nothing_to_draw(tmp_path, drawn):
-    assert not history_plots.balance([history(**{"loss/a": [1.0] * 3})], ["a"], tmp_path, title="")
+    assert not balance([history(**{"loss/a": [1.0] * 3})], ["a"], Sheet(tmp_path, ""))
     assert drawn == []
 
 
 def test_weights_alone_have_no_panel_of_conflict(tmp_path, drawn):
     columns = {"weight/a": [1.0] * 3, "weight/b": [1.0] * 3}
-    assert history_plots.balance([history(**columns)], ["a", "b"], tmp_path / "x.png", title="m")
+    assert balance([history(**columns)], ["a", "b"], Sheet(tmp_path / "x.png", "m"))
     assert [axes.get_title() for axes in drawn[0].axes] == ["Weight of a", "Weight of b"]
     assert "conflict" not in words(drawn[0])
 
 
 def test_a_fold_that_stopped_early_is_shorter(tmp_path, drawn):
     folds = [history(5, **{"validation/a": np.arange(5.0)}), history(2, **{"validation/a": [1, 2]})]
-    history_plots.training(folds, [1, 1], ["a"], tmp_path / "x.png", title="m")
+    training(folds, [1, 1], ["a"], Sheet(tmp_path / "x.png", "m"))
     assert {len(x) for x, _ in lines_of(drawn[0].axes[0])} == {5, 2, 1}
-
-
-def test_regression_names_the_correlation_of_every_fold(tmp_path, drawn):
-    line = (np.arange(5.0), 2 * np.arange(5.0) + 1)
-    few = (np.arange(2.0), np.arange(2.0))
-    plots.regression([line, few], tmp_path / "x.png", title="m")
-    text = words(drawn[0])
-    assert "fold 1: r = 1.00" in text
-    assert "fold 2: 2 patients with a value" in text
-    points = drawn[0].axes[0].collections[0].get_offsets()
-    np.testing.assert_array_equal(points, np.stack(line, axis=1))

@@ -7,15 +7,17 @@ import torch
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.features.files import write_features
-from examples.pathology.figures import heatmap as heatmap_plots
+from examples.pathology.figures.heatmap import heatmap
+from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import read_model
+from examples.pathology.runs import heatmap as heatmap_run
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.runs.heatmap import run_heatmap
 from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.simulation.slides import MPP, write_pyramid
 from examples.pathology.slides import slide as slides
-from examples.pathology.training.tile_values import tile_values
+from examples.pathology.training.tile_values import TileValues, tile_values
 from tests.pathology.killing import small_models
 from tests.pathology.slide_helpers import SHARED, FakeHandle, plain
 from tests.pathology.tiny import make_tables, write_table
@@ -83,9 +85,9 @@ def draw(run, folder, out, **changes):
 
 def test_the_planted_tile_is_found_where_it_is(run, slide, tmp_path, monkeypatch):
     shown = []
-    original = heatmap_plots.top_tiles
+    original = heatmap_run.top_tiles
     monkeypatch.setattr(
-        heatmap_plots,
+        heatmap_run,
         "top_tiles",
         lambda rows, *a, **k: (shown.append(rows), original(rows, *a, **k)),
     )
@@ -108,15 +110,14 @@ def test_the_planted_tile_is_found_where_it_is(run, slide, tmp_path, monkeypatch
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_squares_lie_where_tiles_lie_and_carry_their_values(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(heatmap_plots, "save", lambda figure, _: figures.append(figure))
+def test_squares_lie_where_tiles_lie_and_carry_their_values(tmp_path, drawn):
     corners = np.array([[0, 0], [256, 0], [0, 512]], dtype=np.float32)
-    heatmap_plots.heatmap(
+    heatmap(
         np.zeros((30, 20, 3), dtype=np.uint8), 25.6, corners, 256.0,
-        np.array([1.0, 2.0, 0.0]), np.array([0.1, 0.2, 0.3]), tmp_path / "x.png", title="t",
+        TileValues(np.array([1.0, 2.0, 0.0]), np.array([0.1, 0.2, 0.3]), 0.5),
+        Sheet(tmp_path / "x.png", "t"),
     )  # fmt: skip
-    panels = [axes for axes in figures[0].axes if axes.get_title()]
+    panels = [axes for axes in drawn[0].axes if axes.get_title()]
     (squares,) = panels[1].collections
     for path, (x, y) in zip(squares.get_paths(), corners / 1000, strict=True):
         np.testing.assert_allclose(path.vertices.min(axis=0), (x, y), atol=1e-6)
@@ -129,39 +130,39 @@ def test_squares_lie_where_tiles_lie_and_carry_their_values(tmp_path, monkeypatc
     assert panels[0].images[0].get_extent() == [0, 0.512, 0.768, 0]
 
 
-def test_tiles_that_hardly_differ_do_not_get_all_colours(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(heatmap_plots, "save", lambda figure, _: figures.append(figure))
-    heatmap_plots.heatmap(
+def test_tiles_that_hardly_differ_do_not_get_all_colours(tmp_path, drawn):
+    heatmap(
         np.zeros((30, 20, 3), dtype=np.uint8), 25.6, np.zeros((2, 2), dtype=np.float32), 256.0,
-        np.array([1.0, 1.0]), np.array([0.5, 0.502]), tmp_path / "x.png", title="t",
+        TileValues(np.array([1.0, 1.0]), np.array([0.5, 0.502]), 0.5),
+        Sheet(tmp_path / "x.png", "t"),
     )  # fmt: skip
-    for axes, centre in zip(figures[0].axes[1:3], (1.0, 0.501), strict=True):
+    for axes, centre in zip(drawn[0].axes[1:3], (1.0, 0.501), strict=True):
         norm = axes.collections[0].norm
         assert (norm.vmin, norm.vmax) == pytest.approx((centre - 0.05, centre + 0.05), abs=1e-3)
-    heatmap_plots.heatmap(
+    heatmap(
         np.zeros((30, 20, 3), dtype=np.uint8), 25.6, np.zeros((2, 2), dtype=np.float32), 256.0,
-        np.array([1.0, 1.0]), np.array([50.0, 50.2]), tmp_path / "x.png", title="t",
+        TileValues(np.array([1.0, 1.0]), np.array([50.0, 50.2]), 0.5),
+        Sheet(tmp_path / "x.png", "t"),
         what="Predicted value", least_span=8.0,
     )  # fmt: skip
-    norm = figures[1].axes[2].collections[0].norm
+    norm = drawn[1].axes[2].collections[0].norm
     assert (norm.vmin, norm.vmax) == pytest.approx((46.1, 54.1), abs=0.01)
-    assert figures[1].axes[2].get_title() == "Predicted value of each tile alone"
-    assert "0.1 (predicted value: 8)." in figures[1].get_supxlabel().replace("\n", " ")
+    assert drawn[1].axes[2].get_title() == "Predicted value of each tile alone"
+    assert "0.1 (predicted value: 8)." in drawn[1].get_supxlabel().replace("\n", " ")
 
 
 def test_a_regression_has_values_in_its_unit(slide, tmp_path, monkeypatch):
     figures = []
     for name in ("heatmap", "top_tiles"):
-        monkeypatch.setattr(heatmap_plots, name, lambda *a, **k: figures.append((a, k)))
+        monkeypatch.setattr(heatmap_run, name, lambda *a, **k: figures.append((a, k)))
     run = trained(tmp_path, "LF", epochs=1)
     value = draw(run, slide, tmp_path / "out", top=2)
     with (tmp_path / "out/tiles.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["x_um", "y_um", "attention", "value"]
     assert not {"positive", "score_of_the_slide"} & set(value)
-    (_, options), ((tiles, *_), _) = figures
-    assert f"LF, value of the slide {value['value_of_the_slide']:.3g}" in options["title"]
+    ((*_, sheet), options), ((tiles, *_), _) = figures
+    assert f"LF, value of the slide {value['value_of_the_slide']:.3g}" in sheet.title
     assert options["what"] == "Predicted value"
     scalers = [read_model(run / f"fold-{k}/model.pt", "cpu")[0].scalers["LF"] for k in (1, 2)]
     assert options["least_span"] == pytest.approx(np.mean([s.high - s.low for s in scalers]) / 10)

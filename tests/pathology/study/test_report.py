@@ -11,7 +11,15 @@ import pytest
 
 from examples.pathology import cli
 from examples.pathology.common.errors import UserError
-from examples.pathology.figures import study as study_plots
+from examples.pathology.figures.sheet import Sheet
+from examples.pathology.figures.study import (
+    Column,
+    Estimate,
+    conflicts,
+    dots,
+    mean_over_folds,
+    weights_over_time,
+)
 from examples.pathology.report import pages
 from examples.pathology.results.summary import MetricSummary
 from examples.pathology.study import report as study_report
@@ -20,7 +28,7 @@ from examples.pathology.study.folder import read_study
 from examples.pathology.study.report import conflict_rates, write_study_report
 from examples.pathology.study.tables import costs, study_rows
 from examples.pathology.study.verdicts import verdict, verdicts
-from tests.pathology.figures.test_plots import words
+from tests.pathology.drawing import words
 from tests.pathology.parsing import sources_of
 from tests.pathology.tiny_study import NOTE, write_jobs, write_study
 
@@ -378,22 +386,15 @@ def test_the_same_study_gives_the_same_tables(planted, page, tmp_path, no_figure
         assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    figures = {}
-    monkeypatch.setattr(study_plots, "save", lambda figure, path: figures.update({path: figure}))
-    return figures
-
-
 def test_dots_stand_at_the_figures_against_the_baseline(tmp_path, drawn):
-    estimates = [study_plots.Estimate(0.7, 0.6, 0.8), study_plots.Estimate()]
-    column = study_plots.Column("AUROC", estimates, estimates[0], 0.5)
+    estimates = [Estimate(0.7, 0.6, 0.8), Estimate()]
+    column = Column("AUROC", estimates, estimates[0], 0.5)
     names = ["naive", "dwa (missing)"]
-    study_plots.dots(names, [column, column], tmp_path, title="t", caption=NOTE)
-    text = words(drawn[tmp_path])
+    dots(names, [column, column], Sheet(tmp_path / "a.png", "t", NOTE))
+    text = words(drawn[0])
     for expected in ("AUROC", "dwa (missing)", "chance", "its 95 % interval", NOTE):
         assert expected in text
-    lines = drawn[tmp_path].axes[0].lines
+    lines = drawn[0].axes[0].lines
     places = [(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in lines]
     assert ((0.6, 0.8), (0, 0)) in places
     assert ((0.7,), (0,)) in places
@@ -404,19 +405,19 @@ def test_weights_are_drawn_for_methods_that_move_them(null, tmp_path, drawn):
     panel = read_study(null).panels[0]
     histories = {m: [r.history for r in run.results] for m, run in panel.runs.items()}
     tasks = ["isMSIH", "LF"]
-    assert study_plots.weights_over_time(histories, tasks, tmp_path, title="t", caption=NOTE)
-    titles = [axes.get_title() for axes in drawn[tmp_path].axes if axes.get_visible()]
+    assert weights_over_time(histories, tasks, Sheet(tmp_path / "a.png", "t", NOTE))
+    titles = [axes.get_title() for axes in drawn[0].axes if axes.get_visible()]
     assert titles == ["dwa"]
-    moved = drawn[tmp_path].axes[0].lines[1]
+    moved = drawn[0].axes[0].lines[1]
     assert list(moved.get_ydata()) == pytest.approx([1.0, 1.1, 0.9])
     del histories["dwa"]
-    assert not study_plots.weights_over_time(histories, tasks, tmp_path, title="t")
+    assert not weights_over_time(histories, tasks, Sheet(tmp_path / "a.png", "t"))
 
 
 def test_a_mean_over_folds_is_of_those_that_ran_so_long():
     folds = [pd.DataFrame({"epoch": [1, 2], "x": [1.0, 3.0]}), pd.DataFrame({"epoch": [1], "x": 2})]
-    assert study_plots.mean_over_folds(folds, "x").to_dict() == {1: 1.5, 2: 3.0}
-    assert study_plots.mean_over_folds(folds, "y").empty
+    assert mean_over_folds(folds, "x").to_dict() == {1: 1.5, 2: 3.0}
+    assert mean_over_folds(folds, "y").empty
 
 
 def test_conflict_is_counted_among_steps_with_both_tasks(planted, tmp_path, drawn):
@@ -425,10 +426,10 @@ def test_conflict_is_counted_among_steps_with_both_tasks(planted, tmp_path, draw
     assert conflict_rates(runs["pcgrad"]) == pytest.approx([0.4, 0.4])
     assert conflict_rates(runs["naive"]) == []
     rates = {"LF": {"pcgrad": [0.2, 0.6]}, "SF": {}}
-    study_plots.conflicts(["pcgrad"], rates, tmp_path, title="t", caption=NOTE)
-    means = [line for line in drawn[tmp_path].axes[0].lines if len(line.get_xdata()) == 1]
+    conflicts(["pcgrad"], rates, Sheet(tmp_path / "a.png", "t", NOTE))
+    means = [line for line in drawn[0].axes[0].lines if len(line.get_xdata()) == 1]
     assert [line.get_xdata()[0] for line in means] == [0.4]
-    assert NOTE in words(drawn[tmp_path])
+    assert NOTE in words(drawn[0])
 
 
 # --- command line ---------------------------------------------------------------------------------
