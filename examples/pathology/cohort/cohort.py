@@ -66,8 +66,7 @@ class Cohort:
     """Labelled bags, and how they came about.
 
     Args:
-        target: The primary target.
-        auxiliary: Further targets.
+        targets: The primary target, then the auxiliary ones.
         patients: Whom to train and test on, sorted by name: all have the primary label.
         training_only: Those without it but with an auxiliary value: a part of every training part,
             and of no other.
@@ -77,8 +76,7 @@ class Cohort:
         digest: sha256 over names, labels, values and the content of the features.
     """
 
-    target: Target
-    auxiliary: tuple[Target, ...]
+    targets: tuple[Target, ...]
     patients: tuple[Patient, ...]
     training_only: tuple[Patient, ...]
     ledger: tuple[CohortRow, ...]
@@ -87,9 +85,9 @@ class Cohort:
     digest: str
 
     @property
-    def targets(self) -> tuple[Target, ...]:
-        """The primary target, then the auxiliary ones."""
-        return (self.target, *self.auxiliary)
+    def target(self) -> Target:
+        """The primary target."""
+        return self.targets[0]
 
     def labels_sha256(self) -> str:
         """Return a hash of patients and primary labels: what a split into folds depends on."""
@@ -310,8 +308,7 @@ def _cohort(
         for row in ledger
     ]
     return Cohort(
-        target=targets[0],
-        auxiliary=tuple(targets[1:]),
+        targets=tuple(targets),
         patients=tuple(patients),
         training_only=tuple(training_only),
         ledger=tuple(sorted(rows, key=lambda row: (row.item, row.patient, row.name))),
@@ -333,14 +330,9 @@ def log_cohort(cohort: Cohort) -> None:
     everybody = [*cohort.patients, *cohort.training_only]
     known = values_of(everybody, cohort.targets)
     for target in cohort.targets:
-        values = known[target.name]
-        logger.info(
-            "%s: %s; known for %d of %d patients",
-            target.name,
-            describe(target, values),
-            len(values),
-            len(everybody),
-        )
+        values, what = known[target.name], describe(target, known[target.name])
+        text = "%s: %s; known for %d of %d patients"
+        logger.info(text, target.name, what, len(values), len(everybody))
     kind = cohort.kind
     logger.info("Features: %s%s", kind.extractor, " (RANDOM WEIGHTS)" * kind.random_weights)
     if kind.simulated:

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.targets import Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.common.files import json_or_none, readable, write_bytes, write_json
@@ -58,7 +57,7 @@ def write_fold(
     fitted: Fitted,
     tested: Sequence[PatientPrediction],
     validated: Sequence[PatientPrediction],
-    cohort: Cohort,
+    kind: FeatureKind,
     seconds: float,
 ) -> None:
     """Write what a fold leaves behind; the file that says it is finished comes last.
@@ -68,7 +67,7 @@ def write_fold(
         fitted: The trained fold.
         tested: Its predictions for the test part.
         validated: Its predictions for the validation part, which set the threshold of F1.
-        cohort: What the features are.
+        kind: What the features are.
         seconds: How long it took.
     """
     write_predictions(folder / "predictions.csv", fitted.targets, tested)
@@ -84,7 +83,7 @@ def write_fold(
             "network": {"width": fitted.model.d_model, "layers": fitted.model.layers},
             "precision": fitted.precision,
             "best_epoch": fitted.best_epoch,
-            **asdict(cohort.kind),
+            **asdict(kind),
         },
         buffer,
     )

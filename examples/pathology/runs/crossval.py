@@ -179,26 +179,20 @@ def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
         predict(fitted, patients, bags=bags, device=device) for patients in (validation, test)
     )
     seconds = sum(row["seconds"] for row in fitted.history)
-    write_fold(folder, fitted, tested, validated, cohort, seconds)
-    logger.info(
-        "Fold %d: %d epochs, the best was %d; %.0f s, %.1f %% of training spent waiting for tiles",
-        k,
-        len(fitted.history),
-        fitted.best_epoch,
-        time.perf_counter() - started,
-        100 * sum(r["seconds_waiting_for_data"] for r in fitted.history) / max(seconds, 1e-9),
+    write_fold(folder, fitted, tested, validated, cohort.kind, seconds)
+    waited = sum(row["seconds_waiting_for_data"] for row in fitted.history)
+    share = 100 * waited / max(seconds, 1e-9)
+    text = (
+        "Fold %d: %d epochs, the best was %d; %.0f s, %.1f %% of training spent waiting for tiles"
     )
+    spent = time.perf_counter() - started
+    logger.info(text, k, len(fitted.history), fitted.best_epoch, spent, share)
 
 
 def log_fold(k: int, fold: Fold) -> None:
     """Log the sizes of a fold's parts, whose disjointness `check_splits` has made sure of."""
-    logger.info(
-        "Fold %d: %d patients to train, %d to validate, %d to test; no patient in two parts",
-        k,
-        len(fold.train),
-        len(fold.validation),
-        len(fold.test),
-    )
+    text = "Fold %d: %d patients to train, %d to validate, %d to test; no patient in two parts"
+    logger.info(text, k, len(fold.train), len(fold.validation), len(fold.test))
 
 
 def _steps_and_lookahead(plan: Plan, fold: Fold) -> tuple[Sequence[str], Sequence[str]]:

@@ -64,7 +64,7 @@ def forward(
         model: On ``device``.
         tiles: ``(n, in_features)``.
         device: Where to compute.
-        precision: One of `config.PRECISIONS`.
+        precision: As in `CrossvalConfig`.
     """
     bag = torch.from_numpy(tiles).to(device, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):

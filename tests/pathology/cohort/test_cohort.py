@@ -41,7 +41,7 @@ def test_a_plain_cohort_is_joined(tables):
     cohort = tables.load()
     assert [p.name for p in cohort.patients] == [f"P{i:02d}" for i in range(12)]
     assert cohort.target.classes == ("MSIH", "MSS")
-    assert cohort.auxiliary[0].kind == "regression"
+    assert cohort.targets[1].kind == "regression"
     assert (cohort.kind.extractor, cohort.kind.random_weights, cohort.kind.in_features) == (
         "tiny",
         False,
@@ -287,7 +287,7 @@ def test_a_measurement_is_a_regression_unless_it_is_cut_or_called_a_class(tmp_pa
     assert {p.name: p.label for p in cohort.patients} == {n: c for n, c in cells.items() if c}
     again = tables.load("LF", ("grade",), kind=("grade=classification",), cutoff=0.5)
     assert again.target == Target("LF", "classification", ("<0.5", ">=0.5"), ">=0.5", 0.5)
-    assert again.auxiliary == (Target("grade", "classification", ("1", "2", "3"), "3"),)
+    assert again.targets[1:] == (Target("grade", "classification", ("1", "2", "3"), "3"),)
     assert {p.name for p in again.patients if p.label == ">=0.5"} == {
         name for name, cell in cells.items() if cell and float(cell) >= 0.5
     }
@@ -352,7 +352,7 @@ def test_the_rarer_class_is_positive_unless_asked_otherwise(tables):
 )
 def test_numbers_make_a_regression_and_words_a_classification(tmp_path, values, kind):
     tables = make_tables(tmp_path, extra={"other": values})
-    assert tables.load(auxiliary=("other",)).auxiliary[0].kind == kind
+    assert tables.load(auxiliary=("other",)).targets[1].kind == kind
 
 
 def test_tables_of_excel_are_read_as_they_look(tables, tmp_path):

@@ -30,13 +30,13 @@ from examples.pathology.settings.crossval import CrossvalConfig
 def cohort_of(labels: str) -> Cohort:
     patients = [Patient(f"P{i:03d}", label, {}, (), 1) for i, label in enumerate(labels)]
     target = Target("t", "classification", tuple(sorted(set(labels))), min(labels))
-    return Cohort(target, (), tuple(patients), (), (), (), FeatureKind(768, "x"), "")
+    return Cohort((target,), tuple(patients), (), (), (), FeatureKind(768, "x"), "")
 
 
 def measured(values) -> Cohort:
     patients = [Patient(f"P{i:03d}", str(value), {}, (), 1) for i, value in enumerate(values)]
     target = Target("t", "regression")
-    return Cohort(target, (), tuple(patients), (), (), (), FeatureKind(768, "x"), "")
+    return Cohort((target,), tuple(patients), (), (), (), FeatureKind(768, "x"), "")
 
 
 def config_in(folder, **changes) -> CrossvalConfig:
