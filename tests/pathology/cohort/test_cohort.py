@@ -74,6 +74,7 @@ def test_a_patient_with_an_auxiliary_value_alone_is_for_training_only(tables):
     (patient,) = cohort.training_only
     assert (patient.name, patient.label, patient.known) == ("P00", "", {"LF": 0.5})
     assert reasons(cohort, "patient") == {"P00": "no isMSIH label: trained on for LF, never tested"}
+    assert {row.name for row in cohort.ledger if row.status == "training only"} == {"P00"}
     assert [count for _, count in cohort.funnel] == [12, 11, 11, 11, 1]
     without = replace(cohort, training_only=())
     assert without.labels_sha256() == cohort.labels_sha256()  # the same splits fit
@@ -254,9 +255,11 @@ def test_mixed_extractors_are_refused(tables, change, words):
 
 
 def test_a_file_that_does_not_know_its_weights_is_no_mixture(tables):
-    with h5py.File(tables.features / "P03-1.h5", "r+") as file:
+    with h5py.File(tables.features / "P00-1.h5", "r+") as file:  # the others tell it
         file.attrs["mtbalance_weights_sha256"] = ""
-    assert len(tables.load().patients) == 12
+    cohort = tables.load()
+    assert len(cohort.patients) == 12
+    assert cohort.kind.weights_sha256 == "ab"
 
 
 def test_features_that_nobody_uses_may_be_of_another_extractor(tables):
