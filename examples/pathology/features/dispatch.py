@@ -1,4 +1,4 @@
-"""One run over a folder of slides: deals them out and keeps the ledger.
+"""One run over a folder of slides: deals them out to one process or several.
 
 One process works on them here; several, and the workers of a Dask scheduler, get them in batches
 as they have room. A process that dies takes no slide with it but one that kills every process.

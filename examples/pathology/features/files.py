@@ -1,4 +1,4 @@
-"""Feature files: one ``.h5`` per slide, readable by STAMP and by us, and the stage that makes them.
+"""Feature files: one ``.h5`` per slide, readable by STAMP and by us.
 
 Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers accept the file):
 
