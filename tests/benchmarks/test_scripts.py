@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from tests.benchmarks import memory, solvers, step_cost
+from tests.benchmarks import memory, solvers, step_cost, tiny_step
 from tests.benchmarks.peers import peers
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
@@ -163,3 +163,11 @@ def test_solvers_reports_times_and_gaps(capsys) -> None:
     for cell in ours:
         assert cell["seconds"] > 0
         assert cell["gap"] < 1e-10
+
+
+def test_tiny_step_reports_every_variant(capsys) -> None:
+    out = report(tiny_step, capsys, "--rounds", "1", "--steps", "1")
+    assert set(out["seconds"]) == {"floor 1", "floor 2", *tiny_step.VARIANTS}
+    assert all(seconds > 0 for seconds in out["seconds"].values())
+    tiny_step.main(["--rounds", "1", "--steps", "1"])
+    assert "autol+cagrad" in capsys.readouterr().out
