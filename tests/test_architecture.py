@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mtbalance"
 HELPERS = {
+    "mtbalance._active_set",
     "mtbalance._checks",
-    "mtbalance._linalg",
+    "mtbalance._gramians",
+    "mtbalance._pivoting",
     "mtbalance._random",
     "mtbalance._rows",
     "mtbalance._shards",

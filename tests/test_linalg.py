@@ -11,19 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from mtbalance import _linalg
-from mtbalance._linalg import (
+from mtbalance import _active_set, _pivoting
+from mtbalance._active_set import minimize_linear_plus_norm, project_on_dual_cone
+from mtbalance._gramians import (
     FLOATS,
     TENSORS,
-    minimize_by_pivoting,
-    minimize_for_few,
-    minimize_linear_plus_norm,
     norm_of,
-    project_on_dual_cone,
     unit_rows,
     vanishes,
     weights_of_pair,
 )
+from mtbalance._pivoting import minimize_by_pivoting, minimize_for_few
 from mtbalance.gradient import CAGrad
 from tests._oracles import array, judge_cagrad, least_norm_weights, nonnegative_least_squares
 from tests._oracles import project_on_dual_cone as projection_by_nnls
@@ -273,7 +271,7 @@ def test_parallel_rows_are_told_by_their_length() -> None:
     rows = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]]).double()
     norms = rows.norm(dim=1)
     units = rows / norms[:, None]
-    assert _linalg._shortest_of_parallel(units @ units.T, 1 / norms).tolist() == [1, 2, 3]
+    assert _pivoting._shortest_of_parallel(units @ units.T, 1 / norms).tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("m", [20, 40])
@@ -298,8 +296,8 @@ def test_pivoting_gives_up_soon(seed: int, monkeypatch) -> None:
     of linear systems.
     """
     calls = []
-    eliminate = _linalg._eliminate
-    monkeypatch.setattr(_linalg, "_eliminate", lambda rows: calls.append(1) or eliminate(rows))
+    eliminate = _pivoting._eliminate
+    monkeypatch.setattr(_pivoting, "_eliminate", lambda rows: calls.append(1) or eliminate(rows))
     rows = matrix("stationary", 16, 9, seed)
     verdict = judge_cagrad(array(rows), array(CAGrad(c=1.5)(rows)), 1.5)
     assert max(verdict.outside, verdict.gap) <= 1e-10
@@ -313,11 +311,11 @@ def test_elimination(size: int) -> None:
     matrix_ = array(rows @ rows.T)
     right = array(random_gradients(size, 2, seed=9))
     expected = np.linalg.solve(matrix_, right)
-    found = np.array(_linalg._eliminate(np.hstack([matrix_, right]).tolist())).T
+    found = np.array(_pivoting._eliminate(np.hstack([matrix_, right]).tolist())).T
     assert np.allclose(found, expected, rtol=1e-9)
     twice = np.arange(size + 1).clip(0, size - 1)  # the last row once more
     repeated = np.hstack([matrix_[twice][:, twice], right[twice]])
-    found = np.array(_linalg._eliminate(repeated.tolist())).T
+    found = np.array(_pivoting._eliminate(repeated.tolist())).T
     assert np.allclose(found[:-1], expected, rtol=1e-9)
     assert not found[-1].any()
 
@@ -329,15 +327,15 @@ def test_first_face_is_right_where_rows_are_orthogonal() -> None:
     first two count. And with beta = (1, 3), a = (1/2, 1) the second counts from t = 3 on, where the
     first has a multiplier of 3/2 - 1 = 1/2.
     """
-    assert _linalg._guess_face([1.0, 4.0, 2.0], 2.0, [1.0, 1.0, 1.0]) == ([0, 2, 1], 2)
-    assert _linalg._guess_face([3.0, 1.0], 0.49, [1.0, 0.5]) == ([1, 0], 1)
-    assert _linalg._guess_face([3.0, 1.0], 0.51, [1.0, 0.5]) == ([1, 0], 2)
+    assert _pivoting._guess_face([1.0, 4.0, 2.0], 2.0, [1.0, 1.0, 1.0]) == ([0, 2, 1], 2)
+    assert _pivoting._guess_face([3.0, 1.0], 0.49, [1.0, 0.5]) == ([1, 0], 1)
+    assert _pivoting._guess_face([3.0, 1.0], 0.51, [1.0, 0.5]) == ([1, 0], 2)
 
 
 def test_a_duality_gap_is_noticed() -> None:
     """Orthogonal rows, beta = 0, a = 1: by symmetry equal multipliers are best, others are not."""
     for multipliers, right in [([1.0, 1.0], True), ([1.0, 1.0 + 1e-9], False), ([1.0, 0.0], False)]:
-        step = _linalg._scaled_to_optimum(multipliers, multipliers, [0.0, 0.0], 1.0, [1.0, 1.0])
+        step = _pivoting._scaled_to_optimum(multipliers, multipliers, [0.0, 0.0], 1.0, [1.0, 1.0])
         assert (step is not None) == right
         if step is not None:
             assert step == pytest.approx([0.5**0.5] * 2)
@@ -366,7 +364,7 @@ def test_linear_systems_also_singular_ones(rows: Tensor, seed: int) -> None:
         return
     gramian = units @ units.T
     right = gramian @ random_gradients(len(units), 2, seed)
-    solution = _linalg._solve(gramian, right)
+    solution = _active_set._solve(gramian, right)
     assert_close(gramian @ solution, right, rtol=0, atol=1e-8)
 
 

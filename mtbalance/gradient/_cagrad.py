@@ -3,24 +3,20 @@ import math
 import torch
 from torch import Tensor
 
+from mtbalance._active_set import minimize_linear_plus_norm, project_on_dual_cone
 from mtbalance._checks import check_at_least, check_choice
-from mtbalance._linalg import (
-    FEW,
+from mtbalance._gramians import (
     RESOLUTION,
     ZERO_ROW,
     Arithmetic,
     Number,
     UnitRows,
-    dot,
-    minimize_by_pivoting,
-    minimize_for_few,
-    minimize_linear_plus_norm,
     norm_of,
-    project_on_dual_cone,
     unit_rows,
     vanishes,
     weights_of_pair,
 )
+from mtbalance._pivoting import FEW, dot, minimize_by_pivoting, minimize_for_few
 
 from ._base import GramianStrategy
 
@@ -211,15 +207,17 @@ class CAGrad(GramianStrategy):
         y = minimize_linear_plus_norm(
             rows.cosines, linear, radius, sizes, start / (sizes @ start), may_vanish=reaches
         )
-        if y is not None:
-            # Near the kink rounding may hide it: take the better of its answer and the walk's.
-            walked = y * (radius / norm_of(y, rows.cosines))
-            worst = [
-                float((rows.norms * (linear + rows.cosines @ s)).min()) for s in (walked, step)
-            ]
-            if worst[0] >= worst[1] - 1e-12 * float(rows.norms.max()) * radius / self.c:
-                step = walked
-        return step
+        if y is None:
+            return step
+        return self._better(rows, linear, radius, y * (radius / norm_of(y, rows.cosines)), step)
+
+    def _better(
+        self, rows: UnitRows, linear: Tensor, radius: float, walked: Tensor, step: Tensor
+    ) -> Tensor:
+        """Return the better of two steps: near the kink, rounding may hide it from the walk."""
+        worst = [float((rows.norms * (linear + rows.cosines @ s)).min()) for s in (walked, step)]
+        slack = 1e-12 * float(rows.norms.max()) * radius / self.c
+        return walked if worst[0] >= worst[1] - slack else step
 
     def extra_repr(self) -> str:
         return f"c={self.c}, rescale={self.rescale}"

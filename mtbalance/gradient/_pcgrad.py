@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_choice
-from mtbalance._linalg import ZERO_ROW, Arithmetic, Number, weights_of_pair
+from mtbalance._gramians import ZERO_ROW, Arithmetic, Number, weights_of_pair
 from mtbalance._random import RandomSource
 
 from ._base import GramianStrategy

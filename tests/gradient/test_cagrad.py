@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from mtbalance._linalg import FEW, TENSORS
+from mtbalance._gramians import TENSORS
+from mtbalance._pivoting import FEW
 from mtbalance.gradient import CAGrad, _cagrad
 from tests._device import on_device
 from tests._oracles import (

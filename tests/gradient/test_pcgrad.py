@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from mtbalance._linalg import TENSORS
+from mtbalance._gramians import TENSORS
 from mtbalance.gradient import PCGrad, _pcgrad
 from tests._device import on_device
 from tests._oracles import (

@@ -1,0 +1,100 @@
+"""What every method on Gramians needs: unit rows, lengths, and closed forms for two rows.
+
+For two rows there are formulas, which need no solver and leave the Gramian on its device.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
+
+ZERO_ROW = 1e-30
+"""A row whose norm is at most this fraction of the largest counts as zero."""
+RESOLUTION = 16 * torch.finfo(torch.float64).eps
+"""Squared norms of combinations of unit rows are known up to a few of these."""
+
+
+class UnitRows(NamedTuple):
+    """The geometry of the rows that are not zero."""
+
+    numbers: Tensor
+    """Which rows they are, shape (k,)."""
+    norms: Tensor
+    """Their norms, shape (k,)."""
+    cosines: Tensor
+    """Their Gramian after scaling each to unit length, shape (k, k)."""
+
+
+def unit_rows(gramian: Tensor) -> UnitRows:
+    """Drop the zero rows and scale the others to unit length. On the CPU, in float64."""
+    gramian = gramian.detach().to("cpu", torch.float64)
+    norms = gramian.diagonal().clamp_min(0).sqrt()
+    alive = norms > ZERO_ROW * norms.max()
+    index = alive.nonzero()[:, 0]
+    if len(index) < len(norms):
+        norms, gramian = norms[index], gramian[index][:, index]
+    cosines = (gramian + gramian.T) / torch.outer(norms, 2 * norms)
+    cosines.clamp_(-1, 1).fill_diagonal_(1)
+    return UnitRows(index, norms, cosines)
+
+
+def norm_of(coefficients: Tensor, gramian: Tensor) -> float:
+    """Return the length of the combination of rows with these coefficients."""
+    return math.sqrt(max(float(coefficients @ gramian @ coefficients), 0.0))
+
+
+def vanishes(y: Tensor, gramian: Tensor) -> bool:
+    """Whether the combination of unit rows cannot be told from zero by their Gramian."""
+    bound = math.sqrt(RESOLUTION * len(y)) * float(y.abs().sum())
+    return norm_of(y, gramian) <= bound
+
+
+# --- two rows -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arithmetic(Generic[Number]):
+    """What a formula without branches needs beside + - * /, for one kind of number."""
+
+    where: Callable[[Any, Number | float, Number | float], Number]
+    positive: Callable[[Number], Number]
+    """The number, or 0 if that is larger."""
+    larger: Callable[[Number, Number], Number]
+    sqrt: Callable[[Number], Number]
+
+
+FLOATS: Arithmetic[float] = Arithmetic(
+    lambda condition, x, y: x if condition else y, lambda x: max(x, 0.0), max, math.sqrt
+)
+TENSORS: Arithmetic[Tensor] = Arithmetic(
+    lambda condition, x, y: torch.where(condition, x, y),  # noqa: PLW0108 (its overloads)
+    lambda x: x.clamp_min(0),
+    torch.maximum,
+    torch.sqrt,
+)
+
+
+class PairFormula(Protocol):
+    """Two weights from |g1|^2, <g1, g2> and |g2|^2, in either kind of number."""
+
+    def __call__(
+        self, a: Number, h: Number, b: Number, of: Arithmetic[Number], /
+    ) -> tuple[Number, Number]: ...
+
+
+def weights_of_pair(formula: PairFormula, gramian: Tensor) -> Tensor:
+    """Return a formula's weights, of shape (2,), for a Gramian of shape (2, 2).
+
+    On the CPU with Python's numbers, which are ten times faster than tensors of one element; on
+    other devices with tensors, so that the host waits for nothing.
+    """
+    if gramian.is_cpu:
+        (a, h), (_, b) = gramian.tolist()
+        return torch.tensor(formula(a, h, b, FLOATS), dtype=torch.float64, device="cpu")
+    one, both, _, other = gramian.detach().double().flatten().unbind()
+    return torch.stack(formula(one, both, other, TENSORS))
