@@ -15,9 +15,9 @@ Weightings live in ``mtbalance.weighting``, gradient strategies in ``mtbalance.g
 """
 
 from mtbalance._balancer import Balancer
+from mtbalance._explanation import Explanation
 from mtbalance._factory import PAPER_COMBINATIONS, make_balancer
 from mtbalance._record import EpochSummary, Record
-from mtbalance._split import Explanation
 from mtbalance.gradient import GradientStrategy, GramianStrategy
 from mtbalance.weighting import Weighting
 

@@ -1,13 +1,24 @@
 """Weighted rows of one group of parameters become a direction."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtbalance._jacobian import direct_by_columns
-from mtbalance._rows import Rows, columns_of, combine, sum_of
+from mtbalance._rows import (
+    CACHED_COLUMNS,
+    Piece,
+    Rows,
+    at_least_float32,
+    column_blocks,
+    columns_of,
+    combine,
+    flat,
+    shaped,
+    sum_of,
+)
 from mtbalance._shards import is_sharded, local, offset_of, sum_over_shards
 from mtbalance.gradient._base import GradientStrategy, GramianStrategy
 
@@ -97,3 +108,71 @@ def _by_columns(
         progress.append(sum_over_shards([leaf], [[products]], lambda rows: rows[0][0]))  # type: ignore[arg-type, return-value]
         first += columns_of(leaf)
     return direction, sum_of(progress, (len(weights),))
+
+
+def direct_by_columns(
+    strategy: Callable[[Tensor, int], Tensor],
+    rows: Rows,
+    weights: Tensor,
+    like: Sequence[Tensor],
+    *,
+    in_blocks: bool = True,
+    first: int = 0,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Apply a strategy to the weighted rows as a matrix, or block by block of its columns.
+
+    Args:
+        strategy: Maps a matrix (m, n) and the number of its first column to a direction (n,).
+        rows: The raw rows, m of them, lists that are emptied on the way.
+        weights: Their weights, shape (m,).
+        like: Tensors of the shapes and dtypes of the result.
+        in_blocks: Whether the strategy may be asked for blocks of columns.
+        first: The number of the first column.
+
+    Returns:
+        The direction, one tensor per parameter, and its inner products with the raw rows, (m,).
+    """
+    parts: list[Tensor | None] = [None] * len(like)
+    reached = [any(t is not None for t in tensors) for tensors in zip(*rows, strict=True)]
+    progress = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    unweighted = weights.device.type == "cpu" and bool((weights == 1).all())
+    for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
+        weighted = matrix if unweighted else matrix * weights.to(matrix)[:, None]
+        columns = strategy(weighted, first)
+        first += matrix.shape[1]
+        progress = progress.to(matrix.device) + (matrix @ columns.to(matrix)).double()
+        sizes = [stop - start for _, start, stop in pieces]
+        for (parameter, start, stop), values in zip(
+            pieces, torch.split(columns, sizes), strict=True
+        ):
+            part = parts[parameter]
+            if part is None:
+                parts[parameter] = part = _empty(like[parameter])
+            part[start:stop].copy_(values)
+    # What has no entries (a shard may) has no columns, but a direction nevertheless.
+    directions = [
+        shaped(part, tensor) if part is not None else torch.zeros_like(tensor) if found else None
+        for part, tensor, found in zip(parts, like, reached, strict=True)
+    ]
+    return directions, progress
+
+
+def _empty(like: Tensor) -> Tensor:
+    """Return room for a direction, as real numbers in the sum's dtype until all of it is there."""
+    whole = flat(like.detach())
+    return torch.empty_like(whole, dtype=at_least_float32(whole.dtype))
+
+
+def _blocks(rows: Rows, *, in_blocks: bool) -> Iterator[tuple[Tensor, list[Piece]]]:
+    """Yield blocks of columns, or all of them as one matrix on the first one's device."""
+    if in_blocks:
+        yield from column_blocks(rows, columns=CACHED_COLUMNS, release=True)
+        return
+    # One block per device and dtype, none of which is written to again.
+    devices = {t.device.type for row in rows for t in row if t is not None}
+    blocks = list(column_blocks(rows, columns=dict.fromkeys(devices, sys.maxsize), release=True))
+    if blocks:
+        device = blocks[0].matrix.device
+        matrices = [block.matrix.to(device) for block in blocks]
+        matrix = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+        yield matrix, [piece for block in blocks for piece in block.pieces]

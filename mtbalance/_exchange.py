@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mtbalance._agreement import Agreement
 from mtbalance._buckets import Bucket, buckets
-from mtbalance._jacobian import TaskGradients
-from mtbalance._ranks import Agreement
+from mtbalance._task_gradients import Row, TaskGradients
 
 
 class Exchange:
@@ -31,17 +31,16 @@ class Exchange:
         self._group = group
         self._agreement = agreement
         self._dtype = dtype
-        self._gradients = TaskGradients()
-        self._gradients.mark_nonfinite(agreement.nonfinite)
+        self._gradients = TaskGradients(agreement.nonfinite)
         self._waiting = [t for t in agreement.counts if t not in agreement.nonfinite]
         self._sent: list[_Sent] = []
 
-    def add(self, task: str, leaves: Sequence[Tensor], row: Sequence[Tensor | None]) -> None:
+    def add(self, row: Row) -> None:
         """Send a task's gradients off; those of tasks before it that are absent here are zero."""
-        while self._waiting and self._waiting[0] != task:
+        while self._waiting and self._waiting[0] != row.task:
             self._send(self._waiting.pop(0), [], [])
         if self._waiting:
-            self._send(self._waiting.pop(0), leaves, row)
+            self._send(self._waiting.pop(0), row.leaves, row.gradients)
 
     def _send(self, task: str, leaves: Sequence[Tensor], row: Sequence[Tensor | None]) -> None:
         here = {id(leaf): gradient for leaf, gradient in zip(leaves, row, strict=True)}
@@ -68,7 +67,8 @@ class Exchange:
                 row += bucket.receive(self._agreement.counts[sent.task])
             leaves += [leaf for leaf, _ in sent.own]
             row += [gradient for _, gradient in sent.own]
-            self._gradients.add(sent.task, self._agreement.losses[sent.task], leaves, row)
+            loss = self._agreement.losses[sent.task]
+            self._gradients.add(Row(sent.task, loss, leaves, row))
         self._sent.clear()
         return self._gradients
 

@@ -1,75 +1,118 @@
-"""Which tasks have losses or gradients that are not finite."""
+"""What becomes of losses and gradients that are not finite."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtbalance._ranks import Ranks
-from mtbalance._rows import Rows, all_finite, norms_of, stacked
+from mtbalance._company import Company
+from mtbalance._record import Record
+from mtbalance._rows import all_finite, norms_of, stacked
+from mtbalance._table import Table
 
 
-class FiniteCheck:
-    """Looks at numbers unless non-finite ones are to propagate; looking waits for the device.
+class NonFinite:
+    """The policy for what is not finite; looking for it waits for the device.
 
     Args:
         policy: The Balancer's ``nonfinite``.
-        ranks: The processes, which must come to the same answer.
+        tasks: All tasks.
     """
 
-    def __init__(self, policy: str, ranks: Ranks) -> None:
+    def __init__(self, policy: str, tasks: tuple[str, ...]) -> None:
         self.looks = policy != "propagate"
-        self._ranks = ranks
+        self.raises = policy == "raise"
+        self.drops = policy == "drop"
+        self._skips = policy == "skip"
+        self._tasks = tasks
 
-    def bad_losses(self, losses: Mapping[str, Tensor]) -> list[str]:
+    def losses(self, losses: Mapping[str, Tensor]) -> list[str]:
         """Name the tasks whose loss, in this process, is not finite."""
         if not self.looks or not losses:
             return []
         finite = torch.isfinite(stacked([loss.detach() for loss in losses.values()])).tolist()
         return [name for name, good in zip(losses, finite, strict=True) if not good]
 
-    def bad_gradients(
-        self, names: Sequence[str], gramian: Tensor, leaves: Sequence[Tensor], rows: Rows
-    ) -> list[str]:
+    def rows(self, table: Table, company: Company) -> list[str]:
         """Name the tasks whose gradient of a shared or of any other parameter is not finite.
 
-        Args:
-            names: The tasks.
-            gramian: Inner products of their gradients of the shared parameters, shape (m, m).
-            leaves: The other leaves.
-            rows: The gradients of these. Of several processes, each has inputs of its own that
-                require a gradient, which the others do not know of: those are not looked at.
+        Of several processes, each has inputs of its own that require a gradient, which the others
+        do not know of: those are not looked at.
         """
         if not self.looks:
             return []
-        known = [not self._ranks.several or isinstance(leaf, nn.Parameter) for leaf in leaves]
-        rest = [list(itertools.compress(row, known)) for row in rows]
+        gramian = table.gramian
+        rest: Sequence[Sequence[Tensor | None]] = table.rest.rows
+        known = [company.knows(leaf) for leaf in table.rest.leaves]
+        if not all(known):
+            rest = [list(itertools.compress(row, known)) for row in rest]
         # All in one tensor, so that the device is waited for once.
         sums = gramian.diagonal().clone()
         for number, row in enumerate(rest):
             norms = norms_of(row)
             if norms is not None:
                 sums[number] += norms.sum()
-        if self._ranks.sharded:
-            sums = self._ranks.sum(sums)
+        finite = torch.isfinite(company.sum_over_parts(sums)).tolist()
         # A norm may overflow where no entry does: look closer then.
         return [
             name
-            for name, good, products, row in zip(
-                names, torch.isfinite(sums).tolist(), gramian, rest, strict=True
-            )
-            if not good and not self.everywhere(all_finite([products, *row]))
+            for name, good, products, row in zip(table.losses, finite, gramian, rest, strict=True)
+            if not good and not company.everywhere(all_finite([products, *row]))
         ]
 
-    def everywhere(self, finite: bool) -> bool:  # noqa: FBT001
-        """Return whether the answer is yes in all processes."""
-        if not self._ranks.several:
-            return finite
-        return float(self._ranks.sum(torch.tensor(float(not finite), device="cpu"))) == 0
+    def ended(
+        self,
+        what: str,
+        losses: Mapping[str, Tensor],
+        nonfinite: Collection[str],
+    ) -> Record | None:
+        """Return the record of a step that ends here, or raise; None if it goes on.
+
+        Args:
+            what: What is not finite, a loss or a gradient.
+            losses: Losses of the tasks that are left.
+            nonfinite: The tasks that are not.
+        """
+        bad = self.ordered(nonfinite)
+        if bad and self.raises:
+            raise FloatingPointError(_message(what, bad))
+        if bad and self._skips:
+            return self._skipped(losses, bad)
+        if losses:
+            return None
+        return Record((), {}, absent=self.absent(bad), nonfinite=bad, dropped=bad)
+
+    def ended_by_sum(self, losses: Mapping[str, Tensor]) -> Record:
+        """Return the record of a step whose sum of gradients is not finite, or raise."""
+        if self.raises:
+            raise FloatingPointError(
+                f"the gradients of the tasks {', '.join(map(repr, losses))} must be finite, "
+                "but their sum holds NaN or infinity though the losses do not. "
+                "nonfinite='drop' takes them one by one and tells which it is."
+            )
+        return self._skipped(losses, ())
+
+    def _skipped(self, losses: Mapping[str, Tensor], nonfinite: tuple[str, ...]) -> Record:
+        names = self.ordered(losses)
+        return Record(
+            names,
+            dict(losses),
+            absent=self.absent([*names, *nonfinite]),
+            nonfinite=nonfinite,
+            skipped=True,
+        )
+
+    def absent(self, present: Collection[str]) -> tuple[str, ...]:
+        """Return the tasks that are not present."""
+        return tuple(task for task in self._tasks if task not in present)
+
+    def ordered(self, tasks: Collection[str]) -> tuple[str, ...]:
+        """Return the tasks in the order of the Balancer."""
+        return tuple(task for task in self._tasks if task in tasks)
 
 
-def message(what: str, names: Sequence[str]) -> str:
+def _message(what: str, names: Collection[str]) -> str:
     """Return what an error says of these tasks."""
     return (
         f"the {what} of task {', '.join(map(repr, names))} must be finite, but holds NaN or "

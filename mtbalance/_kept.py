@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from mtbalance.gradient._base import GradientStrategy, GramianStrategy
+from mtbalance.weighting._base import Weighting
+
 _NEVER = 2**31
 
 
@@ -35,9 +38,9 @@ class KeptWeights:
         self._of = tasks
         self.age = 1 if self.solutions else _NEVER
 
-    def fits(self, tasks: Collection[str]) -> bool:
-        """Return whether they belong to these tasks."""
-        return tuple(tasks) == self._of
+    def serve(self, tasks: Collection[str], every: int) -> bool:
+        """Return whether they belong to these tasks and are younger than so many steps."""
+        return self.age < every and tuple(tasks) == self._of
 
     def as_tensor(self) -> Tensor:
         """Return everything as one tensor, shape (1 + groups * K,), infinity for nothing."""
@@ -66,3 +69,22 @@ class KeptWeights:
                 self._of = tuple(
                     task for task, known in zip(self._tasks, found.tolist(), strict=True) if known
                 )
+
+
+def check_every(
+    every: int, weighting: Weighting, gradient: GradientStrategy, *, sharded: bool
+) -> None:
+    """Raise if weights that are kept would do nothing, or not what is promised."""
+    if every == 1:
+        return
+    if not isinstance(gradient, GramianStrategy) or weighting.needs_gradients:
+        raise ValueError(
+            "`every` must be 1 unless a GramianStrategy meets a weighting that needs no "
+            f"per-task gradients, but got {every} with "
+            f"{type(weighting).__name__} and {type(gradient).__name__}."
+        )
+    if sharded:
+        raise ValueError(
+            f"`every` must be 1 with sharded parameters, but got {every}. Their "
+            "backward passes cannot be confined to some of the parameters."
+        )

@@ -1,16 +1,29 @@
 """Where the tasks of a step are balanced: at the shared parameters, or at features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
-from mtbalance._jacobian import TaskGradients, add_to_grad, gradient_of, reach_of
-from mtbalance._ranks import Ranks
+from mtbalance._agreement import BELOW
+from mtbalance._checks import check_features
+from mtbalance._company import Company, TaskPasses
+from mtbalance._graphs import Reach, reach_of
+from mtbalance._passes import task_gradients
+from mtbalance._reach import ReachLog
 from mtbalance._rows import Rows, columns_of, gramian_of
-from mtbalance._shards import like_sharded, sum_over_shards
-from mtbalance._split import ReachLog
+from mtbalance._scaling import scaled
+from mtbalance._seen import Seen
+from mtbalance._shards import sum_over_shards
+from mtbalance._task_gradients import Row, TaskGradients, converted
+from mtbalance._writing import write
+from mtbalance.gradient._base import GradientStrategy, GramianStrategy
+from mtbalance.weighting._base import Weighting
+
+Divided = tuple[dict[int, list[Tensor]], list[Tensor]]
+"""What is balanced, by the number of its group, and all other leaves."""
 
 
 class Place(Protocol):
@@ -18,8 +31,22 @@ class Place(Protocol):
 
     first: int
     """The number of the rows' first column here, counted over all processes."""
+    dtype: torch.dtype | None
+    """What rows are kept in; None for their own."""
 
-    def divide(self, gradients: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+    def check(self, losses: Mapping[str, Tensor]) -> None:
+        """Raise unless the losses can be balanced here."""
+
+    def reach(self, losses: Sequence[Tensor]) -> Reach:
+        """Return what the losses reach together, as far as their rows go."""
+
+    def reached(self, losses: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Return what each loss reaches; under ``BELOW``, what the features depend on."""
+
+    def rows(self, seen: Seen, company: Company, scaler: GradScaler | None) -> Iterator[Row]:
+        """Make a backward pass for each loss of this process, and yield the gradients."""
+
+    def divide(self, gradients: TaskGradients) -> Divided:
         """Return what is balanced, by the number of its group, and all other leaves."""
 
     def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
@@ -28,22 +55,53 @@ class Place(Protocol):
     def over_all(self, products: Tensor) -> Tensor:
         """Return inner products over all columns, of those over the columns of this process."""
 
-    def write(self, leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
+    def write(self, leaves: Sequence[Tensor], directions: list[Tensor | None], seen: Seen) -> None:
         """Accumulate directions into ``.grad``."""
 
 
 class AtParameters:
-    """Balancing at the shared parameters themselves."""
+    """Balancing at the shared parameters themselves.
+
+    Args:
+        log: Knows which parameters are shared.
+        passes: Makes the backward passes of single tasks.
+        dtype: What rows are kept in; None for their own.
+    """
 
     first = 0
 
-    def __init__(self, reach: ReachLog) -> None:
-        self._reach = reach
+    def __init__(self, log: ReachLog, passes: TaskPasses, dtype: torch.dtype | None) -> None:
+        self._log = log
+        self._passes = passes
+        self.dtype = dtype
 
-    def divide(self, gradients: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+    def check(self, losses: Mapping[str, Tensor]) -> None:
+        """Let all pass: what losses must reach is checked with what they reach."""
+
+    def reach(self, losses: Sequence[Tensor]) -> Reach:
+        """Return what the losses reach together."""
+        return reach_of(losses)
+
+    def reached(self, losses: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Return what each loss reaches."""
+        return {task: reach_of([loss]).leaves for task, loss in losses.items()}
+
+    def rows(self, seen: Seen, company: Company, scaler: GradScaler | None) -> Iterator[Row]:
+        """Make a backward pass for each loss of this process, and yield the gradients."""
+        losses = seen.finite_here
+        if not losses:
+            return
+        leaves, shares_graph = company.reach(losses, self) if seen.nonfinite else seen.reach
+        passes = company.task_passes or self._passes
+        gradients = passes(scaled(losses.values(), scaler), leaves, shares_graph)
+        for (task, loss), row in zip(losses.items(), gradients, strict=True):
+            yield Row(task, loss.detach(), leaves, converted(row, self.dtype))
+            del row  # whoever holds rows decides how long
+
+    def divide(self, gradients: TaskGradients) -> Divided:
         """Return the shared parameters of each group, and all other leaves."""
-        groups, rest = self._reach.divide(gradients.leaves.values())
-        self._reach.check_inferred(gradients, groups)
+        groups, rest = self._log.divide(gradients.leaves.values())
+        self._log.check_inferred(gradients, groups)
         return groups, rest
 
     def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
@@ -54,8 +112,9 @@ class AtParameters:
         """Return them as they are: shards have been added up leaf by leaf."""
         return products
 
-    def write(self, leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
+    def write(self, leaves: Sequence[Tensor], directions: list[Tensor | None], seen: Seen) -> None:
         """Accumulate directions into ``.grad``."""
+        del seen
         write(leaves, directions)
 
 
@@ -65,18 +124,55 @@ class AtFeatures:
     Args:
         parts: The features, one tensor or several; with several processes, those of its part of
             the batch.
-        below: The leaves that they depend on, in any process.
-        ranks: The processes.
+        company: The processes.
     """
 
-    def __init__(self, parts: Sequence[Tensor], below: Sequence[Tensor], ranks: Ranks) -> None:
-        self._parts = parts
-        self._below = below
-        self._ranks = ranks
-        # As if the parts of all processes, one after the other, were one tensor.
-        self.first = ranks.rank * sum(map(columns_of, parts))
+    dtype: torch.dtype | None = None
 
-    def divide(self, gradients: TaskGradients) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
+    def __init__(self, parts: Sequence[Tensor], company: Company) -> None:
+        self._parts = parts
+        self._company = company
+        # As if the parts of all processes, one after the other, were one tensor.
+        self.first = company.rank * sum(map(columns_of, parts))
+
+    def check(self, losses: Mapping[str, Tensor]) -> None:
+        """Raise unless each loss reaches what the features depend on, and only through them."""
+        below = {id(leaf) for leaf in reach_of(self._parts).leaves}
+        for task, loss in losses.items():
+            if not any(id(leaf) in below for leaf in reach_of([loss]).leaves):
+                raise ValueError(f"the loss of task {task!r} must reach `features`, but does not.")
+            above = reach_of([loss], until=self._parts).leaves
+            past = [leaf for leaf in above if id(leaf) in below]
+            if past:
+                raise ValueError(
+                    "`features` must be all that the losses get from the shared part of the "
+                    f"network, but the loss of task {task!r} reaches {len(past)} of its parameters "
+                    f"(one of shape {tuple(past[0].shape)}) past them, too. Leave `features` out."
+                )
+
+    def reach(self, losses: Sequence[Tensor]) -> Reach:
+        """Return the features, and what the losses reach besides."""
+        above = reach_of(losses, until=self._parts)
+        return Reach([*self._parts, *above.leaves], above.shares_graph)
+
+    def reached(self, losses: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Return what each loss reaches besides the features, and what these depend on."""
+        found = {task: reach_of([loss], until=self._parts).leaves for task, loss in losses.items()}
+        return {**found, BELOW: reach_of(self._parts).leaves}
+
+    def rows(self, seen: Seen, company: Company, scaler: GradScaler | None) -> Iterator[Row]:
+        """Make a backward pass down to the features for each loss of this process."""
+        losses = seen.finite_here
+        leaves, shares_graph = company.reach(losses, self) if seen.nonfinite else seen.reach
+        gradients = task_gradients(scaled(losses.values(), scaler), leaves, shares_graph)
+        own = len(self._parts)
+        for (task, loss), row in zip(losses.items(), gradients, strict=True):
+            # Rows of the features are those of the whole batch, of which this rank has a part.
+            share = company.share(seen, task)
+            row[:own] = [None if g is None else g * share for g in row[:own]]
+            yield Row(task, loss.detach(), leaves, row)
+
+    def divide(self, gradients: TaskGradients) -> Divided:
         """Return the features as the only group, and all leaves that are not before them."""
         own = {id(part) for part in self._parts}
         rest = [leaf for key, leaf in gradients.leaves.items() if key not in own]
@@ -89,36 +185,27 @@ class AtFeatures:
 
     def over_all(self, products: Tensor) -> Tensor:
         """Return the sum over all processes."""
-        return self._ranks.sum(products)
+        return self._company.sum(products)
 
-    def write(self, leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
+    def write(self, leaves: Sequence[Tensor], directions: list[Tensor | None], seen: Seen) -> None:
         """Let the directions flow back into ``.grad`` of what the features depend on."""
         reached = [(f, d) for f, d in zip(leaves, directions, strict=True) if d is not None]
         features, slopes = [f for f, _ in reached], [d for _, d in reached]
-        if not self._ranks.several:
-            torch.autograd.backward(features, slopes)
-            return
-        gradients: list[Tensor | None] = [None] * len(self._below)
-        if features:
-            gradients = gradient_of(features, self._below, slopes)
-        write(self._below, self._ranks.add_up(self._below, gradients))
+        self._company.backward_from(features, slopes, seen)
 
 
-def write(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
-    """Accumulate directions, of sharded leaves this process's shards, into ``.grad``."""
-    add_to_grad(leaves, [like_sharded(d, f) for d, f in zip(directions, leaves, strict=True)])
-
-
-def check_between(features: Sequence[Tensor], losses: Mapping[str, Tensor]) -> None:
-    """Raise unless each loss reaches what the features depend on, and only through them."""
-    below = {id(leaf) for leaf in reach_of(features).leaves}
-    for task, loss in losses.items():
-        if not any(id(leaf) in below for leaf in reach_of([loss]).leaves):
-            raise ValueError(f"the loss of task {task!r} must reach `features`, but does not.")
-        past = [leaf for leaf in reach_of([loss], until=features).leaves if id(leaf) in below]
-        if past:
-            raise ValueError(
-                "`features` must be all that the losses get from the shared part of the network, "
-                f"but the loss of task {task!r} reaches {len(past)} of its parameters (one of "
-                f"shape {tuple(past[0].shape)}) past them, too. Leave `features` out."
-            )
+def features_of(
+    features: Tensor | Sequence[Tensor],
+    weighting: Weighting,
+    gradient: GradientStrategy,
+    company: Company,
+) -> AtFeatures:
+    """Return the features as where to balance, or raise if they cannot be."""
+    parts = [features] if isinstance(features, Tensor) else list(features)
+    check_features(parts, weighting, sharded=company.sharded)
+    if company.size > 1 and not (gradient.coordinatewise or isinstance(gradient, GramianStrategy)):
+        raise TypeError(
+            "the gradient strategy must be coordinatewise or a GramianStrategy for `features` "
+            f"of several processes, but {type(gradient).__name__} needs whole rows."
+        )
+    return AtFeatures(parts, company)

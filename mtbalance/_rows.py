@@ -82,32 +82,23 @@ def column_blocks(
         release: Whether to empty the rows, which are lists then, as they have been read.
     """
     matrix: Tensor | None = None
+    lines: Sequence[Tensor] = ()
     pieces: list[Piece] = []
     filled = 0
     total = sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
-    for parameter, tensors in enumerate(zip(*rows, strict=True)):
-        vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
-        del tensors
-        if release:
-            for row in rows:
-                row[parameter] = None  # type: ignore[index]
-        reached = next((vector for vector in vectors if vector is not None), None)
-        if reached is None:
-            continue
+    for parameter, reached, vectors in _vectors_of(rows, release=release):
         wanted = dtype or at_least_float32(reached.dtype)
-        if matrix is not None and (matrix.device, matrix.dtype) != (reached.device, wanted):
-            if filled:
+        if matrix is None or (matrix.device, matrix.dtype) != (reached.device, wanted):
+            if matrix is not None and filled:
                 yield Block(matrix[:, :filled], pieces)
-            matrix = None
-        if matrix is None:
             most = columns.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
             matrix = torch.empty(len(rows), min(total, most), dtype=wanted, device=reached.device)
-            pieces, filled = [], 0
+            lines, pieces, filled = matrix.unbind(), [], 0
         start = 0
         while start < len(reached):
             stop = min(len(reached), start + matrix.shape[1] - filled)
-            for row, vector in zip(matrix, vectors, strict=True):
-                target = row[filled : filled + stop - start]
+            for line, vector in zip(lines, vectors, strict=True):
+                target = line[filled : filled + stop - start]
                 target.zero_() if vector is None else target.copy_(vector[start:stop])
             pieces.append(Piece(parameter, start, stop))
             filled += stop - start
@@ -117,6 +108,19 @@ def column_blocks(
                 pieces, filled = [], 0
     if matrix is not None and filled:
         yield Block(matrix[:, :filled], pieces)
+
+
+def _vectors_of(rows: Rows, *, release: bool) -> Iterator[tuple[int, Tensor, list[Tensor | None]]]:
+    """Yield each parameter that a task reaches, with one of its vectors and those of all tasks."""
+    for parameter, tensors in enumerate(zip(*rows, strict=True)):
+        vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
+        del tensors
+        if release:
+            for row in rows:
+                row[parameter] = None  # type: ignore[index]
+        reached = next((vector for vector in vectors if vector is not None), None)
+        if reached is not None:
+            yield parameter, reached, vectors
 
 
 def columns_of(tensor: Tensor | None) -> int:

@@ -5,7 +5,7 @@ more; inner products are added up over the processes that hold the other shards.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ def is_sharded(tensor: Tensor) -> bool:
     """Return whether the tensor is spread over a mesh of processes."""
     module = sys.modules.get(_MODULE)  # there is no such tensor before somebody imports it
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of the tensors is."""
+    module = sys.modules.get(_MODULE)
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -54,11 +60,11 @@ def sum_over_shards(
         rows: This process's part of the rows.
         product: Maps rows to a tensor, additively in their columns.
     """
+    if not any_sharded(leaves):
+        return product(rows)
     kinds: dict[Any, list[int]] = {}
     for number, leaf in enumerate(leaves):
         kinds.setdefault(_spread(leaf) if is_sharded(leaf) else None, []).append(number)
-    if list(kinds) in ([], [None]):
-        return product(rows)
     parts = []
     for spread, numbers in kinds.items():
         part = product([[row[number] for number in numbers] for row in rows])

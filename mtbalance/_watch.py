@@ -1,7 +1,7 @@
 """Notices learned weights that no optimizer moves."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,16 +27,16 @@ class OptimizerWatch:
         self._learned: list[Tensor] = []
         self._stood_still = 0
 
-    def look(self, learned: Sequence[Tensor], model: Sequence[Tensor]) -> None:
+    def look(self, learned: Sequence[Tensor], model: Callable[[], Sequence[Tensor]]) -> None:
         """Compare with the last call, and warn once if learned weights do not move.
 
         Args:
             learned: Parameters of the weighting.
-            model: Parameters that the losses are known to reach.
+            model: Returns the parameters that the losses are known to reach.
         """
         if self._settled or not learned:
             return
-        probed = [local(p.detach()) for p in model[:_PROBED_TENSORS]]
+        probed = [local(p.detach()) for p in model()[:_PROBED_TENSORS]]
         now = [p.reshape(-1)[:_PROBED_ENTRIES].clone() for p in probed]
         values = [p.detach().clone() for p in learned]
         if self._learned:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mtbalance._checks import check_losses
-from mtbalance._jacobian import products_with_gradient
+from mtbalance._passes import products_with_gradient
 
 
 @dataclass(frozen=True)

@@ -1,123 +1,14 @@
-"""Which parameters are shared: what the user says, what the graphs say, and a table of both."""
+"""Which tasks have reached which parameters, and so what is shared."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from mtbalance._jacobian import TaskGradients, reach_of
-
-Shared = nn.Module | Tensor | Iterable["nn.Module | Tensor"]
-
-
-def named_groups(shared: Shared | Mapping[str, Shared]) -> dict[str, dict[str, Tensor]]:
-    """Return the parameters of each group, by name, in the order given, each once.
-
-    Args:
-        shared: Modules or parameters, one or several, or a mapping from group name to these.
-    """
-    if isinstance(shared, Mapping) and not isinstance(shared, nn.Module):
-        groups = {str(name): _named_parameters(members) for name, members in shared.items()}
-    else:
-        groups = {"shared": _named_parameters(shared)}
-    owner: dict[int, str] = {}
-    for group, parameters in groups.items():
-        if not parameters:
-            raise ValueError(
-                f"`shared` must hold parameters, but got none in group {group!r}. "
-                "Leave it out to let the Balancer infer what is shared."
-            )
-        for name, parameter in parameters.items():
-            other = owner.setdefault(id(parameter), group)
-            if other != group:
-                raise ValueError(
-                    f"`shared` must hold each parameter in one group, but {name!r} is in "
-                    f"{other!r} and {group!r}. Tied weights belong to one group."
-                )
-    return groups
-
-
-def _named_parameters(members: Shared) -> dict[str, Tensor]:
-    found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, member in _numbered(members):
-        if isinstance(member, nn.Module):
-            for name, parameter in member.named_parameters():
-                found.setdefault(id(parameter), (f"{prefix}{name}", parameter))
-        elif isinstance(member, Tensor):
-            if not member.is_leaf:
-                raise ValueError(
-                    "`shared` must hold parameters, but got a tensor that was computed from others "
-                    f"(shape {tuple(member.shape)}). Give the parameter itself."
-                )
-            found.setdefault(id(member), (f"{prefix}parameter", member))
-        else:
-            raise TypeError(
-                f"`shared` must hold modules and parameters, but got {type(member).__name__}."
-            )
-    return dict(found.values())
-
-
-def _numbered(members: object) -> Iterator[tuple[str, object]]:
-    """Yield the members, each with a prefix for the names in it."""
-    if isinstance(members, nn.Module | Tensor):
-        yield "", members
-    elif isinstance(members, Iterable) and not isinstance(members, str | bytes):
-        for number, member in enumerate(members):
-            yield f"{number}.", member
-    else:
-        raise TypeError(
-            f"`shared` must hold modules and parameters, but got {type(members).__name__}."
-        )
-
-
-@dataclass(frozen=True)
-class Use:
-    """One row of an explanation.
-
-    Attributes:
-        use: What the parameters are used for.
-        tensors: How many parameter tensors.
-        parameters: How many numbers.
-        names: Names of the tensors, as far as they are known.
-    """
-
-    use: str
-    tensors: int
-    parameters: int
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which parameters are balanced, and what that costs. Print it for a table.
-
-    Attributes:
-        rows: One row per use.
-        balanced: Number of numbers in the balanced (shared, not frozen) parameters.
-        extra_bytes: Memory of the per-task gradients: tasks x balanced parameters x bytes.
-        tasks: The tasks.
-    """
-
-    rows: tuple[Use, ...]
-    balanced: int
-    extra_bytes: int
-    tasks: tuple[str, ...]
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "No loss has been seen yet: take a step, or give explain() the losses."
-        width = max(len(use) for use in ("parameters are", *(row.use for row in self.rows)))
-        lines = [f"{'parameters are':{width}}  {'tensors':>8}  {'numbers':>14}"]
-        lines += [
-            f"{row.use:{width}}  {row.tensors:>8}  {row.parameters:>14,}" for row in self.rows
-        ]
-        lines.append(
-            f"Extra memory of per-task gradients: {len(self.tasks)} tasks x {self.balanced:,} "
-            f"shared numbers = {self.extra_bytes / 2**20:,.1f} MiB."
-        )
-        return "\n".join(lines)
+from mtbalance._explanation import Explanation, explanation_of
+from mtbalance._graphs import reach_of
+from mtbalance._task_gradients import TaskGradients
 
 
 class ReachLog:
@@ -266,41 +157,4 @@ class ReachLog:
 
     def explain(self, model: nn.Module | None = None) -> Explanation:
         """Sort every known parameter, and those of ``model``, by its use."""
-        groups = self._groups or {}
-        named = [pair for parameters in groups.values() for pair in parameters.items()]
-        named += [] if model is None else list(model.named_parameters())
-        names = {id(parameter): name for name, parameter in named}
-        known = {id(p): p for p in [*(p for _, p in named), *self.parameters()]}
-
-        uses: dict[str, list[Tensor]] = {}
-        balanced: list[Tensor] = []
-        for key, parameter in known.items():
-            by = self._by_id.get(key, set())
-            is_shared = len(by) > 1 if self._groups is None else key in self._group_of
-            use = _use(parameter, by, self._tasks, is_shared=is_shared)
-            if is_shared and len(groups) > 1:
-                use = f"{list(groups)[self._group_of[key]]}: {use}"
-            if is_shared and parameter.requires_grad:
-                balanced.append(parameter)
-            uses.setdefault(use, []).append(parameter)
-        rows = [
-            Use(use, len(ps), sum(map(Tensor.numel, ps)), tuple(names.get(id(p), "?") for p in ps))
-            for use, ps in uses.items()
-        ]
-        return Explanation(
-            tuple(sorted(rows, key=lambda row: -row.parameters)),
-            sum(map(Tensor.numel, balanced)),
-            len(self._tasks) * sum(p.numel() * p.element_size() for p in balanced),
-            self._tasks,
-        )
-
-
-def _use(parameter: Tensor, by: set[str], tasks: tuple[str, ...], *, is_shared: bool) -> str:
-    who = ", ".join(task for task in tasks if task in by)
-    if not parameter.requires_grad:
-        return "frozen"
-    if not by:
-        return "shared, but reached by no loss yet" if is_shared else "unused"
-    if not is_shared:
-        return f"specific to {who}" if len(by) == 1 else f"not in `shared`, though reached by {who}"
-    return "shared by all tasks" if len(by) == len(tasks) else f"shared, reached by {who} only"
+        return explanation_of(self._tasks, self._groups, self._reached, model)

@@ -1,0 +1,50 @@
+"""Steps whose coefficients are known before any gradient is: one backward pass per part."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mtbalance._company import Company
+from mtbalance._seen import Seen
+from mtbalance._weighed import Weighed
+from mtbalance._writing import fresh_grad
+
+
+class Part(NamedTuple):
+    """What one backward pass is for."""
+
+    leaves: Sequence[Tensor]
+    coefficients: Tensor
+    """Of the losses, shape (m,)."""
+
+
+def in_passes(
+    parts: Sequence[Part],
+    seen: Seen,
+    weighed: Weighed,
+    scale: float | None,
+    company: Company,
+    *,
+    looks: bool,
+) -> bool:
+    """Make one backward pass per part into ``.grad``; False, and nothing written, if not finite.
+
+    Args:
+        parts: All leaves, or some each.
+        seen: The losses.
+        weighed: Their weights.
+        scale: The loss scale, if any: a scaler looks at ``.grad`` itself.
+        company: The processes.
+        looks: Whether what is not finite is to be found.
+    """
+    wanted = [part for part in parts if part.leaves]
+    with fresh_grad(company.leaves(seen)) as fresh:
+        for number, (leaves, coefficients) in enumerate(wanted, 1):
+            more = number < len(wanted)
+            company.backward(seen, leaves, coefficients, scale or 1.0, retain_graph=more)
+        if looks and scale is None and not company.everywhere(fresh.is_finite()):
+            return False
+        fresh.keep()
+        weighed.write(scale)
+    return True

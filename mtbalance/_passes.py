@@ -1,0 +1,177 @@
+"""Backward passes: gradients of single losses, and of combinations, for given leaves."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mtbalance._graphs import reach_of
+from mtbalance._rows import Rows, inner_products, sum_of
+from mtbalance._shards import local
+from mtbalance._writing import fresh_grad
+
+
+def gradient_of(
+    losses: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    factors: Sequence[Tensor | None] | None = None,
+    *,
+    retain_graph: bool = False,
+) -> list[Tensor | None]:
+    """Return the gradient of the sum of ``factors * losses`` for each input, in one pass."""
+    if not inputs:
+        return []
+    with _explained():
+        gradients = torch.autograd.grad(
+            losses, inputs, factors, retain_graph=retain_graph, allow_unused=True
+        )
+    return list(gradients)
+
+
+def task_gradients(
+    losses: Sequence[Tensor], inputs: Sequence[Tensor], shares_graph: Sequence[bool]
+) -> Iterator[list[Tensor | None]]:
+    """Yield, per loss, its gradient for each input, and free its graph once nobody needs it."""
+    for loss, shares in zip(losses, shares_graph, strict=True):
+        yield gradient_of([loss], inputs, retain_graph=shares)
+
+
+class BatchedPasses:
+    """Backward passes of several tasks at once, vectorised by ``torch.func.vmap``.
+
+    One pass over a chunk of tasks launches the kernels of one task: it saves time where launching
+    them is what takes it, on a GPU with small batches.
+
+    Args:
+        chunk: How many tasks go together.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self._works: bool | None = None
+
+    def __call__(
+        self,
+        losses: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        shares_graph: Sequence[bool],
+        on_fallback: Callable[[str], None],
+    ) -> Iterator[list[Tensor | None]]:
+        """Yield what :func:`task_gradients` does, in the same order.
+
+        ``on_fallback`` is told why, when an operation in the graph cannot be vectorised.
+        """
+        for start in range(0, len(losses), self.chunk):
+            part = slice(start, start + self.chunk)
+            batch = None
+            if self._works is not False and len(losses[part]) > 1:
+                batch = self._try(losses[part], inputs, on_fallback, any(shares_graph[part]))
+            if batch is None:
+                yield from task_gradients(losses[part], inputs, shares_graph[part])
+            else:
+                yield from batch
+
+    def _try(
+        self,
+        losses: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        on_fallback: Callable[[str], None],
+        shares_graph: bool,  # noqa: FBT001
+    ) -> list[list[Tensor | None]] | None:
+        unit = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
+        factors = [unit[i].to(loss) for i, loss in enumerate(losses)]
+        try:
+            with _explained():
+                gradients = torch.autograd.grad(
+                    losses,
+                    inputs,
+                    factors,
+                    # Until it has worked once, the graph must survive for the passes one by one.
+                    retain_graph=shares_graph or self._works is None,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+        except RuntimeError as error:
+            if self._works:
+                raise
+            self._works = False
+            on_fallback(
+                "the backward pass cannot be vectorised over tasks and runs one by one "
+                f"({str(error).splitlines()[0]})"
+            )
+            return None
+        self._works = True
+        # The batched pass gives zeros where a single one says that a loss does not reach an input.
+        reached = [{id(leaf) for leaf in reach_of([loss]).leaves} for loss in losses]
+        return [
+            [
+                gradient[i] if gradient is not None and id(leaf) in reached[i] else None
+                for leaf, gradient in zip(inputs, gradients, strict=True)
+            ]
+            for i in range(len(losses))
+        ]
+
+
+def sharded_task_gradients(
+    losses: Sequence[Tensor], leaves: Sequence[Tensor], shares_graph: Sequence[bool]
+) -> Iterator[list[Tensor | None]]:
+    """Yield, per loss, this process's part of its gradient for each sharded (or other) leaf.
+
+    Sharded parameters are not in the graph: what shards them (``fully_shard``) puts whole ones
+    there, and after a backward pass the averaged gradient's shard into ``.grad``, where this looks.
+    """
+    with fresh_grad(leaves) as fresh:
+        for loss, shares in zip(losses, shares_graph, strict=True):
+            torch.autograd.backward(loss, retain_graph=shares)
+            yield [None if g is None else local(g) for g in fresh.take()]
+
+
+def products_with_gradient(
+    loss: Tensor, leaves: Sequence[Tensor], rows: Rows, factors: Sequence[float]
+) -> Tensor:
+    """Return the inner product of each row with the gradient of a loss, shape (m,), float64.
+
+    Each leaf's gradient is multiplied as it arrives and let go, so that all of them never exist
+    together.
+
+    Args:
+        loss: The loss.
+        leaves: What the rows are gradients of.
+        rows: The rows, m of them.
+        factors: A factor for each leaf; leaves with 0 are left out.
+    """
+    products: list[Tensor] = []
+
+    def multiply(number: int, gradient: Tensor) -> Tensor | None:
+        part = inner_products([[row[number]] for row in rows], [gradient.detach()])
+        products.append(factors[number] * part)
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+    wanted = [number for number, factor in enumerate(factors) if factor != 0]
+    handles = [
+        leaves[number].register_hook(functools.partial(multiply, number))  # type: ignore[no-untyped-call]
+        for number in wanted
+    ]
+    try:
+        gradient_of([loss], [leaves[number] for number in wanted])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum_of(products, (len(rows),))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Name the setting where a compiled model has given its buffers away."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model is compiled with donated buffers, which allow one backward pass only, but "
+            "this combination of strategies makes one per task. Set "
+            "torch._functorch.config.donated_buffer = False before the compiled model's first call."
+        ) from error

@@ -1,0 +1,84 @@
+"""Per-task gradients of one step, as they come and add up."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """One task's loss of this process, detached, and its gradient for each leaf."""
+
+    task: str
+    loss: Tensor
+    leaves: Sequence[Tensor]
+    gradients: Sequence[Tensor | None]
+
+
+def converted(row: list[Tensor | None], dtype: torch.dtype | None) -> list[Tensor | None]:
+    """Return gradients in the dtype that they are kept in, emptying the list of the others."""
+    if dtype is not None:
+        for number, gradient in enumerate(row):
+            if gradient is not None and not gradient.is_complex():
+                row[number] = gradient.to(dtype)
+    return row
+
+
+class TaskGradients:
+    """What has been gathered for one step: per task, its loss and its gradient for each leaf.
+
+    Args:
+        nonfinite: Tasks that have no part in the step.
+    """
+
+    def __init__(self, nonfinite: Collection[str] = ()) -> None:
+        self.losses: dict[str, Tensor] = {}
+        self.leaves: dict[int, Tensor] = {}
+        self.nonfinite = set(nonfinite)
+        self._gradients: dict[str, dict[int, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.losses or self.nonfinite)
+
+    def add(self, row: Row) -> None:
+        """Add a loss and its gradients. Tensors that come from autograd are never written to."""
+        task, loss, leaves, row_gradients = row
+        if task in self.nonfinite:
+            return
+        self.losses[task] = self.losses[task] + loss if task in self.losses else loss
+        gradients = self._gradients.setdefault(task, {})
+        for leaf, gradient in zip(leaves, row_gradients, strict=True):
+            if gradient is not None:
+                key = id(leaf)
+                self.leaves.setdefault(key, leaf)
+                earlier = gradients.get(key)
+                gradients[key] = gradient if earlier is None else earlier + gradient
+
+    def mark_nonfinite(self, tasks: Collection[str]) -> None:
+        """Take tasks out of the step."""
+        self.nonfinite.update(tasks)
+        for task in tasks:
+            self.losses.pop(task, None)
+            self._gradients.pop(task, None)
+
+    def leaves_of(self, task: str) -> list[Tensor]:
+        """Return the leaves that a task reaches."""
+        return [self.leaves[key] for key in self._gradients[task]]
+
+    def rows(self, tasks: Sequence[str], leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """Return the gradients of these tasks for these leaves."""
+        keys = list(map(id, leaves))
+        return [list(map(self._gradients[task].get, keys)) for task in tasks]
+
+    def released(self, tasks: Sequence[str]) -> Iterator[Row]:
+        """Yield the rows of these tasks, and forget each."""
+        for task in tasks:
+            gradients = self._gradients.pop(task)
+            leaves = [self.leaves[key] for key in gradients]
+            yield Row(task, self.losses[task], leaves, list(gradients.values()))
+            del gradients
+
+    def forget(self) -> None:
+        """Leave the gradients to the rows that have been asked for."""
+        self._gradients.clear()

@@ -1,0 +1,117 @@
+"""Losses become weights: the one place where the weighting is asked."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtbalance._rows import is_finite, stacked
+from mtbalance._watch import OptimizerWatch
+from mtbalance._writing import add_to_grad
+from mtbalance.weighting._base import Step, Weighting
+
+
+class Weighed(NamedTuple):
+    """What a weighting made of the losses of m active tasks."""
+
+    losses: dict[str, Tensor]
+    """The raw losses, by name, in one dtype and on one device."""
+    weights: Tensor
+    """d objective / d losses, shape (m,)."""
+    learned: list[tuple[Tensor, Tensor]]
+    """The weighting's own parameters, and the derivatives of the objective by them."""
+
+    @property
+    def by_name(self) -> dict[str, Tensor]:
+        """The weights by task."""
+        return dict(zip(self.losses, self.weights.unbind(), strict=True))
+
+    def write(self, scale: float | None) -> None:
+        """Accumulate the derivatives by learned parameters, times the loss scale, in ``.grad``."""
+        if self.learned:
+            slopes = [slope * (scale or 1.0) for _, slope in self.learned]
+            add_to_grad([parameter for parameter, _ in self.learned], slopes)
+
+
+class Weigher:
+    """Asks the weighting, and watches whether what it learns moves.
+
+    Args:
+        tasks: All tasks.
+        looks: Whether weights must be finite, which takes looking at them.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], *, looks: bool) -> None:
+        self._tasks = tasks
+        self._looks = looks
+        self._watch = OptimizerWatch()
+        self._numbers: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
+
+    def weigh(
+        self,
+        weighting: Weighting,
+        losses: Mapping[str, Tensor],
+        model: Callable[[], Sequence[Tensor]],
+        step: Step | None = None,
+    ) -> Weighed:
+        """Return the weights of the active tasks.
+
+        Args:
+            weighting: The weighting.
+            losses: Their detached losses.
+            model: Returns the parameters that losses are known to reach.
+            step: What the weighting may look at first, if it looks ahead.
+        """
+        parameters = list(weighting.parameters())
+        learned = [p for p in parameters if p.requires_grad]
+        stack = stacked(list(losses.values()))
+        state = next(itertools.chain(parameters, weighting.buffers()), stack)
+        active = self._numbers_of(tuple(losses), state.device)
+        if step is not None:
+            with weighting.only(active):
+                weighting.before_step(step)
+        self._watch.look(learned, model)
+        weights, slopes = self._derivatives(weighting, stack, active, learned)
+        return Weighed(
+            dict(zip(losses, stack.unbind(), strict=True)),
+            weights.to(stack.device),
+            list(zip(learned, slopes, strict=True)),
+        )
+
+    def _derivatives(
+        self, weighting: Weighting, losses: Tensor, active: Tensor, learned: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        raw = losses.detach().to(active.device).requires_grad_()
+        with torch.enable_grad(), _without_autocast(raw.device), weighting.only(active):
+            weighted = weighting(raw)
+            if weighted.shape != raw.shape:
+                raise ValueError(
+                    f"{type(weighting).__name__} must return one weighted loss per task, "
+                    f"shape {tuple(raw.shape)}, but got shape {tuple(weighted.shape)}."
+                )
+            weights, *slopes = torch.autograd.grad(
+                weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
+            )
+        if self._looks and not is_finite(weights):
+            raise FloatingPointError(
+                f"{type(weighting).__name__} must give finite weights, but gives "
+                f"{weights.tolist()} for the losses {raw.tolist()}."
+            )
+        return weights, slopes
+
+    def _numbers_of(self, names: tuple[str, ...], device: torch.device) -> Tensor:
+        """Return the tasks' numbers on a device, made once: on their way there they are awaited."""
+        key = names, device
+        if key not in self._numbers:
+            numbers = [self._tasks.index(name) for name in names]
+            self._numbers[key] = torch.tensor(numbers, device=device)
+        return self._numbers[key]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
