@@ -386,8 +386,9 @@ class Balancer(nn.Module):
 
     def _finish(self, record: Record) -> Record:
         fallbacks = self.fallbacks + self.weighting.fallbacks + self.gradient.fallbacks
-        record = replace(record, fallbacks=fallbacks - self._counted)
-        self._counted = fallbacks
+        if fallbacks != self._counted:
+            record = replace(record, fallbacks=fallbacks - self._counted)
+            self._counted = fallbacks
         self._epoch.add(record)
         self.history.append(record)
         return record

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtbalance._company import Company
 from mtbalance._record import Record
-from mtbalance._rows import all_finite, norms_of, stacked
+from mtbalance._rows import all_finite, finite_entries, norms_of, stacked
 from mtbalance._table import Table
 
 
@@ -31,7 +31,7 @@ class NonFinite:
         """Name the tasks whose loss, in this process, is not finite."""
         if not self.looks or not losses:
             return []
-        finite = torch.isfinite(stacked([loss.detach() for loss in losses.values()])).tolist()
+        finite = finite_entries(stacked([loss.detach() for loss in losses.values()]))
         return [name for name, good in zip(losses, finite, strict=True) if not good]
 
     def rows(self, table: Table, company: Company) -> list[str]:
@@ -48,12 +48,12 @@ class NonFinite:
         if not all(known):
             rest = [list(itertools.compress(row, known)) for row in rest]
         # All in one tensor, so that the device is waited for once.
-        sums = gramian.diagonal().clone()
-        for number, row in enumerate(rest):
-            norms = norms_of(row)
-            if norms is not None:
-                sums[number] += norms.sum()
-        finite = torch.isfinite(company.sum_over_parts(sums)).tolist()
+        sums = gramian.diagonal()
+        norms = [norms_of(row) for row in rest]
+        if any(norm is not None for norm in norms):
+            none = sums.new_zeros(())
+            sums = sums + torch.stack([none if n is None else n.sum().to(sums) for n in norms])
+        finite = finite_entries(company.sum_over_parts(sums))
         # A norm may overflow where no entry does: look closer then.
         return [
             name

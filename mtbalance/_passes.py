@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,10 +22,12 @@ def gradient_of(
     """Return the gradient of the sum of ``factors * losses`` for each input, in one pass."""
     if not inputs:
         return []
-    with _explained():
+    try:
         gradients = torch.autograd.grad(
             losses, inputs, factors, retain_graph=retain_graph, allow_unused=True
         )
+    except RuntimeError as error:
+        raise _explained(error) from error.__cause__
     return list(gradients)
 
 
@@ -83,19 +84,19 @@ class BatchedPasses:
         unit = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
         factors = [unit[i].to(loss) for i, loss in enumerate(losses)]
         try:
-            with _explained():
-                gradients = torch.autograd.grad(
-                    losses,
-                    inputs,
-                    factors,
-                    # Until it has worked once, the graph must survive for the passes one by one.
-                    retain_graph=shares_graph or self._works is None,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
+            gradients = torch.autograd.grad(
+                losses,
+                inputs,
+                factors,
+                # Until it has worked once, the graph must survive for the passes one by one.
+                retain_graph=shares_graph or self._works is None,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
         except RuntimeError as error:
+            error = _explained(error)
             if self._works:
-                raise
+                raise error from error.__cause__
             self._works = False
             on_fallback(
                 "the backward pass cannot be vectorised over tasks and runs one by one "
@@ -162,16 +163,14 @@ def products_with_gradient(
     return sum_of(products, (len(rows),))
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Name the setting where a compiled model has given its buffers away."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffer" not in str(error):
-            raise
-        raise RuntimeError(
-            "the model is compiled with donated buffers, which allow one backward pass only, but "
-            "this combination of strategies makes one per task. Set "
-            "torch._functorch.config.donated_buffer = False before the compiled model's first call."
-        ) from error
+def _explained(error: RuntimeError) -> RuntimeError:
+    """Return an error that names the setting where a compiled model has given its buffers away."""
+    if "donated buffer" not in str(error):
+        return error
+    clearer = RuntimeError(
+        "the model is compiled with donated buffers, which allow one backward pass only, but "
+        "this combination of strategies makes one per task. Set "
+        "torch._functorch.config.donated_buffer = False before the compiled model's first call."
+    )
+    clearer.__cause__ = error
+    return clearer

@@ -6,8 +6,10 @@ than one number per row reads them in blocks of columns, so that the memory on t
 bounded.
 """
 
+import functools
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ _IDLE_THREADS_SLEEP = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
 CACHED_COLUMNS = {"cpu": 2**15 if _IDLE_THREADS_SLEEP else 2**17}
 """Columns per block for what makes temporaries of a block's size, which then stay in the cache.
 Up to 2^15 entries PyTorch uses one thread: waking one that sleeps takes several times as long."""
+_SMALL = 2**13
+"""Up to this many columns, joining rows and converting them later takes a third of the time."""
 _NARROW = 8
 """Up to this many rows, the lower triangle row by row is faster than the whole product."""
 
@@ -58,6 +62,7 @@ def shaped(vector: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Te
     return vector.reshape(like.shape).to(dtype or like.dtype)
 
 
+@functools.cache  # a dictionary answers in a third of the time
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that numbers of ``dtype`` are added up in."""
     return torch.promote_types(dtype, torch.float32)
@@ -81,18 +86,51 @@ def column_blocks(
         columns: The largest number of columns by kind of device.
         release: Whether to empty the rows, which are lists then, as they have been read.
     """
+    total = sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
+    found: Iterable[_Vectors] = _vectors_of(rows, release=release)
+    if total <= _SMALL:
+        found = list(found)
+        block = _joined(found, dtype)
+        if block is not None and total <= columns.get(block.matrix.device.type, total):
+            yield block
+            return
+    yield from _filled(found, len(rows), total, dtype, columns)
+
+
+def _joined(found: Sequence["_Vectors"], dtype: torch.dtype | None) -> Block | None:
+    """Return all columns as one block; None if there are none, or of several kinds."""
+    kinds = {(v.device, v.dtype) for _, _, vectors in found for v in vectors if v is not None}
+    if len(kinds) != 1:
+        return None
+    ((_, own),) = kinds
+    lines: list[list[Tensor]] = [[] for _ in found[0].of_tasks]
+    for _, reached, vectors in found:
+        for line, vector in zip(lines, vectors, strict=True):
+            line.append(torch.zeros_like(reached) if vector is None else vector)
+    matrix = torch.stack([torch.cat(line) for line in lines])
+    pieces = [Piece(parameter, 0, len(reached)) for parameter, reached, _ in found]
+    return Block(matrix.to(dtype or at_least_float32(own)), pieces)
+
+
+def _filled(
+    found: Iterable["_Vectors"],
+    count: int,
+    total: int,
+    dtype: torch.dtype | None,
+    columns: Mapping[str, int],
+) -> Iterator[Block]:
+    """Yield blocks that are filled parameter by parameter: ``count`` rows, ``total`` columns."""
     matrix: Tensor | None = None
     lines: Sequence[Tensor] = ()
     pieces: list[Piece] = []
     filled = 0
-    total = sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
-    for parameter, reached, vectors in _vectors_of(rows, release=release):
+    for parameter, reached, vectors in found:
         wanted = dtype or at_least_float32(reached.dtype)
         if matrix is None or (matrix.device, matrix.dtype) != (reached.device, wanted):
             if matrix is not None and filled:
                 yield Block(matrix[:, :filled], pieces)
             most = columns.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
-            matrix = torch.empty(len(rows), min(total, most), dtype=wanted, device=reached.device)
+            matrix = torch.empty(count, min(total, most), dtype=wanted, device=reached.device)
             lines, pieces, filled = matrix.unbind(), [], 0
         start = 0
         while start < len(reached):
@@ -110,8 +148,17 @@ def column_blocks(
         yield Block(matrix[:, :filled], pieces)
 
 
-def _vectors_of(rows: Rows, *, release: bool) -> Iterator[tuple[int, Tensor, list[Tensor | None]]]:
-    """Yield each parameter that a task reaches, with one of its vectors and those of all tasks."""
+class _Vectors(NamedTuple):
+    """A parameter that a task reaches."""
+
+    parameter: int
+    reached: Tensor
+    """One of its vectors."""
+    of_tasks: list[Tensor | None]
+
+
+def _vectors_of(rows: Rows, *, release: bool) -> Iterator[_Vectors]:
+    """Yield the vectors of each parameter that a task reaches."""
     for parameter, tensors in enumerate(zip(*rows, strict=True)):
         vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
         del tensors
@@ -120,7 +167,7 @@ def _vectors_of(rows: Rows, *, release: bool) -> Iterator[tuple[int, Tensor, lis
                 row[parameter] = None  # type: ignore[index]
         reached = next((vector for vector in vectors if vector is not None), None)
         if reached is not None:
-            yield parameter, reached, vectors
+            yield _Vectors(parameter, reached, vectors)
 
 
 def columns_of(tensor: Tensor | None) -> int:
@@ -233,6 +280,14 @@ def _plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor)
     return total.add_(tensor, alpha=factor)
 
 
+def finite_entries(vector: Tensor) -> list[bool]:
+    """Return which entries of a short vector are finite (waits for the device).
+
+    Its numbers are read in any case, and Python's look at each costs less than two more kernels.
+    """
+    return list(map(math.isfinite, vector.tolist()))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every entry is finite (waits for the device)."""
     return bool(torch.isfinite(tensor).all())
@@ -243,7 +298,10 @@ def norms_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
     parts = [t._values() if t.is_sparse else t for t in tensors if t is not None and t.numel()]
     if not parts:
         return None
-    return torch.stack([torch.linalg.vector_norm(p).to(parts[0].device).float() for p in parts])
+    norms = torch._foreach_norm(parts)
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = tuple(norm.to(parts[0].device).float() for norm in norms)
+    return torch.stack(norms).float()
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
@@ -273,4 +331,6 @@ def sum_of(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Add float64 tensors up on the first one's device; zeros of ``shape`` if there are none."""
     if not tensors:
         return torch.zeros(shape, dtype=torch.float64, device="cpu")
+    if len(tensors) == 1:
+        return tensors[0]
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).sum(0)

@@ -150,12 +150,7 @@ class Steps:
             self._kept.keep(tuple(table.losses), solutions)
         _write(outcomes, table, weighed, seen, place, scale)
         dropped = self._policy.ordered(table.nonfinite)
-        return replace(
-            _record(outcomes, table, weighed, place),
-            absent=self._absent(table),
-            nonfinite=dropped,
-            dropped=dropped,
-        )
+        return _record(outcomes, table, weighed, place, dropped, self._absent(table))
 
     def _weigh(self, table: Table, scale: float | None, setting: Setting) -> Weighed:
         step = None
@@ -203,7 +198,14 @@ def _write(
     weighed.write(scale)
 
 
-def _record(outcomes: dict[int, Outcome], table: Table, weighed: Weighed, place: Place) -> Record:
+def _record(
+    outcomes: dict[int, Outcome],
+    table: Table,
+    weighed: Weighed,
+    place: Place,
+    dropped: tuple[str, ...],
+    absent: tuple[str, ...],
+) -> Record:
     progress = [
         place.over_all(o.progress) if o.combination is None else o.progress
         for o in outcomes.values()
@@ -216,6 +218,9 @@ def _record(outcomes: dict[int, Outcome], table: Table, weighed: Weighed, place:
         gramian=table.gramian,
         progress=sum_of(progress, (len(table.losses),)),
         combination=combinations[0] if len(combinations) == 1 else None,
+        absent=absent,
+        nonfinite=dropped,
+        dropped=dropped,
     )
 
 

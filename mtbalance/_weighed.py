@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtbalance._rows import is_finite, stacked
+from mtbalance._rows import finite_entries, stacked
 from mtbalance._watch import OptimizerWatch
 from mtbalance._writing import add_to_grad
 from mtbalance.weighting._base import Step, Weighting
@@ -95,7 +95,7 @@ class Weigher:
             weights, *slopes = torch.autograd.grad(
                 weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
             )
-        if self._looks and not is_finite(weights):
+        if self._looks and not all(finite_entries(weights)):
             raise FloatingPointError(
                 f"{type(weighting).__name__} must give finite weights, but gives "
                 f"{weights.tolist()} for the losses {raw.tolist()}."

@@ -10,7 +10,6 @@ from mtbalance._rows import all_finite
 from mtbalance._shards import any_sharded, like_sharded, local
 
 
-@torch.no_grad()
 def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
     """Accumulate into ``.grad``, as ``Tensor.backward`` does; the tensors become the leaves'."""
     for leaf, direction in zip(leaves, directions, strict=True):
@@ -19,7 +18,8 @@ def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -
         if leaf.grad is None:
             leaf.grad = direction
         else:
-            leaf.grad.add_(direction)
+            with torch.no_grad():
+                leaf.grad.add_(direction)
 
 
 def write(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
