@@ -1,5 +1,6 @@
 """The rows of one step, divided into what is balanced and what is not, and their inner products."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,13 @@ class Part(NamedTuple):
     """One per task, without their loss scale taken away; emptied as directions are made of them."""
 
     def without(self, numbers: Collection[int]) -> "Part":
-        """Return it without some of the rows."""
+        """Return it without some of the rows, and without leaves that only these reach."""
         rows = [row for number, row in enumerate(self.rows) if number not in numbers]
-        return Part(self.leaves, rows)
+        reached = [any(g is not None for g in gradients) for gradients in zip(*rows, strict=True)]
+        return Part(
+            list(itertools.compress(self.leaves, reached)),
+            [list(itertools.compress(row, reached)) for row in rows],
+        )
 
 
 class Table(NamedTuple):
@@ -46,11 +51,13 @@ class Table(NamedTuple):
         """Return the table without the rows (and columns of the Gramians) of some tasks."""
         gone = [number for number, task in enumerate(self.losses) if task in tasks]
         kept = [number for number, task in enumerate(self.losses) if task not in tasks]
+        parts = {number: part.without(gone) for number, part in self.groups.items()}
+        groups = {number: part for number, part in parts.items() if part.leaves}
         return Table(
             {task: loss for task, loss in self.losses.items() if task not in tasks},
-            {number: part.without(gone) for number, part in self.groups.items()},
+            groups,
             self.rest.without(gone),
-            {number: gramian[kept][:, kept] for number, gramian in self.gramians.items()},
+            {number: self.gramians[number][kept][:, kept] for number in groups},
             self.nonfinite.union(tasks),
         )
 

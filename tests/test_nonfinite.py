@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtbalance import Balancer, GradientStrategy, make_balancer
+from mtbalance import PAPER_COMBINATIONS, Balancer, GradientStrategy, Record, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal, Uncertainty
 from tests._device import DEVICE
-from tests._networks import TASKS, Network, batch
+from tests._networks import TASKS, Network, batch, gradients
 
 STRATEGIES = [Sum, CAGrad, PCGrad, GradDrop]
 
@@ -73,6 +75,81 @@ def test_drop_is_absent_and_counted(strategy, what: str) -> None:
     with pytest.warns(UserWarning, match="usable loss for 'b'"):
         summary = balancer.end_epoch()
     assert summary.dropped == {"a": 0, "b": 1, "c": 0}
+
+
+class TwoSteps:
+    """A first step with every task, and a second in which some are broken or absent."""
+
+    tasks = ("a", "b", "c", "d")
+
+    def __init__(self, name: str, seed: int, *, groups: bool) -> None:
+        torch.manual_seed(seed)
+        self.model, self.seed = Network(self.tasks), seed
+        trunk = self.model.trunk
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.balancer = make_balancer(
+            name,
+            tasks=self.tasks,
+            shared={"first": trunk[0], "second": trunk[3]} if groups else trunk,
+            optimizer=self.optimizer,
+            nonfinite="drop",
+        ).double()
+        self.step(self.model.losses(batch(seed=seed)))
+        self.optimizer.step()
+        self.balancer.end_epoch()
+        self.optimizer.zero_grad()
+
+    def step(self, losses: dict[str, Tensor]) -> Record:
+        return self.balancer.backward(
+            losses, validation=lambda: self.model.losses(batch(seed=self.seed + 2))
+        )
+
+    def second_losses(self) -> dict[str, Tensor]:
+        return self.model.losses(batch(seed=self.seed + 1))
+
+
+@pytest.mark.parametrize("name", PAPER_COMBINATIONS)
+@given(
+    what=st.dictionaries(
+        st.sampled_from(TwoSteps.tasks),
+        st.sampled_from(["loss", "gradient", "head"]),
+        min_size=1,
+        max_size=3,
+    ),
+    groups=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=8, deadline=None)
+def test_a_dropped_task_might_as_well_be_absent(
+    name: str, what: dict[str, str], groups: bool, seed: int
+) -> None:
+    """Gradients, figures and what weightings remember are those of a step without the tasks."""
+    dropped = TwoSteps(name, seed, groups=groups)
+    losses = dropped.second_losses()
+    for task, how in what.items():
+        head = dropped.model.heads[task].weight
+        nothing = losses[task] - losses[task].detach() if how == "gradient" else head.sum() * 0
+        losses[task] = (
+            losses[task] * torch.inf if how == "loss" else (losses[task] + nothing.abs().sqrt())
+        )
+    record = dropped.step(losses)
+    absent = TwoSteps(name, seed, groups=groups)
+    expected = absent.step({t: v for t, v in absent.second_losses().items() if t not in what})
+
+    assert record.tasks == expected.tasks
+    assert record.dropped == record.nonfinite == expected.absent
+    figures, others = record.as_dict(), expected.as_dict()
+    for key in ("absent", "nonfinite", "dropped"):
+        del figures[key], others[key]
+    assert figures == pytest.approx(others, rel=1e-9, abs=1e-12)
+    found, wanted = gradients(dropped.model), gradients(absent.model)
+    assert {k for k, g in found.items() if g is None} == {k for k, g in wanted.items() if g is None}
+    for key, gradient in wanted.items():
+        if gradient is not None:
+            assert_close(found[key], gradient, rtol=1e-9, atol=1e-12, msg=key)
+    weighting = dropped.balancer.weighting.state_dict()
+    for key, value in absent.balancer.weighting.state_dict().items():
+        assert_close(weighting[key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "head"])
