@@ -139,9 +139,8 @@ class Balancer(nn.Module):
         self._reach = ReachLog(self.tasks, groups)
         self._ranks = Ranks(process_group, self.tasks, groups)
         self._batched = None if self.chunk is None else BatchedPasses(self.chunk)
-        self._policy = NonFinite(nonfinite, self.tasks)
         self._kept = KeptWeights(self.tasks, 1 if groups is None else len(groups))
-        self._steps = Steps(self.tasks, self._policy, self._reach, self._kept, self.every)
+        self._steps = Steps(self.tasks, self._reach, self._kept)
         self._pending = TaskGradients()
         self._epoch = EpochCounts(self.tasks)
         self._counted = 0
@@ -209,9 +208,9 @@ class Balancer(nn.Module):
             if company.agrees_late:  # the others have been told that this step is over
                 self._pending = TaskGradients()
             raise
-        if company.size == 1 and seen.nonfinite and self._policy.raises:
+        if company.size == 1 and seen.nonfinite and setting.policy.raises:
             self._pending = TaskGradients()
-            self._policy.ended("loss", seen.finite, seen.nonfinite)
+            setting.policy.ended("loss", seen.finite, seen.nonfinite)
         self._pending.mark_nonfinite(seen.nonfinite)
         # All of them, or an error and none.
         for row in list(setting.place.rows(seen, company, scaler)):
@@ -271,6 +270,8 @@ class Balancer(nn.Module):
             AtParameters(self._reach, passes, self.dtype),
             self.weighting,
             self.gradient,
+            NonFinite(self.nonfinite, self.tasks),
+            self.every,
             validation,
             scaler,
         )
@@ -292,9 +293,7 @@ class Balancer(nn.Module):
                 "one backward pass."
             )
         place = features_of(features, self.weighting, self.gradient, setting.company)
-        if self._steps.one_pass_serves(self.weighting, self.gradient):
-            return setting
-        return setting._replace(place=place)
+        return setting if setting.one_pass_serves else setting._replace(place=place)
 
     def _look(self, losses: Losses, setting: Setting, *, agree: bool = True) -> Seen:
         """Check the losses, and let all processes know: they stop or go on together.
@@ -309,7 +308,7 @@ class Balancer(nn.Module):
         try:
             named = check_losses_by_task(losses, self.tasks, may_be_empty=company.size > 1)
             place.check(named)
-            seen = company.look(named, self._policy.losses(named), place)
+            seen = company.look(named, setting.policy.losses(named), place)
         except (TypeError, ValueError) as caught:
             error = caught
         return company.agree(seen, error) if agree or error is not None else seen

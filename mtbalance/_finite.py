@@ -93,6 +93,19 @@ class NonFinite:
             )
         return self._skipped(losses, ())
 
+    def overflow(
+        self, losses: Mapping[str, Tensor], found: tuple[str, ...], earlier: Collection[str]
+    ) -> Record:
+        """Return the record of a step whose gradients are passed on for a gradient scaler to see.
+
+        Args:
+            losses: Losses of the tasks whose gradients are passed on.
+            found: The tasks among them whose gradients are not finite.
+            earlier: Tasks whose loss was not, and that have no part in it.
+        """
+        absent = self.absent([*losses, *earlier])
+        return Record(tuple(losses), dict(losses), absent=absent, nonfinite=found, overflow=True)
+
     def _skipped(self, losses: Mapping[str, Tensor], nonfinite: tuple[str, ...]) -> Record:
         names = self.ordered(losses)
         return Record(

@@ -1,4 +1,4 @@
-"""Steps whose coefficients are known before any gradient is: one backward pass per part."""
+"""Steps whose coefficients are known before any gradient is: one backward pass, or few."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from mtbalance._weighed import Weighed
 from mtbalance._writing import fresh_grad
 
 
-class Part(NamedTuple):
+class Pass(NamedTuple):
     """What one backward pass is for."""
 
     leaves: Sequence[Tensor]
@@ -20,7 +20,7 @@ class Part(NamedTuple):
 
 
 def in_passes(
-    parts: Sequence[Part],
+    passes: Sequence[Pass],
     seen: Seen,
     weighed: Weighed,
     scale: float | None,
@@ -28,17 +28,17 @@ def in_passes(
     *,
     looks: bool,
 ) -> bool:
-    """Make one backward pass per part into ``.grad``; False, and nothing written, if not finite.
+    """Make backward passes into ``.grad``; return False, and write nothing, if it is not finite.
 
     Args:
-        parts: All leaves, or some each.
+        passes: One for all leaves, or several for some each.
         seen: The losses.
         weighed: Their weights.
         scale: The loss scale, if any: a scaler looks at ``.grad`` itself.
         company: The processes.
         looks: Whether what is not finite is to be found.
     """
-    wanted = [part for part in parts if part.leaves]
+    wanted = [each for each in passes if each.leaves]
     with fresh_grad(company.leaves(seen)) as fresh:
         for number, (leaves, coefficients) in enumerate(wanted, 1):
             more = number < len(wanted)

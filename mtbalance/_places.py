@@ -96,7 +96,6 @@ class AtParameters:
         gradients = passes(scaled(losses.values(), scaler), leaves, shares_graph)
         for (task, loss), row in zip(losses.items(), gradients, strict=True):
             yield Row(task, loss.detach(), leaves, converted(row, self.dtype))
-            del row  # whoever holds rows decides how long
 
     def divide(self, gradients: TaskGradients) -> Divided:
         """Return the shared parameters of each group, and all other leaves."""

@@ -6,7 +6,7 @@ passes of combinations serve; else there is one for each task, and a table of th
 written before everything is known: an error in a strategy leaves no trace.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from mtbalance._company import Company, Validation
 from mtbalance._direction import Outcome, direction_of
 from mtbalance._finite import NonFinite
 from mtbalance._kept import KeptWeights
-from mtbalance._known import Part, in_passes
+from mtbalance._known import Pass, in_passes
 from mtbalance._places import AtParameters, Place
 from mtbalance._reach import ReachLog
 from mtbalance._record import Record
@@ -30,7 +30,7 @@ from mtbalance._task_gradients import Row
 from mtbalance._weighed import Weighed, Weigher
 from mtbalance._writing import write
 from mtbalance.gradient._base import GradientStrategy
-from mtbalance.weighting._base import Weighting
+from mtbalance.weighting._base import Step, Weighting
 
 
 class Setting(NamedTuple):
@@ -40,8 +40,23 @@ class Setting(NamedTuple):
     place: Place
     weighting: Weighting
     gradient: GradientStrategy
-    validation: Validation | None = None
-    scaler: GradScaler | None = None
+    policy: NonFinite
+    every: int
+    """In how many steps Gramian weights are solved for once."""
+    validation: Validation | None
+    scaler: GradScaler | None
+
+    @property
+    def one_pass_serves(self) -> bool:
+        """Whether one ordinary pass of the weighted sum is all that a step needs."""
+        # To drop a task, its own gradient must be known.
+        plain = self.gradient.is_sum and not self.weighting.needs_gradients
+        return plain and not self.policy.drops
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether Gramian weights are kept: those at features go with the features of one step."""
+        return isinstance(self.place, AtParameters)
 
 
 class Steps:
@@ -49,118 +64,98 @@ class Steps:
 
     Args:
         tasks: All tasks.
-        policy: What becomes of losses and gradients that are not finite.
         log: What tasks have reached.
         kept: Gramian weights for the steps in which none are solved for.
-        every: In how many steps they are solved for once.
     """
 
-    def __init__(
-        self,
-        tasks: tuple[str, ...],
-        policy: NonFinite,
-        log: ReachLog,
-        kept: KeptWeights,
-        every: int,
-    ) -> None:
+    def __init__(self, tasks: tuple[str, ...], log: ReachLog, kept: KeptWeights) -> None:
         self._tasks = tasks
-        self._policy = policy
         self._log = log
         self._kept = kept
-        self._every = every
-        self._weigher = Weigher(tasks, looks=policy.looks)
-
-    def one_pass_serves(self, weighting: Weighting, gradient: GradientStrategy) -> bool:
-        """Return whether one ordinary pass of the weighted sum is all that a step needs."""
-        # To drop a task, its own gradient must be known.
-        return gradient.is_sum and not weighting.needs_gradients and not self._policy.drops
+        self._weigher = Weigher(tasks)
 
     def take(self, seen: Seen, setting: Setting) -> Record:
         """Take the step of losses that all processes know of."""
-        if self.one_pass_serves(setting.weighting, setting.gradient):
-            ended = self._policy.ended("loss", seen.losses, seen.nonfinite)
+        policy = setting.policy
+        if setting.one_pass_serves:
+            ended = policy.ended("loss", seen.losses, seen.nonfinite)
             return ended or self._with_known(seen, setting, None)
-        ended = self._policy.ended("loss", seen.finite, seen.nonfinite)
+        ended = policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
-        fit = self._keeps(setting) and not seen.nonfinite
-        if fit and self._kept.serve(seen.losses, self._every):
+        fit = setting.keeps_weights and not seen.nonfinite
+        if fit and self._kept.serve(seen.losses, setting.every):
             return self._with_known(seen, setting, self._kept.solutions)
         rows = setting.place.rows(seen, setting.company, setting.scaler)
         return self._with_rows(rows, seen, setting)
 
     def take_accumulated(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
         """Take the step of losses whose backward passes have been made."""
-        ended = self._policy.ended("loss", seen.finite, seen.nonfinite)
+        ended = setting.policy.ended("loss", seen.finite, seen.nonfinite)
         return ended or self._with_rows(rows, seen, setting)
-
-    @staticmethod
-    def _keeps(setting: Setting) -> bool:
-        """Return whether weights are kept: those at features belong to the features of one step."""
-        return isinstance(setting.place, AtParameters)
 
     def _with_known(self, seen: Seen, setting: Setting, kept: dict[int, Tensor] | None) -> Record:
         """Make one pass of the weighted sum, or one per group with weights of an earlier step."""
-        company = setting.company
+        company, policy = setting.company, setting.policy
         scale = scale_of(setting.scaler, next(iter(seen.losses.values())))
-        weighed = self._weigher.weigh(setting.weighting, seen.losses, self._log.parameters)
-        parts = [Part(company.leaves(seen), weighed.weights)]
+        weighed = self._weigh(seen.losses, setting)
+        weights = weighed.weights
+        passes = [Pass(company.leaves(seen), weights)]
         if kept is not None:
-            groups, rest = self._log.divide(parts[0].leaves)
-            parts = [Part(rest, weighed.weights)]
+            groups, rest = self._log.divide(passes[0].leaves)
+            passes = [Pass(rest, weights)]
             for number, leaves in groups.items():
-                parts.append(Part(leaves, weighed.weights * kept[number].to(weighed.weights)))
-        if in_passes(parts, seen, weighed, scale, company, looks=self._policy.looks):
+                passes.append(Pass(leaves, weights * kept[number].to(weights)))
+        if in_passes(passes, seen, weighed, scale, company, looks=policy.looks):
             record = Record(
                 tuple(seen.losses),
                 dict(seen.losses),
                 weighed.by_name,
-                absent=self._policy.absent(seen.losses),
+                absent=policy.absent(seen.losses),
             )
         else:
-            record = self._policy.ended_by_sum(seen.losses)
+            record = policy.ended_by_sum(seen.losses)
         if kept is None:
             return record
         self._kept.age += 1
-        combination = parts[1].coefficients if len(parts) == 2 else None
+        combination = passes[1].coefficients if len(passes) == 2 else None
         return replace(record, combination=combination, reused=True)
 
     def _with_rows(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
         """Weigh and balance the gradients of single tasks."""
-        company, place = setting.company, setting.place
-        scale = scale_of(setting.scaler)
+        company, place, policy = setting.company, setting.place, setting.policy
         gradients = company.gather(seen, rows, place.dtype)
+        scale = scale_of(setting.scaler)
         table = table_of(gradients, self._tasks, place, scale)
-        bad = self._policy.rows(table, company)
+        bad = policy.rows(table, company)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             _pass_on(table, place, seen)
-            names, absent = tuple(table.losses), self._absent(table)
-            losses = dict(table.losses)
-            return Record(names, losses, absent=absent, nonfinite=tuple(bad), overflow=True)
+            return policy.overflow(table.losses, tuple(bad), table.nonfinite)
         if bad:
             table = table.without(bad)
-            ended = self._policy.ended("gradient", table.losses, table.nonfinite)
+            ended = policy.ended("gradient", table.losses, table.nonfinite)
             if ended is not None:
                 return ended
-        weighed = self._weigh(table, scale, setting)
+        step = None
+        if setting.weighting.needs_gradients:
+            leaves, everything = table.everything()
+            step = company.step(leaves, everything, scale or 1.0, setting.validation)
+            del everything  # rows go one by one as directions are made of them
+        weighed = self._weigh(table.losses, setting, step)
+        del step
         outcomes = _outcomes(table, weighed, setting, scale)
-        if self._keeps(setting):
+        if setting.keeps_weights:
             solutions = {number: outcome.solution for number, outcome in outcomes.items()}
             self._kept.keep(tuple(table.losses), solutions)
         _write(outcomes, table, weighed, seen, place, scale)
-        dropped = self._policy.ordered(table.nonfinite)
-        return _record(outcomes, table, weighed, place, dropped, self._absent(table))
+        return _record(outcomes, table, weighed, setting)
 
-    def _weigh(self, table: Table, scale: float | None, setting: Setting) -> Weighed:
-        step = None
-        if setting.weighting.needs_gradients:
-            leaves, rows = table.everything()
-            step = setting.company.step(leaves, rows, scale or 1.0, setting.validation)
-        return self._weigher.weigh(setting.weighting, table.losses, self._log.parameters, step)
-
-    def _absent(self, table: Table) -> tuple[str, ...]:
-        return self._policy.absent([*table.losses, *table.nonfinite])
+    def _weigh(
+        self, losses: Mapping[str, Tensor], setting: Setting, step: Step | None = None
+    ) -> Weighed:
+        weighting, looks = setting.weighting, setting.policy.looks
+        return self._weigher.weigh(weighting, losses, self._log.parameters, step, looks=looks)
 
 
 def _outcomes(
@@ -199,13 +194,10 @@ def _write(
 
 
 def _record(
-    outcomes: dict[int, Outcome],
-    table: Table,
-    weighed: Weighed,
-    place: Place,
-    dropped: tuple[str, ...],
-    absent: tuple[str, ...],
+    outcomes: dict[int, Outcome], table: Table, weighed: Weighed, setting: Setting
 ) -> Record:
+    place, policy = setting.place, setting.policy
+    dropped = policy.ordered(table.nonfinite)
     progress = [
         place.over_all(o.progress) if o.combination is None else o.progress
         for o in outcomes.values()
@@ -218,7 +210,7 @@ def _record(
         gramian=table.gramian,
         progress=sum_of(progress, (len(table.losses),)),
         combination=combinations[0] if len(combinations) == 1 else None,
-        absent=absent,
+        absent=policy.absent([*table.losses, *dropped]),
         nonfinite=dropped,
         dropped=dropped,
     )

@@ -41,12 +41,10 @@ class Weigher:
 
     Args:
         tasks: All tasks.
-        looks: Whether weights must be finite, which takes looking at them.
     """
 
-    def __init__(self, tasks: tuple[str, ...], *, looks: bool) -> None:
+    def __init__(self, tasks: tuple[str, ...]) -> None:
         self._tasks = tasks
-        self._looks = looks
         self._watch = OptimizerWatch()
         self._numbers: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
 
@@ -56,6 +54,8 @@ class Weigher:
         losses: Mapping[str, Tensor],
         model: Callable[[], Sequence[Tensor]],
         step: Step | None = None,
+        *,
+        looks: bool,
     ) -> Weighed:
         """Return the weights of the active tasks.
 
@@ -64,6 +64,7 @@ class Weigher:
             losses: Their detached losses.
             model: Returns the parameters that losses are known to reach.
             step: What the weighting may look at first, if it looks ahead.
+            looks: Whether weights must be finite, which takes looking at them.
         """
         parameters = list(weighting.parameters())
         learned = [p for p in parameters if p.requires_grad]
@@ -74,33 +75,17 @@ class Weigher:
             with weighting.only(active):
                 weighting.before_step(step)
         self._watch.look(learned, model)
-        weights, slopes = self._derivatives(weighting, stack, active, learned)
+        weights, slopes = _derivatives(weighting, stack, active, learned)
+        if looks and not all(finite_entries(weights)):
+            raise FloatingPointError(
+                f"{type(weighting).__name__} must give finite weights, but gives "
+                f"{weights.tolist()} for the losses {stack.tolist()}."
+            )
         return Weighed(
             dict(zip(losses, stack.unbind(), strict=True)),
             weights.to(stack.device),
             list(zip(learned, slopes, strict=True)),
         )
-
-    def _derivatives(
-        self, weighting: Weighting, losses: Tensor, active: Tensor, learned: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        raw = losses.detach().to(active.device).requires_grad_()
-        with torch.enable_grad(), _without_autocast(raw.device), weighting.only(active):
-            weighted = weighting(raw)
-            if weighted.shape != raw.shape:
-                raise ValueError(
-                    f"{type(weighting).__name__} must return one weighted loss per task, "
-                    f"shape {tuple(raw.shape)}, but got shape {tuple(weighted.shape)}."
-                )
-            weights, *slopes = torch.autograd.grad(
-                weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
-            )
-        if self._looks and not all(finite_entries(weights)):
-            raise FloatingPointError(
-                f"{type(weighting).__name__} must give finite weights, but gives "
-                f"{weights.tolist()} for the losses {raw.tolist()}."
-            )
-        return weights, slopes
 
     def _numbers_of(self, names: tuple[str, ...], device: torch.device) -> Tensor:
         """Return the tasks' numbers on a device, made once: on their way there they are awaited."""
@@ -109,6 +94,24 @@ class Weigher:
             numbers = [self._tasks.index(name) for name in names]
             self._numbers[key] = torch.tensor(numbers, device=device)
         return self._numbers[key]
+
+
+def _derivatives(
+    weighting: Weighting, losses: Tensor, active: Tensor, learned: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return d objective / d losses, shape (m,), and the derivatives by learned parameters."""
+    raw = losses.detach().to(active.device).requires_grad_()
+    with torch.enable_grad(), _without_autocast(raw.device), weighting.only(active):
+        weighted = weighting(raw)
+        if weighted.shape != raw.shape:
+            raise ValueError(
+                f"{type(weighting).__name__} must return one weighted loss per task, "
+                f"shape {tuple(raw.shape)}, but got shape {tuple(weighted.shape)}."
+            )
+        weights, *slopes = torch.autograd.grad(
+            weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
+        )
+    return weights, slopes
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
