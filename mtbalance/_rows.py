@@ -276,6 +276,8 @@ def _plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor)
     if total is None:
         return tensor.to(dtype) * factor
     if isinstance(factor, Tensor):
+        if tensor.is_sparse:  # which `addcmul_` does not take
+            return total.add_(tensor.to(dtype) * factor)
         return total.addcmul_(tensor.to(dtype), factor)
     return total.add_(tensor, alpha=factor)
 

@@ -18,3 +18,16 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tenso
     """Return normal numbers that are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return on_device(torch.randn(*shape, generator=generator, dtype=dtype, device="cpu"))
+
+
+def random_state() -> list[Tensor]:
+    """Return the state of the random numbers that are drawn on the CPU, and on the device."""
+    states = [torch.get_rng_state()]
+    return states if DEVICE.type == "cpu" else [*states, torch.cuda.get_rng_state()]
+
+
+def set_random_state(states: list[Tensor]) -> None:
+    """Go back to a state of `random_state`."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

@@ -24,6 +24,7 @@ from mtbalance import (
 )
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, AutoLambda, Equal, Uncertainty
+from tests._device import random_state, set_random_state
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
 
@@ -710,7 +711,7 @@ def test_auto_lambda_leaves_parameters_and_random_numbers_alone() -> None:
     balancer = Balancer(AutoLambda(optimizer), Sum(), tasks=TASKS, shared=model.trunk)
     before = [parameter.clone() for parameter in model.parameters()]
     losses = model.losses(batch())
-    state = torch.get_rng_state()
+    state = random_state()
     masks = []
     handle = model.trunk[2].register_forward_hook(lambda *io: masks.append(io[2] == 0))
     for _ in range(2):
@@ -719,7 +720,7 @@ def test_auto_lambda_leaves_parameters_and_random_numbers_alone() -> None:
     handle.remove()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not torch.equal(masks[0], masks[2])  # each validation batch draws anew
-    torch.set_rng_state(state)
+    set_random_state(state)
     again = []
     model.trunk[2].register_forward_hook(lambda *io: again.append(io[2] == 0))
     model.losses(batch())

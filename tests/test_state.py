@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
 from mtbalance.gradient import GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal, Uncertainty
+from tests._device import random_state, set_random_state
 from tests._networks import TASKS, Network, batch
 
 STEPS = 5
@@ -47,14 +48,14 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "balancer": self.balancer.state_dict(),
-            "torch": torch.get_rng_state(),
+            "torch": random_state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.balancer.load_state_dict(state["balancer"])
-        torch.set_rng_state(state["torch"])
+        set_random_state(state["torch"])
 
 
 def saved(state: dict[str, Any]) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def test_two_tasks_in_closed_form_are_the_general_case(rows: Tensor, c: float) -
     gramian = rows @ rows.T
     if rows.mean(0).norm() <= 1e-9 * rows.norm(dim=1).max() or is_kink(rows, c) is None:
         return
-    general = (1 + 2 * strategy._pull(gramian)) @ rows
+    general = (1 + 2 * strategy._pull(gramian)).to(rows) @ rows
     bound = 1e-7 * (1 + c) * rows.norm(dim=1).max()
     assert (strategy(rows) - general).norm() <= bound
 
