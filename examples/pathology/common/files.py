@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,15 +37,6 @@ def write_json(path: Path, value: Any) -> None:
 def json_or_none(value: float) -> float | None:
     """Return a number as JSON can hold it: without NaN."""
     return None if math.isnan(value) else value
-
-
-def table_csv(headings: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table as CSV; None is an empty field."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(headings)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def write_text(path: Path, text: str) -> None:

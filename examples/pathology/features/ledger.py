@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
 from examples.pathology.common.errors import RunError
-from examples.pathology.common.files import table_csv, write_text
+from examples.pathology.tables.writing import write_table
 
 TILING, FEATURES = "tiling", "features"
 """The stages: from a slide file to tiles of tissue, and from these to a feature file."""
@@ -146,8 +147,8 @@ def write_ledger(path: Path, rows: Iterable[SlideRow]) -> None:
         path: Where to.
         rows: The rows; their order is kept.
     """
-    cells = ([getattr(row, name) for name in LEDGER_COLUMNS] for row in rows)
-    write_text(path, table_csv(LEDGER_COLUMNS, cells))
+    cells = [[getattr(row, name) for name in LEDGER_COLUMNS] for row in rows]
+    write_table(path, pd.DataFrame(cells, columns=list(LEDGER_COLUMNS), dtype=object))
 
 
 class LedgerKeeper:

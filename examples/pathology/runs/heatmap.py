@@ -16,11 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import table_csv, write_json, write_text
+from examples.pathology.common.files import write_json
 from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import Bag, read_features
 from examples.pathology.features.kind import refuse_other_features
@@ -35,6 +36,7 @@ from examples.pathology.slides.pixelsizes import mpp_of_slide
 from examples.pathology.slides.slide import LevelError, Slide, open_slide, slide_file
 from examples.pathology.slides.tiling import plan_tiles
 from examples.pathology.slides.units import SlideError
+from examples.pathology.tables.writing import write_table
 from examples.pathology.training.prediction import Fitted
 from examples.pathology.training.tile_values import TileValues, tile_values
 
@@ -97,7 +99,9 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
     }
     _draw(config, opener, bag.coords_um, values, score, summary)
-    write_text(config.out / "tiles.csv", _tiles_csv(bag, values, score))
+    columns = {"attention": values.attention, score.column: values.score}
+    corners = pd.DataFrame(bag.coords_um.astype(float), columns=["x_um", "y_um"])
+    write_table(config.out / "tiles.csv", corners.assign(**columns))
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_json(config.out / "heatmap.json", summary)
     said = slide.name, len(bag.feats), summary["seconds"], config.out
@@ -204,8 +208,3 @@ def _read_pictures(
             raise UserError(f"`slide` must be readable: {error}") from error
         logger.warning("%s It is read from a finer level instead.", error)
         return _read_pictures(opener, size_um, rows_um, broken | {error.level})
-
-
-def _tiles_csv(bag: Bag, values: TileValues, score: Score) -> str:
-    table = np.column_stack([bag.coords_um, values.attention, values.score])
-    return table_csv(["x_um", "y_um", "attention", score.column], table.tolist())

@@ -19,11 +19,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import RunError, UserError
-from examples.pathology.common.files import table_csv, write_text
 from examples.pathology.common.folders import sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.jobs.cluster import cluster
@@ -50,6 +50,7 @@ from examples.pathology.study.folder import (
     run_folder,
 )
 from examples.pathology.study.report import write_study_report
+from examples.pathology.tables.writing import write_table
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.learner import needs_lookahead
 
@@ -114,7 +115,14 @@ def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[Outcome]:
             _run(config, left, note)
     finally:  # after Ctrl-C as well
         ended = [rows[job.key] for job in jobs if job.key in rows]
-        _write_ledger(config.crossval.out / LEDGER, ended)
+        table = {
+            "job": [outcome.key for outcome in ended],
+            "status": [outcome.status for outcome in ended],
+            "error": [outcome.error for outcome in ended],
+            "seconds": [f"{outcome.seconds:.3f}" for outcome in ended],
+            "attempts": [outcome.attempts for outcome in ended],
+        }
+        write_table(config.crossval.out / LEDGER, pd.DataFrame(table))
     return ended
 
 
@@ -302,9 +310,3 @@ def _write_settings(config: BenchmarkConfig, plan: Plan) -> None:
             },
         },
     )
-
-
-def _write_ledger(path: Path, rows: Sequence[Outcome]) -> None:
-    headings = ["job", "status", "error", "seconds", "attempts"]
-    cells = ((r.key, r.status, r.error, f"{r.seconds:.3f}", r.attempts) for r in rows)
-    write_text(path, table_csv(headings, cells))
