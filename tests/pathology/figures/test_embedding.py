@@ -27,6 +27,7 @@ def test_tsne_has_a_panel_per_fold_and_a_colour_per_class(tmp_path, drawn, sizes
         tuple(c.get_facecolor()[0]) for c in drawn[0].axes[0].collections if len(c.get_offsets())
     }
     assert len(colours) == 3
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b", "c"]
 
 
 def test_values_share_one_scale_of_colours(tmp_path, drawn):

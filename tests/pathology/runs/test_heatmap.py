@@ -17,6 +17,7 @@ from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.simulation.slides import MPP, write_pyramid
 from examples.pathology.slides import slide as slides
+from examples.pathology.training import tile_values as tile_values_module
 from examples.pathology.training.tile_values import TileValues, tile_values
 from tests.pathology.killing import small_models
 from tests.pathology.slide_helpers import SHARED, FakeHandle, plain
@@ -169,7 +170,9 @@ def test_a_regression_has_values_in_its_unit(slide, tmp_path, monkeypatch):
     assert [name for name, _, _ in tiles] == ["attention", "value"]
 
 
-def test_values_are_means_over_the_folds_models(run):
+@pytest.mark.parametrize("tiles_per_pass", [1, 2, 4096])
+def test_values_are_means_over_the_folds_models(run, monkeypatch, tiles_per_pass):
+    monkeypatch.setattr(tile_values_module, "TILES_PER_PASS", tiles_per_pass)
     models = [read_model(run / f"fold-{k}/model.pt", "cpu")[0] for k in (1, 2)]
     feats = np.random.default_rng(1).normal(size=(5, 768)).astype(np.float32)
     values = tile_values(models, feats, "cpu")

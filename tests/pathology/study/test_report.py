@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -384,6 +385,15 @@ def test_the_same_study_gives_the_same_tables(planted, page, tmp_path, no_figure
     again = write_study_report(read_study(planted), tmp_path)
     for name in ("table1.csv", "table2.csv", "differences.csv", "cost.csv", "table1.md"):
         assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
+
+
+def test_an_auxiliary_target_without_runs_has_no_figures(planted, tmp_path):
+    study = read_study(planted)
+    first, second = study.panels
+    study = replace(study, panels=[replace(first, runs={}, deployed={}), second])
+    names = [path.name for _, path in study_report.draw_study(study, tmp_path)]
+    assert names == ["methods-2.png", "weights-2.png", "tsne-2.png", "conflicts.png"]
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
 def test_dots_stand_at_the_figures_against_the_baseline(tmp_path, drawn):
