@@ -5,8 +5,6 @@ What a command may be asked for is in `settings`; every stage is imported when i
 that ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

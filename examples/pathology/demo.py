@@ -1,7 +1,5 @@
 """The whole pipeline on slides that a program has drawn: no input, no download, only a CPU."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Nothing is written and nothing trained. Everything that would leave a patient ou
 the nearest name on the other side where one may have been meant.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median

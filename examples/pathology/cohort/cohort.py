@@ -6,8 +6,6 @@ primary label but with an auxiliary value are trained on and never tested: they 
 `Cohort.training_only`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter

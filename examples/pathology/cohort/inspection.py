@@ -1,7 +1,5 @@
 """Feature files looked at once: usable, and of one kind?"""
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The clinical table, the slide table and the feature files side by side, checked and matched."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

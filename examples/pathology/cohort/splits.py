@@ -4,8 +4,6 @@ Every method that is compared gets the same splits; a hash of patients and label
 belong to another cohort.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

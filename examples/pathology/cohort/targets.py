@@ -1,7 +1,5 @@
 """What a column of the clinical table is to predict: classes, or a number."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -43,7 +41,7 @@ class Target:
         return len(self.classes) if self.kind == "classification" else 1
 
 
-def kind_of(column: pd.Series[str], most_classes: int) -> Kind:
+def kind_of(column: "pd.Series[str]", most_classes: int) -> Kind:
     """Return what a column is taken for: numbers of more different values make a regression."""
     values = {value for value in column if value}
     measured = len(values) > most_classes and all(map(_is_number, values))
@@ -55,7 +53,7 @@ def cut_classes(cutoff: float) -> tuple[str, str]:
     return f"<{cutoff:.15g}", f">={cutoff:.15g}"
 
 
-def cut(name: str, column: pd.Series[str], cutoff: float, table: Path) -> pd.Series[str]:
+def cut(name: str, column: "pd.Series[str]", cutoff: float, table: Path) -> "pd.Series[str]":
     """Return a column whose numbers are cut into two classes; what is not known stays empty.
 
     Args:
@@ -72,7 +70,7 @@ def cut(name: str, column: pd.Series[str], cutoff: float, table: Path) -> pd.Ser
     return column.map(lambda cell: cell and (above if float(cell) >= cutoff else below))
 
 
-def refuse_words(name: str, column: pd.Series[str], table: Path) -> None:
+def refuse_words(name: str, column: "pd.Series[str]", table: Path) -> None:
     """Raise if a column holds anything but numbers and empty cells."""
     if strange := sorted({value for value in column if value and not _is_number(value)}):
         raise UserError(
@@ -135,7 +133,7 @@ def rarer_class(labels: Sequence[str]) -> str:
     return min(sorted(counts, reverse=True), key=lambda label: counts[label])
 
 
-def refuse_foreign_values(target: Target, column: pd.Series[str], table: Path) -> None:
+def refuse_foreign_values(target: Target, column: "pd.Series[str]", table: Path) -> None:
     """Raise if an external table has values of a target that was not trained on them."""
     values = sorted({value for value in column if value})
     if target.kind == "regression":

@@ -1,7 +1,5 @@
 """Naming the device to compute on."""
 
-from __future__ import annotations
-
 import torch
 
 from examples.pathology.common.errors import UserError

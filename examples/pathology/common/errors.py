@@ -4,8 +4,6 @@ Every message is one sentence a user can act on: it names the file, column or op
 and the value found, and the remedy if there is one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 

@@ -1,7 +1,5 @@
 """Files: one that cannot be read is named, and one that is written is there whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

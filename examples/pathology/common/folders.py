@@ -1,7 +1,5 @@
 """Folders: whose they are, and who may work in them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Log lines of a command: on stderr, past any progress bar, our own and others' warnings."""
 
-from __future__ import annotations
-
 import logging
 import sys
 

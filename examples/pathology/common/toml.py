@@ -1,7 +1,5 @@
 """Settings in TOML: read with every key checked, and written."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Mapping

@@ -3,8 +3,6 @@
 A file that cannot be used gets one sentence that says why. Nothing is ever loaded in part.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

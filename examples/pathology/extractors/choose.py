@@ -1,7 +1,5 @@
 """Networks by name; the only file that knows all of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from examples.pathology.common.errors import UserError, nearest

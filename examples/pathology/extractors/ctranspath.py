@@ -8,8 +8,6 @@ Reference: X. Wang et al., "Transformer-based unsupervised contrastive learning 
 histopathological image classification", Medical Image Analysis 81, 2022.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import zlib

@@ -1,7 +1,5 @@
 """What extraction needs of a network that turns tiles into features."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Any of timm's image models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

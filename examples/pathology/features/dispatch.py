@@ -4,8 +4,6 @@ One process works on them here; several, and the workers of a Dask scheduler, ge
 as they have room. A process that dies takes no slide with it but one that kills every process.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import time

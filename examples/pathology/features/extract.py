@@ -1,7 +1,5 @@
 """The command extract: a folder of slides to feature files."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from examples.pathology.features import dispatch

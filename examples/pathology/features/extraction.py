@@ -4,8 +4,6 @@
 follow each other so closely that the network hardly ever waits.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os
@@ -221,7 +219,7 @@ def _open(file: SlideFile, config: ExtractConfig, broken_levels: frozenset[int])
     )
 
 
-def _bar(file: SlideFile, plan: TilePlan, shown: bool) -> tqdm[Any]:
+def _bar(file: SlideFile, plan: TilePlan, shown: bool) -> "tqdm[Any]":
     pending = plan.count(TileStatus.PENDING)
     return tqdm(total=pending, desc=file.name, unit="tile", leave=False, delay=3, disable=not shown)
 

@@ -13,8 +13,6 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
   made the features but a program.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

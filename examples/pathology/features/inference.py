@@ -1,7 +1,5 @@
 """Running the network over the tiles of a slide while threads read the next ones."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

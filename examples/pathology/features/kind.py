@@ -1,7 +1,5 @@
 """Of what kind tile features are: what made them, and of how large a piece of tissue."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,7 +33,7 @@ class FeatureKind:
     simulated: str = ""
 
     @classmethod
-    def read(cls, stored: Mapping[str, Any]) -> FeatureKind:
+    def read(cls, stored: Mapping[str, Any]) -> "FeatureKind":
         """Return a kind from its parts by name (`asdict` gives them), whatever stands beside them.
 
         Raises:
@@ -43,7 +41,7 @@ class FeatureKind:
         """
         return cls(**{field.name: stored[field.name] for field in fields(cls)})
 
-    def agrees(self, other: FeatureKind) -> bool:
+    def agrees(self, other: "FeatureKind") -> bool:
         """Return whether nothing that both say differs."""
         pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)
         return all(a == b or a is None or b is None for a, b in pairs)
@@ -56,7 +54,7 @@ class FeatureKind:
         return f"{self.extractor} ({self.in_features}-d, {weights} {sha}{size}{drawn})"
 
 
-def together(kinds: Sequence[FeatureKind]) -> FeatureKind:
+def together(kinds: Sequence[FeatureKind]) -> "FeatureKind":
     """Return what kinds that agree say together: what one does not tell, another may.
 
     Args:

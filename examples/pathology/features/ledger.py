@@ -1,7 +1,5 @@
 """The ledger of an extraction: what became of every slide in every stage, and the funnel."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """What a feature file was made with, and whether one that exists is still the right one."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Embeddings of patients to maps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Values of tiles to pictures: over the slide, and the tiles that stand out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The course of training to figures: losses, and how the balancer weighed the tasks."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from itertools import combinations

@@ -1,7 +1,5 @@
 """What a run says, drawn: its ranking, its embedding, its measurements and its training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Scores and predictions of folds to figures: how well they rank, measure, and compare."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

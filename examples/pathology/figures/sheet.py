@@ -5,8 +5,6 @@ and a marker or line style besides the colour. A caption under each says what is
 about its data.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The figures of a benchmark: all methods in all metrics, task weights and gradient conflict."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +87,7 @@ def dots(methods: Sequence[str], columns: Sequence[Column], sheet: Sheet) -> Non
         first.plot([], [], **of_chance, label="chance")
 
 
-def mean_over_folds(histories: Sequence[pd.DataFrame], column: str) -> pd.Series[float]:
+def mean_over_folds(histories: Sequence[pd.DataFrame], column: str) -> "pd.Series[float]":
     """Return a column's mean by epoch over the folds that ran that long; empty if none has it."""
     rows = [history.set_index("epoch")[column] for history in histories if column in history]
     if not rows:
@@ -138,7 +136,7 @@ def weights_over_time(
     return True
 
 
-def _changes(line: pd.Series[float]) -> bool:
+def _changes(line: "pd.Series[float]") -> bool:
     return len(line) > 0 and bool(np.ptp(line.to_numpy()) > 1e-9)
 
 

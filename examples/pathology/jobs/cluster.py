@@ -1,7 +1,5 @@
 """Worker processes for jobs: started on this machine, or those of a Dask scheduler elsewhere."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

@@ -5,8 +5,6 @@ but the time since the job's last checkpoint. Nothing that a job computes depend
 workers: they do one job at a time, each with the same number of threads.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 import sys

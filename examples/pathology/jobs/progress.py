@@ -1,7 +1,5 @@
 """How far jobs are: a live bar on a terminal, now and then a line of the log elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

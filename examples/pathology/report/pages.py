@@ -1,7 +1,5 @@
 """What report pages are made of: templates, tables in three forms, figures inside the page."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Finished runs to one page: a table, the figures, who was left out, and what it cannot say."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a cross-validation leaves on disk: written fold by fold, and read back."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

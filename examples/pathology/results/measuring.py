@@ -1,7 +1,5 @@
 """Predictions on disk to numbers: every figure of a fold, its mean over folds and its intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

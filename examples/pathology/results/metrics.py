@@ -5,8 +5,6 @@ whose test part holds one class only has no AUROC; that is a fact to report, not
 or to invent 0.5.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ class Metric:
     label: str = ""
 
     @classmethod
-    def read(cls, name: str) -> Metric:
+    def read(cls, name: str) -> "Metric":
         """Return the metric that has a name in ``metrics.json``."""
         figure = name.partition("/")[0].partition(" of ")[0]
         of = name.removeprefix(figure)

@@ -4,8 +4,6 @@ A resample of n patients is a row of n whole weights, how often each was drawn. 
 computed from weights for all resamples at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A finished run, read back."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What ``metrics.json`` of a run says, read and written."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -128,7 +126,7 @@ class RunSummary:
         return warning_of(self.note, self.simulated, random_weights=self.random_weights)
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> RunSummary:
+    def from_json(cls, stored: Mapping[str, Any]) -> "RunSummary":
         """Return what ``metrics.json`` holds; that of a deployment holds more, for its readers."""
         known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
         return cls(**{**known, "metrics": metrics_from_json(stored["metrics"])})
@@ -170,6 +168,6 @@ def warning_of(note: str, simulated: str, *, random_weights: bool) -> str:
     return " ".join(part for part in parts if part)
 
 
-def read_summary(folder: Path) -> RunSummary:
+def read_summary(folder: Path) -> "RunSummary":
     """Read ``metrics.json`` of a finished run or of a deployment."""
     return RunSummary.from_json(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))

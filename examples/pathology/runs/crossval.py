@@ -5,8 +5,6 @@ is compared. A fold's test part is looked at once: after its model has been chos
 part.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

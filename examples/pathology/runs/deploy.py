@@ -5,8 +5,6 @@ not stays empty. Features must be of the extractor, weights and tile size that t
 on; anything else is refused, since numbers would come out all the same.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace

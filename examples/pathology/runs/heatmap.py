@@ -6,8 +6,6 @@ for a sign of the class, or of a high value, and is no calibrated probability of
 means over folds.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence

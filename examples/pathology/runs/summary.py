@@ -1,7 +1,5 @@
 """What metrics.json says of a cross-validation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from examples.pathology.cohort.cohort import Cohort

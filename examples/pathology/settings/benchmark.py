@@ -1,7 +1,5 @@
 """Settings of a benchmark: what to compare, and where to compute it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace

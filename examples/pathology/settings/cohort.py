@@ -1,7 +1,5 @@
 """What to join, and what of it to predict."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Settings classes to commands: options from their fields, defaults from a TOML file, one call."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING

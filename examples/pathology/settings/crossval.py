@@ -1,7 +1,5 @@
 """Settings of a cross-validation, and how those of two runs are compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Settings of an extraction: which slides, what is a tile, and which network."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 

@@ -5,8 +5,6 @@ one class: name, type, default, help, bounds and source. Nothing heavy is import
 ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace

@@ -1,7 +1,5 @@
 """Settings of what is done with finished runs: deployed, drawn over a slide, put on a page."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path

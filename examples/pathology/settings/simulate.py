@@ -1,7 +1,5 @@
 """Settings of a simulated cohort: what may be asked for, and what the defaults stand for."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 

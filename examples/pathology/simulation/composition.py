@@ -7,8 +7,6 @@ point-biserial correlations say. Status and signatures then decide the mean comp
 slide really holds varies around it (logistic-normal).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType

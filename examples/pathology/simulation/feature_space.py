@@ -6,8 +6,6 @@ the mean absolute value is near 0.8, as that of CTransPath's features is. The di
 the seed alone: bags of one seed belong to one "network", whatever was simulated with it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter

@@ -6,8 +6,6 @@ has which tissue is the business of `composition`, what its tiles look like that
 patient's row and the settings, and on no other patient.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -77,7 +75,7 @@ class SimulatedCohort:
     patients: int
     slides: int
     simulated: str
-    external: SimulatedCohort | None = None
+    external: "SimulatedCohort | None" = None
 
 
 def run_simulate(config: SimulateConfig) -> SimulatedCohort:
@@ -187,7 +185,7 @@ def _write_bags(
 
 
 def _tissue(
-    config: SimulateConfig, tables: CohortTables, name: str, cells: pd.Series[str], positive: str
+    config: SimulateConfig, tables: CohortTables, name: str, cells: "pd.Series[str]", positive: str
 ) -> tuple[Tissue, dict[str, Any]]:
     """Return what a patient's slides are made of, and the row of ``truth.csv`` that says so."""
     population = population_of(config)

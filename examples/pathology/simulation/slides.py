@@ -6,8 +6,6 @@ Every effect overlaps between the classes, and stain and anatomy vary from slide
 the label can be learned but not read off. Nothing here comes from a patient.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The tables behind a simulated cohort: read, drawn, or shuffled."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence

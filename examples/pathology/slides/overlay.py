@@ -1,7 +1,5 @@
 """The grid of a slide drawn over it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import cv2

@@ -1,7 +1,5 @@
 """The MPP column of a slide table: what people know about pixels that the slides do not say."""
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Iterable

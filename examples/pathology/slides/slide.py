@@ -1,7 +1,5 @@
 """Finding slides in a folder, opening them, and reading them in microns instead of pixels."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

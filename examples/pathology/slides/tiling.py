@@ -6,8 +6,6 @@ overview picture and never read in detail; of the other tiles, those without edg
 empty mucus) are dropped by the Canny rule of STAMP.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterator

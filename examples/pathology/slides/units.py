@@ -5,8 +5,6 @@ in a fixed order, checked for plausibility, and reported with their source. The 
 ("20x") is never turned into microns: scanners disagree about it by a factor of two.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

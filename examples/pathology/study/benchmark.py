@@ -6,8 +6,6 @@ disk, so that a benchmark that was stopped goes on where it stopped. `study` say
 is, `study_report` what came out.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """Every method of a benchmark against the baseline and against naive, on the same patients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ baseline knows the primary target only and is the same for every auxiliary targe
 cases are asked for: then each auxiliary target has patients, splits and a baseline of its own.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

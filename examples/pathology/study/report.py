@@ -1,7 +1,5 @@
 """A benchmark to one page: what came out, the tables behind it, figures, and what was done."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

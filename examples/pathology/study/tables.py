@@ -1,7 +1,5 @@
 """A benchmark to tables: a row for every method on every auxiliary target, the failed ones too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

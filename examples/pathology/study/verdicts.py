@@ -1,7 +1,5 @@
 """What the comparisons of a benchmark say: in sentences, as marks in tables, and in full."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Names in tables and names of files: the one place that decides which mean the same slide."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Reading the tables that people keep: CSV, TSV or Excel, all cells as text."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path

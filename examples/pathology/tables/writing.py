@@ -1,7 +1,5 @@
 """Writing tables as CSV."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

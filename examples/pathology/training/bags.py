@@ -1,7 +1,5 @@
 """Tiles of patients: inspected once, kept in memory as stored, read ahead while the model works."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ in the file (parameters, optimizer, balancer, schedule, random numbers, the best
 the order of patients is a function of seed and epoch.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import time

@@ -3,8 +3,6 @@
 Nothing here ever sees the test fold.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

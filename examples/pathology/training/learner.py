@@ -4,8 +4,6 @@ The losses of all targets (`losses`) meet in a `mtbalance.Balancer`. The baselin
 network with the primary target's token alone, under the same protocol.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

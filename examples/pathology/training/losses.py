@@ -4,8 +4,6 @@ A regression target is scaled to [0, 1] by the training part, so that losses of 
 scale; the scalers are kept, so that predictions go back to the unit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -5,8 +5,6 @@ the tokens attend to each other and to the encoded tiles in the decoder, and eac
 own linear head. No training code lives here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A trained fold, and what it says about patients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

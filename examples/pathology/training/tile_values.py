@@ -1,7 +1,5 @@
 """What the model says of every tile."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
