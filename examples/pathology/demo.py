@@ -22,7 +22,7 @@ from examples.pathology.simulation.slides import SlideCohort, make_slide_cohort
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("baseline", "naive", "autol+cagrad")
+COMPARED = ("baseline", "naive", "autol+cagrad")
 NOTE = "SYNTHETIC slides and labels, drawn by a program."
 PREFACE = (
     "This page comes from slides that a program has drawn: no patient, no tissue, no biology. The "
@@ -69,7 +69,7 @@ def run_demo(config: DemoConfig) -> Path:
         if extracted.exit_code:
             raise RunError(f"All slides must give features, but some did not. {extracted}")
     runs: list[Path] = []
-    for method in METHODS:
+    for method in COMPARED:
         run = out / "runs" / method
         with _timed(f"crossval {method}", seconds), _one_thread():
             run_crossval(

@@ -15,7 +15,7 @@ from examples.pathology.cohort.cohort import TRAINING_ONLY
 from examples.pathology.common.files import write_text
 from examples.pathology.results.summary import MetricSummary, RunSummary
 
-MISSING = "–"
+DASH = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 METRIC_COLUMNS = (
     *("mean", "sd", "ci95_low_over_patients", "ci95_high_over_patients"),
@@ -59,7 +59,7 @@ def metric_cell(value: MetricSummary | None, *, sd: bool = True) -> str:
         sd: Whether to give the standard deviation over folds.
     """
     if value is None:
-        return MISSING
+        return DASH
     if value.mean is None:
         return "undefined: " + "; ".join(sorted(set(value.undefined.values())))
     known, folds = value.folds_with_value, len(value.folds)

@@ -183,7 +183,7 @@ def costs(study: Study) -> pd.DataFrame:
 def costs_in_words(found: pd.DataFrame) -> pd.DataFrame:
     """Return `costs` as they are shown."""
     shown = {
-        heading: [pages.MISSING if cell is None else format(cell, form) for cell in found[column]]
+        heading: [pages.DASH if cell is None else format(cell, form) for cell in found[column]]
         for column, (heading, form) in COST.items()
     }
     return pages.table([*shown], [*zip(*shown.values(), strict=True)])
@@ -231,4 +231,4 @@ def _cell(found: Metrics, metric: Metric) -> str:
 
 
 def _share(summary: RunSummary, patients: int) -> str:
-    return f"{summary.positives / patients:.3f}" if patients else pages.MISSING
+    return f"{summary.positives / patients:.3f}" if patients else pages.DASH

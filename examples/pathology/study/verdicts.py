@@ -114,7 +114,7 @@ def differences_table(differences: Sequence[Difference], reference: str) -> pd.D
 
 def _difference_cell(d: Difference | None) -> str:
     if d is None or not d.folds:
-        return pages.MISSING
+        return pages.DASH
     interval = f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
     return f"{interval}; p = {p_text(d.p)}, corrected {p_text(d.corrected)}"
 

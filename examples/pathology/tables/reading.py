@@ -15,7 +15,7 @@ from examples.pathology.tables.matching import slide_key
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
 # What stands for "not known" in the tables of TCGA, CPTAC, Excel and pandas, in lower case.
-MISSING = frozenset(
+NOT_KNOWN = frozenset(
     {"", "na", "n/a", "#n/a", "nan", "none", "null", "missing", "not available", "[not available]"}
 )
 
@@ -62,7 +62,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise UserError(
                 f"{path} must have one column `{column}`, but has {header.count(column)}."
             )
-    cleaned: pd.DataFrame = table.map(lambda value: "" if value.lower() in MISSING else value)
+    cleaned: pd.DataFrame = table.map(lambda value: "" if value.lower() in NOT_KNOWN else value)
     return cleaned
 
 
