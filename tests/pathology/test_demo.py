@@ -68,7 +68,9 @@ def test_it_runs_from_slides_to_a_page_and_takes_up_what_is_there(
     assert "SYNTHETIC" in table
     splits = {(out / f"runs/{m}/splits.json").read_bytes() for m in demo.COMPARED}
     assert len(splits) == 1
-    notes = {json.loads((out / f"runs/{m}/metrics.json").read_text())["note"] for m in demo.COMPARED}
+    notes = {
+        json.loads((out / f"runs/{m}/metrics.json").read_text())["note"] for m in demo.COMPARED
+    }
     assert notes == {demo.NOTE}
     for stage in ("draw slides", "extract", "crossval naive", "report", "all"):
         assert any(r.getMessage().startswith(stage) for r in caplog.records)
