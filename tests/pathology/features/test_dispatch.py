@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import h5py
 import pytest
@@ -255,9 +256,12 @@ def test_workers_of_a_scheduler_share_the_slides(tmp_path, network, monkeypatch)
     for name in ("x", "y", "z"):
         Path("in", f"{name}.svs").write_bytes(b"no slide")
     options = {"device": "cpu", **CHEAP}
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs="ERROR"
-    ) as workers:
+    with (
+        patch.dict(os.environ),  # which Dask changes for its processes, and does not restore
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs="ERROR"
+        ) as workers,
+    ):
         address = workers.scheduler_address
         summary = extract(Path("in"), Path("out"), scheduler=address, **options)
         again = extract(Path("in"), Path("out"), scheduler=address, max_failures=0, **options)
