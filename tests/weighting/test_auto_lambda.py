@@ -279,7 +279,7 @@ def test_linear_in_the_primary_tasks() -> None:
     optimizer = sgd(momentum=0.9)(model)
 
     def derivative(*primary: str) -> Tensor:
-        return weighting_of(optimizer, primary=primary).derivative(step_of(model))
+        return weighting_of(optimizer, primary=primary).derivative(step_of(model)).cpu()
 
     assert_close(derivative("a", "b"), derivative("a") + derivative("b"), rtol=1e-12, atol=1e-14)
 
