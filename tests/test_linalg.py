@@ -13,14 +13,7 @@ from torch.testing import assert_close
 
 from mtbalance import _active_set, _pivoting
 from mtbalance._active_set import minimize_linear_plus_norm, project_on_dual_cone
-from mtbalance._gramians import (
-    FLOATS,
-    TENSORS,
-    norm_of,
-    unit_rows,
-    vanishes,
-    weights_of_pair,
-)
+from mtbalance._gramians import FLOATS, TENSORS, norm_of, unit_rows, vanishes, weights_of_pair
 from mtbalance._pivoting import minimize_by_pivoting, minimize_for_few
 from mtbalance.gradient import CAGrad
 from tests._oracles import array, judge_cagrad, least_norm_weights, nonnegative_least_squares

@@ -12,14 +12,7 @@ from mtbalance import Balancer, GradientStrategy, make_balancer
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool, RankError
-from tests.distributed.runs import (
-    Outcome,
-    assert_equal,
-    ddp,
-    plain,
-    same_everywhere,
-    train,
-)
+from tests.distributed.runs import Outcome, assert_equal, ddp, plain, same_everywhere, train
 from tests.distributed.test_absent import Has, Parts
 
 NAMES = ["naive", "uncert+graddrop", "dwa+pcgrad", "autol+cagrad"]

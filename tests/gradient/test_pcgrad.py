@@ -16,13 +16,7 @@ from torch.testing import assert_close
 from mtbalance._gramians import TENSORS
 from mtbalance.gradient import PCGrad, _pcgrad
 from tests._device import on_device
-from tests._oracles import (
-    array,
-    pcgrad_expectation,
-    pcgrad_fixed,
-    pcgrad_outcomes,
-    pcgrad_row,
-)
+from tests._oracles import array, pcgrad_expectation, pcgrad_fixed, pcgrad_outcomes, pcgrad_row
 from tests._samplers import gradients, matrix
 
 # Vector and Gramian arithmetic part where a projected gradient all but vanishes, and then decide

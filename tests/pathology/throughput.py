@@ -26,11 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as the comm
 
 import torch
 
-from examples.pathology.features.extraction import (
-    default_workers,
-    extract_slides,
-    make_network,
-)
+from examples.pathology.features.extraction import default_workers, extract_slides, make_network
 from examples.pathology.features.inference import Clock, Network, infer
 from examples.pathology.features.ledger import Rows
 from examples.pathology.settings.extract import ExtractConfig

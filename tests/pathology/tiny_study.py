@@ -13,13 +13,7 @@ from examples.pathology.common.toml import write_toml
 from examples.pathology.results.folds import FoldResult, read_fold, read_predictions
 from examples.pathology.results.measuring import summarise_metrics
 from examples.pathology.results.summary import metrics_json
-from examples.pathology.study.folder import (
-    EXTERNAL,
-    LEDGER,
-    RUNS,
-    SETTINGS,
-    run_folder,
-)
+from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, run_folder
 from examples.pathology.training.fold import BASELINE
 
 PRIMARY = Target("isMSIH", "classification", ("MSS", "MSIH"), "MSIH")

@@ -26,13 +26,7 @@ from examples.pathology.features.extraction import (
     retire,
 )
 from examples.pathology.features.inference import Network
-from examples.pathology.features.ledger import (
-    TILING,
-    ExtractSummary,
-    LedgerKeeper,
-    Rows,
-    SlideRow,
-)
+from examples.pathology.features.ledger import TILING, ExtractSummary, LedgerKeeper, Rows, SlideRow
 from examples.pathology.jobs.cluster import cluster
 from examples.pathology.jobs.engine import Job, Outcome, run_jobs
 from examples.pathology.settings.extract import ExtractConfig

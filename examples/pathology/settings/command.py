@@ -10,13 +10,7 @@ import typer
 
 from examples.pathology.common.logs import set_up_logging
 from examples.pathology.common.toml import read_section
-from examples.pathology.settings.option import (
-    Made,
-    Option,
-    OptionField,
-    options_of,
-    settings_from,
-)
+from examples.pathology.settings.option import Made, Option, OptionField, options_of, settings_from
 
 UNUSED = "Accepted as everywhere; not used."
 EVERYWHERE = (

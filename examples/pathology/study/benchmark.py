@@ -39,14 +39,7 @@ from examples.pathology.settings.benchmark import BenchmarkConfig
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 from examples.pathology.settings.runs import DeployConfig
-from examples.pathology.study.folder import (
-    EXTERNAL,
-    LEDGER,
-    RUNS,
-    SETTINGS,
-    read_study,
-    run_folder,
-)
+from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, read_study, run_folder
 from examples.pathology.study.report import write_study_report
 from examples.pathology.tables.writing import write_table
 from examples.pathology.training.bags import BagStore
