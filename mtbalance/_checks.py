@@ -108,6 +108,10 @@ def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:
             f"`tasks` must be a sequence of names, but got the string {tasks!r}. "
             f"For one task, give ({tasks!r},)."
         )
+    if isinstance(tasks, set | frozenset):
+        raise TypeError(
+            "`tasks` must have an order, which is that of the rows, but got a set. Give a tuple."
+        )
     names = tuple(tasks)
     for name in names:
         if not isinstance(name, str) or not name:

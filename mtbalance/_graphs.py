@@ -22,6 +22,21 @@ class Reach(NamedTuple):
     """Per loss, whether a later loss needs a part of its graph."""
 
 
+def is_computed_from(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether the graph of a tensor holds another one, which is no leaf."""
+    seen: set[Node | None] = {tensor.grad_fn}  # outputs of one operation have it in common
+    stack: list[Node | None] = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions if node is not None else ():
+            if child is other.grad_fn:
+                return True
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return False
+
+
 def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
     """Walk the graphs of the losses once.
 

@@ -1,5 +1,6 @@
 """Where the tasks of a step are balanced: at the shared parameters, or at features."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from mtbalance._agreement import BELOW
 from mtbalance._checks import check_features
 from mtbalance._company import Company, TaskPasses
-from mtbalance._graphs import Reach, reach_of
+from mtbalance._graphs import Reach, is_computed_from, reach_of
 from mtbalance._passes import task_gradients
 from mtbalance._reach import ReachLog
 from mtbalance._rows import Rows, columns_of, gramian_of
@@ -136,6 +137,13 @@ class AtFeatures:
 
     def check(self, losses: Mapping[str, Tensor]) -> None:
         """Raise unless each loss reaches what the features depend on, and only through them."""
+        for one, other in itertools.permutations(self._parts, 2):
+            if is_computed_from(one, other):
+                raise ValueError(
+                    "`features` must not be computed from each other, but the one of shape "
+                    f"{tuple(one.shape)} is computed from that of shape {tuple(other.shape)}. "
+                    "Give the first of them alone, through which all losses go."
+                )
         below = {id(leaf) for leaf in reach_of(self._parts).leaves}
         for task, loss in losses.items():
             if not any(id(leaf) in below for leaf in reach_of([loss]).leaves):

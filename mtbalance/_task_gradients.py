@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtbalance._rows import at_least_float32
+
 
 class Row(NamedTuple):
     """One task's loss of this process, detached, and its gradient for each leaf."""
@@ -42,7 +44,11 @@ class TaskGradients:
         return bool(self.losses or self.nonfinite)
 
     def add(self, row: Row) -> None:
-        """Add a loss and its gradients. Tensors that come from autograd are never written to."""
+        """Add a loss and its gradients. Tensors that come from autograd are never written to.
+
+        Sums are at least float32, whatever gradients are kept in: of a thousand small terms most
+        would be lost in bfloat16.
+        """
         task, loss, leaves, row_gradients = row
         if task in self.nonfinite:
             return
@@ -53,7 +59,10 @@ class TaskGradients:
                 key = id(leaf)
                 self.leaves.setdefault(key, leaf)
                 earlier = gradients.get(key)
-                gradients[key] = gradient if earlier is None else earlier + gradient
+                if earlier is None:
+                    gradients[key] = gradient
+                else:
+                    gradients[key] = earlier.to(at_least_float32(earlier.dtype)) + gradient
 
     def mark_nonfinite(self, tasks: Collection[str]) -> None:
         """Take tasks out of the step."""

@@ -16,10 +16,17 @@ def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -
         if direction is None:
             continue
         if leaf.grad is None:
-            leaf.grad = direction
+            leaf.grad = _laid_out(direction, leaf)
         else:
             with torch.no_grad():
                 leaf.grad.add_(direction)
+
+
+def _laid_out(direction: Tensor, leaf: Tensor) -> Tensor:
+    """Return the direction in the memory layout of its leaf, in which autograd accumulates."""
+    if direction.layout is not torch.strided or direction.stride() == leaf.stride():
+        return direction
+    return torch.empty_like(leaf.detach()).copy_(direction)
 
 
 def write(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:

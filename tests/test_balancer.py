@@ -772,3 +772,22 @@ def test_deepcopy_of_model_and_balancer_together() -> None:
     for one, two in zip(model.parameters(), other_model.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad)
     assert str(other.explain(model=other_model)) == str(balancer.explain(model=model))
+
+
+@pytest.mark.parametrize("name", ["sum", "pcgrad", "cagrad", "graddrop", "autol+graddrop"])
+def test_gradients_have_the_memory_layout_of_their_parameters(name: str) -> None:
+    """As after `loss.backward()`: optimizers and `torch.compile` look at strides."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(
+        memory_format=torch.channels_last
+    )
+    transposed = nn.Parameter(torch.randn(2, 5).T)
+    optimizer = torch.optim.SGD([*model.parameters(), transposed], lr=0.1)
+    balancer = make_balancer(name, tasks=("a", "b"), shared=model, optimizer=optimizer)
+
+    def losses() -> dict[str, Tensor]:
+        out = model(torch.ones(1, 3, 7, 7)).mean((2, 3)) @ transposed.T
+        return {"a": out.square().mean(), "b": -out.mean()}
+
+    balancer.backward(losses(), validation=losses)
+    for parameter in (*model.parameters(), transposed):
+        assert parameter.grad.stride() == parameter.stride()

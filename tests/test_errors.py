@@ -156,6 +156,7 @@ def test_kinds_per_task(kind, words) -> None:
         ({"tasks": "msi"}, TypeError, "`tasks` must be a sequence of names, but got the string"),
         ({"tasks": []}, ValueError, "`tasks` must name at least one task, but got none."),
         ({"tasks": ["a", "b", "a"]}, ValueError, "`tasks` must be distinct, but got 'a' more"),
+        ({"tasks": {"a", "b"}}, TypeError, "`tasks` must have an order, which is that of the rows"),
         ({"tasks": ["a", 1]}, TypeError, "`tasks` must hold non-empty strings, but got 1."),
         ({"nonfinite": "dorp"}, ValueError, "but got 'dorp'. Did you mean 'drop'?"),
         ({"weighting": Sum()}, TypeError, "`weighting` must be a Weighting, but got Sum."),

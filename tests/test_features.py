@@ -204,3 +204,35 @@ def test_refuses(case: str, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=re.escape(words)):
         balancer.backward(losses, features=features, validation=lambda: losses)
     assert x.grad is None
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_features_that_are_computed_from_each_other_are_refused(swapped: bool) -> None:
+    """The way through the second would count twice."""
+    model = Split()
+    hidden = model.features(batch())
+    features = [hidden, hidden.mean(1)]
+    losses = {
+        "a": (features[0] ** 2).mean(),
+        "b": (features[1] ** 2).mean(),
+        "c": features[0].sum() + features[1].sum(),
+    }
+    balancer = Balancer(Equal(), CAGrad(c=0.0), tasks=TASKS, shared=model.trunk)
+    words = r"computed from each other, but the one of shape \(\d+,\) is computed from that of"
+    with pytest.raises(ValueError, match=words):
+        balancer.backward(losses, features=features[::-1] if swapped else features)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_features_may_be_parts_of_one_tensor() -> None:
+    model, plain = Split(), Split()
+    plain.load_state_dict(model.state_dict())
+    rows = batch()
+    halves = torch.chunk(model.features(rows), 2, 1)
+    losses = {"a": halves[0].square().mean(), "b": (halves[0].sum(1) * halves[1].sum(1)).mean()}
+    balancer = Balancer(Equal(), CAGrad(c=0.0), tasks=("a", "b"), shared=model.trunk)
+    balancer.backward(losses, features=halves)
+    first, second = torch.chunk(plain.features(rows), 2, 1)
+    (first.square().mean() + (first.sum(1) * second.sum(1)).mean()).backward()
+    for ours, theirs in zip(model.trunk.parameters(), plain.trunk.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad)

@@ -189,6 +189,20 @@ def test_low_precision_is_what_is_kept() -> None:
     assert {t.dtype for row in kept for t in row if t is not None} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("strategy", [Sum(), CAGrad(), PCGrad(), GradDrop()], ids=repr)
+def test_sums_of_micro_batches_do_not_lose_small_terms(strategy) -> None:
+    """Added up in bfloat16, a thousand thousandths are a half."""
+    parts, whole = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    for x, count in ((parts, 1000), (whole, 1)):
+        balancer = Balancer(
+            Equal(), copy.deepcopy(strategy), tasks=("a",), shared=[x], dtype=torch.bfloat16
+        )
+        for _ in range(count):
+            balancer.accumulate({"a": x / count})
+        balancer.apply()
+    assert_close(parts.grad, whole.grad, rtol=1e-3, atol=0)
+
+
 # --- chunk ----------------------------------------------------------------------------------------
 
 
