@@ -104,6 +104,7 @@ def test_the_config_of_a_run_repeats_it(asked, tmp_path):
             "the key `epoch` of [crossval] is unknown. Did you mean `epochs`?",
         ),
         ("[crosval]\nepochs = 3", "the section [crosval] is unknown"),
+        ("[crossval]\nepochs = true", "`epochs` of [crossval] is no switch, but got true."),
         ("[crossval]\nconfig = 'b.toml'", "the key `config` of [crossval] is unknown."),
     ],
 )

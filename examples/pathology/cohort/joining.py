@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import walk
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files
 from examples.pathology.tables.reading import (
@@ -70,14 +71,14 @@ def join(sources: Sources, columns: Sequence[str]) -> Joined:
 def find_feature_files(folder: Path) -> dict[str, Path]:
     """Return the ``.h5`` files of a folder and its sub-folders by relative path without suffix.
 
+    Links to folders are followed, as among slides.
+
     Raises:
         UserError: There are none.
     """
-    files = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.h5"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
+    found = (directory / name for directory, names in walk(folder) for name in names)
+    paths = sorted(path for path in found if path.suffix == ".h5")
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     if not files:
         what = "holds none" if folder.is_dir() else "is no folder"
         raise UserError(f"`features` must be a folder of .h5 files, but {folder} {what}.")

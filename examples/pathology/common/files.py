@@ -66,3 +66,21 @@ def publish(temporary: Path, path: Path) -> None:
     with temporary.open("rb+") as handle:
         os.fsync(handle.fileno())
     temporary.replace(path)
+
+
+def walk(folder: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and those below it, links followed, with their visible files in order.
+
+    Args:
+        folder: Where to begin.
+        skip: A folder to leave out.
+    """
+    seen = {skip.resolve()} if skip is not None else set()
+    for directory, children, names in os.walk(folder, followlinks=True):
+        here = Path(directory).resolve()
+        if here in seen:  # the output folder, or a link that leads back
+            children.clear()
+            continue
+        seen.add(here)
+        children[:] = sorted(child for child in children if not child.startswith("."))
+        yield Path(directory), sorted(name for name in names if not name.startswith("."))

@@ -46,7 +46,10 @@ def read_section(
                 f"{nearest(name, sections)}"
             )
     known = {key.replace("-", "_") for key in known}
-    values = {key.replace("-", "_"): value for key, value in tables.get(section, {}).items()}
+    values: dict[str, Any] = {}
+    for key, value in tables.get(section, {}).items():
+        if values.setdefault(key.replace("-", "_"), value) is not value:
+            raise UserError(f"{path}: `{key}` of [{section}] must be given once, but is twice.")
     for key in values:
         if key not in known:
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from examples.pathology.common.errors import UserError
 from examples.pathology.common.logs import set_up_logging
 from examples.pathology.common.toml import read_section
 from examples.pathology.settings.option import Made, Option, OptionField, options_of, settings_from
@@ -89,6 +90,11 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
     own = {"config", "help"}
     known = [str(p.name) for p in context.command.params if p.name not in own]
     values = read_section(path, section, known, sections)
+    for param in context.command.params:  # true would be read as the number 1
+        if isinstance(values.get(str(param.name)), bool) and not getattr(param, "is_flag", False):
+            said = str(values[str(param.name)]).lower()
+            name = f"`{param.name}` of [{section}]"
+            raise UserError(f"{path}: {name} is no switch, but got {said}. Give its value.")
     context.default_map = {**(context.default_map or {}), **values}
     return path
 

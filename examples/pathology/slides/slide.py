@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ import openslide
 from PIL import Image, ImageColor
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import walk
 from examples.pathology.slides.units import Mpp, SlideError, find_mpp
 from examples.pathology.tables.matching import SLIDE_SUFFIXES
 
@@ -65,7 +65,7 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
     if not folder.is_dir():
         raise UserError(f"The folder of slides must exist, but {folder} does not.")
     found: list[SlideFile] = []
-    for directory, names in _walk(folder, skip):
+    for directory, names in walk(folder, skip):
         suffixes = {Path(name).suffix.lower() for name in names}
         dicom = [directory / name for name in names if name.lower().endswith(".dcm")]
         found += _dicom_slides(folder, directory, dicom)
@@ -101,19 +101,6 @@ def slide_file(path: Path) -> SlideFile:
         return next((slide for slide in found if Path(slide.name).name == uid), found[0])
     relative = path.relative_to(root)
     return SlideFile(path, relative.as_posix(), relative.with_suffix("").as_posix())
-
-
-def _walk(folder: Path, skip: Path | None) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the folders below one, links followed, with their visible files in order."""
-    seen = {skip.resolve()} if skip is not None else set()
-    for directory, children, names in os.walk(folder, followlinks=True):
-        here = Path(directory).resolve()
-        if here in seen:  # the output folder, or a link that leads back
-            children.clear()
-            continue
-        seen.add(here)
-        children[:] = sorted(child for child in children if not child.startswith("."))
-        yield Path(directory), sorted(name for name in names if not name.startswith("."))
 
 
 def _dicom_slides(root: Path, directory: Path, files: list[Path]) -> Iterator[SlideFile]:

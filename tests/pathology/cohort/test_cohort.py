@@ -448,3 +448,15 @@ def test_cut_offs_of_the_real_hrd_scores(tmp_path, cutoff, prevalence):
     scores = clinical["HRD_score"][clinical["PATIENT"].isin(slides["PATIENT"])]
     assert found == (scores >= cutoff).sum()
     assert round(100 * found / len(cohort.patients), 1) == prevalence
+
+
+def test_links_to_folders_of_features_are_followed(tables, tmp_path):
+    whole = tables.load().patients
+    elsewhere = tmp_path / "elsewhere"
+    tables.features.rename(elsewhere)
+    tables.features.mkdir()
+    (tables.features / "site").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(tables.features)
+    found = tables.load().patients
+    assert [patient.name for patient in found] == [patient.name for patient in whole]
+    assert all(path.parent == tables.features / "site" for p in found for path in p.files)

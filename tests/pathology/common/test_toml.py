@@ -29,13 +29,17 @@ def test_what_is_written_as_toml_is_read_back(tmp_path_factory, tables):
         ("[crosval]\nepochs = 3", "the section .crosval. is unknown; .* Did you mean `crossval`"),
         ("epochs = 3", "`epochs` must stand in a section such as .crossval."),
         ("[crossval", "must be valid TOML"),
+        (
+            "[crossval]\nslide-table = 's'\nslide_table = 't'",
+            "`slide_table` of .crossval. must be given once, but is twice",
+        ),
     ],
 )
 def test_what_nobody_would_read_is_refused(tmp_path, text, words):
     path = tmp_path / "a.toml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=words):
-        read_section(path, "crossval", ["epochs"], ["crossval", "demo"])
+        read_section(path, "crossval", ["epochs", "slide-table"], ["crossval", "demo"])
 
 
 def test_dashes_and_underscores_are_one(tmp_path):
