@@ -34,6 +34,7 @@ from mtbalance._reach import ReachLog
 from mtbalance._record import EpochCounts, EpochSummary, Record
 from mtbalance._seen import Seen
 from mtbalance._shared import Shared, named_groups
+from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
 from mtbalance._task_gradients import TaskGradients
 from mtbalance.gradient._base import GradientStrategy
@@ -362,19 +363,15 @@ class Balancer(nn.Module):
         return self._reach.explain(model)
 
     def get_extra_state(self) -> Tensor:
-        """Return the number of tasks, the running epoch's counts, and weights kept for later."""
-        tasks = torch.tensor([float(len(self.tasks))], dtype=torch.float64, device="cpu")
-        return torch.cat([tasks, self._epoch.as_tensor().double(), self._kept.as_tensor()])
+        """Return the names of the tasks, the running epoch's counts, and weights kept for later."""
+        counts = self._epoch.as_tensor().double()
+        return state_of(self.tasks, Saved(counts, self._kept.as_tensor()))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue with a saved state."""
-        if int(state[0]) != len(self.tasks):
-            raise ValueError(
-                f"the saved state must belong to {len(self.tasks)} tasks, but has {int(state[0])}."
-            )
-        counts = len(self._epoch.as_tensor())
-        self._epoch = EpochCounts.from_tensor(self.tasks, state[1 : 1 + counts].long())
-        self._kept.load(state[1 + counts :])
+        """Continue with a saved state, which must belong to the same tasks in the same order."""
+        saved = saved_in(state, self.tasks)
+        self._kept.load(saved.kept)
+        self._epoch = EpochCounts.from_tensor(self.tasks, saved.counts.long())
 
     def extra_repr(self) -> str:
         options = {"nonfinite": "raise", "every": 1, "dtype": None, "chunk": None}

@@ -245,7 +245,7 @@ class Replicas:
         return seen._replace(losses=agreed.losses, nonfinite=agreed.nonfinite, agreement=agreed)
 
     def _tell(self, seen: Seen, error: Exception | None) -> Agreement:
-        self._ranks.draw_alike(self._owner)
+        self._ranks.begin_alike(self._owner)
         return self._ranks.agree(seen.here, seen.nonfinite, seen.reached, error)
 
     def reach(self, losses: Losses, graphs: Graphs) -> Reach:

@@ -54,13 +54,13 @@ class KeptWeights:
 
     def load(self, state: Tensor) -> None:
         """Undo :meth:`as_tensor`."""
-        self.reset()
         state = state.cpu()
         if len(state) != 1 + self._groups * len(self._tasks):
             raise ValueError(
                 f"the saved state must belong to {self._groups} groups of shared parameters, but "
                 f"has {(len(state) - 1) // len(self._tasks)}."
             )
+        self.reset()
         self.age = int(state[0])
         for group, row in enumerate(state[1:].reshape(self._groups, -1)):
             found = torch.isfinite(row)

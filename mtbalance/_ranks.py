@@ -278,15 +278,27 @@ class Ranks:
                 f"{self.rank} cannot go on. Its own message says why."
             )
 
-    def draw_alike(self, owner: nn.Module) -> None:
-        """Let the random sources in a module go on from the state of the first rank's, once.
+    def begin_alike(self, owner: nn.Module) -> None:
+        """Let all ranks have the same tasks, and draw alike from now on; once, before anything.
 
-        Whatever their seeds and generators were: orders and masks must be the same everywhere.
+        The random sources in a module go on from the state of the first rank's, whatever their
+        seeds and generators were: orders and masks must be the same everywhere.
+
+        Raises:
+            ValueError: On all ranks, if their tasks have other names or another order.
         """
         if self._draws_agree:
             return
         sources = [module for module in owner.modules() if isinstance(module, RandomSource)]
-        first, *_ = self._gather_objects([source.get_extra_state() for source in sources])
-        for source, state in zip(sources, first, strict=True):
+        states = [source.get_extra_state() for source in sources]
+        told = self._gather_objects((self._tasks, states))
+        for rank, (tasks, _) in enumerate(told):
+            if tasks != told[0][0]:
+                raise ValueError(
+                    "`tasks` must have the same names in the same order on all ranks, but got "
+                    f"{told[0][0]} on rank 0 and {tasks} on rank {rank}. Write the names down in "
+                    "one order, or sort them."
+                )
+        for source, state in zip(sources, told[0][1], strict=True):
             source.set_extra_state(state)
         self._draws_agree = True

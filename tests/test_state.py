@@ -1,5 +1,6 @@
 """A run that is saved and resumed equals one that was never interrupted, bit for bit."""
 
+import copy
 import io
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
-from mtbalance.gradient import GradDrop, PCGrad, Sum
+from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal, Uncertainty
 from tests._device import random_state, set_random_state
 from tests._networks import TASKS, Network, batch
@@ -138,10 +139,68 @@ def test_state_of_another_set_of_tasks_is_refused() -> None:
     three = Balancer(DWA(), Sum(), tasks=("a", "b", "c"), shared=layer)
     with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|must belong to 3 tasks"):
         three.load_state_dict(two.state_dict())
-    with pytest.raises(ValueError, match="the saved state must belong to 3 tasks, but has 2"):
+    with pytest.raises(ValueError, match="must belong to 3 tasks, 'a', 'b', 'c', but has 2"):
         Balancer(Equal(), Sum(), tasks=("a", "b", "c")).load_state_dict(
             Balancer(Equal(), Sum(), tasks=("a", "b")).state_dict()
         )
+
+
+def equal_balancer(*tasks: str, **options: Any) -> Balancer:
+    return Balancer(Equal(), Sum(), tasks=tasks, **options)
+
+
+@pytest.mark.parametrize("tasks", [("b", "a"), ("x", "y"), ("a", "bb"), ("a", "b", "c")])
+def test_state_of_other_names_is_refused_as_a_whole(tasks: tuple[str, ...]) -> None:
+    """The order of the names is that of the rows, so it counts, too."""
+    state = saved(trained_with_dwa(("a", "b")).state_dict())
+    other = trained_with_dwa(tasks, steps=0)
+    before = copy.deepcopy(other.state_dict())
+    message = f"belong to {len(tasks)} tasks, {', '.join(map(repr, tasks))}, but has 2, 'a', 'b'"
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert_equal_states(dict(other.state_dict()), dict(before))
+
+
+def trained_with_dwa(tasks: tuple[str, ...], steps: int = 3) -> Balancer:
+    layer = nn.Linear(2, 2)
+    balancer = Balancer(DWA(), CAGrad(), tasks=tasks, shared=layer, every=3)
+    for _ in range(steps):
+        y = layer(torch.ones(2))
+        balancer.backward({task: number * y.sum() for number, task in enumerate(tasks, 1)})
+    return balancer
+
+
+def state_of_version_1(balancer: Balancer, kept: list[float]) -> Tensor:
+    """The number of tasks, the counts of the epoch, the age of the weights, and these."""
+    counts = balancer.end_epoch()
+    numbers = [len(balancer.tasks), counts.steps, counts.skipped]
+    numbers += [*counts.active.values(), *counts.dropped.values(), *kept]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_states_of_version_1_are_read() -> None:
+    old = saved({"_extra_state": torch.tensor([2.0, 5, 1, 4, 3, 0, 1, 2, 0.25, 0.75]).double()})
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b"), every=4)
+    balancer.load_state_dict(old)
+    assert torch.equal(state_of_version_1(balancer, [2, 0.25, 0.75]), old["_extra_state"])
+    trunk = nn.Parameter(torch.ones(2))
+    record = balancer.backward({"a": trunk.sum(), "b": trunk.square().sum()})
+    assert record.reused  # the kept weights, two steps old, serve for another one
+    assert torch.equal(trunk.grad, torch.full((2,), 0.25 * 1 + 0.75 * 2))
+    with pytest.raises(ValueError, match="must belong to 3 tasks, but has 2"):
+        equal_balancer("a", "b", "c").load_state_dict(old)
+
+
+def test_a_state_of_a_later_version_is_refused() -> None:
+    text = b'{"version": 99, "names": ["a"]}'
+    with pytest.raises(ValueError, match="version 2 or older, but is of version 99"):
+        equal_balancer("a").set_extra_state(torch.tensor(list(text), dtype=torch.uint8))
+
+
+def test_names_of_any_letters_are_saved() -> None:
+    names = ("MSI-Status (Δ ≥ 30 %)", '"{}\n', "腫瘍")
+    state = saved(equal_balancer(*names).state_dict())
+    equal_balancer(*names).load_state_dict(state)
 
 
 def test_a_weighting_alone_can_be_loaded_before_its_first_loss() -> None:

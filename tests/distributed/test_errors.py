@@ -266,3 +266,23 @@ def test_an_error_in_accumulate_is_told_in_apply(two: Pool) -> None:
     other, own = two.run(error_in_a_micro_batch)
     assert "the loss of task 'c' must have a graph" in own
     assert "rank 1 stopped with an error" in other
+
+
+def other_names(here: Here, tasks: tuple[str, ...]) -> tuple[str, bool]:
+    """Rank 0 names the tasks a, b, c; the others have names of their own."""
+    network = Network()
+    names = TASKS if here.rank == 0 else tasks
+    balancer = make_balancer("pcgrad", tasks=names, shared=network.trunk)
+    losses = dict(zip(names, network.losses(batch()).values(), strict=False))
+    message = message_of(lambda: balancer.backward(losses))
+    return message, any(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("tasks", [("b", "a", "c"), ("a", "b", "x"), ("a", "b")])
+def test_names_of_tasks_are_compared_before_the_first_step(
+    two: Pool, tasks: tuple[str, ...]
+) -> None:
+    for message, written in two.run(other_names, tasks):
+        assert message.startswith("ValueError: `tasks` must have the same names in the same order")
+        assert f"but got {TASKS} on rank 0 and {tasks} on rank 1" in message
+        assert not written
