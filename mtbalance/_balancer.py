@@ -5,7 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from mtbalance._finite import NonFinite
 from mtbalance._kept import KeptWeights, check_every
 from mtbalance._passes import BatchedPasses, task_gradients
 from mtbalance._places import AtParameters, features_of
+from mtbalance._random import RandomSource
 from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
 from mtbalance._record import EpochCounts, EpochSummary, Record
@@ -38,7 +39,7 @@ from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
 from mtbalance._task_gradients import TaskGradients
 from mtbalance.gradient._base import GradientStrategy
-from mtbalance.weighting._base import Weighting
+from mtbalance.weighting._base import Weighting, own_state
 
 
 class Balancer(nn.Module):
@@ -361,6 +362,12 @@ class Balancer(nn.Module):
         if losses is not None:
             self._reach.note_graphs(check_losses_by_task(losses, self.tasks))
         return self._reach.explain(model)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
+            if isinstance(module, Weighting | RandomSource):  # all of them before any is loaded
+                module.check_state(own_state(state_dict, f"{name}."))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self) -> Tensor:
         """Return the names of the tasks, the running epoch's counts, and weights kept for later."""

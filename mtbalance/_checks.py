@@ -94,6 +94,38 @@ def check_losses(losses: Tensor) -> None:
         raise TypeError(f"`losses` must be real and floating-point, but got {losses.dtype}.")
 
 
+def check_saved(
+    owner: object,
+    state: Mapping[str, object],
+    *,
+    counts: Sequence[str] = (),
+    finite: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+) -> None:
+    """Raise if what was saved of a strategy is nothing to go on with.
+
+    Args:
+        owner: The strategy.
+        state: What was saved of it, by name.
+        counts: Names of what must be at least 0.
+        finite: Names of what must be finite.
+        numbers: Names of what must not be NaN.
+    """
+    rules: tuple[tuple[Sequence[str], str, Callable[[Tensor], Tensor]], ...] = (
+        (counts, "at least 0", lambda value: value >= 0),
+        (finite, "finite", torch.isfinite),
+        (numbers, "numbers", lambda value: ~torch.isnan(value)),
+    )
+    for names, rule, holds in rules:
+        for name in names:
+            value = state.get(name)
+            if isinstance(value, Tensor) and not bool(holds(value).all()):
+                raise ValueError(
+                    f"the saved state of {type(owner).__name__} must have `{name}` {rule}, but got "
+                    f"{value.tolist()}. It was damaged, or saved after a step that went wrong."
+                )
+
+
 def check_kind(name: str, value: object, kind: type) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):

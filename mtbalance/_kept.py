@@ -60,6 +60,11 @@ class KeptWeights:
                 f"the saved state must belong to {self._groups} groups of shared parameters, but "
                 f"has {(len(state) - 1) // len(self._tasks)}."
             )
+        if not (1 <= state[0] < math.inf and bool((state > -math.inf).all())):
+            raise ValueError(
+                "the saved state must have kept weights that are numbers and at least 1 step old, "
+                f"but got {state[1:].tolist()}, {float(state[0]):g} steps old. It was damaged."
+            )
         self.reset()
         self.age = int(state[0])
         for group, row in enumerate(state[1:].reshape(self._groups, -1)):

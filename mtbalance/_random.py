@@ -1,7 +1,7 @@
 """Random numbers that belong to one strategy, and whose state is saved with it."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,8 +61,21 @@ class RandomSource(nn.Module):
         """Return the generator's state, a byte tensor of fixed shape."""
         return self.generator.get_state()
 
+    def check_state(self, state: Mapping[str, object]) -> None:
+        """Raise ValueError if what was saved, by name, is no state of a generator."""
+        saved = state.get("_extra_state", self._start)
+        try:
+            torch.Generator().set_state(saved.cpu())  # type: ignore[attr-defined]
+        except (RuntimeError, TypeError, AttributeError):
+            got = f"{saved.dtype}, {tuple(saved.shape)}" if isinstance(saved, Tensor) else saved
+            raise ValueError(
+                "the saved state of a random generator must be a byte tensor of shape "
+                f"{tuple(self._start.shape)}, but got {got}. Load what `state_dict()` returned."
+            ) from None
+
     def set_extra_state(self, state: Tensor) -> None:
         """Continue from a saved state."""
+        self.check_state({"_extra_state": state})
         self.generator.set_state(state.cpu())
 
     # torch.Generator can be neither copied nor pickled in the oldest supported release.

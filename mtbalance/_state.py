@@ -55,6 +55,11 @@ def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
     counts = 2 + 2 * len(tasks)
     if len(numbers) <= counts:
         raise _not_a_state(f"{len(numbers)} numbers for {len(tasks)} tasks")
+    if not bool((torch.isfinite(numbers[:counts]) & (numbers[:counts] >= 0)).all()):
+        raise ValueError(
+            "the saved state must have counts of steps of at least 0, but got "
+            f"{numbers[:counts].tolist()}. It was damaged."
+        )
     return Saved(numbers[:counts], numbers[counts:])
 
 
@@ -67,14 +72,17 @@ def _numbers_of(state: Tensor, tasks: tuple[str, ...]) -> Tensor:
             f"the saved state must be of version {VERSION} or older, but is of version "
             f"{version!r}. Load it with the mtbalance that saved it, or a later one."
         )
-    names = content["tasks"]
+    names, digits = content.get("tasks"), content.get("numbers")
     if names != list(tasks):
         raise ValueError(
-            f"the saved state must belong to {len(tasks)} tasks, {_listed(tasks)}, but has "
-            f"{len(names)}, {_listed(names)}. Give `tasks` the same names in the same order."
+            f"the saved state must belong to {_listed(tasks)}, but has {_listed(names)}. "
+            "Give `tasks` the same names in the same order."
         )
-    packed = bytes.fromhex(content["numbers"])
-    numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
+    try:
+        packed = bytes.fromhex(str(digits))
+        numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
+    except (ValueError, struct.error):
+        raise _not_a_state("something else after the names") from None
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
@@ -84,12 +92,14 @@ def _object_in(text: bytes) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise _not_a_state(f"{len(text)} bytes that are none")
+        raise _not_a_state(f"{len(text)} bytes of something else")
     return content
 
 
 def _first(state: Tensor, tasks: tuple[str, ...]) -> Tensor:
     """Return the numbers in a state of the first version, which counts its tasks."""
+    if not state.is_floating_point():
+        raise _not_a_state(f"{state.dtype}")
     if float(state[0]) != len(tasks):
         raise ValueError(
             f"the saved state must belong to {len(tasks)} tasks, but has {float(state[0]):g}."
@@ -98,7 +108,9 @@ def _first(state: Tensor, tasks: tuple[str, ...]) -> Tensor:
 
 
 def _listed(names: object) -> str:
-    return ", ".join(map(repr, names)) if isinstance(names, list | tuple) else repr(names)
+    if not isinstance(names, list | tuple):
+        return repr(names)
+    return f"{len(names)} tasks, " + ", ".join(map(repr, names))
 
 
 def _not_a_state(got: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
-from mtbalance.weighting import DWA, Equal, Uncertainty
+from mtbalance.weighting import DWA, AutoLambda, Equal, Uncertainty, Weighting
 from tests._device import random_state, set_random_state
 from tests._networks import TASKS, Network, batch
 
@@ -155,7 +156,9 @@ def test_state_of_other_names_is_refused_as_a_whole(tasks: tuple[str, ...]) -> N
     state = saved(trained_with_dwa(("a", "b")).state_dict())
     other = trained_with_dwa(tasks, steps=0)
     before = copy.deepcopy(other.state_dict())
-    message = f"belong to {len(tasks)} tasks, {', '.join(map(repr, tasks))}, but has 2, 'a', 'b'"
+    message = (
+        f"belong to {len(tasks)} tasks, {', '.join(map(repr, tasks))}, but has 2 tasks, 'a', 'b'"
+    )
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
     assert_equal_states(dict(other.state_dict()), dict(before))
@@ -189,6 +192,78 @@ def test_states_of_version_1_are_read() -> None:
     assert torch.equal(trunk.grad, torch.full((2,), 0.25 * 1 + 0.75 * 2))
     with pytest.raises(ValueError, match="must belong to 3 tasks, but has 2"):
         equal_balancer("a", "b", "c").load_state_dict(old)
+
+
+Spoil = Callable[[dict[str, Tensor]], object]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.update(_extra_state=torch.tensor(3.0)), r"one vector, but got shape \(\)"),
+        (lambda s: s.update(_extra_state=torch.ones(0)), r"one vector, but got shape \(0,\)"),
+        (lambda s: s.update(_extra_state=torch.ones(4, dtype=torch.uint8)), "4 bytes of something"),
+        (lambda s: s.update(_extra_state=s["_extra_state"][:-9]), "bytes of something else"),
+        (lambda s: s.update(_extra_state=torch.ones(5).long()), "but got torch.int64"),
+        (lambda s: s.update(_extra_state=torch.tensor([3.0])), "0 numbers for 3 tasks"),
+        (lambda s: s.update(_extra_state=old_state(1, -2)), "counts of steps of at least 0"),
+        (lambda s: s.update(_extra_state=old_state(1, torch.nan)), "counts of steps of at least 0"),
+        (lambda s: s.update(_extra_state=old_state(9, torch.nan)), "weights that are numbers"),
+        (lambda s: s.update(_extra_state=old_state(9, -1)), "at least 1 step old"),
+        (lambda s: s.update(_extra_state=old_state(10, torch.nan)), "weights that are numbers"),
+        (lambda s: s["weighting.count"].sub_(100), "of DWA must have `count` at least 0"),
+        (lambda s: s["weighting.epochs"].sub_(100), "of DWA must have `epochs` at least 0"),
+        (lambda s: s["weighting.mean"].fill_(torch.nan), "of DWA must have `mean` finite"),
+        (lambda s: s["weighting.last"].fill_(torch.inf), "of DWA must have `last` finite"),
+        (
+            lambda s: s.update({"gradient.random._extra_state": torch.ones(())}),
+            r"byte tensor of shape \(\d+,\), but got torch.float32, \(\)",
+        ),
+    ],
+)
+def test_damaged_states_are_refused_as_a_whole(spoil: Spoil, message: str) -> None:
+    run, other = Run("dwa+pcgrad"), Run("dwa+pcgrad")
+    run.train(0, 3)
+    state = copy.deepcopy(dict(run.balancer.state_dict()))
+    other.balancer.load_state_dict(state)
+    spoil(state)
+    before = copy.deepcopy(dict(other.balancer.state_dict()))
+    for owner, prefix in ((other.balancer, ""), (nn.ModuleDict({"b": other.balancer}), "b.")):
+        with pytest.raises(ValueError, match=message) as caught:
+            owner.load_state_dict({prefix + key: value for key, value in state.items()})
+        assert "\n" not in str(caught.value)
+        assert_equal_states(dict(other.balancer.state_dict()), before)
+
+
+def old_state(position: int, value: float) -> Tensor:
+    """A state of version 1 with three tasks, one number of it changed."""
+    state = torch.tensor([3.0, 1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]).double()
+    state[position] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (lambda optimizer: Uncertainty(), "log_var", torch.nan),
+        (AutoLambda, "lambdas", torch.inf),
+        (AutoLambda, "exp_avg", torch.nan),
+        (AutoLambda, "exp_avg_sq", -1.0),
+        (AutoLambda, "steps", -1),
+        (lambda optimizer: DWA(), "before_last", torch.nan),
+    ],
+)
+def test_damaged_weightings_are_refused(
+    make: Callable[[Any], Weighting], name: str, value: float
+) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    saved_one, other = (make(optimizer).bind(["a", "b"]) for _ in range(2))
+    state = copy.deepcopy(dict(saved_one.state_dict()))
+    state[name][1] = value
+    before = copy.deepcopy(dict(other.state_dict()))
+    with pytest.raises(ValueError, match=f"must have `{name}` "):
+        other.load_state_dict(state)
+    assert_equal_states(dict(other.state_dict()), before)
 
 
 def test_a_state_of_a_later_version_is_refused() -> None:

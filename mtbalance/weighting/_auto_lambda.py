@@ -11,6 +11,7 @@ from mtbalance._checks import (
     check_at_least,
     check_finite,
     check_known_tasks,
+    check_saved,
     check_validation,
     count_fallback,
 )
@@ -123,6 +124,11 @@ class AutoLambda(Weighting):
         for name in ("exp_avg", "exp_avg_sq"):
             self.register_buffer(name, torch.zeros_like(self.lambdas))
         self.register_buffer("steps", torch.zeros(self.num_tasks, dtype=torch.long))
+
+    def check_state(self, state: Mapping[str, object]) -> None:
+        averages = ("exp_avg", "exp_avg_sq")
+        counts = ("steps", "exp_avg_sq")
+        check_saved(self, state, counts=counts, finite=("lambdas",), numbers=averages)
 
     def forward(self, losses: Tensor) -> Tensor:
         return self.lambdas[self.active].to(losses.dtype) * losses

@@ -148,6 +148,9 @@ class Weighting(nn.Module, ABC):
         if self.tasks is not None:
             self.load_state_dict(self._fresh)
 
+    def check_state(self, state: Mapping[str, object]) -> None:
+        """Raise ValueError if what was saved, by name, is nothing to go on with."""
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A weighting on its own may be loaded before it has seen a loss: bind it to what was saved.
         if self.tasks is None:
@@ -161,7 +164,14 @@ class Weighting(nn.Module, ABC):
             }
             if len(sizes) == 1:
                 self.bind([str(number) for number in range(sizes.pop())])
+        self.check_state(own_state(state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def own_state(state_dict: Mapping[str, object], prefix: str) -> dict[str, object]:
+    """Return what a module saved under a prefix, that of the modules in it left out."""
+    named = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
+    return {name: value for name, value in named.items() if "." not in name}
 
 
 def task_vector(values: Sequence[float] | float, count: int) -> Tensor:

@@ -1,7 +1,9 @@
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from mtbalance._checks import check_positive
+from mtbalance._checks import check_positive, check_saved
 
 from ._base import Weighting, task_vector
 
@@ -60,6 +62,10 @@ class DWA(Weighting):
             self.register_buffer(name, task_vector(0.0, self.num_tasks))
         for name in ("count", "epochs"):  # steps in this epoch, and epochs behind it, per task
             self.register_buffer(name, torch.zeros(self.num_tasks, dtype=torch.long))
+
+    def check_state(self, state: Mapping[str, object]) -> None:
+        means = ("mean", "last", "before_last")
+        check_saved(self, state, counts=("count", "epochs"), finite=means)
 
     def forward(self, losses: Tensor) -> Tensor:
         if self.training:

@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtbalance._checks import check_choice, check_finite
+from mtbalance._checks import check_choice, check_finite, check_saved
 
 from ._base import Weighting, task_vector
 
@@ -91,6 +91,9 @@ class Uncertainty(Weighting):
         factors = [0.5 if kind == "regression" else 1.0 for kind in kinds]
         self.register_buffer("factor", task_vector(factors, len(kinds)), persistent=False)
         self.log_var = nn.Parameter(task_vector(self.init, len(kinds)))
+
+    def check_state(self, state: Mapping[str, object]) -> None:
+        check_saved(self, state, numbers=("log_var",))
 
     def forward(self, losses: Tensor) -> Tensor:
         log_var = self.log_var[self.active]
