@@ -140,7 +140,8 @@ class Balancer(nn.Module):
         groups = None if shared is None else named_groups(shared)
         self._reach = ReachLog(self.tasks, groups)
         self._ranks = Ranks(process_group, self.tasks, groups)
-        self._batched = None if self.chunk is None else BatchedPasses(self.chunk)
+        looks = nonfinite != "propagate"
+        self._batched = BatchedPasses(self.chunk, looks=looks) if self.chunk else None
         self._kept = KeptWeights(self.tasks, 1 if groups is None else len(groups))
         self._steps = Steps(self.tasks, self._reach, self._kept)
         self._pending = TaskGradients()

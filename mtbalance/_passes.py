@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._graphs import reach_of
-from mtbalance._rows import Rows, inner_products, sum_of
+from mtbalance._rows import Rows, all_finite, inner_products, sum_of
 from mtbalance._shards import local
 from mtbalance._writing import fresh_grad
 
@@ -45,12 +45,18 @@ class BatchedPasses:
     One pass over a chunk of tasks launches the kernels of one task: it saves time where launching
     them is what takes it, on a GPU with small batches.
 
+    It goes through the graphs of all of them for each, with zeros where a task has no part; zero
+    times an infinite slope of another task is NaN. So a chunk whose gradients are not all finite is
+    repeated task by task: the graph lives until that is known.
+
     Args:
         chunk: How many tasks go together.
+        looks: Whether it matters whose gradients are not finite, which takes looking at them.
     """
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, *, looks: bool = True) -> None:
         self.chunk = chunk
+        self._looks = looks
         self._works: bool | None = None
 
     def __call__(
@@ -81,6 +87,7 @@ class BatchedPasses:
         on_fallback: Callable[[str], None],
         shares_graph: bool,  # noqa: FBT001
     ) -> list[list[Tensor | None]] | None:
+        """Return the gradients of a chunk; None if its tasks must be passed one by one."""
         unit = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
         factors = [unit[i].to(loss) for i, loss in enumerate(losses)]
         try:
@@ -88,8 +95,8 @@ class BatchedPasses:
                 losses,
                 inputs,
                 factors,
-                # Until it has worked once, the graph must survive for the passes one by one.
-                retain_graph=shares_graph or self._works is None,
+                # Until it has worked, the graph must survive for the passes one by one.
+                retain_graph=shares_graph or self._looks or self._works is None,
                 allow_unused=True,
                 is_grads_batched=True,
             )
@@ -104,6 +111,8 @@ class BatchedPasses:
             )
             return None
         self._works = True
+        if self._looks and not all_finite(gradients):
+            return None
         # The batched pass gives zeros where a single one says that a loss does not reach an input.
         reached = [{id(leaf) for leaf in reach_of([loss]).leaves} for loss in losses]
         return [

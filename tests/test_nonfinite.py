@@ -152,6 +152,28 @@ def test_a_dropped_task_might_as_well_be_absent(
         assert_close(weighting[key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
+@pytest.mark.parametrize("what", ["gradient", "head"])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_of_tasks_in_one_batched_pass_only_the_bad_one_is_dropped(chunk: int, what: str) -> None:
+    """The batched pass gives each task NaN, as zero times the infinite slope of the bad one."""
+    model = Network()
+    other = copy.deepcopy(model)
+    options = {"tasks": TASKS, "nonfinite": "drop"}
+    balancer = Balancer(Equal(), CAGrad(), shared=model.trunk, chunk=chunk, **options)
+    balancer.backward(model.losses(batch()))
+    record = balancer.backward(bad_losses(model, what))
+    assert (record.tasks, record.dropped) == (("a", "c"), ("b",))
+    assert record.fallbacks == 0  # an operation that cannot be vectorised is something else
+    one_by_one = Balancer(Equal(), CAGrad(), shared=other.trunk, **options)
+    one_by_one.backward(other.losses(batch()))
+    one_by_one.backward(bad_losses(other, what))
+    for (key, one), two in zip(gradients(model).items(), gradients(other).values(), strict=True):
+        assert_close(one, two, rtol=1e-11, atol=1e-13, msg=key)
+    raising = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk, chunk=chunk)
+    with pytest.raises(FloatingPointError, match="the gradient of task 'b' must be finite"):
+        raising.backward(bad_losses(model, what))
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient", "head"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_skip_writes_nothing_and_is_counted(strategy, what: str) -> None:
