@@ -29,6 +29,7 @@ from examples.pathology.cohort.targets import (
     make_target,
     refuse_foreign_values,
     refuse_words,
+    words_among_numbers,
 )
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.features.kind import FeatureKind
@@ -110,7 +111,8 @@ def load_cohort(config: CohortConfig) -> Cohort:
             are mixed, or nobody is left.
     """
     target = config.target
-    joined = _join(config.sources, [target, *config.auxiliary], target, config.cutoff)
+    joined = join(config.sources, [target, *config.auxiliary])
+    joined = _cut(joined, target, config.cutoff, config.clini)
     kinds = _kinds(joined.clinical, config)
     people = _read_patients(joined.clinical, target, kinds)
     refused = {person.name: _refusal(person, config) for person in people}
@@ -148,7 +150,8 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
     Raises:
         UserError: The tables contradict themselves or the targets, or nobody is left.
     """
-    joined = _join(sources, [], targets[0].name, targets[0].cutoff)
+    classes = {each.name: each.classes for each in targets}
+    joined = _cut(join(sources, [], classes), targets[0].name, targets[0].cutoff, sources.clini)
     here = [target for target in targets if target.name in joined.clinical]
     for target in here:
         refuse_foreign_values(target, joined.clinical[target.name], sources.clini)
@@ -164,12 +167,11 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
     return _cohort(targets, found, [], stages, ledger, inspection)
 
 
-def _join(sources: Sources, columns: Sequence[str], target: str, cutoff: float | None) -> Joined:
-    """Join tables and files, and make classes of the primary target where it has a cut-off."""
-    joined = join(sources, columns)
+def _cut(joined: Joined, target: str, cutoff: float | None, table: Path) -> Joined:
+    """Make classes of the primary target where it has a cut-off."""
     if cutoff is None or target not in joined.clinical:
         return joined
-    column = cut(target, joined.clinical[target], cutoff, sources.clini)
+    column = cut(target, joined.clinical[target], cutoff, table)
     return replace(joined, clinical=joined.clinical.assign(**{target: column}))
 
 
@@ -177,6 +179,16 @@ def _kinds(clinical: pd.DataFrame, config: CohortConfig) -> dict[str, Kind]:
     """Return what each target is taken for, and raise if one that is to be a number is none."""
     most = {config.target: MAX_CLASSES} | dict.fromkeys(config.auxiliary, MAX_AUXILIARY_CLASSES)
     kinds = {name: kind_of(clinical[name], classes) for name, classes in most.items()}
+    for name, classes in most.items():
+        words = words_among_numbers(clinical[name], classes)
+        if words and name not in config.kinds:
+            logger.warning(
+                "`%s` is taken for classes, as among its numbers stands %s. Leave such cells empty "
+                "if it is a measurement, or give --kind %s=classification.",
+                name,
+                listing(f"{word!r} ({count})" for word, count in words.items()),
+                name,
+            )
     kinds |= config.kinds
     for name, kind in kinds.items():
         if kind == "regression":

@@ -1,7 +1,7 @@
 """The clinical table, the slide table and the feature files side by side, checked and matched."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,17 +49,22 @@ class Joined:
         return [name for name in self.files if name not in claimed]
 
 
-def join(sources: Sources, columns: Sequence[str]) -> Joined:
+def join(
+    sources: Sources,
+    columns: Sequence[str],
+    classes: Mapping[str, Collection[str]] | None = None,
+) -> Joined:
     """Read both tables and match the slide table with the feature files.
 
     Args:
         sources: Where they are.
         columns: Columns that the clinical table must have, besides the patient's.
+        classes: Words that are classes of a column, though elsewhere they mean "not known".
 
     Raises:
         UserError: The tables contradict themselves or each other.
     """
-    clinical = read_clinical_table(sources.clini, columns, sources.patient_column)
+    clinical = read_clinical_table(sources.clini, columns, sources.patient_column, classes)
     slides = read_slide_table(sources.slide_table, sources.patient_column, sources.filename_column)
     files = find_feature_files(sources.features)
     found = match_files((key for _, key in slides), files)

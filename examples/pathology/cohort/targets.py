@@ -48,6 +48,22 @@ def kind_of(column: "pd.Series[str]", most_classes: int) -> Kind:
     return "regression" if measured else "classification"
 
 
+def words_among_numbers(column: "pd.Series[str]", most_classes: int) -> dict[str, int]:
+    """Return how often each word stands in a column that would be a measurement without them.
+
+    Args:
+        column: Cells as text.
+        most_classes: As for `kind_of`.
+
+    Returns:
+        Counts by word, the most frequent first; empty for classes, and for nothing but numbers.
+    """
+    words = Counter(value for value in column if value and not _is_number(value))
+    numbers = [value for value in column if _is_number(value)]
+    measured = len(set(numbers)) > most_classes and len(numbers) > words.total()
+    return dict(words.most_common()) if measured else {}
+
+
 def cut_classes(cutoff: float) -> tuple[str, str]:
     """Return the names of the classes below a cut-off, and at or above it."""
     return f"<{cutoff:.15g}", f">={cutoff:.15g}"

@@ -1,7 +1,7 @@
 """Reading the tables that people keep: CSV, TSV or Excel, all cells as text."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,18 +14,28 @@ from examples.pathology.common.files import readable
 from examples.pathology.tables.matching import slide_key
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
-# What stands for "not known" in the tables of TCGA, CPTAC, Excel and pandas, in lower case.
-NOT_KNOWN = frozenset(
-    {"", "na", "n/a", "#n/a", "nan", "none", "null", "missing", "not available", "[not available]"}
-)
+# What stands for "not known" in the tables of TCGA, GDC, cBioPortal, CPTAC, Excel and pandas, in
+# lower case. A lone "-" is not among them: next to "+" it is a result.
+# fmt: off
+NOT_KNOWN = frozenset((
+    "", "na", "n/a", "n.a.", "nan", "<na>", "none", "null", "missing", "--", "'--", "?",
+    "unknown", "[unknown]", "not available", "[not available]", "not reported", "[not reported]",
+    "not applicable", "[not applicable]", "not evaluated", "[not evaluated]", "[discrepancy]",
+    "[pending]", "[not submitted]", "not allowed to collect", "n.d.", "not determined",
+    "#n/a", "#div/0!", "#value!", "#ref!", "#name?", "#num!", "#null!",
+))
+# fmt: on
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_table(
+    path: Path, columns: Sequence[str], classes: Mapping[str, Collection[str]] | None = None
+) -> pd.DataFrame:
     """Read a table as stripped strings, where whatever means "not known" becomes ``""``.
 
     Args:
         path: ``.csv``, ``.tsv`` or ``.xlsx`` (its first sheet).
         columns: Columns that must be there.
+        classes: Words that mean something in a column, whatever they mean elsewhere.
 
     Raises:
         UserError: The file cannot be read, a column is missing or stands twice.
@@ -49,7 +59,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             ) from error
     cells = cells.fillna("").astype(str).map(str.strip)
     header = list(cells.iloc[0])
-    table = cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
+    table: pd.DataFrame = cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
     for column in columns:
         if column not in header:
             hint = nearest(column, header)
@@ -62,12 +72,23 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise UserError(
                 f"{path} must have one column `{column}`, but has {header.count(column)}."
             )
-    cleaned: pd.DataFrame = table.map(lambda value: "" if value.lower() in NOT_KNOWN else value)
-    return cleaned
+    classes = classes or {}
+    for position, column in enumerate(header):
+        known = classes.get(column, ())
+        cells = [_known(cell, known) for cell in table.iloc[:, position]]
+        table.isetitem(position, cells)
+    return table
+
+
+def _known(cell: str, classes: Collection[str]) -> str:
+    return "" if cell.lower() in NOT_KNOWN and cell not in classes else cell
 
 
 def read_clinical_table(
-    path: Path, targets: Sequence[str], patient_column: str = PATIENT
+    path: Path,
+    targets: Sequence[str],
+    patient_column: str = PATIENT,
+    classes: Mapping[str, Collection[str]] | None = None,
 ) -> pd.DataFrame:
     """Read the clinical table: one row per patient, indexed by patient.
 
@@ -75,11 +96,12 @@ def read_clinical_table(
         path: The table.
         targets: Columns that must be there.
         patient_column: The column of the patient.
+        classes: Words that mean something in a column, whatever they mean elsewhere.
 
     Raises:
         UserError: A patient is unnamed or stands in more than one row.
     """
-    table = read_table(path, [patient_column, *targets])
+    table = read_table(path, [patient_column, *targets], classes)
     _refuse_unnamed(table, path, patient_column)
     twice = [name for name, count in Counter(table[patient_column]).items() if count > 1]
     if twice:

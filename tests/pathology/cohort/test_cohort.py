@@ -14,6 +14,7 @@ from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 from examples.pathology.features.files import read_features
+from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import read_table
 from examples.pathology.training.bags import BagStore
@@ -65,6 +66,48 @@ def test_a_missing_label_is_no_class(tables, mark):
     assert reasons(cohort, "patient") == {"P00": "no isMSIH label"}
     assert reasons(cohort, "slide") == {"P00-1": "its patient is left out"}
     assert [count for _, count in cohort.funnel] == [12, 11, 11, 11]
+
+
+UNKNOWN = (
+    "Not Reported", "not reported", "Unknown", "[Unknown]", "[Not Applicable]", "[Not Evaluated]",
+    "'--", "--", "[Discrepancy]", "?", "n.d.", "N.A.", "#DIV/0!", "#VALUE!", "#REF!", "#NUM!",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", UNKNOWN)
+def test_words_of_other_portals_for_not_known_are_no_class_and_no_number(tables, word):
+    def change(rows):
+        return [[rows[0][0], word, rows[0][2]], [*rows[1][:2], word], *rows[2:]]
+
+    rewrite(tables.clini, change)
+    cohort = tables.load()
+    assert cohort.target.classes == ("MSIH", "MSS")
+    assert [p.name for p in cohort.training_only] == ["P00"]
+    assert cohort.targets[1] == Target("LF", "regression")
+    assert "LF" not in cohort.patients[0].known
+
+
+def test_minus_next_to_plus_is_a_class(tables):
+    rewrite(tables.clini, lambda rows: [[row[0], "+-"[i % 2], ""] for i, row in enumerate(rows)])
+    assert tables.load(auxiliary=()).target.classes == ("+", "-")
+
+
+def test_words_among_numbers_are_warned_about(tables, caplog):
+    rewrite(tables.clini, lambda rows: [[*rows[0][:2], "lost"], *rows[1:]])
+    assert tables.load().targets[1].kind == "classification"
+    assert "`LF` is taken for classes, as among its numbers stands 'lost' (1)." in caplog.text
+    caplog.clear()
+    tables.load(kind=("LF=classification",))
+    tables.load(auxiliary=())
+    assert not caplog.text
+
+
+def test_a_class_of_a_run_stays_one_whatever_it_means_elsewhere(tables):
+    rewrite(tables.clini, lambda rows: [[rows[0][0], "Unknown", ""], ["P01", "NA", ""], *rows[2:]])
+    target = Target("isMSIH", "classification", ("MSIH", "MSS", "Unknown"), "Unknown")
+    sources = Sources(tables.clini, tables.slides, tables.features)
+    cohort = module.load_external(sources, [target])
+    assert [p.label for p in cohort.patients[:3]] == ["Unknown", "", "MSIH"]
 
 
 def test_a_patient_with_an_auxiliary_value_alone_is_for_training_only(tables):
