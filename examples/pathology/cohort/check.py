@@ -114,6 +114,8 @@ def _say_labels(joined: Joined, wanted: Sequence[str], say: Callable[[str], None
             else f"{len(counts)} different values, such as {', '.join(list(counts)[:3])}"
         )
         say(f"  {name}: {shown or 'none'}; missing for {len(column) - len(known)}")
+        if words := joined.unknown_of(name):
+            say(f"    taken for missing: {words}; rename what is a class")
 
 
 def _say_files(cohort: Cohort, limit: int, say: Callable[[str], None]) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -73,6 +73,7 @@ class Cohort:
         funnel: ``(stage, number of patients)`` from the clinical table to the patients used.
         kind: What made the features.
         digest: sha256 over names, labels, values and the content of the features.
+        unknown: By target, the words that were taken for "not known", counted.
     """
 
     targets: tuple[Target, ...]
@@ -82,6 +83,7 @@ class Cohort:
     funnel: tuple[tuple[str, int], ...]
     kind: FeatureKind
     digest: str
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def target(self) -> Target:
@@ -133,7 +135,8 @@ def load_cohort(config: CohortConfig) -> Cohort:
     for name in config.auxiliary:
         values[name] = [p.known[name] for p in found if name in p.known]
     targets = [make_target(name, kinds[name], known, config) for name, known in values.items()]
-    return _cohort(targets, labelled, training_only, stages, ledger, inspection)
+    cohort = _cohort(targets, labelled, training_only, stages, ledger, inspection)
+    return replace(cohort, unknown=_unknown(joined, targets))
 
 
 def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
@@ -164,7 +167,14 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
         ("and usable features: used", len(found)),
     ]
     _refuse_nobody(found, "a slide and features", stages, ledger)
-    return _cohort(targets, found, [], stages, ledger, inspection)
+    cohort = _cohort(targets, found, [], stages, ledger, inspection)
+    return replace(cohort, unknown=_unknown(joined, targets))
+
+
+def _unknown(joined: Joined, targets: Sequence[Target]) -> dict[str, str]:
+    """Return the words that were taken for "not known" by target, where there are any."""
+    words = {target.name: joined.unknown_of(target.name) for target in targets}
+    return {name: said for name, said in words.items() if said}
 
 
 def _cut(joined: Joined, target: str, cutoff: float | None, table: Path) -> Joined:
@@ -331,12 +341,20 @@ def _cohort(
     )
 
 
+def log_unknown(cohort: Cohort) -> None:
+    """Log which words of the targets were taken for "not known", and how often."""
+    for name, words in cohort.unknown.items():
+        text = "%s: taken for not known: %s. Rename what is a class."
+        logger.warning(text, name, words)
+
+
 def log_cohort(cohort: Cohort) -> None:
     """Log the funnel, the reasons for exclusion and what the targets look like."""
     stages = [f"{count} {stage}" for stage, count in cohort.funnel]
     logger.info("Patients: %s", " -> ".join(stages))
     for reason, count in Counter(left_out(cohort.ledger)).most_common():
         logger.warning("Left out: %d x %s", count, reason)
+    log_unknown(cohort)
     everybody = [*cohort.patients, *cohort.training_only]
     known = values_of(everybody, cohort.targets)
     for target in cohort.targets:

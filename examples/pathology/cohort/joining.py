@@ -1,18 +1,18 @@
 """The clinical table, the slide table and the feature files side by side, checked and matched."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from examples.pathology.common.errors import UserError
+from examples.pathology.common.errors import UserError, listing
 from examples.pathology.common.files import walk
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files
 from examples.pathology.tables.reading import (
-    read_clinical_table,
+    read_clinical_words,
     read_slide_table,
     refuse_two_owners,
 )
@@ -27,12 +27,19 @@ class Joined:
         slides: Patient and key of every row of the slide table.
         files: Feature files by relative path without suffix.
         found: The files that every key may mean.
+        unknown: By column, how often each word was taken for "not known".
     """
 
     clinical: pd.DataFrame
     slides: Sequence[tuple[str, str]]
     files: Mapping[str, Path]
     found: Mapping[str, list[str]]
+    unknown: Mapping[str, Counter[str]]
+
+    def unknown_of(self, column: str) -> str:
+        """Return which words of a column were taken for "not known", and how often."""
+        words = self.unknown.get(column, Counter()).most_common()
+        return listing(f"{word!r} ({count})" for word, count in words)
 
     @property
     def slides_of(self) -> dict[str, list[str]]:
@@ -64,13 +71,13 @@ def join(
     Raises:
         UserError: The tables contradict themselves or each other.
     """
-    clinical = read_clinical_table(sources.clini, columns, sources.patient_column, classes)
+    clinical, unknown = read_clinical_words(sources.clini, columns, sources.patient_column, classes)
     slides = read_slide_table(sources.slide_table, sources.patient_column, sources.filename_column)
     files = find_feature_files(sources.features)
     found = match_files((key for _, key in slides), files)
     owned = ((patient, f"{found[key][0]}.h5") for patient, key in slides if len(found[key]) == 1)
     refuse_two_owners(owned, "feature file", sources.slide_table)  # would leak between folds
-    return Joined(clinical, slides, files, found)
+    return Joined(clinical, slides, files, found, unknown)
 
 
 def find_feature_files(folder: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.pathology.cohort.cohort import Cohort, load_external
+from examples.pathology.cohort.cohort import Cohort, load_external, log_unknown
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.files import json_or_none, write_json
@@ -64,6 +64,7 @@ def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
     for folder, (_, kind) in zip(folders, models, strict=True):
         refuse_other_features(kind, cohort.kind, folder, config.features)
     logger.info("Patients: %s", " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))
+    log_unknown(cohort)
     with sole_writer(config.out):
         clean(config.out)
         write_toml(config.out / "deploy.toml", deploy_settings(config))

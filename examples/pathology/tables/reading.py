@@ -27,19 +27,22 @@ NOT_KNOWN = frozenset((
 # fmt: on
 
 
-def read_table(
-    path: Path, columns: Sequence[str], classes: Mapping[str, Collection[str]] | None = None
-) -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read a table as stripped strings, where whatever means "not known" becomes ``""``.
 
     Args:
         path: ``.csv``, ``.tsv`` or ``.xlsx`` (its first sheet).
         columns: Columns that must be there.
-        classes: Words that mean something in a column, whatever they mean elsewhere.
 
     Raises:
         UserError: The file cannot be read, a column is missing or stands twice.
     """
+    table: pd.DataFrame = _read_cells(path, columns).map(_known)
+    return table
+
+
+def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a table as stripped strings; see `read_table`."""
     readers = {".csv": ",", ".tsv": "\t", ".xlsx": None}
     if path.suffix.lower() not in readers:
         raise UserError(
@@ -72,23 +75,16 @@ def read_table(
             raise UserError(
                 f"{path} must have one column `{column}`, but has {header.count(column)}."
             )
-    classes = classes or {}
-    for position, column in enumerate(header):
-        known = classes.get(column, ())
-        cells = [_known(cell, known) for cell in table.iloc[:, position]]
-        table.isetitem(position, cells)
     return table
 
 
-def _known(cell: str, classes: Collection[str]) -> str:
+def _known(cell: str, classes: Collection[str] = ()) -> str:
+    """Return a cell, or ``""`` if it means "not known" and is none of the classes."""
     return "" if cell.lower() in NOT_KNOWN and cell not in classes else cell
 
 
 def read_clinical_table(
-    path: Path,
-    targets: Sequence[str],
-    patient_column: str = PATIENT,
-    classes: Mapping[str, Collection[str]] | None = None,
+    path: Path, targets: Sequence[str], patient_column: str = PATIENT
 ) -> pd.DataFrame:
     """Read the clinical table: one row per patient, indexed by patient.
 
@@ -96,12 +92,43 @@ def read_clinical_table(
         path: The table.
         targets: Columns that must be there.
         patient_column: The column of the patient.
-        classes: Words that mean something in a column, whatever they mean elsewhere.
 
     Raises:
         UserError: A patient is unnamed or stands in more than one row.
     """
-    table = read_table(path, [patient_column, *targets], classes)
+    return read_clinical_words(path, targets, patient_column)[0]
+
+
+def read_clinical_words(
+    path: Path,
+    targets: Sequence[str],
+    patient_column: str = PATIENT,
+    classes: Mapping[str, Collection[str]] | None = None,
+) -> tuple[pd.DataFrame, dict[str, Counter[str]]]:
+    """Read the clinical table, and which words of it were taken for "not known".
+
+    Args:
+        path: The table.
+        targets: Columns that must be there.
+        patient_column: The column of the patient.
+        classes: Words that are classes of a column, though elsewhere they mean "not known".
+
+    Returns:
+        One row per patient, indexed by patient; by column how often each word was taken for "not
+        known", without columns where none was.
+
+    Raises:
+        UserError: A patient is unnamed or stands in more than one row.
+    """
+    table = _read_cells(path, [patient_column, *targets])
+    words: dict[str, Counter[str]] = {}
+    for position, column in enumerate(table.columns):
+        before = list(table.iloc[:, position])
+        after = [_known(cell, (classes or {}).get(column, ())) for cell in before]
+        table.isetitem(position, after)
+        taken = Counter(cell for cell, kept in zip(before, after, strict=True) if cell != kept)
+        if taken:
+            words[column] = taken
     _refuse_unnamed(table, path, patient_column)
     twice = [name for name, count in Counter(table[patient_column]).items() if count > 1]
     if twice:
@@ -109,7 +136,7 @@ def read_clinical_table(
             f"{path} must have one row per patient, but has several for {listing(sorted(twice))}."
         )
     indexed: pd.DataFrame = table.set_index(patient_column)
-    return indexed
+    return indexed, words
 
 
 def read_slide_table(

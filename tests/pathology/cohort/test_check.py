@@ -131,6 +131,17 @@ def test_a_regression_is_checked_and_counted(tables):
     assert "  fold 1 test          10   LF: 10" in lines
 
 
+def test_words_taken_for_missing_are_said(tables):
+    header, *rows = rows_of(tables.clini)
+    rows[0][1] = rows[2][1] = "None"
+    rows[4][2] = "#DIV/0!"
+    write_table(tables.clini, header, rows)
+    _, lines = check(tables)
+    at = lines.index("    taken for missing: 'None' (2); rename what is a class")
+    assert lines[at - 1] == "  isMSIH: MSS (10), MSIH (8); missing for 2"
+    assert "    taken for missing: '#DIV/0!' (1); rename what is a class" in lines
+
+
 def test_a_cut_off_is_checked_and_its_prevalence_shown(tables):
     header, *rows = rows_of(tables.clini)
     write_table(tables.clini, header, [[name, label, i] for i, (name, label, _) in enumerate(rows)])

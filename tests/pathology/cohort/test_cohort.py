@@ -87,6 +87,27 @@ def test_words_of_other_portals_for_not_known_are_no_class_and_no_number(tables,
     assert "LF" not in cohort.patients[0].known
 
 
+def test_words_taken_for_not_known_are_told_with_their_counts(tables, caplog):
+    grades = ["None", "Focal", "Diffuse", "none"] * 3
+    rewrite(
+        tables.clini, lambda rows: [[row[0], g, ""] for row, g in zip(rows, grades, strict=True)]
+    )
+    cohort = tables.load(auxiliary=())
+    module.log_cohort(cohort)
+    assert "isMSIH: taken for not known: 'None' (3), 'none' (3)." in caplog.text
+    caplog.clear()
+    sources = Sources(tables.clini, tables.slides, tables.features)
+    module.log_unknown(module.load_external(sources, cohort.targets))
+    assert "'None' (3), 'none' (3)" in caplog.text
+
+
+def test_empty_cells_are_no_words(tables, caplog):
+    cohort = tables.load()
+    module.log_cohort(cohort)
+    assert cohort.unknown == {}
+    assert not caplog.text
+
+
 def test_minus_next_to_plus_is_a_class(tables):
     rewrite(tables.clini, lambda rows: [[row[0], "+-"[i % 2], ""] for i, row in enumerate(rows)])
     assert tables.load(auxiliary=()).target.classes == ("+", "-")
