@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
-MIN_MPP = 0.05
+MIN_MPP = 0.08
 MAX_MPP = 4.0
-"""No scanner makes pixels finer than 0.05 um; above 4 um a 224 px tile has no cells to see."""
+"""Scanners make pixels of 0.09 um (oil, 60x) and more, so that half a micron written ten times too
+small is noticed; above 4 um a 224 px tile has no cells to see."""
 
 MAX_ANISOTROPY = 0.10
 """Largest accepted difference between x and y, as a share of the larger."""

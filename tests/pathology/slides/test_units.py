@@ -94,9 +94,16 @@ def test_broken_xml_counts_as_missing(text):
 
 def test_72_dpi_placeholder_is_refused_with_name_and_value():
     properties = {"openslide.mpp-x": "352.77777", "openslide.mpp-y": "352.77777"}
-    with pytest.raises(SlideError, match=r"between 0\.05 and 4\.0, but a\.tif has 352\.778"):
+    with pytest.raises(SlideError, match=r"between 0\.08 and 4\.0, but a\.tif has 352\.778"):
         find_mpp(properties, slide="a.tif", default_mpp=0.5)
     assert find_mpp(properties, slide="a.tif", table_mpp=0.5).x == 0.5  # the remedy works
+
+
+@pytest.mark.parametrize("mpp", ["0.025", "0.05"])
+def test_a_size_ten_times_too_small_is_refused(mpp):
+    with pytest.raises(SlideError, match=rf"between 0\.08 and 4\.0, but a\.tif has {mpp}"):
+        find_mpp({"openslide.mpp-x": mpp}, slide="a.tif")
+    assert find_mpp({"openslide.mpp-x": "0.09"}, slide="a.tif").x == 0.09  # oil, 60x
 
 
 def test_pixels_that_are_not_square_are_refused():
@@ -115,7 +122,7 @@ def test_whatever_the_table_says_is_used_as_it_is_or_refused(value):
             find_mpp(OPENSLIDE, slide="a", table_mpp=value)
 
 
-@given(st.floats(0.06, 3.6), st.floats(0.92, 1.08))
+@given(st.floats(0.09, 3.6), st.floats(0.92, 1.08))
 def test_tiff_resolution_is_the_inverse_of_mpp(mpp, ratio):
     properties = {
         "tiff.ResolutionUnit": "centimeter",
