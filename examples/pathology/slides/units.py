@@ -1,13 +1,15 @@
 """Microns per pixel: where a slide says how large its pixels are, and whether to believe it.
 
 A network sees tissue at one scale only, so a wrong value here is worse than none: values are taken
-in a fixed order, checked for plausibility, and reported with their source. The objective power
+in a fixed order, checked for plausibility and against each other, and reported with their source.
+Places of one file that disagree are refused, not warned about: nothing in the file says which is
+right, and the tiles of the wrong one look like tissue. The objective power
 ("20x") is never turned into microns: scanners disagree about it by a factor of two.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
@@ -18,6 +20,10 @@ small is noticed; above 4 um a 224 px tile has no cells to see."""
 
 MAX_ANISOTROPY = 0.10
 """Largest accepted difference between x and y, as a share of the larger."""
+
+MAX_DISAGREEMENT = 0.05
+"""Largest accepted difference between two places of a file, as a share of the larger: more than
+between nominal and calibrated sizes, far less than between inch and cm or between two levels."""
 
 _UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
 
@@ -53,7 +59,9 @@ def find_mpp(
     """Find the size of a slide's pixels.
 
     The order is: the slide table's MPP column, OpenSlide's own value, the keys of the vendors, the
-    TIFF resolution if it has a unit, XML in the image description, the default.
+    TIFF resolution if it has a unit, XML in the image description, the default. What the file says
+    further on must agree with what is found first; values that no scanner has (72 dpi, 10 px/cm)
+    are placeholders and say nothing against it. The slide table is believed whatever the file says.
 
     Args:
         properties: The slide's properties as OpenSlide gives them.
@@ -65,14 +73,17 @@ def find_mpp(
         The pixel size with its source.
 
     Raises:
-        SlideError: If nothing is found, or what is found first is implausible.
+        SlideError: If nothing is found, what is found first is implausible, or another place of
+            the file says something else.
     """
     if table_mpp is not None:
         return _checked(table_mpp, table_mpp, "slide table", slide)
-    for reader in (_from_openslide, _from_vendor, _from_tiff_resolution, _from_xml):
-        found = reader(properties)
-        if found is not None:
-            return _checked(found.x, found.y, found.source, slide)
+    said = [*_said_by(properties)]
+    if said:
+        mpp = _checked(said[0].x, said[0].y, said[0].source, slide)
+        for other in said[1:]:
+            _refuse_disagreement(mpp, other, slide)
+        return mpp
     if default_mpp is not None:
         return _checked(default_mpp, default_mpp, "default", slide)
     power = properties.get("openslide.objective-power")
@@ -83,6 +94,29 @@ def find_mpp(
         f"The slide must say how large its pixels are, but {slide} has no microns per pixel{hint}. "
         "Give them in the MPP column of the slide table, or with --default-mpp."
     )
+
+
+def _said_by(properties: Mapping[str, str]) -> Iterator[Mpp]:
+    """Yield what each place of a file says, the most trusted first."""
+    readers = _from_openslide, _from_vendor, _from_tiff_resolution, _from_xml
+    return (mpp for reader in readers for mpp in reader(properties) if mpp is not None)
+
+
+def _refuse_disagreement(mpp: Mpp, other: Mpp, slide: str) -> None:
+    """Raise if a plausible value of another place is not that of the first."""
+    for axis, one, two in (("x", mpp.x, other.x), ("y", mpp.y, other.y)):
+        small, large = sorted((one, two))
+        if not MIN_MPP <= two <= MAX_MPP or large - small <= MAX_DISAGREEMENT * large:
+            continue
+        ratio = large / small
+        inch = abs(ratio - 2.54) < MAX_DISAGREEMENT * 2.54
+        raise SlideError(
+            f"All that a slide says of its microns per pixel must agree within "
+            f"{MAX_DISAGREEMENT:.0%}, but along {axis} {slide} has {one:.6g} (from {mpp.source}) "
+            f"and {two:.6g} (from {other.source}), a ratio of {ratio:.3g}"
+            f"{', as of inch and cm' if inch else ''}. "
+            "Give the true value in the MPP column of the slide table."
+        )
 
 
 def _checked(x: float, y: float, source: str, slide: str) -> Mpp:
@@ -126,17 +160,15 @@ def _pair(
     return None
 
 
-def _from_openslide(properties: Mapping[str, str]) -> Mpp | None:
-    return _pair(properties, "openslide.mpp-x", "openslide.mpp-y")
+def _from_openslide(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
+    yield _pair(properties, "openslide.mpp-x", "openslide.mpp-y")
 
 
-def _from_vendor(properties: Mapping[str, str]) -> Mpp | None:
+def _from_vendor(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
     mirax = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL"
-    return (
-        _pair(properties, "aperio.MPP", None)
-        or _pair(properties, f"{mirax}_X", f"{mirax}_Y")
-        or _from_hamamatsu(properties)
-    )
+    yield _pair(properties, "aperio.MPP", None)
+    yield _pair(properties, f"{mirax}_X", f"{mirax}_Y")
+    yield _from_hamamatsu(properties)
 
 
 def _from_hamamatsu(properties: Mapping[str, str]) -> Mpp | None:
@@ -153,24 +185,19 @@ def _from_hamamatsu(properties: Mapping[str, str]) -> Mpp | None:
     return None if x is None or y is None else Mpp(x, y, "hamamatsu.PhysicalWidth")
 
 
-def _from_tiff_resolution(properties: Mapping[str, str]) -> Mpp | None:
+def _from_tiff_resolution(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
     um = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower())
-    if um is None:
-        return None  # "none": the numbers are an aspect ratio
-    return _pair(properties, "tiff.XResolution", "tiff.YResolution", lambda value: um / value)
+    if um is not None:  # "none": the numbers are an aspect ratio
+        yield _pair(properties, "tiff.XResolution", "tiff.YResolution", lambda value: um / value)
 
 
-def _from_xml(properties: Mapping[str, str]) -> Mpp | None:
+def _from_xml(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
     for key in ("openslide.comment", "tiff.ImageDescription"):
         text = properties.get(key, "")
         philips = re.search(r"<PixelSizeMicrons>\s*([^<\s]+)\s*</PixelSizeMicrons>", text)
         value = _number(philips.group(1)) if philips else None
-        if value is not None:
-            return Mpp(value, value, f"{key} PixelSizeMicrons")
-        found = _from_ome(text, key)
-        if found is not None:
-            return found
-    return None
+        yield None if value is None else Mpp(value, value, f"{key} PixelSizeMicrons")
+        yield _from_ome(text, key)
 
 
 def _from_ome(text: str, key: str) -> Mpp | None:

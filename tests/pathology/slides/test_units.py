@@ -48,9 +48,9 @@ def test_every_source_is_read_in_its_unit(properties, x, y, source):
 def test_sources_are_asked_in_order():
     # Each step takes away the source that won; the values tell which one comes next.
     chain = [
-        ("openslide.mpp", {"openslide.mpp-x": "0.31", "openslide.mpp-y": "0.31"}, 0.31),
-        ("aperio", {"aperio.MPP": "0.32"}, 0.32),
-        ("tiff", {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "30000"}, 1 / 3),
+        ("openslide.mpp", {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.25"}, 0.25),
+        ("aperio", {"aperio.MPP": "0.252"}, 0.252),
+        ("tiff", {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "40650"}, 0.2460025),
         ("openslide.comment", PHILIPS, 0.25),
     ]
     properties = {key: value for _, part, _ in chain for key, value in part.items()}
@@ -60,6 +60,53 @@ def test_sources_are_asked_in_order():
         for key in part:
             del properties[key]
     assert find_mpp(properties, slide="a", default_mpp=1) == Mpp(1, 1, "default")
+
+
+@pytest.mark.parametrize(
+    ("properties", "one", "two", "ratio"),
+    [
+        # Pixels per cm that are called pixels per inch: OpenSlide takes the tag.
+        (
+            {"openslide.mpp-x": "0.635", "openslide.mpp-y": "0.635", **OME},
+            r"0\.635 \(from openslide\.mpp-x\)",
+            r"0\.25 \(from tiff\.ImageDescription PhysicalSizeX\)",
+            r"2\.54, as of inch and cm\. Give the true value in the MPP column",
+        ),
+        (
+            CM | {"tiff.XResolution": "80000", "tiff.YResolution": "80000"} | OME,
+            r"0\.125",
+            r"0\.25",
+            r"2\.",
+        ),
+        ({"aperio.MPP": "0.25"} | CM | {"tiff.XResolution": "20000"}, r"0\.25", r"0\.5", r"2\."),
+        ({"aperio.MPP": "0.25"} | CM | {"tiff.YResolution": "20000"}, r"0\.25", r"0\.5", r"2\."),
+        (
+            OPENSLIDE | PHILIPS,
+            r"0\.5",
+            r"0\.25 \(from openslide\.comment PixelSizeMicrons\)",
+            r"2\.",
+        ),
+        (
+            PHILIPS | {"tiff.ImageDescription": OME["tiff.ImageDescription"].replace("250", "500")},
+            r"0\.25",
+            r"0\.5",
+            r"2\.",
+        ),
+    ],
+)
+def test_places_of_a_file_that_disagree_are_refused_with_both_named(properties, one, two, ratio):
+    with pytest.raises(SlideError, match=rf"a\.tif has {one}.* and {two}.*a ratio of {ratio}"):
+        find_mpp(properties, slide="a.tif", default_mpp=0.5)
+    assert find_mpp(properties, slide="a.tif", table_mpp=0.4).x == 0.4  # the remedy works
+
+
+def test_nominal_and_calibrated_sizes_and_placeholders_do_not_disagree():
+    for more in (
+        {"aperio.MPP": "0.24"},
+        {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "72"},
+        {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "10"},
+    ):
+        assert find_mpp({"openslide.mpp-x": "0.25"} | more | PHILIPS, slide="a").x == 0.25
 
 
 def test_resolution_without_unit_is_an_aspect_ratio():
