@@ -53,13 +53,14 @@ class Bag:
     kind: FeatureKind
 
 
-def read_features(path: Path, *, mpp: float | None = None) -> Bag:
+def read_features(path: Path, *, mpp: float | tuple[float, float] | None = None) -> Bag:
     """Read a feature file of ours, of STAMP (v1 and v2), of TRIDENT or of CLAM.
 
     Args:
         path: The ``.h5`` file.
-        mpp: Microns per pixel of the slide, where they are known from elsewhere: TRIDENT and CLAM
-            count coordinates in the slide's pixels and do not store how large these are.
+        mpp: Microns per pixel of the slide, where they are known from elsewhere, along x and y, or
+            one number for both: TRIDENT and CLAM count coordinates in the slide's pixels and do not
+            store how large these are.
 
     Returns:
         The slide's features with coordinates in um.
@@ -72,7 +73,7 @@ def read_features(path: Path, *, mpp: float | None = None) -> Bag:
         raise UserError(f"The feature file must exist, but {path} does not. Run `extract` first.")
     try:
         with h5py.File(path, "r") as file:
-            return _read_open(file, path, mpp)
+            return _read_open(file, path, (mpp, mpp) if isinstance(mpp, (int, float)) else mpp)
     except OSError as error:
         raise UserError(
             f"The feature file must be a complete HDF5 file, but {path} is not ({error}). "
@@ -80,7 +81,7 @@ def read_features(path: Path, *, mpp: float | None = None) -> Bag:
         ) from error
 
 
-def _read_open(file: h5py.File, path: Path, mpp: float | None) -> Bag:
+def _read_open(file: h5py.File, path: Path, mpp: tuple[float, float] | None) -> Bag:
     name = next((name for name in FEATURE_NAMES if name in file), None)
     if name is None or "coords" not in file:
         raise UserError(
@@ -101,7 +102,7 @@ def _read_open(file: h5py.File, path: Path, mpp: float | None) -> Bag:
     um_per_unit, tile_um = _geometry(file, name, coords, attributes, extractor, mpp)
     return Bag(
         feats=feats,
-        coords_um=(coords * um_per_unit).astype(np.float32),
+        coords_um=(coords * np.array(um_per_unit)).astype(np.float32),
         kind=FeatureKind(
             in_features=feats.shape[1],
             extractor=extractor,
@@ -119,17 +120,20 @@ def _geometry(
     coords: npt.NDArray[Any],
     attributes: Mapping[str, Any],
     extractor: str,
-    mpp: float | None,
-) -> tuple[float, float | None]:
-    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edge in um."""
+    mpp: tuple[float, float] | None,
+) -> tuple[tuple[float, float], float | None]:
+    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edge in um.
+
+    The unit has a size along x and one along y; the edge is that along x, as TRIDENT counts it.
+    """
     stored = attributes.get("tile_size_um", attributes.get("tile_size"))
     if "tile_size_um" in attributes or _text(attributes.get("unit", "")) == "um":
-        return 1.0, None if stored is None else float(stored)
+        return (1.0, 1.0), None if stored is None else float(stored)
     if feature_name == "feats" and _is_stamp_v1(coords, attributes, extractor):
-        return TILE_SIZE_UM / V1_TILE_PX, TILE_SIZE_UM
+        return (TILE_SIZE_UM / V1_TILE_PX,) * 2, TILE_SIZE_UM
     level0 = file["coords"].attrs.get("patch_size_level0")  # TRIDENT's
-    tile_um = None if level0 is None or mpp is None else float(level0) * mpp
-    return mpp or math.nan, tile_um
+    tile_um = None if level0 is None or mpp is None else float(level0) * mpp[0]
+    return mpp or (math.nan, math.nan), tile_um
 
 
 def _is_stamp_v1(coords: npt.NDArray[Any], attributes: Mapping[str, Any], extractor: str) -> bool:

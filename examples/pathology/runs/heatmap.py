@@ -77,7 +77,7 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
     read = [read_model(folder / "model.pt", device) for folder in folders]
     opener = _opener(config)
     with closing(opener(frozenset())) as slide:
-        bag = read_features(config.features, mpp=slide.mpp.x)
+        bag = read_features(config.features, mpp=(slide.mpp.x, slide.mpp.y))
         size_um = _check(bag, slide, config.features)
     for folder, (_, kind) in zip(folders, read, strict=True):
         refuse_other_features(kind, bag.kind, folder, config.features)

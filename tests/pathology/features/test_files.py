@@ -158,6 +158,13 @@ def test_every_known_layout_is_read(layout, extractor, um, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [trident, clam])
+def test_each_axis_of_a_slide_has_its_own_size_of_pixels(layout, tmp_path):
+    layout(tmp_path / "a.h5")
+    bag = read_features(tmp_path / "a.h5", mpp=(0.25, 0.27))
+    np.testing.assert_allclose(bag.coords_um, CORNERS_UM / 0.5 * (0.25, 0.27), rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [trident, clam])
 def test_pixels_of_a_slide_are_no_microns_until_somebody_says_how_large_they_are(layout, tmp_path):
     layout(tmp_path / "a.h5")
     bag = read_features(tmp_path / "a.h5")

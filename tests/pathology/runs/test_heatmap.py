@@ -1,8 +1,10 @@
 import csv
 import json
 
+import h5py
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from examples.pathology.common.errors import UserError
@@ -82,6 +84,20 @@ def write_tiles(path, **changes):
 def draw(run, folder, out, **changes):
     values = {"slide": folder / "a.tif", "features": folder / "a.h5", "device": "cpu", **changes}
     return run_heatmap(HeatmapConfig(run=run, out=out, **values))
+
+
+def test_pixels_of_trident_are_placed_by_the_size_along_each_axis(run, tmp_path):
+    pixels = np.full((1024, 1024, 3), (220, 200, 210), dtype=np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        size = {"resolution": (1e4 / 0.5, 1e4 / 0.54), "resolutionunit": "CENTIMETER"}
+        file.write(pixels, photometric="rgb", tile=(256, 256), metadata=None, **size)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("features", data=np.ones((2, 768), "f4")).attrs["encoder"] = "tiny"
+        coords = file.create_dataset("coords", data=np.array([(0, 0), (512, 512)]))
+        coords.attrs["patch_size_level0"] = 512
+    draw(run, tmp_path, tmp_path / "out")
+    second = np.loadtxt(tmp_path / "out" / "tiles.csv", delimiter=",", skiprows=1)[1]
+    np.testing.assert_allclose(second[:2], (512 * 0.5, 512 * 0.54), rtol=1e-4)
 
 
 def test_the_planted_tile_is_found_where_it_is(run, slide, tmp_path, monkeypatch):
