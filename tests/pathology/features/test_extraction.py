@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from torch import nn
 
@@ -14,9 +15,18 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import extraction
 from examples.pathology.features.files import read_features
+from examples.pathology.features.provenance import sample_sha256
 from examples.pathology.settings.extract import ExtractConfig, TileRules
 from examples.pathology.slides import slide as slides
-from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, extract, plain, save_slide
+from tests.pathology.slide_helpers import (
+    SHARED,
+    FakeHandle,
+    checkered,
+    extract,
+    plain,
+    save_slide,
+    tissue,
+)
 
 
 class Colours(nn.Module):
@@ -239,6 +249,57 @@ def test_another_slide_under_the_same_name_is_noticed(tmp_path, network, caplog)
     assert run(tmp_path / "in", tmp_path / "out").skipped == 0
     assert np.abs(read_features(tmp_path / "out" / "a.h5").feats - first).max() > 0
     assert "slide_quickhash" in caplog.text
+
+
+def save_uncompressed(path, pixels, small):
+    """Write two levels as they are; the file has as many bytes whatever the pixels are."""
+    size = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
+    path.parent.mkdir(exist_ok=True)
+    with tifffile.TiffWriter(path) as file:
+        for level, picture in enumerate((pixels, small)):
+            options = {"subfiletype": int(level > 0), "metadata": None, **size}
+            file.write(picture, photometric="rgb", tile=(256, 256), **options)
+
+
+def test_a_slide_that_changed_in_its_largest_level_alone_is_noticed(tmp_path, network, caplog):
+    path = tmp_path / "in" / "a.tif"
+    small = tissue(600, 600)  # whose quickhash is all that OpenSlide tells
+    save_uncompressed(path, tissue(2400, 2400, seed=1), small)
+    run(tmp_path / "in", tmp_path / "out")
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 1
+    shutil.copy(path, tmp_path / "copy")
+    shutil.move(tmp_path / "copy", path)  # another time of last change, the same slide
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 1
+    save_uncompressed(path, tissue(2400, 2400, seed=2), small)
+    caplog.clear()
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 0
+    assert "slide_sample_sha256" in caplog.text
+    assert "slide_quickhash" not in caplog.text
+    assert "slide_bytes" not in caplog.text
+
+
+def test_files_of_a_release_that_stored_fewer_parameters_are_not_redone(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif")
+    run(tmp_path / "in", tmp_path / "out")
+    with h5py.File(tmp_path / "out" / "a.h5", "a") as file:
+        parameters = json.loads(file.attrs["mtbalance_parameters"])
+        del parameters["slide_sample_sha256"]
+        file.attrs["mtbalance_parameters"] = json.dumps(parameters)
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 1
+    assert run(tmp_path / "in", tmp_path / "out", layout="stamp-v1").skipped == 0
+
+
+@pytest.mark.parametrize("place", [0, 5_000_000, 9_999_999])
+def test_the_sample_of_a_slide_reaches_over_all_its_bytes(place, tmp_path):
+    data = bytearray(10_000_000)
+    (tmp_path / "a.mrxs").write_bytes(b"index")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "Data0000.dat").write_bytes(data)
+    before = sample_sha256(tmp_path / "a.mrxs")
+    changed = slice(max(0, place - 400_000), min(len(data), place + 400_000))
+    data[changed] = b"1" * (changed.stop - changed.start)
+    (tmp_path / "a" / "Data0000.dat").write_bytes(data)
+    assert sample_sha256(tmp_path / "a.mrxs") != before
 
 
 def test_damaged_and_foreign_files_are_redone(tmp_path, network, caplog):
