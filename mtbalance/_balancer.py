@@ -371,15 +371,16 @@ class Balancer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self) -> Tensor:
-        """Return the names of the tasks, the running epoch's counts, and weights kept for later."""
-        counts = self._epoch.as_tensor().double()
-        return state_of(self.tasks, Saved(counts, self._kept.as_tensor()))
+        """Return names of tasks, counts of the epoch, kept weights, and an inferred split."""
+        counts, split = self._epoch.as_tensor().double(), self._reach.split()
+        return state_of(self.tasks, Saved(counts, self._kept.as_tensor(), split))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Continue with a saved state, which must belong to the same tasks in the same order."""
         saved = saved_in(state, self.tasks)
         self._kept.load(saved.kept)
         self._epoch = EpochCounts.from_tensor(self.tasks, saved.counts.long())
+        self._reach.load(saved.split)
 
     def extra_repr(self) -> str:
         options = {"nonfinite": "raise", "every": 1, "dtype": None, "chunk": None}

@@ -61,6 +61,13 @@ class Names:
                 self._given.add(id(parameter))
 
 
+def names_in_models(parameters: Sequence[Tensor]) -> dict[int, str]:
+    """Return names of parameters, by their identity, that are unique in the models they are of."""
+    roots = {root: {id(p) for p in root.parameters()} for root in outermost_modules()}
+    models = _connected(roots, {id(parameter) for parameter in parameters})
+    return {id(parameter): name for name, parameter in _unique_names(models).items()}
+
+
 def outermost_modules() -> list[nn.Module]:
     """Return every module of this process that no other holds."""
     modules = [

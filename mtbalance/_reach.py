@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtbalance._explanation import Explanation, explanation_of
 from mtbalance._graphs import reach_of
+from mtbalance._split import Known, LoadedSplit, split_of
 from mtbalance._task_gradients import TaskGradients
 
 
@@ -23,6 +24,8 @@ class ReachLog:
         self._tasks = tasks
         self._groups = groups
         self._reached: list[tuple[Tensor, set[str]]] = []
+        self._orders: dict[str, list[Tensor]] = {}  # what each has reached, in order
+        self._loaded = LoadedSplit()
         self._seen: set[frozenset[str]] = set()
         self._unreached_told = False
         self._index()
@@ -30,6 +33,7 @@ class ReachLog:
     def _index(self) -> None:
         """Make what goes by identity, which copying changes."""
         self._by_id = {id(leaf): tasks for leaf, tasks in self._reached}
+        self._ids = {task: set(map(id, leaves)) for task, leaves in self._orders.items()}
         self._group_of = {
             id(parameter): number
             for number, parameters in enumerate((self._groups or {}).values())
@@ -37,9 +41,10 @@ class ReachLog:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_by_id", "_group_of")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_by_id", "_ids", "_group_of")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._orders, self._loaded = {}, LoadedSplit()  # pickled before there were any
         self.__dict__.update(state)
         self._index()
 
@@ -90,15 +95,41 @@ class ReachLog:
             )
 
     def _note(self, task: str, leaves: Iterable[Tensor]) -> None:
-        for leaf in leaves:
-            tasks = self._by_id.get(id(leaf))
-            if tasks is None:
-                # Other leaves (an input that requires a gradient) are new tensors in every step.
-                if isinstance(leaf, nn.Parameter) or id(leaf) in self._group_of:
-                    self._by_id[id(leaf)] = tasks = {task}
-                    self._reached.append((leaf, tasks))
-            else:
-                tasks.add(task)
+        known = self._ids.setdefault(task, set())
+        # Other leaves (an input that requires a gradient) are new tensors in every step.
+        new = [
+            leaf
+            for leaf in leaves
+            if id(leaf) not in known
+            and (isinstance(leaf, nn.Parameter) or id(leaf) in self._group_of)
+        ]
+        for leaf, tasks in self._loaded.find(task, new):
+            self._mark(leaf, tasks)
+        for leaf in new:
+            self._mark(leaf, {task})
+        known.update(map(id, new))
+        self._orders.setdefault(task, []).extend(new)
+
+    def _mark(self, leaf: Tensor, tasks: set[str]) -> None:
+        if id(leaf) in self._by_id:
+            self._by_id[id(leaf)] |= tasks
+        else:
+            self._by_id[id(leaf)] = tasks
+            self._reached.append((leaf, tasks))
+
+    def split(self) -> list[Known] | None:
+        """Return what is to be saved of an inferred split; None where it is given."""
+        if self._groups is not None:
+            return None
+        return split_of(self._reached, self._orders, self._loaded)
+
+    def load(self, split: Sequence[Known] | None) -> None:
+        """Go on with an inferred split; None where none was saved."""
+        if split is None or self._groups is not None:
+            return
+        self._reached, self._orders, self._loaded = [], {}, LoadedSplit(split)
+        self._seen = set()
+        self._index()
 
     def _tell_unreached(self) -> None:
         """Warn once, when every task has been seen, of shared parameters that none reaches."""

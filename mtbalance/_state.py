@@ -1,10 +1,11 @@
 """What a Balancer saves besides the state of its strategies: one tensor, which says what it is.
 
 A saved state is the text of a JSON object in UTF-8, a byte tensor that every safe loader takes:
-``version`` (2), ``tasks`` (their names, in order) and ``numbers``, the running epoch's counts and
-the kept weights as hexadecimal digits of little-endian float64, so that a fresh Balancer's state
-has the shape of a trained one's. States of version 1 are the numbers alone, float64, after the
-number of tasks.
+``version`` (2), ``tasks`` (their names, in order), ``split`` (see ``_split``; null where what is
+shared was given, not inferred) and ``numbers``, the running epoch's counts and the kept weights as
+hexadecimal digits of little-endian float64. A fresh Balancer's state has the shape of a trained
+one's, which some loaders insist on: behind an inferred split there are blanks. States of version 1
+are the numbers alone, float64, after the number of tasks.
 """
 
 import json
@@ -14,7 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtbalance._split import Known
+
 VERSION = 2
+_ROOM = 2**18
+"""Bytes of a state with an inferred split, for a thousand parameters and more, or a multiple."""
 
 
 class Saved(NamedTuple):
@@ -24,6 +29,8 @@ class Saved(NamedTuple):
     """The running epoch's counts, shape (2 + 2K,), float64."""
     kept: Tensor
     """Kept weights, as in ``KeptWeights.as_tensor``, float64."""
+    split: list[Known] | None
+    """What tasks have reached; None where that was not saved."""
 
 
 def state_of(tasks: tuple[str, ...], saved: Saved) -> Tensor:
@@ -32,9 +39,13 @@ def state_of(tasks: tuple[str, ...], saved: Saved) -> Tensor:
     content = {
         "version": VERSION,
         "tasks": tasks,
+        "split": saved.split,
         "numbers": struct.pack(f"<{len(numbers)}d", *numbers).hex(),
     }
-    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8, device="cpu")
+    text = json.dumps(content)
+    if saved.split is not None:  # which grows with the first steps
+        text = text.ljust(-(-len(text) // _ROOM) * _ROOM)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
@@ -51,7 +62,11 @@ def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
         got = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise _not_a_state(got)
     state = state.detach().cpu()
-    numbers = _numbers_of(state, tasks) if state.dtype == torch.uint8 else _first(state, tasks)
+    split = None
+    if state.dtype == torch.uint8:
+        numbers, split = _second(state, tasks)
+    else:
+        numbers = _first(state, tasks)
     counts = 2 + 2 * len(tasks)
     if len(numbers) <= counts:
         raise _not_a_state(f"{len(numbers)} numbers for {len(tasks)} tasks")
@@ -60,11 +75,11 @@ def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
             "the saved state must have counts of steps of at least 0, but got "
             f"{numbers[:counts].tolist()}. It was damaged."
         )
-    return Saved(numbers[:counts], numbers[counts:])
+    return Saved(numbers[:counts], numbers[counts:], split)
 
 
-def _numbers_of(state: Tensor, tasks: tuple[str, ...]) -> Tensor:
-    """Return the numbers in a state that names its tasks."""
+def _second(state: Tensor, tasks: tuple[str, ...]) -> tuple[Tensor, list[Known] | None]:
+    """Return the numbers and the split in a state of the second version, which names its tasks."""
     content = _object_in(bytes(state.tolist()))
     version = content.get("version")
     if version != VERSION:
@@ -83,7 +98,18 @@ def _numbers_of(state: Tensor, tasks: tuple[str, ...]) -> Tensor:
         numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
     except (ValueError, struct.error):
         raise _not_a_state("something else after the names") from None
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    split = content.get("split")
+    if not _is_split(split, tasks):
+        raise _not_a_state("something else for what tasks reach")
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu"), split
+
+
+def _is_split(split: object, tasks: tuple[str, ...]) -> bool:
+    return split is None or (
+        isinstance(split, list)
+        and all(isinstance(known, dict) and set(known) <= set(tasks) for known in split)
+        and all(isinstance(name, str) for known in split for name in known.values())
+    )
 
 
 def _object_in(text: bytes) -> dict[str, Any]:

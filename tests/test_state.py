@@ -292,3 +292,137 @@ def test_moving_and_casting() -> None:
     balancer.double()
     assert balancer.weighting.log_var.dtype == torch.float64
     assert sum(1 for _ in balancer.parameters()) == 1  # the model's are not the Balancer's
+
+
+# --- what is shared, where that is inferred -------------------------------------------------------
+
+
+def inferring(tasks: tuple[str, ...] = ("a", "b")) -> Balancer:
+    return Balancer(Equal(), CAGrad(), tasks=tasks)
+
+
+def resumed(balancer: Balancer) -> Balancer:
+    fresh = inferring(balancer.tasks)
+    fresh.load_state_dict(saved(balancer.state_dict()))
+    return fresh
+
+
+def gradients_of(balancer: Balancer, parts: list[nn.Parameter], losses: dict[str, Tensor]) -> Any:
+    for part in parts:
+        part.grad = None
+    balancer.backward(losses)
+    return [None if part.grad is None else part.grad.clone() for part in parts]
+
+
+Losses = Callable[[], dict[str, Tensor]]
+
+
+def bare() -> tuple[list[nn.Parameter], Losses]:
+    """Parameters that no module holds, two of them alike, which the tasks reach in turn."""
+    w, v, head = (nn.Parameter(torch.tensor(x)) for x in ([1.0, 2.0], [3.0, 4.0], [5.0, 6.0]))
+    a, b = torch.tensor([1.0, 0.5]), torch.tensor([-0.5, 1.0])
+    return [w, v, head], lambda: {
+        "a": (w * a).sum() + (v * b).sum() + (head * a).sum(),
+        "b": (v * a).sum() + (w * b).sum(),
+    }
+
+
+def modules() -> tuple[list[nn.Parameter], Losses]:
+    """Modules of their own, all of one class and shape."""
+    torch.manual_seed(0)
+    trunk, head_a, head_b = (nn.Linear(2, 2) for _ in range(3))
+    parts = [p for module in (trunk, head_a, head_b) for p in module.parameters()]
+    x = torch.randn(5, 2)
+    return parts, lambda: {
+        "a": head_a(trunk(x)).square().mean(),
+        "b": head_b(trunk(x)).sub(1).square().mean(),
+    }
+
+
+def network() -> tuple[list[nn.Parameter], Losses]:
+    torch.manual_seed(0)
+    model = Network()
+    return list(model.parameters()), lambda: model.losses(batch())
+
+
+SETTINGS = pytest.mark.parametrize("setting", [bare, modules, network])
+
+
+@SETTINGS
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_inferred_split_is_resumed(setting: Any, times: int) -> None:
+    """A task alone is balanced where another one has been before the state was saved."""
+    parts, losses = setting()
+    straight = inferring(tuple(losses()))
+    straight.backward(losses())
+    interrupted = straight
+    for _ in range(times):  # saved once more before any task has been seen
+        interrupted = resumed(interrupted)
+    for task in losses():
+        one = {task: losses()[task]}
+        right = gradients_of(straight, parts, one)
+        found = gradients_of(interrupted, parts, {task: losses()[task]})
+        assert_equal_states(found, right)
+        plain = gradients_of(inferring(tuple(losses())), parts, {task: losses()[task]})
+        assert any(
+            g is not None and not torch.equal(g, r) for g, r in zip(plain, right, strict=True)
+        )
+        interrupted = resumed(interrupted)  # with some tasks seen, others not
+
+
+@SETTINGS
+def test_a_model_of_another_process_is_found(setting: Any) -> None:
+    """What is saved holds for a model that is built anew, next to the first one."""
+    parts, losses = setting()
+    straight = inferring(tuple(losses()))
+    straight.backward(losses())
+    others, their_losses = setting()
+    balancer = resumed(straight)
+    for task in losses():
+        right = gradients_of(straight, parts, {task: losses()[task]})
+        assert_equal_states(gradients_of(balancer, others, {task: their_losses()[task]}), right)
+
+
+def test_a_loaded_split_replaces_what_was_seen_since() -> None:
+    """A Balancer that goes back to a state forgets what tasks have reached after it."""
+    parts, losses = bare()
+    balancer = inferring()
+    balancer.backward({"a": losses()["a"]})
+    state = saved(balancer.state_dict())
+    balancer.backward(losses())
+    balancer.load_state_dict(state)
+    w, v, head = gradients_of(balancer, parts, {"a": losses()["a"]})
+    assert torch.equal(w, head)  # both the plain sum: no other task has been there
+    assert v is not None
+
+
+def test_what_cannot_be_told_apart_is_inferred_anew() -> None:
+    """Of three equal tensors without names two are left: which two, nobody knows."""
+    w, v, head = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    balancer = inferring()
+    balancer.backward({"a": (w + v + head).sum(), "b": w.square().sum()})
+    fresh = resumed(balancer)
+    with pytest.warns(UserWarning, match="3 of the parameters that the loss of task 'a' reached"):
+        found = gradients_of(fresh, [v, head], {"a": (v + head).sum()})
+    assert_equal_states(found, [torch.ones(2)] * 2)
+
+
+def test_a_state_with_an_inferred_split_has_a_fixed_shape() -> None:
+    _, losses = network()
+    trained = inferring(TASKS)
+    trained.backward(losses())
+    states = [b.state_dict()["_extra_state"] for b in (trained, inferring(TASKS))]
+    assert states[0].shape == states[1].shape
+
+
+def test_states_without_a_split_leave_what_is_known() -> None:
+    parts, losses = bare()
+    balancer = inferring()
+    balancer.backward(losses())
+    right = gradients_of(balancer, parts, {"a": losses()["a"]})
+    given = Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=parts[:2])
+    old = torch.tensor([2.0, 0, 0, 0, 0, 0, 0, 2**31, torch.inf, torch.inf]).double()
+    for state in (saved(given.state_dict()), {"_extra_state": old}):
+        balancer.load_state_dict(state)
+        assert_equal_states(gradients_of(balancer, parts, {"a": losses()["a"]}), right)
+    given.load_state_dict(saved(balancer.state_dict()))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mtbalance import PAPER_COMBINATIONS
-from tests._networks import TASKS, batch
+from mtbalance import PAPER_COMBINATIONS, make_balancer
+from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import Here, Pool
 from tests.test_state import STEPS, Run, assert_equal_states, saved
 
@@ -63,6 +63,30 @@ def received(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("whose", ["each rank's own", "the first rank's"])
 def test_resume_is_bit_for_bit(two: Pool, whose: str) -> None:
     two.run(resume, PAPER_COMBINATIONS, whose)
+
+
+def resume_inferred(here: Here) -> None:
+    """Task b is on one rank only before the state is saved, and on none afterwards."""
+    gradients = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = Network()
+        balancer = make_balancer("cagrad", tasks=TASKS)
+        losses = model.losses(here.part(batch()))
+        balancer.backward({t: losses[t] for t in TASKS if t != "b" or here.rank})
+        if interrupted:
+            state = received({"balancer": balancer.state_dict()})
+            balancer = make_balancer("cagrad", tasks=TASKS)
+            balancer.load_state_dict(state["balancer"])
+        model.zero_grad()
+        losses = model.losses(here.part(batch(seed=1)))
+        balancer.backward({"a": losses["a"]})
+        gradients.append({n: p.grad for n, p in model.trunk.named_parameters()})
+    assert_equal_states(*gradients)
+
+
+def test_an_inferred_split_is_resumed(two: Pool) -> None:
+    two.run(resume_inferred)
 
 
 def states(here: Here, name: str) -> dict[str, Any]:
