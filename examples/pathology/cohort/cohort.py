@@ -27,8 +27,11 @@ from examples.pathology.cohort.targets import (
     describe,
     kind_of,
     make_target,
+    one_spelling,
     refuse_foreign_values,
+    refuse_look_alikes,
     refuse_words,
+    spelled_as,
     words_among_numbers,
 )
 from examples.pathology.common.errors import UserError, listing
@@ -116,6 +119,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
     joined = join(config.sources, [target, *config.auxiliary])
     joined = _cut(joined, target, config.cutoff, config.clini)
     kinds = _kinds(joined.clinical, config)
+    joined = _one_spelling(joined, kinds, config.clini)
     people = _read_patients(joined.clinical, target, kinds)
     refused = {person.name: _refusal(person, config) for person in people}
     found, ledger, inspection = _gather(people, joined, refused)
@@ -156,6 +160,8 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
     classes = {each.name: each.classes for each in targets}
     joined = _cut(join(sources, [], classes), targets[0].name, targets[0].cutoff, sources.clini)
     here = [target for target in targets if target.name in joined.clinical]
+    spelled = {t.name: spelled_as(t.classes, joined.clinical[t.name]) for t in here}
+    joined = replace(joined, clinical=joined.clinical.assign(**spelled))
     for target in here:
         refuse_foreign_values(target, joined.clinical[target.name], sources.clini)
     kinds = {target.name: target.kind for target in here}
@@ -204,6 +210,15 @@ def _kinds(clinical: pd.DataFrame, config: CohortConfig) -> dict[str, Kind]:
         if kind == "regression":
             refuse_words(name, clinical[name], config.clini)
     return kinds
+
+
+def _one_spelling(joined: Joined, kinds: Mapping[str, Kind], table: Path) -> Joined:
+    """Make equal numbers of a classification one class, and refuse classes that look alike."""
+    labels = [name for name, kind in kinds.items() if kind == "classification"]
+    columns = {name: one_spelling(joined.clinical[name]) for name in labels}
+    for name, column in columns.items():
+        refuse_look_alikes(name, column, table)
+    return replace(joined, clinical=joined.clinical.assign(**columns))
 
 
 def _read_patients(clinical: pd.DataFrame, target: str, kinds: Mapping[str, Kind]) -> list[Patient]:

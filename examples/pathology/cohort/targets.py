@@ -1,9 +1,11 @@
 """What a column of the clinical table is to predict: classes, or a number."""
 
 import math
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from statistics import median
 
@@ -44,8 +46,45 @@ class Target:
 def kind_of(column: "pd.Series[str]", most_classes: int) -> Kind:
     """Return what a column is taken for: numbers of more different values make a regression."""
     values = {value for value in column if value}
-    measured = len(values) > most_classes and all(map(_is_number, values))
+    measured = all(map(_is_number, values)) and len(set(map(Decimal, values))) > most_classes
     return "regression" if measured else "classification"
+
+
+def one_spelling(column: "pd.Series[str]") -> "pd.Series[str]":
+    """Return a column of classes where equal numbers are one: 1 and 1.0 both become 1.
+
+    The shortest spelling stays; a number that is always spelled alike stays as it is.
+    """
+    spellings: dict[Decimal, list[str]] = defaultdict(list)
+    for value in sorted(set(column), key=lambda value: (len(value), value)):
+        if _is_number(value):
+            spellings[Decimal(value)].append(value)
+    first = {value: several[0] for several in spellings.values() for value in several}
+    return column.map(lambda value: first.get(value, value))
+
+
+def spelled_as(classes: Sequence[str], column: "pd.Series[str]") -> "pd.Series[str]":
+    """Return a column where numbers that equal a class are spelled as the class is."""
+    numbers = {Decimal(label): label for label in classes if _is_number(label)}
+
+    def spelled(value: str) -> str:
+        if value in classes or not _is_number(value):
+            return value
+        return numbers.get(Decimal(value), value)
+
+    return column.map(spelled)
+
+
+def refuse_look_alikes(name: str, column: "pd.Series[str]", table: Path) -> None:
+    """Raise if two classes of a column are equal but for case, spaces or how accents are stored."""
+    labels: dict[str, str] = {}
+    for value in sorted(set(column)):
+        plain = "".join(unicodedata.normalize("NFC", value).casefold().split())
+        if (other := labels.setdefault(plain, value)) != value:
+            raise UserError(
+                f"{table}: `{name}` must spell each class in one way, but has {other!r} and "
+                f"{value!r}. Write both alike if they are one, or name them apart."
+            )
 
 
 def words_among_numbers(column: "pd.Series[str]", most_classes: int) -> dict[str, int]:
@@ -60,7 +99,7 @@ def words_among_numbers(column: "pd.Series[str]", most_classes: int) -> dict[str
     """
     words = Counter(value for value in column if value and not _is_number(value))
     numbers = [value for value in column if _is_number(value)]
-    measured = len(set(numbers)) > most_classes and len(numbers) > words.total()
+    measured = len(set(map(Decimal, numbers))) > most_classes and len(numbers) > words.total()
     return dict(words.most_common()) if measured else {}
 
 

@@ -108,6 +108,46 @@ def test_empty_cells_are_no_words(tables, caplog):
     assert not caplog.text
 
 
+def labels_of(tables, labels):
+    rewrite(
+        tables.clini, lambda rows: [[row[0], x, ""] for row, x in zip(rows, labels, strict=True)]
+    )
+
+
+def test_equal_numbers_are_one_class(tables):
+    labels_of(tables, ["0", "1.0", "0.0", "1"] * 3)
+    cohort = tables.load(auxiliary=())
+    assert cohort.target.classes == ("0", "1")
+    assert [p.label for p in cohort.patients] == ["0", "1"] * 6
+
+
+def test_numbers_that_are_spelled_alike_stay_as_they_are(tables):
+    labels_of(tables, ["0.0", "1.0"] * 6)
+    assert tables.load(auxiliary=()).target.classes == ("0.0", "1.0")
+    labels_of(tables, [f"{i}.50" for i in range(12)])
+    cohort = tables.load(auxiliary=(), kind=("isMSIH=regression",))
+    assert cohort.patients[0].label == "0.50"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("Yes", "yes"), ("MSI H", "MSI  H"), ("caf\u00e9", "cafe\u0301")]
+)
+def test_classes_that_look_alike_are_refused_with_both_named(tables, one, other):
+    labels_of(tables, [one, "No", other] * 4)
+    first, second = sorted([one, other])
+    words = f"`isMSIH` must spell each class in one way, but has {first!r} and {second!r}"
+    with pytest.raises(UserError, match=words):
+        tables.load(auxiliary=())
+
+
+def test_a_run_on_0_and_1_takes_0_0_and_1_0(tables):
+    labels_of(tables, ["0.0", "1.0", "1", ""] * 3)
+    sources = Sources(tables.clini, tables.slides, tables.features)
+    target = Target("isMSIH", "classification", ("0", "1"), "1")
+    cohort = module.load_external(sources, [target])
+    assert [p.label for p in cohort.patients[:4]] == ["0", "1", "1", ""]
+
+
 def test_minus_next_to_plus_is_a_class(tables):
     rewrite(tables.clini, lambda rows: [[row[0], "+-"[i % 2], ""] for i, row in enumerate(rows)])
     assert tables.load(auxiliary=()).target.classes == ("+", "-")

@@ -35,6 +35,7 @@ def config(**changes) -> CohortConfig:
         ([*NUMBERS, "inf"], 20, "classification"),
         (["0", "1", "2"], 2, "regression"),
         (["0", "1", "0"], 2, "classification"),
+        (["0", "1", "0.0", "1.0"], 2, "classification"),  # two numbers, not four
     ],
 )
 def test_many_numbers_are_a_measurement(values, most_classes, kind):
