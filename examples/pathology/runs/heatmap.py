@@ -194,11 +194,11 @@ def _read_pictures(
 
     As in `extract`, a broken level of the pyramid is replaced by a finer one.
     """
-    rules = TileRules(tile_size_um=size_um, max_dark_share=1.0)  # only the picture is needed
+    rules = TileRules(tile_size_um=size_um)
     size = size_um, size_um, (TOP_TILE_PX, TOP_TILE_PX)
     try:
         with closing(opener(broken)) as slide:
-            plan = plan_tiles(slide, rules)
+            plan = plan_tiles(slide, rules, judge=False)  # only the picture is needed
             tiles = [[slide.read(float(x), float(y), *size) for x, y in row] for row in rows_um]
             return plan.overview, size_um / plan.tile_px, tiles
     except LevelError as error:

@@ -47,6 +47,13 @@ DARK_GREY = 40
 """Pixels darker than this are dark: stained nuclei are brighter, fluorescence background is not."""
 
 
+GREY_SPREAD = 2
+"""Pixels whose red, green and blue differ by no more are grey; any stain differs by tens."""
+
+GLASS_GREY = 200
+"""A slide without anything darker is blank, and blank glass may be of any colour."""
+
+
 @dataclass(frozen=True)
 class TilePlan:
     """The grid of a slide and what is known about its tiles.
@@ -94,35 +101,55 @@ def grid_shape(width_um: float, height_um: float, tile_size_um: float) -> tuple[
     return rows, columns
 
 
-def plan_tiles(slide: Slide, rules: TileRules) -> TilePlan:
+def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePlan:
     """Lay the grid on a slide and find the tiles that are glass.
 
     Args:
         slide: The open slide.
         rules: What is a tile and what is glass.
+        judge: Whether to refuse slides that are not of stained tissue on a bright background.
 
     Returns:
         The plan, with every tile either bright or pending.
 
     Raises:
         SlideError: If the slide cannot be read.
-        SlideExcludedError: If it looks like fluorescence.
+        SlideExcludedError: If it looks like fluorescence, or has tissue without any colour.
     """
     rows, columns = grid_shape(slide.width_um, slide.height_um, rules.tile_size_um)
     tile_px = min(max(OVERVIEW_EDGE_PX // max(rows, columns, 1), 4), 160)
     overview = _read_overview(slide, rules.tile_size_um, tile_px)
-    grey = cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY)
-    dark = float(np.mean(grey < DARK_GREY))
-    if dark > rules.max_dark_share:
-        raise SlideExcludedError(
-            f"A slide must have a bright background, but {dark:.0%} of {slide.name} is dark: it "
-            "looks like fluorescence, for which the tissue rules are not made."
-        )
+    grey: Pixels = np.asarray(cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
+    if judge:
+        _refuse_fluorescence(slide.name, grey, rules)
     whole = grey[: rows * tile_px, : columns * tile_px].astype(np.float64)
     brightness = whole.reshape(rows, tile_px, columns, tile_px).mean(axis=(1, 3))
     bright = brightness >= rules.brightness_cutoff
     status = np.where(bright, TileStatus.BRIGHT, TileStatus.PENDING).astype(np.uint8)
+    if judge and grey.min() < GLASS_GREY:
+        _refuse_grey(slide.name, overview)
     return TilePlan(status=status, overview=overview, tile_px=tile_px)
+
+
+def _refuse_fluorescence(name: str, grey: Pixels, rules: TileRules) -> None:
+    """Raise if much of an overview, as grey values (h, w), is dark."""
+    dark = float(np.mean(grey < DARK_GREY))
+    if dark > rules.max_dark_share:
+        raise SlideExcludedError(
+            f"A slide must have a bright background, but {dark:.0%} of {name} is dark: it "
+            "looks like fluorescence, for which the tissue rules are not made."
+        )
+
+
+def _refuse_grey(name: str, overview: Pixels) -> None:
+    """Raise if an overview (h, w, 3) with more than glass on it has no colour anywhere."""
+    red, *others = cv2.split(overview)
+    if max(int(cv2.absdiff(red, other).max()) for other in others) <= GREY_SPREAD:
+        raise SlideExcludedError(
+            f"A slide must show stained tissue, but red, green and blue are equal everywhere on "
+            f"{name}: it was scanned in grey, or its colours are stored as separate planes, of "
+            "which OpenSlide reads one. Convert it to RGB with interleaved samples."
+        )
 
 
 def _read_overview(slide: Slide, tile_size_um: float, tile_px: int) -> Pixels:

@@ -122,6 +122,27 @@ def test_dark_slides_are_excluded_as_fluorescence():
         plan_tiles(slide, RULES)
 
 
+def grey_tissue(x, y):
+    pixels = half_glass(x, y)
+    pixels[..., :3] = pixels[..., :1]  # one plane of three, as OpenSlide gives it
+    return pixels
+
+
+def test_slides_without_any_colour_are_excluded():
+    slide, _ = make(grey_tissue, (2048, 1100))
+    with pytest.raises(SlideExcludedError, match="green and blue are equal everywhere on fake"):
+        plan_tiles(slide, RULES)
+    assert plan_tiles(slide, RULES, judge=False).count(TileStatus.PENDING) == 4  # a heat map of old
+
+    def with_a_little_colour(x, y):
+        pixels = grey_tissue(x, y)
+        pixels[(x > 1500) & (y > 600), 0] += 20
+        return pixels
+
+    slide, _ = make(with_a_little_colour, (2048, 1100))
+    assert plan_tiles(slide, RULES).count(TileStatus.PENDING) == 4
+
+
 def test_a_slide_smaller_than_a_tile_has_an_empty_grid():
     slide, _ = make(checkered, (300, 2000))
     plan = plan_tiles(slide, RULES)
