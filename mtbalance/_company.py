@@ -22,13 +22,15 @@ from mtbalance._reach import ReachLog
 from mtbalance._rows import Rows
 from mtbalance._seen import Seen
 from mtbalance._task_gradients import Row, TaskGradients
-from mtbalance._writing import add_to_grad, write
+from mtbalance._writing import add_to_grad, fresh_grad, write
 from mtbalance.weighting._base import Step
 
 TaskPasses = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[bool]], Iterator[list[Tensor | None]]
 ]
 """Yields, per loss, its gradient for each leaf; the last argument is that of a :class:`Reach`."""
+Accepts = Callable[[Sequence[Tensor | None]], bool]
+"""Returns whether gradients may be written."""
 Losses = Mapping[str, Tensor]
 Validation = Callable[[], Losses]
 
@@ -97,9 +99,13 @@ class Company(Protocol):
         """
 
     def backward_from(
-        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen
-    ) -> None:
-        """Let gradients of features flow on into ``.grad`` of what these depend on."""
+        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen, accepts: Accepts
+    ) -> bool:
+        """Let gradients of features flow on into ``.grad`` of what these depend on.
+
+        Returns:
+            Whether that has been accepted; nothing has been written otherwise.
+        """
 
     def step(
         self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None
@@ -189,10 +195,14 @@ class Alone:
         torch.autograd.backward(losses, slopes, retain_graph=retain_graph, inputs=inputs)
 
     def backward_from(
-        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen
-    ) -> None:
+        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen, accepts: Accepts
+    ) -> bool:
         del seen
-        torch.autograd.backward(features, slopes)
+        below = reach_of(features).leaves
+        with fresh_grad(below) as fresh:
+            torch.autograd.backward(features, slopes)
+            fresh.kept = accepts([leaf.grad for leaf in below])
+        return fresh.kept
 
     def step(
         self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None
@@ -299,13 +309,17 @@ class Replicas:
         ]
 
     def backward_from(
-        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen
-    ) -> None:
+        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen, accepts: Accepts
+    ) -> bool:
         below = _agreement(seen).layouts[BELOW]
         gradients: list[Tensor | None] = [None] * len(below)
         if features:
             gradients = gradient_of(features, below, slopes)
-        write(below, self._ranks.add_up(below, gradients))
+        sums = self._ranks.add_up(below, gradients)  # the same in all processes
+        if not accepts(sums):
+            return False
+        write(below, sums)
+        return True
 
     def step(
         self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None

@@ -61,6 +61,10 @@ class NonFinite:
             if not good and not company.everywhere(all_finite([products, *row]))
         ]
 
+    def accepts(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Return whether gradients may be written, which are the same in all processes."""
+        return not self.looks or all_finite(gradients)
+
     def ended(
         self,
         what: str,
@@ -90,6 +94,16 @@ class NonFinite:
                 f"the gradients of the tasks {', '.join(map(repr, losses))} must be finite, "
                 "but their sum holds NaN or infinity though the losses do not. "
                 "nonfinite='drop' takes them one by one and tells which it is."
+            )
+        return self._skipped(losses, ())
+
+    def ended_below_features(self, losses: Mapping[str, Tensor]) -> Record:
+        """Return the record of a step whose gradient below the features is not finite, or raise."""
+        if self.raises:
+            raise FloatingPointError(
+                "the gradient below `features` must be finite, but holds NaN or infinity though "
+                "those of the features do not. nonfinite='skip' leaves out such a step, as 'drop' "
+                "does where no task is to blame."
             )
         return self._skipped(losses, ())
 

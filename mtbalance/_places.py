@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._agreement import BELOW
 from mtbalance._checks import check_features
-from mtbalance._company import Company, TaskPasses
+from mtbalance._company import Accepts, Company, TaskPasses
 from mtbalance._graphs import Reach, is_computed_from, reach_of
 from mtbalance._passes import task_gradients
 from mtbalance._reach import ReachLog
@@ -56,8 +56,24 @@ class Place(Protocol):
     def over_all(self, products: Tensor) -> Tensor:
         """Return inner products over all columns, of those over the columns of this process."""
 
-    def write(self, leaves: Sequence[Tensor], directions: list[Tensor | None], seen: Seen) -> None:
-        """Accumulate directions into ``.grad``."""
+    def write(
+        self,
+        leaves: Sequence[Tensor],
+        directions: list[Tensor | None],
+        seen: Seen,
+        accepts: Accepts,
+    ) -> bool:
+        """Accumulate directions into ``.grad``.
+
+        Args:
+            leaves: What they are directions of.
+            directions: One for each leaf.
+            seen: The losses.
+            accepts: Is asked about gradients that only come out on the way.
+
+        Returns:
+            Whether they have been written.
+        """
 
 
 class AtParameters:
@@ -112,10 +128,17 @@ class AtParameters:
         """Return them as they are: shards have been added up leaf by leaf."""
         return products
 
-    def write(self, leaves: Sequence[Tensor], directions: list[Tensor | None], seen: Seen) -> None:
+    def write(
+        self,
+        leaves: Sequence[Tensor],
+        directions: list[Tensor | None],
+        seen: Seen,
+        accepts: Accepts,
+    ) -> bool:
         """Accumulate directions into ``.grad``."""
-        del seen
+        del seen, accepts
         write(leaves, directions)
+        return True
 
 
 class AtFeatures:
@@ -194,11 +217,17 @@ class AtFeatures:
         """Return the sum over all processes."""
         return self._company.sum(products)
 
-    def write(self, leaves: Sequence[Tensor], directions: list[Tensor | None], seen: Seen) -> None:
+    def write(
+        self,
+        leaves: Sequence[Tensor],
+        directions: list[Tensor | None],
+        seen: Seen,
+        accepts: Accepts,
+    ) -> bool:
         """Let the directions flow back into ``.grad`` of what the features depend on."""
         reached = [(f, d) for f, d in zip(leaves, directions, strict=True) if d is not None]
         features, slopes = [f for f, _ in reached], [d for _, d in reached]
-        self._company.backward_from(features, slopes, seen)
+        return self._company.backward_from(features, slopes, seen, accepts)
 
 
 def features_of(

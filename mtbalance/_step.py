@@ -6,7 +6,7 @@ passes of combinations serve; else there is one for each task, and a table of th
 written before everything is known: an error in a strategy leaves no trace.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -145,10 +145,11 @@ class Steps:
         weighed = self._weigh(table.losses, setting, step)
         del step
         outcomes = _outcomes(table, weighed, setting, scale)
+        if not _write(outcomes, table, weighed, seen, setting, scale):
+            return policy.ended_below_features(table.losses)
         if setting.keeps_weights:
             solutions = {number: outcome.solution for number, outcome in outcomes.items()}
             self._kept.keep(tuple(table.losses), solutions)
-        _write(outcomes, table, weighed, seen, place, scale)
         return _record(outcomes, table, weighed, setting)
 
     def _weigh(
@@ -182,15 +183,27 @@ def _write(
     table: Table,
     weighed: Weighed,
     seen: Seen,
-    place: Place,
+    setting: Setting,
     scale: float | None,
-) -> None:
-    """Accumulate directions, sums of what is not balanced, and slopes of learned weights."""
+) -> bool:
+    """Accumulate directions, sums of what is not balanced, and slopes of learned weights.
+
+    Returns:
+        Whether that has happened: nothing is written if a gradient must not be.
+    """
+
+    def accepts(gradients: Sequence[Tensor | None]) -> bool:
+        # A scaler looks at what is written itself.
+        return scale is not None or setting.policy.accepts(gradients)
+
     for number, outcome in outcomes.items():
-        place.write(table.groups[number].leaves, outcome.direction, seen)
+        leaves = table.groups[number].leaves
+        if not setting.place.write(leaves, outcome.direction, seen, accepts):
+            return False
     leaves, rows = table.rest
     write(leaves, combine(rows, weighed.weights, leaves, release=True))
     weighed.write(scale)
+    return True
 
 
 def _record(
@@ -220,5 +233,5 @@ def _pass_on(table: Table, place: Place, seen: Seen) -> None:
     """Accumulate the plain sum of the rows, not finite as it is."""
     ones = torch.ones(len(table.losses), device="cpu")
     for leaves, rows in table.groups.values():
-        place.write(leaves, combine(rows, ones), seen)
+        place.write(leaves, combine(rows, ones), seen, lambda _: True)
     write(table.rest.leaves, combine(table.rest.rows, ones))

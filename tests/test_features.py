@@ -154,6 +154,29 @@ def test_bad_gradients_follow_the_policy(policy: str) -> None:
         assert not torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("strategy", [Sum(), CAGrad(), PCGrad(), GradDrop()], ids=repr)
+@pytest.mark.parametrize("policy", ["raise", "drop", "skip", "propagate"])
+def test_bad_gradients_below_the_features_follow_the_policy(policy: str, strategy) -> None:
+    """The gradients of the features are finite; the slope of sqrt at 0 comes below them."""
+    x, head = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    x.grad = torch.ones_like(x)
+    h = x.sqrt()
+    losses = {"a": (h + head).sum(), "b": (h - 1).square().sum()}
+    balancer = Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x], nonfinite=policy)
+    if policy == "propagate":
+        balancer.backward(losses, features=h)
+        assert not torch.isfinite(x.grad).any()
+        assert head.grad is not None
+        return
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match="must be finite, but"):
+            balancer.backward(losses, features=h)
+    else:
+        assert balancer.backward(losses, features=h).skipped
+    assert_close(x.grad, torch.ones_like(x))
+    assert head.grad is None
+
+
 def test_with_a_scaler_everything_is_scaled() -> None:
     results = []
     for scale in (None, 8.0):

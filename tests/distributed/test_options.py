@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtbalance import Balancer, GradientStrategy, make_balancer
+from mtbalance.gradient import CAGrad
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool, RankError
@@ -191,6 +192,29 @@ class SumOfRows(GradientStrategy):
 
     def forward(self, gradients: Tensor) -> Tensor:
         return gradients.sum(0) * gradients.shape[1]
+
+
+def bad_below_features(here: Here, policy: str) -> str:
+    x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    hidden = (x + here.rank).sqrt()  # an infinite slope, on the first rank only
+    losses = {task: hidden.sum() * (1.0 + number) for number, task in enumerate("ab")}
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=[x], nonfinite=policy)
+    try:
+        skipped = balancer.backward(losses, features=hidden).skipped
+    except FloatingPointError as error:
+        return f"{x.grad} {error}"
+    return f"{x.grad} skipped: {skipped}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [("raise", "the gradient below `features` must be finite"), ("skip", "skipped: True")],
+)
+def test_all_ranks_find_what_is_not_finite_below_features(
+    two: Pool, policy: str, words: str
+) -> None:
+    for found in two.run(bad_below_features, policy):
+        assert found.startswith("None " + words)
 
 
 def whole_rows(here: Here, features: bool) -> Outcome:
