@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from examples.pathology.common.errors import UserError, listing, nearest
 from examples.pathology.slides.slide import slide_file
 from examples.pathology.tables.matching import match_files, slide_key
-from examples.pathology.tables.reading import FILENAME, MPP, read_table
+from examples.pathology.tables.reading import FILENAME, MPP, read_table, with_points
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _read_column(path: Path, column: str) -> dict[str, float]:
     if MPP not in table.columns:
         logger.warning("%s has no column `%s`.%s", path, MPP, nearest(MPP, table.columns))
         return values
-    for name, text in zip(table[column], table[MPP], strict=True):
+    for name, text in zip(table[column], with_points(MPP, list(table[MPP]), path), strict=True):
         if not name or not text:
             continue
         try:

@@ -1,5 +1,9 @@
 """Reading the tables that people keep: CSV, TSV or Excel, all cells as text."""
 
+import codecs
+import csv
+import io
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +29,9 @@ NOT_KNOWN = frozenset((
     "#n/a", "#div/0!", "#value!", "#ref!", "#name?", "#num!", "#null!",
 ))
 # fmt: on
+
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -55,7 +62,11 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             if separator is None:
                 cells = pd.read_excel(path, **options)
             else:
-                cells = pd.read_csv(path, sep=separator, encoding="utf-8-sig", **options)
+                text = _decoded(path)
+                separator = _separator(text, separator, columns)
+                cells = pd.read_csv(io.StringIO(text), sep=separator, **options)
+        except UserError:
+            raise
         except (ValueError, KeyError, BadZipFile) as error:  # every parser complaint is one of them
             raise UserError(
                 f"{path} must be a table, but it cannot be read: {one_line(error)}."
@@ -67,7 +78,7 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         if column not in header:
             hint = nearest(column, header)
             if len(header) == 1 and ";" in header[0]:
-                hint = " It seems to use semicolons: save it with commas."
+                hint = " It seems to use semicolons."
             raise UserError(
                 f"{path} must have a column `{column}`, but has {listing(map(repr, header))}.{hint}"
             )
@@ -76,6 +87,63 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 f"{path} must have one column `{column}`, but has {header.count(column)}."
             )
     return table
+
+
+def _decoded(path: Path) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 if its first two bytes say so."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    remedy = "Save it as CSV UTF-8"
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} must be a table in UTF-8, but byte 0x{data[error.start]:02x} in row {row} is "
+            f"none of it. {remedy} (it may be in the encoding of Windows, cp1252)."
+        ) from error
+    if "\0" in text:
+        raise UserError(f"{path} must be a table in UTF-8, but has bytes of 0. {remedy}.")
+    return text
+
+
+def _separator(text: str, usual: str, columns: Sequence[str]) -> str:
+    """Return the separator that gives the columns asked for; the usual one if it or none does."""
+    lines = text.lstrip("\r\n").splitlines()
+    for separator in (usual, *(other for other in ";\t," if other != usual)):
+        header = next(csv.reader(lines[:1], delimiter=separator), [])
+        if {name.strip() for name in header} >= set(columns):
+            return separator
+    return usual
+
+
+def with_points(name: str, cells: Sequence[str], path: Path) -> list[str]:
+    """Return cells with decimal points if all are numbers and some have a decimal comma.
+
+    Args:
+        name: Of the column, for the error.
+        cells: As text, empty where not known.
+        path: The table, for the error.
+
+    Raises:
+        UserError: Numbers have points here and commas there, or commas that may separate thousands.
+    """
+    known = [cell for cell in cells if cell]
+    commas = [cell for cell in known if "," in cell]
+    if not commas or not all(map(NUMBER.fullmatch, known)):
+        return list(cells)
+    if points := [cell for cell in known if "." in cell]:
+        raise UserError(
+            f"{path}: `{name}` must write its numbers in one way, but has {commas[0]!r} and "
+            f"{points[0]!r}. Write decimal points."
+        )
+    if all(map(THOUSANDS.fullmatch, commas)):
+        raise UserError(
+            f"{path}: `{name}` must have decimal points, but has {commas[0]!r}, whose comma may "
+            "separate thousands. Write a point, or no comma."
+        )
+    return [cell.replace(",", ".") for cell in cells]
 
 
 def _known(cell: str, classes: Collection[str] = ()) -> str:
@@ -118,14 +186,16 @@ def read_clinical_words(
         known", without columns where none was.
 
     Raises:
-        UserError: A patient is unnamed or stands in more than one row.
+        UserError: A patient is unnamed or stands in more than one row, or commas in numbers may
+            mean two things.
     """
     table = _read_cells(path, [patient_column, *targets])
     words: dict[str, Counter[str]] = {}
     for position, column in enumerate(table.columns):
         before = list(table.iloc[:, position])
         after = [_known(cell, (classes or {}).get(column, ())) for cell in before]
-        table.isetitem(position, after)
+        numeric = column in targets or column in (classes or {})
+        table.isetitem(position, with_points(column, after, path) if numeric else after)
         taken = Counter(cell for cell, kept in zip(before, after, strict=True) if cell != kept)
         if taken:
             words[column] = taken

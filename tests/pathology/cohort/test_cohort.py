@@ -108,6 +108,40 @@ def test_empty_cells_are_no_words(tables, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_encodings_of_a_table_are_found(tables, encoding, separator):
+    whole = tables.load()
+    text = tables.clini.read_text(encoding="utf-8").replace(",", separator)
+    tables.clini.write_text(text, encoding=encoding)
+    assert tables.load().digest == whole.digest
+
+
+def test_decimal_commas_are_read_where_all_values_agree(tables):
+    whole = tables.load()
+    text = tables.clini.read_text(encoding="utf-8")
+    tables.clini.write_text(text.replace(",", ";").replace(".", ","), encoding="utf-8")
+    cohort = tables.load()
+    assert cohort.targets[1] == Target("LF", "regression")
+    assert cohort.digest == whole.digest
+    sources = Sources(tables.clini, tables.slides, tables.features)
+    assert module.load_external(sources, whole.targets).patients == whole.patients
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (('"0,45"', "0.5"), "`LF` must write its numbers in one way, but has '0,45' and '0.5'"),
+        (('"1,234"', "17"), "must have decimal points, but has '1,234', whose comma may separate"),
+    ],
+)
+def test_commas_that_may_mean_two_things_are_refused(tables, values, words):
+    lines = [f"P{i:02d},{('MSS', 'MSIH')[i % 2]},{values[i % 2]}" for i in range(12)]
+    tables.clini.write_text("\n".join(["PATIENT,isMSIH,LF", *lines]), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        tables.load()
+
+
 def labels_of(tables, labels):
     rewrite(
         tables.clini, lambda rows: [[row[0], x, ""] for row, x in zip(rows, labels, strict=True)]
@@ -480,10 +514,11 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tables):
     ("name", "content", "words"),
     [
         ("a.json", b"{}", "must be one of .csv, .tsv, .xlsx"),
-        ("a.csv", b"PATIENT;isMSIH\nP0;MSS\n", "It seems to use semicolons"),
+        ("a.csv", b"PATIENT;MSI\nP0;MSS\n", "It seems to use semicolons"),
         ("a.csv", b"PATIENT,isMSIH,isMSIH\nP0,1,2\n", "one column `isMSIH`, but has 2"),
         ("a.csv", b"", "must be a table"),
-        ("a.csv", b"PATIENT,isMSIH\n\xff\xfe,1\n", "must be a table"),
+        ("a.csv", b"PATIENT,isMSIH\n\xff\xfe,1\n", "table in UTF-8, but byte 0xff in row 2"),
+        ("a.csv", "PATIENT,isMSIH\nP0,1\n".encode("utf-16-le"), "UTF-8, but has bytes of 0. Save"),
         ("a.xlsx", b"no workbook", "must be a table"),
     ],
 )
