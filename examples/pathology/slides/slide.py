@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import openslide
+import tifffile
 from PIL import Image, ImageColor
 
 from examples.pathology.common.errors import UserError
@@ -176,6 +177,7 @@ class Slide:
         name: Name of the slide, for messages.
         mpp: Size of its level-0 pixels.
         broken_levels: Levels that are known to be unreadable and are passed by.
+        bits_per_sample: Of each colour in the file; OpenSlide gives the upper 8.
     """
 
     def __init__(
@@ -184,8 +186,10 @@ class Slide:
         name: str,
         mpp: Mpp,
         broken_levels: frozenset[int] = frozenset(),
+        bits_per_sample: int = 8,
     ) -> None:
         self._handle = handle
+        self.bits_per_sample = bits_per_sample
         self.broken_levels = broken_levels
         self.name = name
         self.mpp = mpp
@@ -313,4 +317,13 @@ def open_slide(
     except SlideError:
         handle.close()
         raise
-    return Slide(handle, name, mpp, broken_levels)
+    return Slide(handle, name, mpp, broken_levels, _bits_per_sample(path))
+
+
+def _bits_per_sample(path: Path) -> int:
+    """Return how many bits a TIFF has for each colour; 8 for what is no TIFF."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            return int(file.pages.first.bitspersample)
+    except Exception:  # noqa: BLE001 - OpenSlide opened it: an odd header is no reason to refuse it
+        return 8

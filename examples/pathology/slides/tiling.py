@@ -113,7 +113,7 @@ def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePla
         The plan, with every tile either bright or pending.
 
     Raises:
-        SlideError: If the slide cannot be read.
+        SlideError: If the slide cannot be read, or its values do not fill their bits.
         SlideExcludedError: If it looks like fluorescence, or has tissue without any colour.
     """
     rows, columns = grid_shape(slide.width_um, slide.height_um, rules.tile_size_um)
@@ -121,6 +121,7 @@ def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePla
     overview = _read_overview(slide, rules.tile_size_um, tile_px)
     grey: Pixels = np.asarray(cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
     if judge:
+        _refuse_unused_bits(slide, overview)
         _refuse_fluorescence(slide.name, grey, rules)
     whole = grey[: rows * tile_px, : columns * tile_px].astype(np.float64)
     brightness = whole.reshape(rows, tile_px, columns, tile_px).mean(axis=(1, 3))
@@ -129,6 +130,17 @@ def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePla
     if judge and grey.min() < GLASS_GREY:
         _refuse_grey(slide.name, overview)
     return TilePlan(status=status, overview=overview, tile_px=tile_px)
+
+
+def _refuse_unused_bits(slide: Slide, overview: Pixels) -> None:
+    """Raise if 12 or 14 bits were stored in 16 as they are: the upper 8, all we get, are dark."""
+    brightest = int(overview.max())
+    if slide.bits_per_sample > 8 and brightest < 128:
+        raise SlideError(
+            f"A slide must have 8 bits per sample or use all it has, but {slide.name} has "
+            f"{slide.bits_per_sample}, of which the uppermost are empty: the upper 8 reach "
+            f"{brightest} of 255. Convert it to 8 bits."
+        )
 
 
 def _refuse_fluorescence(name: str, grey: Pixels, rules: TileRules) -> None:

@@ -1,8 +1,10 @@
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +21,8 @@ from examples.pathology.slides.tiling import (
     grid_shape,
     plan_tiles,
 )
-from examples.pathology.slides.units import Mpp
-from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain
+from examples.pathology.slides.units import Mpp, SlideError
+from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain, tissue
 
 RULES = TileRules()
 
@@ -120,6 +122,21 @@ def test_dark_slides_are_excluded_as_fluorescence():
     slide, _ = make(stars, (1100, 1100))
     with pytest.raises(SlideExcludedError, match="fake is dark: it looks like fluorescence"):
         plan_tiles(slide, RULES)
+
+
+@pytest.mark.parametrize("bits", [12, 14, 16])
+def test_values_that_do_not_fill_their_bits_are_refused_for_that(bits, tmp_path):
+    pixels = tissue(1100, 1100).astype(np.uint16) << (bits - 8)
+    size = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", tile=(256, 256), metadata=None, **size)
+    with closing(open_slide(path, "a.tif")) as slide:
+        if bits == 16:
+            assert plan_tiles(slide, RULES).count(TileStatus.PENDING) == 4
+            return
+        with pytest.raises(SlideError, match=r"a\.tif has 16, of which the upper.* to 8 bits") as e:
+            plan_tiles(slide, RULES)
+        assert not isinstance(e.value, SlideExcludedError)
 
 
 def grey_tissue(x, y):
