@@ -10,6 +10,10 @@ from mtbalance.gradient._base import GradientStrategy, GramianStrategy
 from mtbalance.weighting._base import Weighting
 
 _NEVER = 2**31
+_LARGEST = 10.0
+"""Kept weights are at most so many times the number of rows. Larger ones belong to rows that nearly
+vanish, alone or together: they are right on the day of solving, whose rows are as small as they are
+large, and make the same rows of an ordinary length everything there is on the next."""
 
 
 class KeptWeights:
@@ -31,16 +35,30 @@ class KeptWeights:
         """Steps since they were solved for, that one included."""
         self.solutions: dict[int, Tensor] = {}
         self._of: tuple[str, ...] = ()
+        self._fit: bool | None = None
 
     def keep(self, tasks: tuple[str, ...], solutions: Mapping[int, Tensor | None]) -> None:
         """Keep the solutions of this step, each of shape (m,), by the number of their group."""
         self.solutions = {group: s for group, s in solutions.items() if s is not None}
         self._of = tasks
+        self._fit = None  # found out when it is asked for: looking waits for the device
         self.age = 1 if self.solutions else _NEVER
 
     def serve(self, tasks: Collection[str], every: int) -> bool:
-        """Return whether they belong to these tasks and are younger than so many steps."""
-        return self.age < every and tuple(tasks) == self._of
+        """Return whether they fit other rows than theirs, and are young and of these tasks.
+
+        Args:
+            tasks: The tasks.
+            every: They must be younger than so many steps.
+        """
+        return self.age < every and tuple(tasks) == self._of and self._fit_other_rows()
+
+    def _fit_other_rows(self) -> bool:
+        """Return whether they are weights for rows of whatever length, and not of that day's."""
+        if self._fit is None:
+            largest = _LARGEST * len(self._of)
+            self._fit = all(float(s.abs().max()) <= largest for s in self.solutions.values())
+        return self._fit
 
     def as_tensor(self) -> Tensor:
         """Return everything as one tensor, shape (1 + groups * K,), infinity for nothing."""

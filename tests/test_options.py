@@ -95,6 +95,40 @@ def test_every_group_keeps_its_own() -> None:
         assert_close(flat_grad(list(part.parameters())), solutions[name] @ rows[name])
 
 
+@pytest.mark.parametrize(
+    "strategy", [CAGrad(), PCGrad(order="fixed")], ids=lambda s: type(s).__name__
+)
+def test_weights_of_a_row_that_nearly_vanished_do_not_serve(strategy) -> None:
+    """They are as large as it was small: with today's row, they would be all of the direction."""
+
+    def losses(x: Tensor, size: float) -> dict[str, Tensor]:
+        return {"a": x[0], "b": size * (x[1] - 0.5 * x[0])}
+
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    balancer = Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x], every=3)
+    for size, reused in ((1e-6, False), (1.0, False), (1.0, True), (3.0, True), (3.0, False)):
+        x.grad = None
+        assert balancer.backward(losses(x, size)).reused == reused
+        rows = torch.tensor([[1.0, 0.0], [-0.5 * size, size]], dtype=torch.float64)
+        if not reused:
+            assert_close(x.grad, strategy(rows), rtol=1e-9, atol=1e-12)
+        assert x.grad.norm() < 3 * rows.norm()
+
+
+def test_saved_weights_that_fit_no_other_rows_do_not_serve() -> None:
+    """Those that were saved before this was looked at, too."""
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def balancer() -> Balancer:
+        return Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=[x], every=3)
+
+    first = balancer()
+    first.backward({"a": x[0], "b": 1e-6 * (x[1] - 0.5 * x[0])})
+    second = balancer()
+    second.load_state_dict(first.state_dict())
+    assert not second.backward({"a": x[0], "b": x[1] - 0.5 * x[0]}).reused
+
+
 def test_kept_weights_are_saved() -> None:
     def trained() -> tuple[Network, Balancer]:
         torch.manual_seed(3)
