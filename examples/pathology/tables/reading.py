@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-import numpy as np
 import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing, nearest, one_line
@@ -64,16 +63,21 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             else:
                 text = _decoded(path)
                 separator = _separator(text, separator, columns)
-                cells = pd.read_csv(io.StringIO(text), sep=separator, **options)
+                cells = _parsed(text, separator, path, options)
         except UserError:
             raise
-        except (ValueError, KeyError, BadZipFile) as error:  # every parser complaint is one of them
+        except (
+            ValueError,
+            KeyError,
+            BadZipFile,
+            csv.Error,
+        ) as error:  # every parser complaint is one of them
             raise UserError(
                 f"{path} must be a table, but it cannot be read: {one_line(error)}."
             ) from error
     cells = cells.fillna("").astype(str).map(str.strip)
-    header = list(cells.iloc[0])
-    table: pd.DataFrame = cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
+    table = _below_header(cells, path)
+    header = list(table.columns)
     for column in columns:
         if column not in header:
             hint = nearest(column, header)
@@ -86,6 +90,34 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise UserError(
                 f"{path} must have one column `{column}`, but has {header.count(column)}."
             )
+    return table
+
+
+def _parsed(text: str, separator: str, path: Path, options: dict[str, Any]) -> pd.DataFrame:
+    """Return the cells of a text, blank lines among them: rows are told by their number."""
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+    width = next((len(row) for row in rows if any(map(str.strip, row))), 0)
+    for number, row in enumerate(rows, start=1):
+        if any(map(str.strip, row[width:])):
+            raise UserError(
+                f"{path} must have as many names in its first row as cells in each, but has "
+                f"{width} names and {len(row)} cells in row {number}. Put a cell with a separator "
+                "in it in quotes."
+            )
+    options = {**options, "names": range(max(map(len, rows), default=0)), "skip_blank_lines": False}
+    cells = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    named: pd.DataFrame = cells.iloc[:, :width]
+    return named
+
+
+def _below_header(cells: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return the rows that hold anything, named by the first of them; the index counts all rows."""
+    cells = cells.loc[(cells != "").any(axis=1)]
+    if cells.empty:
+        raise UserError(
+            f"{path} must be a table, but it is empty, or its first sheet is. Move the table there."
+        )
+    table: pd.DataFrame = cells.iloc[1:].set_axis(list(cells.iloc[0]), axis=1)
     return table
 
 
@@ -247,7 +279,7 @@ def refuse_two_owners(owned: Iterable[tuple[str, str]], what: str, table: Path) 
 
 
 def _refuse_unnamed(table: pd.DataFrame, path: Path, column: str) -> None:
-    rows = [str(row + 2) for row in np.flatnonzero(table[column] == "")]
+    rows = [str(row + 1) for row in table.index[table[column] == ""]]
     if rows:
         raise UserError(
             f"{path}: `{column}` must be filled in, but is empty in row {listing(rows)}."

@@ -16,7 +16,7 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.features.files import read_features
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files, slide_key
-from examples.pathology.tables.reading import read_table
+from examples.pathology.tables.reading import read_clinical_table, read_table
 from examples.pathology.training.bags import BagStore
 from tests.pathology.tiny import Tables, make_tables, write_bag, write_table
 
@@ -140,6 +140,42 @@ def test_commas_that_may_mean_two_things_are_refused(tables, values, words):
     tables.clini.write_text("\n".join(["PATIENT,isMSIH,LF", *lines]), encoding="utf-8")
     with pytest.raises(UserError, match=words):
         tables.load()
+
+
+def test_rows_without_any_value_are_passed_by(tables, tmp_path):
+    whole = tables.load()
+    head, *rows = tables.clini.read_text(encoding="utf-8").splitlines()
+    lines = ["", ",,", head, "", *rows[:4], ",,,,,", "  ", *[f"{row},," for row in rows[4:]], ",,"]
+    tables.clini.write_text("\n".join(lines), encoding="utf-8")
+    assert tables.load().digest == whole.digest
+    book = tmp_path / "clini.xlsx"
+    cells = [[*line.split(","), "", ""][:3] for line in lines]
+    pd.DataFrame(cells).to_excel(book, index=False, header=False)
+    assert replace(tables, clini=book).load().digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["PATIENT,x", "", "P0,1", ",2"], "`PATIENT` must be filled in, but is empty in row 4"),
+        (["PATIENT,x", "P0,1", "", "P1,2,3"], "has 2 names and 3 cells in row 4"),
+        (["", ",,"], "must be a table, but it is empty"),
+    ],
+)
+def test_rows_are_told_by_their_number(tmp_path, lines, words):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        read_clinical_table(path, ["x"])
+
+
+def test_an_empty_first_sheet_is_said_to_be_empty(tmp_path):
+    path = tmp_path / "a.xlsx"
+    with pd.ExcelWriter(path) as book:
+        pd.DataFrame().to_excel(book, sheet_name="cover")
+        pd.DataFrame({"PATIENT": ["P0"]}).to_excel(book, sheet_name="data")
+    with pytest.raises(UserError, match="but it is empty, or its first sheet is"):
+        read_table(path, ["PATIENT"])
 
 
 def labels_of(tables, labels):
