@@ -373,11 +373,11 @@ class Balancer(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return names of tasks, counts of the epoch, kept weights, and an inferred split."""
         counts, split = self._epoch.as_tensor().double(), self._reach.split()
-        return state_of(self.tasks, Saved(counts, self._kept.as_tensor(), split))
+        return state_of(self.tasks, Saved(counts, self._kept.as_tensor(), split), self.gradient)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Continue with a saved state, which must belong to the same tasks in the same order."""
-        saved = saved_in(state, self.tasks)
+        saved = saved_in(state, self.tasks, self.gradient)
         self._kept.load(saved.kept)
         self._epoch = EpochCounts.from_tensor(self.tasks, saved.counts.long())
         self._reach.load(saved.split)

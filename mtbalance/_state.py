@@ -1,11 +1,12 @@
 """What a Balancer saves besides the state of its strategies: one tensor, which says what it is.
 
 A saved state is the text of a JSON object in UTF-8, a byte tensor that every safe loader takes:
-``version`` (2), ``tasks`` (their names, in order), ``split`` (see ``_split``; null where what is
-shared was given, not inferred) and ``numbers``, the running epoch's counts and the kept weights as
-hexadecimal digits of little-endian float64. A fresh Balancer's state has the shape of a trained
-one's, which some loaders insist on: behind an inferred split there are blanks. States of version 1
-are the numbers alone, float64, after the number of tasks.
+``version`` (2), ``tasks`` (their names, in order), ``draws`` (the name of a gradient strategy with
+a random stream), ``split`` (see ``_split``; null where what is shared was given) and ``numbers``,
+the running epoch's counts and the kept weights as hexadecimal digits of little-endian float64. A
+fresh Balancer's state has the shape of a trained one's, which some loaders insist on: behind an
+inferred split there are blanks. States of version 1 are the numbers alone, float64, after the
+number of tasks.
 """
 
 import json
@@ -13,8 +14,9 @@ import struct
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtbalance._random import RandomSource
 from mtbalance._split import Known
 
 VERSION = 2
@@ -33,12 +35,13 @@ class Saved(NamedTuple):
     """What tasks have reached; None where that was not saved."""
 
 
-def state_of(tasks: tuple[str, ...], saved: Saved) -> Tensor:
-    """Return what is to be saved, shape (bytes,), uint8, on the CPU."""
+def state_of(tasks: tuple[str, ...], saved: Saved, strategy: nn.Module) -> Tensor:
+    """Return what is to be saved, shape (bytes,), uint8, on the CPU; see :func:`saved_in`."""
     numbers = [*saved.counts.tolist(), *saved.kept.tolist()]
     content = {
         "version": VERSION,
         "tasks": tasks,
+        "draws": _drawing(strategy),
         "split": saved.split,
         "numbers": struct.pack(f"<{len(numbers)}d", *numbers).hex(),
     }
@@ -48,12 +51,13 @@ def state_of(tasks: tuple[str, ...], saved: Saved) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
+def saved_in(state: object, tasks: tuple[str, ...], strategy: nn.Module) -> Saved:
     """Return what is saved in a state, of this version or the one before.
 
     Args:
         state: The state.
         tasks: The tasks of the Balancer that is to go on with it.
+        strategy: Its gradient strategy, whose random stream is another's if the names differ.
 
     Raises:
         ValueError: If it is no state of a Balancer, or one of other tasks.
@@ -64,7 +68,7 @@ def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
     state = state.detach().cpu()
     split = None
     if state.dtype == torch.uint8:
-        numbers, split = _second(state, tasks)
+        numbers, split = _second(state, tasks, _drawing(strategy))
     else:
         numbers = _first(state, tasks)
     counts = 2 + 2 * len(tasks)
@@ -78,7 +82,7 @@ def saved_in(state: object, tasks: tuple[str, ...]) -> Saved:
     return Saved(numbers[:counts], numbers[counts:], split)
 
 
-def _second(state: Tensor, tasks: tuple[str, ...]) -> tuple[Tensor, list[Known] | None]:
+def _second(state: Tensor, tasks: tuple[str, ...], draws: str) -> tuple[Tensor, list[Known] | None]:
     """Return the numbers and the split in a state of the second version, which names its tasks."""
     content = _object_in(bytes(state.tolist()))
     version = content.get("version")
@@ -93,6 +97,12 @@ def _second(state: Tensor, tasks: tuple[str, ...]) -> tuple[Tensor, list[Known] 
             f"the saved state must belong to {_listed(tasks)}, but has {_listed(names)}. "
             "Give `tasks` the same names in the same order."
         )
+    other = content.get("draws", "")
+    if draws and other and other != draws:
+        raise ValueError(
+            f"the saved state must hold the random stream of {draws}, but has that of {other}. "
+            "Give the Balancer the gradient strategy that was saved."
+        )
     try:
         packed = bytes.fromhex(str(digits))
         numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
@@ -102,6 +112,12 @@ def _second(state: Tensor, tasks: tuple[str, ...]) -> tuple[Tensor, list[Known] 
     if not _is_split(split, tasks):
         raise _not_a_state("something else for what tasks reach")
     return torch.tensor(numbers, dtype=torch.float64, device="cpu"), split
+
+
+def _drawing(strategy: nn.Module) -> str:
+    """Return the name of a strategy that draws, or nothing."""
+    draws = any(isinstance(module, RandomSource) for module in strategy.modules())
+    return type(strategy).__name__ if draws else ""
 
 
 def _is_split(split: object, tasks: tuple[str, ...]) -> bool:

@@ -266,6 +266,18 @@ def test_damaged_weightings_are_refused(
     assert_equal_states(dict(other.state_dict()), before)
 
 
+def test_the_random_stream_of_another_strategy_is_refused() -> None:
+    one, other, plain = (
+        Balancer(Equal(), strategy, tasks=("a", "b"), shared=nn.Linear(2, 2))
+        for strategy in (GradDrop(seed=1), PCGrad(seed=2), CAGrad())
+    )
+    before = copy.deepcopy(dict(other.state_dict()))
+    with pytest.raises(ValueError, match="random stream of PCGrad, but has that of GradDrop"):
+        other.load_state_dict(saved(one.state_dict()))
+    assert_equal_states(dict(other.state_dict()), before)
+    other.load_state_dict(saved(plain.state_dict()), strict=False)  # which has none
+
+
 def test_a_state_of_a_later_version_is_refused() -> None:
     text = b'{"version": 99, "names": ["a"]}'
     with pytest.raises(ValueError, match="version 2 or older, but is of version 99"):
