@@ -3,8 +3,8 @@
 import logging
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,16 @@ logger = logging.getLogger(__name__)
 
 FLAT_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png"))
 """Pictures that people do put among slides, but that have no pyramid and no pixel size."""
+
+OTHER_SUFFIXES = frozenset(
+    (".btf", ".isyntax", ".j2k", ".jp2", ".jpx", ".lif", ".nd2", ".vsi", ".webp", ".zarr")
+)
+"""Formats that slides come in and OpenSlide does not read."""
+
+WRAPPERS = frozenset(
+    (".bz2", ".crdownload", ".filepart", ".gz", ".part", ".partial", ".xz", ".zip")
+)
+"""What follows the suffix of a slide that is compressed or not yet copied."""
 
 LEVEL_TOLERANCE = 0.01
 """A level this little coarser than asked for still counts as fine enough."""
@@ -50,8 +60,10 @@ class SlideFile:
 def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
     """List the slides below a folder in alphabetical order.
 
-    Suffixes count in upper and lower case. Two slides that would share an output name, such as
-    ``a.svs`` and ``a.tif``, get outputs with the full file name, and a warning.
+    Suffixes count in upper and lower case. Formats that OpenSlide does not read, and slides that
+    are compressed or half copied, are left out, and one warning counts them by suffix. Two slides
+    that would share an output name, such as ``a.svs`` and ``a.tif``, get outputs with the full file
+    name, and a warning.
 
     Args:
         folder: Where to look, sub-folders included.
@@ -66,7 +78,14 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
     if not folder.is_dir():
         raise UserError(f"The folder of slides must exist, but {folder} does not.")
     found: list[SlideFile] = []
+    unread: Counter[str] = Counter()
     for directory, names in walk(folder, skip):
+        inside = directory.relative_to(folder).parts
+        if any(part.lower().endswith(".zarr") for part in inside):
+            # A folder that is a picture; of those in it, none is a slide.
+            unread[".zarr"] += not any(part.lower().endswith(".zarr") for part in inside[:-1])
+            continue
+        unread.update(filter(None, map(_unread_suffix, names)))
         suffixes = {Path(name).suffix.lower() for name in names}
         dicom = [directory / name for name in names if name.lower().endswith(".dcm")]
         found += _dicom_slides(folder, directory, dicom)
@@ -84,8 +103,28 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
                 found.append(SlideFile(path, relative.as_posix(), relative.as_posix(), problem))
     if not any(slide.problem is None for slide in found):
         known = " ".join(sorted(SLIDE_SUFFIXES))
-        raise UserError(f"{folder} must hold slides ({known}), but there are none.")
+        others = f" It holds {_counted(unread)}, which OpenSlide does not read." if unread else ""
+        raise UserError(f"{folder} must hold slides ({known}), but there are none.{others}")
+    if unread:
+        logger.warning(
+            "%s: %s are left out, since OpenSlide does not read them. Unpack them, copy them in "
+            "full or convert them to pyramidal TIFFs.",
+            folder,
+            _counted(unread),
+        )
     return sorted(_without_collisions(found), key=lambda slide: slide.name)
+
+
+def _unread_suffix(name: str) -> str | None:
+    """Return the suffix of what looks like a slide but cannot be read; None for all else."""
+    *_, inner, suffix = "", "", *(end.lower() for end in Path(name).suffixes)
+    if suffix in WRAPPERS and inner in SLIDE_SUFFIXES | OTHER_SUFFIXES:
+        return inner + suffix
+    return suffix if suffix in OTHER_SUFFIXES else None
+
+
+def _counted(suffixes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {suffix}" for suffix, count in sorted(suffixes.items()))
 
 
 def slide_file(path: Path) -> SlideFile:

@@ -58,6 +58,23 @@ def test_flat_pictures_are_reported_but_not_those_of_vms_slides(tmp_path):
     assert found == {"a.svs": None, "vms/b.vms": None}
 
 
+def test_what_looks_like_a_slide_but_is_not_read_is_counted_in_one_warning(tmp_path, caplog):
+    names = ["c.isyntax", "c.VSI", "c.lif", "c.nd2", "c.jp2", "c.btf", "c.webp", "sub/d.jp2"]
+    touch(tmp_path, *names, "c.svs.part", "c.svs.gz", "b.zarr/zarr.json", "b.zarr/0/e.zarr/0.tif")
+    touch(tmp_path, "notes.txt", "table.csv.gz", "readme")
+    counts = (
+        "1 x .btf, 1 x .isyntax, 2 x .jp2, 1 x .lif, 1 x .nd2, 1 x .svs.gz, 1 x .svs.part, "
+        "1 x .vsi, 1 x .webp, 1 x .zarr"
+    )
+    with pytest.raises(UserError, match=f"there are none. It holds {counts}, which OpenSlide does"):
+        find_slides(tmp_path)
+    touch(tmp_path, "TCGA-1.uuid.svs")
+    caplog.clear()
+    assert [slide.name for slide in find_slides(tmp_path)] == ["TCGA-1.uuid.svs"]
+    (record,) = caplog.records
+    assert f"{counts} are left out" in record.getMessage()
+
+
 def test_output_folder_and_circles_of_links_are_passed_by(tmp_path):
     touch(tmp_path, "a.svs", "out/thumbnails/a.jpg", "real/b.svs")
     (tmp_path / "real" / "circle").symlink_to(tmp_path)
