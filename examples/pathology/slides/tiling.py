@@ -122,7 +122,7 @@ def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePla
     grey: Pixels = np.asarray(cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
     if judge:
         _refuse_unused_bits(slide, overview)
-        _refuse_fluorescence(slide.name, grey, rules)
+        _refuse_fluorescence(slide.name, overview, grey, rules)
     whole = grey[: rows * tile_px, : columns * tile_px].astype(np.float64)
     brightness = whole.reshape(rows, tile_px, columns, tile_px).mean(axis=(1, 3))
     bright = brightness >= rules.brightness_cutoff
@@ -143,13 +143,20 @@ def _refuse_unused_bits(slide: Slide, overview: Pixels) -> None:
         )
 
 
-def _refuse_fluorescence(name: str, grey: Pixels, rules: TileRules) -> None:
-    """Raise if much of an overview, as grey values (h, w), is dark."""
-    dark = float(np.mean(grey < DARK_GREY))
+def _refuse_fluorescence(name: str, overview: Pixels, grey: Pixels, rules: TileRules) -> None:
+    """Raise if much of what was scanned is dark; black of exactly 0 was not scanned.
+
+    That holds next to glass alone: the background of a fluorescence slide may be cut off at 0.
+    """
+    scanned = overview.any(axis=2)
+    if not (grey >= GLASS_GREY).any():
+        scanned[:] = True
+    dark = float(np.mean(grey[scanned] < DARK_GREY))
     if dark > rules.max_dark_share:
         raise SlideExcludedError(
             f"A slide must have a bright background, but {dark:.0%} of {name} is dark: it "
-            "looks like fluorescence, for which the tissue rules are not made."
+            "looks like fluorescence, for which the tissue rules are not made. If it is not, "
+            "allow more with --max-dark-share."
         )
 
 

@@ -139,6 +139,21 @@ def test_values_that_do_not_fill_their_bits_are_refused_for_that(bits, tmp_path)
         assert not isinstance(e.value, SlideExcludedError)
 
 
+def test_black_that_was_never_scanned_is_not_fluorescence():
+    def stitched(x, y):
+        pixels = half_glass(x, y)
+        pixels[x > 1536, :3] = 0
+        return pixels
+
+    slide, _ = make(stitched, (5120, 1100))
+    plan = plan_tiles(slide, RULES)
+    read_all(slide, plan)
+    assert [plan.count(s) for s in (TileStatus.BRIGHT, TileStatus.KEPT)] == [4, 2]
+    slide, _ = make(plain((0, 0, 0)), (1100, 1100))
+    with pytest.raises(SlideExcludedError, match=r"100% of fake is dark.*with --max-dark-share"):
+        plan_tiles(slide, RULES)
+
+
 def grey_tissue(x, y):
     pixels = half_glass(x, y)
     pixels[..., :3] = pixels[..., :1]  # one plane of three, as OpenSlide gives it
