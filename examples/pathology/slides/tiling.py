@@ -148,10 +148,9 @@ def _refuse_fluorescence(name: str, overview: Pixels, grey: Pixels, rules: TileR
 
     That holds next to glass alone: the background of a fluorescence slide may be cut off at 0.
     """
-    scanned = overview.any(axis=2)
-    if not (grey >= GLASS_GREY).any():
-        scanned[:] = True
-    dark = float(np.mean(grey[scanned] < DARK_GREY))
+    has_glass = bool((grey >= GLASS_GREY).any())
+    scanned = grey[overview.max(axis=2) > 0] if has_glass else grey
+    dark = float(np.mean(scanned < DARK_GREY))
     if dark > rules.max_dark_share:
         raise SlideExcludedError(
             f"A slide must have a bright background, but {dark:.0%} of {name} is dark: it "
