@@ -139,8 +139,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
     for name in config.auxiliary:
         values[name] = [p.known[name] for p in found if name in p.known]
     targets = [make_target(name, kinds[name], known, config) for name, known in values.items()]
-    cohort = _cohort(targets, labelled, training_only, stages, ledger, inspection)
-    return replace(cohort, unknown=_unknown(joined, targets))
+    return _cohort(joined, targets, labelled, training_only, stages, ledger, inspection)
 
 
 def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
@@ -173,14 +172,7 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
         ("and usable features: used", len(found)),
     ]
     _refuse_nobody(found, "a slide and features", stages, ledger)
-    cohort = _cohort(targets, found, [], stages, ledger, inspection)
-    return replace(cohort, unknown=_unknown(joined, targets))
-
-
-def _unknown(joined: Joined, targets: Sequence[Target]) -> dict[str, str]:
-    """Return the words that were taken for "not known" by target, where there are any."""
-    words = {target.name: joined.unknown_of(target.name) for target in targets}
-    return {name: said for name, said in words.items() if said}
+    return _cohort(joined, targets, found, [], stages, ledger, inspection)
 
 
 def _cut(joined: Joined, target: str, cutoff: float | None, table: Path) -> Joined:
@@ -323,6 +315,7 @@ def _refuse_nobody(
 
 
 def _cohort(
+    joined: Joined,
     targets: Sequence[Target],
     patients: Sequence[Patient],
     training_only: Sequence[Patient],
@@ -332,6 +325,7 @@ def _cohort(
 ) -> Cohort:
     """Return the cohort, whose features must be of one kind."""
     kind, crc = inspection.kind(), inspection.crc
+    unknown = {target.name: joined.unknown_of(target.name) for target in targets}
     reasons = {
         p.name: f"no {targets[0].name} label: trained on for {listing(p.known)}, never tested"
         for p in training_only
@@ -348,6 +342,7 @@ def _cohort(
         training_only=tuple(training_only),
         ledger=tuple(sorted(rows, key=lambda row: (row.item, row.patient, row.name))),
         funnel=tuple(stages),
+        unknown={name: words for name, words in unknown.items() if words},
         kind=kind,
         digest=_sha256(
             f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[crc[file] for file in p.files]}"

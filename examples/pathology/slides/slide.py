@@ -216,7 +216,7 @@ class Slide:
         name: Name of the slide, for messages.
         mpp: Size of its level-0 pixels.
         broken_levels: Levels that are known to be unreadable and are passed by.
-        bits_per_sample: Of each colour in the file; OpenSlide gives the upper 8.
+        path: The file, where there is one.
     """
 
     def __init__(
@@ -225,10 +225,10 @@ class Slide:
         name: str,
         mpp: Mpp,
         broken_levels: frozenset[int] = frozenset(),
-        bits_per_sample: int = 8,
+        path: Path | None = None,
     ) -> None:
         self._handle = handle
-        self.bits_per_sample = bits_per_sample
+        self._path = path
         self.broken_levels = broken_levels
         self.name = name
         self.mpp = mpp
@@ -243,6 +243,16 @@ class Slide:
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+
+    def bits_per_sample(self) -> int:
+        """Return how many bits a TIFF has for each colour, of which we get the upper 8; or 8."""
+        if self._path is None:
+            return 8
+        try:
+            with tifffile.TiffFile(self._path) as file:
+                return int(file.pages.first.bitspersample)
+        except Exception:  # noqa: BLE001 - OpenSlide opened it: what is no TIFF is read all the same
+            return 8
 
     def level_for(self, mpp: float) -> int:
         """Return the coarsest level that is at least as fine as `mpp` um/px, or level 0."""
@@ -356,13 +366,4 @@ def open_slide(
     except SlideError:
         handle.close()
         raise
-    return Slide(handle, name, mpp, broken_levels, _bits_per_sample(path))
-
-
-def _bits_per_sample(path: Path) -> int:
-    """Return how many bits a TIFF has for each colour; 8 for what is no TIFF."""
-    try:
-        with tifffile.TiffFile(path) as file:
-            return int(file.pages.first.bitspersample)
-    except Exception:  # noqa: BLE001 - OpenSlide opened it: an odd header is no reason to refuse it
-        return 8
+    return Slide(handle, name, mpp, broken_levels, path)

@@ -135,10 +135,10 @@ def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePla
 def _refuse_unused_bits(slide: Slide, overview: Pixels) -> None:
     """Raise if 12 or 14 bits were stored in 16 as they are: the upper 8, all we get, are dark."""
     brightest = int(overview.max())
-    if slide.bits_per_sample > 8 and brightest < 128:
+    if brightest < 128 and (bits := slide.bits_per_sample()) > 8:
         raise SlideError(
             f"A slide must have 8 bits per sample or use all it has, but {slide.name} has "
-            f"{slide.bits_per_sample}, of which the uppermost are empty: the upper 8 reach "
+            f"{bits}, of which the uppermost are empty: the upper 8 reach "
             f"{brightest} of 255. Convert it to 8 bits."
         )
 
