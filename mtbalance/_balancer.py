@@ -34,7 +34,7 @@ from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
 from mtbalance._record import EpochCounts, EpochSummary, Record
 from mtbalance._seen import Seen
-from mtbalance._shared import Shared, named_groups
+from mtbalance._shared import Shared, SharedParts
 from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
 from mtbalance._task_gradients import TaskGradients
@@ -59,9 +59,9 @@ class Balancer(nn.Module):
         weighting: Turns losses into weighted losses.
         gradient: Turns per-task gradients into one direction.
         tasks: Names of the tasks, in the order of the rows.
-        shared: What is balanced: modules or parameters, one or several, or a mapping from group
-            name to these, each group being balanced on its own. None: whatever two or more losses
-            reach.
+        shared: What is balanced: modules (what they hold when a step is made) or parameters, one or
+            several, or a mapping from group name to these, each group being balanced on its own.
+            None: whatever two or more losses reach.
         process_group: The processes that train together, each on its part of the batch; None for
             all of ``torch.distributed``. Losses and per-task gradients are averaged over them
             before they are balanced, inside ``DistributedDataParallel`` and without it; see "Many
@@ -137,12 +137,12 @@ class Balancer(nn.Module):
         self.chunk = None if chunk is None else check_count("chunk", chunk)
         self.fallbacks = 0
         """How often batched backward passes (``chunk``) ran one by one instead."""
-        groups = None if shared is None else named_groups(shared)
-        self._reach = ReachLog(self.tasks, groups)
-        self._ranks = Ranks(process_group, self.tasks, groups)
+        parts = SharedParts(shared)
+        self._reach = ReachLog(self.tasks, parts, balances=not gradient.is_sum)
+        self._ranks = Ranks(process_group, self.tasks, parts)
         looks = nonfinite != "propagate"
         self._batched = BatchedPasses(self.chunk, looks=looks) if self.chunk else None
-        self._kept = KeptWeights(self.tasks, 1 if groups is None else len(groups))
+        self._kept = KeptWeights(self.tasks, max(1, len(parts)))
         self._steps = Steps(self.tasks, self._reach, self._kept)
         self._pending = TaskGradients()
         self._epoch = EpochCounts(self.tasks)

@@ -133,6 +133,8 @@ def company_of(ranks: Ranks, log: ReachLog, owner: nn.Module) -> Company:
         log: What tasks have reached.
         owner: Holds the random sources, which must draw alike in all processes.
     """
+    if log.renew():
+        ranks.rename()
     if ranks.sharded:
         return Sharded(ranks, log, owner)
     return Replicas(ranks, log, owner) if ranks.several else Alone(log)
@@ -243,6 +245,7 @@ class Replicas:
         if BELOW in reached:
             whole = {task: reach_of([loss]).leaves for task, loss in losses.items()}
         self._log.check(whole)
+        self._log.look_for_compiled(losses)
         detached = {task: loss.detach() for task, loss in losses.items()}
         return Seen(losses, detached, tuple(nonfinite), self.reach(losses, graphs), reached)
 
@@ -268,7 +271,7 @@ class Replicas:
             exchange.add(row)
             del row  # which goes once its bucket is filled
         gradients = exchange.finish()
-        self._log.note_gradients(gradients, check=self.sharded)
+        self._log.note_gradients(gradients)
         return gradients
 
     def share(self, seen: Seen, task: str) -> float:

@@ -6,11 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn.parallel import distributed
 
 _LeafNode = type(
     torch.ones((), requires_grad=True, device="cpu").view(()).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 )
 """What stands for a leaf in a graph."""
+
+
+_Sink = getattr(getattr(distributed, "_DDPSink", None), "_backward_cls", None)
+"""What ``DistributedDataParallel`` with ``find_unused_parameters`` leads all outputs of a model
+through: each as it is, though they are outputs of one operation."""
 
 
 class Reach(NamedTuple):
@@ -47,24 +53,44 @@ def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
     owner: dict[Node, int] = {}
     leaves: dict[int, Tensor] = {}
     shares_graph = [False] * len(losses)
-    ends = {tensor.grad_fn for tensor in until}
+    ends = {(tensor.grad_fn, tensor.output_nr) for tensor in until}
+    through: set[tuple[Node, int]] = set()
     for number in reversed(range(len(losses))):
         loss = losses[number]
         if loss.grad_fn is None:
             leaves.setdefault(id(loss), loss)
-        stack = [loss.grad_fn]
+        stack = [(loss.grad_fn, loss.output_nr)]
         while stack:
-            node = stack.pop()
-            if node is None or node in ends:
+            node, output = edge = stack.pop()
+            if node is None or (ends and edge in ends):
                 continue
-            is_leaf = type(node) is _LeafNode
+            kind = type(node)
             if node in owner:
-                shares_graph[number] |= owner[node] != number and not is_leaf
-                continue
-            owner[node] = number
-            if is_leaf:
+                shares_graph[number] |= owner[node] != number and kind is not _LeafNode
+                if kind is not _Sink:
+                    continue
+            owner.setdefault(node, number)
+            if kind is _LeafNode:
                 leaf = node.variable  # type: ignore[attr-defined]
                 leaves.setdefault(id(leaf), leaf)
-            else:
-                stack += [child for child, _ in node.next_functions]
+            elif kind is not _Sink:
+                stack += node.next_functions
+            elif (node, output) not in through:
+                through.add((node, output))
+                stack.append(node.next_functions[output])
     return Reach(list(leaves.values()), shares_graph)
+
+
+def compiled_outputs_of(loss: Tensor) -> dict[Node, set[int]]:
+    """Return which outputs of each compiled function a loss is computed from."""
+    found: dict[Node, set[int]] = {}
+    known: set[Node | None] = {None}
+    stack = [(loss.grad_fn, loss.output_nr)]
+    while stack:
+        node, output = stack.pop()
+        if node is not None and type(node).__name__ == "CompiledFunctionBackward":
+            found.setdefault(node, set()).add(output)
+        if node not in known:
+            known.add(node)
+            stack += node.next_functions  # type: ignore[union-attr]
+    return found

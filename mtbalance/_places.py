@@ -117,7 +117,7 @@ class AtParameters:
     def divide(self, gradients: TaskGradients) -> Divided:
         """Return the shared parameters of each group, and all other leaves."""
         groups, rest = self._log.divide(gradients.leaves.values())
-        self._log.check_inferred(gradients, groups)
+        self._log.check_rows(gradients, groups)
         return groups, rest
 
     def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:

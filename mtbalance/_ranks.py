@@ -8,6 +8,7 @@ go round. So ranks whose tasks or whose used parameters differ neither wait for 
 nor add up gradients of different parameters.
 """
 
+import copy
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,8 @@ from mtbalance._agreement import BELOW, Agreement, Told, message_of
 from mtbalance._buckets import Bucket, buckets
 from mtbalance._names import Names, outermost_modules
 from mtbalance._random import RandomSource
-from mtbalance._shards import any_sharded, is_sharded
+from mtbalance._shards import is_sharded
+from mtbalance._shared import SharedParts
 
 T = TypeVar("T")
 
@@ -30,19 +32,19 @@ class Ranks:
     Args:
         group: Their process group; None for all processes.
         tasks: The tasks.
-        shared: The parameters of each group of shared ones, by name, if they are given.
+        shared: The shared parameters, in groups, if they are given.
     """
 
     def __init__(
         self,
         group: "torch.distributed.ProcessGroup | None",
         tasks: tuple[str, ...],
-        shared: Mapping[str, Mapping[str, Tensor]] | None,
+        shared: SharedParts,
     ) -> None:
         self.group = group
         self._tasks = tasks
         self._slots = (*tasks, BELOW)
-        self._shared = shared or {}
+        self._shared = shared
         self._names: Names | None = None
         self._layouts: dict[str, list[str]] = {}
         self._around: list[weakref.ref[Tensor]] = []
@@ -60,11 +62,7 @@ class Ranks:
 
     # Process groups can be neither copied nor pickled; a copy belongs to the same one.
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
-        shared = {
-            group: {name: memo.get(id(p), p) for name, p in parameters.items()}
-            for group, parameters in self._shared.items()
-        }
-        copied = Ranks(self.group, self._tasks, shared)
+        copied = Ranks(self.group, self._tasks, copy.deepcopy(self._shared, memo))
         copied._draws_agree = self._draws_agree
         return copied
 
@@ -92,7 +90,11 @@ class Ranks:
     @property
     def sharded(self) -> bool:
         """Whether shared parameters are sharded, so that their gradients arrive in ``.grad``."""
-        return any_sharded(p for group in self._shared.values() for p in group.values())
+        return self._shared.sharded
+
+    def rename(self) -> None:
+        """Name parameters anew: shared modules hold others than before."""
+        self._names, self._layouts = None, {}
 
     def parameters(self) -> list[Tensor]:
         """Return every parameter that has a name; with sharded ones, all that any module holds."""
@@ -173,7 +175,7 @@ class Ranks:
     def _known_names(self) -> Names:
         if self._names is None:
             self._names = Names()
-            for group, parameters in self._shared.items():
+            for group, parameters in self._shared.groups.items():
                 self._names.give(group, parameters)
         return self._names
 

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from mtbalance._explanation import Explanation, explanation_of
-from mtbalance._graphs import reach_of
+from mtbalance._graphs import compiled_outputs_of, reach_of
+from mtbalance._names import names_in_models
+from mtbalance._shared import SharedParts
 from mtbalance._split import Known, LoadedSplit, split_of
 from mtbalance._task_gradients import TaskGradients
 
@@ -17,36 +20,40 @@ class ReachLog:
 
     Args:
         tasks: All tasks.
-        groups: The shared parameters of each group, by name; None: what two or more tasks reach.
+        shared: The shared parameters, in groups; what two or more tasks reach where none are given.
+        balances: Whether it makes a difference what is shared.
     """
 
-    def __init__(self, tasks: tuple[str, ...], groups: dict[str, dict[str, Tensor]] | None) -> None:
+    def __init__(self, tasks: tuple[str, ...], shared: SharedParts, *, balances: bool) -> None:
         self._tasks = tasks
-        self._groups = groups
+        self._shared = shared
         self._reached: list[tuple[Tensor, set[str]]] = []
         self._orders: dict[str, list[Tensor]] = {}  # what each has reached, in order
         self._loaded = LoadedSplit()
         self._seen: set[frozenset[str]] = set()
         self._unreached_told = False
+        self._outside_told = self._compiled_told = not balances
         self._index()
 
     def _index(self) -> None:
         """Make what goes by identity, which copying changes."""
         self._by_id = {id(leaf): tasks for leaf, tasks in self._reached}
         self._ids = {task: set(map(id, leaves)) for task, leaves in self._orders.items()}
-        self._group_of = {
-            id(parameter): number
-            for number, parameters in enumerate((self._groups or {}).values())
-            for parameter in parameters.values()
-        }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_by_id", "_ids", "_group_of")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_by_id", "_ids")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._orders, self._loaded = {}, LoadedSplit()  # pickled before there were any
         self.__dict__.update(state)
         self._index()
+
+    def renew(self) -> bool:
+        """Look whether shared modules hold other parameters than before, and return it."""
+        changed = self._shared.renew()
+        if changed:  # tasks may reach whatever is there now
+            self._reached, self._orders, self._seen = [], {}, set()
+            self._index()
+        return changed
 
     def parameters(self) -> list[Tensor]:
         """Return every parameter that some loss has reached."""
@@ -58,6 +65,7 @@ class ReachLog:
             return
         reached = {task: reach_of([loss]).leaves for task, loss in losses.items()}
         self.check(reached)
+        self.look_for_compiled(losses)
         self.note(reached)
 
     def check(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
@@ -71,28 +79,36 @@ class ReachLog:
             self._note(task, leaves)
         self._seen.add(frozenset(reached))
         self._tell_unreached()
+        self._tell_outside()
 
-    def note_gradients(self, gradients: TaskGradients, *, check: bool = False) -> None:
-        """Note what the gradients of a step reach.
-
-        Args:
-            gradients: The gradients.
-            check: Whether to raise if a task's reach no shared parameter (where graphs do not
-                tell).
-        """
+    def note_gradients(self, gradients: TaskGradients) -> None:
+        """Note what the gradients of a step reach."""
         for task in gradients.losses:
-            leaves = gradients.leaves_of(task)
-            if check:
-                self._check_reaches_shared(task, leaves)
-            self._note(task, leaves)
+            self._note(task, gradients.leaves_of(task))
 
     def _check_reaches_shared(self, task: str, leaves: Sequence[Tensor]) -> None:
-        if self._groups is not None and not any(id(leaf) in self._group_of for leaf in leaves):
-            raise ValueError(
-                f"the loss of task {task!r} must reach a shared parameter, but reaches none. Does "
-                "it come from the modules given as `shared`, as they were when the Balancer was "
-                "made?"
+        if not self._is_reached_by(leaves):
+            raise self._reaches_none(f"the loss of task {task!r}")
+
+    def _is_reached_by(self, leaves: Iterable[Tensor]) -> bool:
+        """Return whether a shared parameter is among the leaves, if any are given."""
+        if not self._shared.given:
+            return True
+        numbers = self._shared.number_of
+        return any(id(leaf) in numbers for leaf in leaves)
+
+    def _reaches_none(self, who: str) -> ValueError:
+        if self._shared.frozen:
+            why = (
+                ": all that are given as `shared` are frozen (requires_grad is False). Until some "
+                "are unfrozen there is nothing to balance, and loss.backward() trains the rest."
             )
+        else:
+            why = (
+                ". Do the losses come from the modules given as `shared`? Parameters given one by "
+                "one are those of the time when the Balancer was made."
+            )
+        return ValueError(f"{who} must reach a shared parameter, but reaches none{why}")
 
     def _note(self, task: str, leaves: Iterable[Tensor]) -> None:
         known = self._ids.setdefault(task, set())
@@ -101,7 +117,7 @@ class ReachLog:
             leaf
             for leaf in leaves
             if id(leaf) not in known
-            and (isinstance(leaf, nn.Parameter) or id(leaf) in self._group_of)
+            and (isinstance(leaf, nn.Parameter) or id(leaf) in self._shared.number_of)
         ]
         for leaf, tasks in self._loaded.find(task, new):
             self._mark(leaf, tasks)
@@ -119,13 +135,13 @@ class ReachLog:
 
     def split(self) -> list[Known] | None:
         """Return what is to be saved of an inferred split; None where it is given."""
-        if self._groups is not None:
+        if self._shared.given:
             return None
         return split_of(self._reached, self._orders, self._loaded)
 
     def load(self, split: Sequence[Known] | None) -> None:
         """Go on with an inferred split; None where none was saved."""
-        if split is None or self._groups is not None:
+        if split is None or self._shared.given:
             return
         self._reached, self._orders, self._loaded = [], {}, LoadedSplit(split)
         self._seen = set()
@@ -138,23 +154,63 @@ class ReachLog:
         self._unreached_told = True
         unreached = [
             name
-            for parameters in (self._groups or {}).values()
+            for parameters in self._shared.groups.values()
             for name, parameter in parameters.items()
             if parameter.requires_grad and id(parameter) not in self._by_id
         ]
         if unreached:
-            shown = ", ".join(map(repr, unreached[:3])) + (", ..." if len(unreached) > 3 else "")
             warnings.warn(
-                f"no loss reaches {len(unreached)} of the parameters given as `shared` ({shown}). "
+                f"no loss reaches {len(unreached)} of the parameters given as `shared` "
+                f"({_shown(unreached)}). "
                 "They get no gradient; balancer.explain() lists all.",
                 UserWarning,
                 stacklevel=4,
             )
 
+    def _tell_outside(self) -> None:
+        """Warn once of parameters that several tasks reach though they were not given."""
+        if self._outside_told or not self._shared.given:
+            return
+        numbers = self._shared.number_of
+        outside = [leaf for leaf, by in self._reached if len(by) > 1 and id(leaf) not in numbers]
+        if not outside:
+            return
+        self._outside_told = True
+        names = names_in_models(outside)
+        shown = _shown([names.get(id(leaf), f"of shape {tuple(leaf.shape)}") for leaf in outside])
+        warnings.warn(
+            f"several tasks reach {len(outside)} parameters that were not given as `shared` "
+            f"({shown}). They get the plain sum of weighted gradients, which nothing balances; "
+            "balancer.explain() lists all.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+    def look_for_compiled(self, losses: Mapping[str, Tensor]) -> None:
+        """Warn once where graphs do not tell what is shared: inside of a compiled function."""
+        if self._compiled_told or frozenset(losses) in self._seen:
+            return
+        outputs: dict[Node, list[set[int]]] = {}
+        for loss in losses.values():
+            for node, used in compiled_outputs_of(loss).items():
+                outputs.setdefault(node, []).append(used)
+        if all(used == by_tasks[0] for by_tasks in outputs.values() for used in by_tasks):
+            return
+        self._compiled_told = self._outside_told = True
+        if self._shared.given:
+            return
+        warnings.warn(
+            "what is shared cannot be inferred inside a compiled model, each of whose outputs "
+            "seems to reach all of its parameters: heads in there count as shared. Name the "
+            "shared modules with `shared=`.",
+            UserWarning,
+            stacklevel=4,
+        )
+
     def divide(self, leaves: Iterable[Tensor]) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
         """Return the shared ones of these leaves by the number of their group, and all others."""
         found = {id(leaf): leaf for leaf in leaves}
-        if self._groups is None:
+        if not self._shared.given:
             # What two tasks have reached. In the order given, like everything else.
             shared = [f for key, f in found.items() if len(self._by_id.get(key, ())) > 1]
             groups = {0: shared}
@@ -162,30 +218,41 @@ class ReachLog:
             # In the order given to the Balancer, which the graphs of a step cannot change.
             groups = {
                 number: [p for p in parameters.values() if id(p) in found]
-                for number, parameters in enumerate(self._groups.values())
+                for number, parameters in enumerate(self._shared.groups.values())
             }
         balanced = {id(leaf) for group in groups.values() for leaf in group}
         rest = [leaf for key, leaf in found.items() if key not in balanced]
         return {number: group for number, group in groups.items() if group}, rest
 
-    def check_inferred(
-        self, gradients: TaskGradients, groups: Mapping[int, Sequence[Tensor]]
-    ) -> None:
-        """Raise if what is shared was inferred, and some task has no part in it."""
-        if self._groups is not None or len(self._tasks) == 1:
-            return
-        if set(gradients.losses) != set(self._tasks):
-            return
-        shared = list(groups.get(0, ()))
-        for task, row in zip(
-            gradients.losses, gradients.rows(list(gradients.losses), shared), strict=True
+    def check_reached(self, tasks: Iterable[str], leaves: Iterable[Tensor]) -> None:
+        """Raise if the losses of a step reach, together, no shared parameter that is given."""
+        if not self._is_reached_by(leaves):
+            raise self._reaches_none(f"some loss of tasks {', '.join(map(repr, tasks))}")
+
+    def check_rows(self, gradients: TaskGradients, groups: Mapping[int, Sequence[Tensor]]) -> None:
+        """Raise if some task has no part in what is shared, given or inferred."""
+        if not self._shared.given and (
+            len(self._tasks) == 1 or set(gradients.losses) != set(self._tasks)
         ):
-            if all(gradient is None for gradient in row):
-                raise ValueError(
-                    f"the loss of task {task!r} must reach a shared parameter, but shares none "
-                    "with the other tasks. Name the shared modules with `shared=`."
-                )
+            return
+        for task in gradients.losses:
+            if any(gradients.reaches(task, leaves) for leaves in groups.values()):
+                continue
+            if self._shared.given:
+                raise self._reaches_none(f"the loss of task {task!r}")
+            raise ValueError(
+                f"the loss of task {task!r} must reach a shared parameter, but shares none "
+                "with the other tasks. Name the shared modules with `shared=`; frozen ones "
+                "(requires_grad is False) are not reached."
+            )
 
     def explain(self, model: nn.Module | None = None) -> Explanation:
         """Sort every known parameter, and those of ``model``, by its use."""
-        return explanation_of(self._tasks, self._groups, self._reached, model)
+        self.renew()
+        groups = self._shared.groups if self._shared.given else None
+        return explanation_of(self._tasks, groups, self._reached, model)
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Return the first of some names."""
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

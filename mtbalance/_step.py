@@ -100,12 +100,14 @@ class Steps:
         scale = scale_of(setting.scaler, next(iter(seen.losses.values())))
         weighed = self._weigh(seen.losses, setting)
         weights = weighed.weights
-        passes = [Pass(company.leaves(seen), weights)]
+        leaves = company.leaves(seen)
+        self._log.check_reached(seen.losses, leaves)
+        passes = [Pass(leaves, weights)]
         if kept is not None:
-            groups, rest = self._log.divide(passes[0].leaves)
+            groups, rest = self._log.divide(leaves)
             passes = [Pass(rest, weights)]
-            for number, leaves in groups.items():
-                passes.append(Pass(leaves, weights * kept[number].to(weights)))
+            for number, balanced in groups.items():
+                passes.append(Pass(balanced, weights * kept[number].to(weights)))
         if in_passes(passes, seen, weighed, scale, company, looks=policy.looks):
             record = Record(
                 tuple(seen.losses),

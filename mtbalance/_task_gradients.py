@@ -1,6 +1,6 @@
 """Per-task gradients of one step, as they come and add up."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,11 @@ class TaskGradients:
     def leaves_of(self, task: str) -> list[Tensor]:
         """Return the leaves that a task reaches."""
         return [self.leaves[key] for key in self._gradients[task]]
+
+    def reaches(self, task: str, leaves: Iterable[Tensor]) -> bool:
+        """Return whether a task reaches any of these leaves."""
+        gradients = self._gradients[task]
+        return any(id(leaf) in gradients for leaf in leaves)
 
     def rows(self, tasks: Sequence[str], leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """Return the gradients of these tasks for these leaves."""

@@ -46,6 +46,36 @@ def test_groups_of_shared_parameters(two: Pool, wrapped: bool) -> None:
         assert_equal(ranks, in_groups(ALONE, name, False), 1e-12, name)
 
 
+def changing(here: Here, name: str, wrapped: bool) -> Outcome:
+    """The trunk gets new layers, in other order of names, between steps."""
+    torch.manual_seed(0)
+    network = Network()
+    wrap = ddp() if wrapped else plain
+    has: Has = (TASKS, TASKS)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    balancer = make_balancer(name, tasks=TASKS, shared=network.trunk, optimizer=optimizer)
+    records = []
+    for step in range(2):
+        network.zero_grad()
+        network.trunk.append(nn.Linear(5, 5).double())
+        network.trunk[0] = nn.Linear(4, 6).double()
+        call = wrap(Parts(network))
+        record = balancer.backward(
+            call(here, batch(seed=step), has),
+            validation=lambda call=call: call(here, batch(seed=9), has),
+        )
+        records.append(record.as_dict())
+    return Outcome(records=records).add(network, balancer)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_shared_modules_may_change_between_steps(two: Pool, wrapped: bool) -> None:
+    for name in NAMES:
+        ranks = two.run(changing, name, wrapped)
+        assert_equal(ranks, changing(ALONE, name, False), 1e-12, name)
+        same_everywhere(ranks)
+
+
 def in_subgroups(here: Here, members: list[list[int]]) -> dict[str, Outcome]:
     """Train as a member of one of several groups of processes, or outside all of them."""
     groups = [dist.new_group(ranks) for ranks in members]
@@ -267,7 +297,7 @@ class Words(nn.Module):
 def on_words(here: Here, name: str, sparse: bool) -> Outcome:
     torch.manual_seed(0)
     model = Words(sparse)
-    balancer = make_balancer(name, tasks=TASKS, shared=[model.embedding, model.middle])
+    balancer = make_balancer(name, tasks=TASKS, shared=model)
     record = balancer.backward(model.losses(here.part(torch.tensor([0, 1, 1, 2, 2, 4]))))
     outcome = Outcome(records=[record.as_dict()]).add(model, balancer)
     dense = {n: None if g is None else g.to_dense() for n, g in outcome.gradients.items()}

@@ -406,3 +406,19 @@ def test_one_shard_is_the_whole(two: Pool) -> None:
     for outcomes in two.run(one_shard):
         for name in FEW:
             assert_equal([outcomes[name]], train(ALONE, name), 1e-12, name)
+
+
+def sharded_too_late(here: Here) -> str:
+    torch.manual_seed(0)
+    model = Whole(Network())
+    balancer = make_balancer("cagrad", tasks=TASKS, shared=model.network.trunk)
+    Sharding()(model)
+    with pytest.raises(RuntimeError) as caught:
+        balancer.backward(model(here.part(batch())))
+    return str(caught.value)
+
+
+def test_sharded_after_the_balancer_was_made(two: Pool) -> None:
+    """Between forward and backward pass the modules hold whole parameters, which get no shards."""
+    for message in two.run(sharded_too_late):
+        assert "have been sharded since the Balancer was made. Make it after fully_shard" in message
