@@ -28,7 +28,7 @@ from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
 from mtbalance._task_gradients import Row
 from mtbalance._weighed import Weighed, Weigher
-from mtbalance._writing import write
+from mtbalance._writing import hooks_when_written, write
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Step, Weighting
 
@@ -74,6 +74,7 @@ class Steps:
         self._kept = kept
         self._weigher = Weigher(tasks)
 
+    @hooks_when_written()
     def take(self, seen: Seen, setting: Setting) -> Record:
         """Take the step of losses that all processes know of."""
         policy = setting.policy
@@ -89,6 +90,7 @@ class Steps:
         rows = setting.place.rows(seen, setting.company, setting.scaler)
         return self._with_rows(rows, seen, setting)
 
+    @hooks_when_written()
     def take_accumulated(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
         """Take the step of losses whose backward passes have been made."""
         ended = setting.policy.ended("loss", seen.finite, seen.nonfinite)

@@ -1,13 +1,61 @@
-"""Writing to ``.grad``: accumulating, and keeping or throwing away what a pass has written."""
+"""Writing to ``.grad``: accumulating, and keeping or throwing away what a pass has written.
+
+Hooks on accumulated gradients (``Tensor.register_post_accumulate_grad_hook``) are called here and
+nowhere else: once per step, when all of it is written. Autograd would call them in each pass.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtbalance._rows import all_finite
 from mtbalance._shards import any_sharded, like_sharded, local
+
+_hooked: ContextVar[dict[int, Tensor] | None] = ContextVar("hooked", default=None)
+"""Leaves with hooks that have got a gradient in the step that is being taken."""
+
+
+@contextmanager
+def hooks_when_written() -> Iterator[None]:
+    """Call the hooks of what is written inside at the end; none of them after an error."""
+    hooked: dict[int, Tensor] = {}
+    token = _hooked.set(hooked)
+    try:
+        yield
+    finally:
+        _hooked.reset(token)
+    with torch.no_grad():  # as in a backward pass
+        for leaf in hooked.values():
+            for hook in list(_hooks_of(leaf).values()):
+                hook(leaf)
+
+
+def _hooks_of(leaf: Tensor) -> dict[int, Any]:
+    """Return the hooks that autograd calls when it has accumulated a gradient."""
+    return leaf._post_accumulate_grad_hooks or {}
+
+
+def _note_written(leaf: Tensor) -> None:
+    hooked = _hooked.get()
+    if hooked is not None and leaf._post_accumulate_grad_hooks:
+        hooked[id(leaf)] = leaf
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Let backward passes inside call no hooks of these leaves."""
+    suspended = [(hooks, dict(hooks)) for leaf in leaves if (hooks := _hooks_of(leaf))]
+    for hooks, _ in suspended:
+        hooks.clear()  # and not another dictionary: handles that remove a hook know this one
+    try:
+        yield
+    finally:
+        for hooks, saved in suspended:
+            hooks.update(saved)
 
 
 def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
@@ -20,6 +68,7 @@ def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -
         else:
             with torch.no_grad():
                 leaf.grad.add_(direction)
+        _note_written(leaf)
 
 
 def _laid_out(direction: Tensor, leaf: Tensor) -> Tensor:
@@ -68,7 +117,8 @@ def fresh_grad(leaves: Sequence[Tensor]) -> Iterator[FreshGrad]:
         leaf.grad = None
     fresh = FreshGrad(leaves)
     try:
-        yield fresh
+        with _without_hooks(leaves):
+            yield fresh
     finally:
         for leaf, old in zip(leaves, earlier, strict=True):
             new = leaf.grad if fresh.kept else None
@@ -77,3 +127,5 @@ def fresh_grad(leaves: Sequence[Tensor]) -> Iterator[FreshGrad]:
                 add_to_grad([leaf], [new])
             else:
                 leaf.grad = new
+                if new is not None:
+                    _note_written(leaf)
