@@ -267,6 +267,14 @@ def combine(
     return directions
 
 
+def with_room_for(total: Tensor, addend: Tensor) -> Tensor:
+    """Return a gradient in the layout that its sum with another one has, as autograd adds them.
+
+    Sparse and dense are dense together, which no sparse tensor can be told to hold.
+    """
+    return total.to_dense() if total.is_sparse and not addend.is_sparse else total
+
+
 def _plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor) -> Tensor:
     """Return total + number * tensor, into ``total`` where there is one."""
     dtype = at_least_float32(tensor.dtype)
@@ -275,6 +283,7 @@ def _plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor)
         factor = number.to(tensor.device, dtype)
     if total is None:
         return tensor.to(dtype) * factor
+    total = with_room_for(total, tensor)
     if isinstance(factor, Tensor):
         if tensor.is_sparse:  # which `addcmul_` does not take
             return total.add_(tensor.to(dtype) * factor)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtbalance._rows import at_least_float32
+from mtbalance._rows import at_least_float32, with_room_for
 
 
 class Row(NamedTuple):
@@ -62,7 +62,8 @@ class TaskGradients:
                 if earlier is None:
                     gradients[key] = gradient
                 else:
-                    gradients[key] = earlier.to(at_least_float32(earlier.dtype)) + gradient
+                    total = earlier.to(at_least_float32(earlier.dtype))
+                    gradients[key] = with_room_for(total, gradient) + gradient
 
     def mark_nonfinite(self, tasks: Collection[str]) -> None:
         """Take tasks out of the step."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtbalance._rows import all_finite
+from mtbalance._rows import all_finite, with_room_for
 from mtbalance._shards import any_sharded, like_sharded, local
 
 _hooked: ContextVar[dict[int, Tensor] | None] = ContextVar("hooked", default=None)
@@ -63,11 +63,14 @@ def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -
     for leaf, direction in zip(leaves, directions, strict=True):
         if direction is None:
             continue
-        if leaf.grad is None:
+        earlier = leaf.grad
+        if earlier is None:
             leaf.grad = _laid_out(direction, leaf)
         else:
             with torch.no_grad():
-                leaf.grad.add_(direction)
+                total = with_room_for(earlier, direction).add_(direction)
+            if total is not earlier:
+                leaf.grad = _laid_out(total, leaf)
         _note_written(leaf)
 
 

@@ -273,14 +273,14 @@ def test_a_strategy_that_needs_whole_rows_is_refused_at_features_of_several_rank
 
 
 class Words(nn.Module):
-    """An embedding, tied to the output layer, or with sparse gradients."""
+    """An embedding, tied to the output layer, with sparse gradients, or both."""
 
-    def __init__(self, sparse: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(6, 4, sparse=sparse)
+        self.embedding = nn.Embedding(6, 4, sparse="sparse" in kind)
         self.middle = nn.Linear(4, 4)
         self.output = nn.Linear(4, 6, bias=False)
-        if not sparse:
+        if "tied" in kind:
             self.output.weight = self.embedding.weight
         self.double()
 
@@ -294,21 +294,28 @@ class Words(nn.Module):
         }
 
 
-def on_words(here: Here, name: str, sparse: bool) -> Outcome:
+def on_words(here: Here, name: str, kind: str, micro: int) -> Outcome:
     torch.manual_seed(0)
-    model = Words(sparse)
+    model = Words(kind)
     balancer = make_balancer(name, tasks=TASKS, shared=model)
-    record = balancer.backward(model.losses(here.part(torch.tensor([0, 1, 1, 2, 2, 4]))))
+    model.embedding(torch.tensor([3])).sum().backward()
+    losses = model.losses(here.part(torch.tensor([0, 1, 1, 2, 2, 4])))
+    for _ in range(1, micro):
+        balancer.accumulate({"b": losses["b"]})
+        losses = model.losses(here.part(torch.tensor([0, 1, 1, 2, 2, 4])))
+    record = balancer.backward(losses)
     outcome = Outcome(records=[record.as_dict()]).add(model, balancer)
     dense = {n: None if g is None else g.to_dense() for n, g in outcome.gradients.items()}
     return Outcome(outcome.values, dense, outcome.records)
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["tied", "sparse"])
+@pytest.mark.parametrize("kind", ["tied", "sparse", "sparse and tied"])
 @pytest.mark.parametrize("name", ["naive", "graddrop", "pcgrad"])
-def test_embeddings(two: Pool, name: str, sparse: bool) -> None:
+@pytest.mark.parametrize("micro", [1, 2])
+def test_embeddings(two: Pool, name: str, kind: str, micro: int) -> None:
     """Ranks reach other rows of it."""
-    assert_equal(two.run(on_words, name, sparse), on_words(ALONE, name, sparse), 1e-12)
+    arguments = name, kind, micro
+    assert_equal(two.run(on_words, *arguments), on_words(ALONE, *arguments), 1e-12)
 
 
 Make = Callable[[], nn.Module]
