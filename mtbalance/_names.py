@@ -63,9 +63,14 @@ class Names:
 
 def names_in_models(parameters: Sequence[Tensor]) -> dict[int, str]:
     """Return names of parameters, by their identity, that are unique in the models they are of."""
+    named = _unique_names(models_of(parameters))
+    return {id(parameter): name for name, parameter in named.items()}
+
+
+def models_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """Return the outermost modules that hold any of the parameters, or share any with these."""
     roots = {root: {id(p) for p in root.parameters()} for root in outermost_modules()}
-    models = _connected(roots, {id(parameter) for parameter in parameters})
-    return {id(parameter): name for name, parameter in _unique_names(models).items()}
+    return _connected(roots, {id(parameter) for parameter in parameters})
 
 
 def outermost_modules() -> list[nn.Module]:

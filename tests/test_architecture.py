@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mtbalance"
 HELPERS = {
     "mtbalance._active_set",
+    "mtbalance._buffers",
     "mtbalance._checks",
     "mtbalance._gramians",
+    "mtbalance._names",
     "mtbalance._pivoting",
     "mtbalance._random",
     "mtbalance._rows",

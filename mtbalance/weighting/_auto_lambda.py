@@ -3,10 +3,10 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 from torch.optim import Optimizer
 
+from mtbalance._buffers import Buffers
 from mtbalance._checks import (
     check_at_least,
     check_finite,
@@ -45,8 +45,9 @@ class AutoLambda(Weighting):
 
     A step costs one forward and one backward pass more, on the validation batch; the per-task
     gradients serve the virtual step, the derivative and the gradient strategy alike. Parameters
-    come back bit for bit, as do the buffers of modules in training mode (the running means of batch
-    norm); the validation batch draws its random numbers (dropout) from a stream of its own.
+    come back bit for bit, as do the buffers of the model's modules in training mode (the running
+    means of batch norm), compiled or not; caches that have grown meanwhile stay. The validation
+    batch draws its random numbers (dropout) from a stream of its own.
 
     The weights are a buffer, ``lambdas``, which Adam moves in here: they need no other optimizer.
 
@@ -117,6 +118,7 @@ class AutoLambda(Weighting):
         self.init = check_finite("init", init)
         self.minimum = minimum
         self.random = RandomSource(seed, generator)
+        self._model_buffers = Buffers()
 
     def setup(self) -> None:
         check_known_tasks("primary", self.primary or (), self.tasks or ())
@@ -164,7 +166,7 @@ class AutoLambda(Weighting):
         with (
             torch.enable_grad(),
             self.random.as_global_stream(devices),
-            _restored_buffers(),
+            self._model_buffers.restored(step.parameters),
         ):
             losses: Mapping[str, Tensor] = {}
             error: Exception | None = None
@@ -256,27 +258,3 @@ def _restored(parameters: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, saved, strict=True):
                 parameter.copy_(value)
-
-
-@contextmanager
-def _restored_buffers() -> Iterator[None]:
-    """Give back the persistent buffers of every module in training mode that is called inside."""
-    saved: dict[nn.Module, dict[str, Tensor]] = {}
-
-    def save(module: nn.Module, _: Any) -> None:
-        if module.training and module not in saved:
-            saved[module] = {
-                name: buffer.clone()
-                for name, buffer in module.named_buffers(recurse=False)
-                if name not in module._non_persistent_buffers_set
-            }
-
-    handle = register_module_forward_pre_hook(save)
-    try:
-        yield
-    finally:
-        handle.remove()
-        with torch.no_grad():
-            for module, buffers in saved.items():
-                for name, value in buffers.items():
-                    module.get_buffer(name).copy_(value)

@@ -15,7 +15,10 @@ import torch
 import torch.testing
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
+from mtbalance import Balancer
+from mtbalance.gradient import Sum
 from mtbalance.weighting import AutoLambda, Step
 from tests._device import on_device, randn
 
@@ -443,6 +446,87 @@ def test_batch_norm_and_the_global_generator_are_unchanged() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     model(batch_of(VALIDATE))
     assert snapshot(model) != before
+
+
+class Statistics(nn.Module):
+    """Buffers alone, of several kinds, which nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("passing", torch.zeros(5), persistent=False)
+        self.register_buffer("replaced", torch.zeros(5))
+        self.register_buffer("positions", torch.arange(5).expand(3, 5), persistent=False)
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+    def note(self, rows: Tensor) -> None:
+        """Take rows of features into account, shape (n, 5)."""
+        rows = rows.detach()
+        functional.batch_norm(rows, self.mean, torch.ones(5), training=True)
+        self.passing.data.mul_(0.9).add_(rows.sum(0))
+        self.replaced = self.replaced + 1
+        self.cache = torch.zeros(len(rows))
+
+
+class Noting(nn.Module):
+    """Lets a module see features that it does not call."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.statistics = statistics
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the features as they are, shape (n, 5)."""
+        self.statistics.note(rows)
+        return rows
+
+
+def test_buffers_that_are_used_outside_calls_come_back() -> None:
+    """By methods and functions, persistent or not, in place or anew; a cache that grew stays."""
+    statistics = Statistics()
+    model = Network(Noting(statistics))
+    step, weighting = step_of(model), weighting_of(sgd()(model))
+    for _ in range(2):  # the second finds the modules that the first has found
+        before = {name: (b, b.clone()) for name, b in statistics.named_buffers()}
+        weighting.before_step(step)
+        for name, (buffer, value) in before.items():
+            now = statistics.get_buffer(name)
+            if name != "cache":
+                assert now is buffer, name
+                assert torch.equal(now, value), name
+        assert statistics.cache.shape == (6,)
+        model(batch_of(TRAIN))
+    assert torch.equal(statistics.replaced, torch.full((5,), 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+def test_buffers_of_a_compiled_model_come_back() -> None:
+    """A compiled module calls none of those inside."""
+    model = Network(nn.BatchNorm1d(5))
+    optimizer = sgd()(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    weighting = AutoLambda(optimizer)
+    balancer = Balancer(weighting, Sum(), tasks=TASKS, shared=model.trunk)
+    for _ in range(2):
+        balancer.backward(
+            compiled(batch_of(TRAIN)), validation=lambda: compiled(batch_of(VALIDATE))
+        )
+    assert model.between.num_batches_tracked == 2
+
+
+def test_modules_put_in_later_are_found() -> None:
+    """With parameters of their own or without, also in a copy."""
+    model = Network()
+    weighting = weighting_of(sgd()(model))
+    weighting.before_step(step_of(model))
+    for between in (Noting(Statistics()), nn.Sequential(Noting(Statistics()), nn.Linear(5, 5))):
+        model.between = between
+        step = step_of(model)
+        before = [b.clone() for n, b in model.named_buffers() if "cache" not in n]
+        copy.deepcopy(weighting).before_step(step)
+        weighting.before_step(step)
+        now = [b for n, b in model.named_buffers() if "cache" not in n]
+        assert_close(now, before, rtol=0, atol=0)
 
 
 def test_batch_norm_uses_the_statistics_of_the_validation_batch() -> None:
