@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mtbalance._passes import sharded_task_gradients
@@ -22,6 +23,19 @@ class RankStep(Step):
         """Return by how much each task's loss counts: see :class:`Step`."""
         counts = self.ranks.count(tasks, error)
         return {task: self.ranks.size / count for task, count in counts.items() if count}
+
+    def from_holders(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return each tensor as the mean over those that hold one: see :class:`Step`."""
+        held = {id(p): tensor for p, tensor in zip(self.parameters, tensors, strict=True)}
+        leaves = self.ranks.ordered(self.parameters)
+        flags = [held[id(leaf)] is not None for leaf in leaves]
+        told = self.ranks.sum(torch.tensor(flags, dtype=torch.int64, device="cpu")).tolist()
+        counts = {id(leaf): count for leaf, count in zip(leaves, told, strict=True)}
+        missing = [leaf for leaf in leaves if 0 < counts[id(leaf)] < self.ranks.size]
+        sums = self.ranks.add_up(missing, [held[id(leaf)] for leaf in missing])
+        for leaf, total in zip(missing, sums, strict=True):
+            held[id(leaf)] = None if total is None else total / counts[id(leaf)]
+        return [held[id(p)] for p in self.parameters]
 
     def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:
         """Return the products averaged over ranks: see :class:`Step`."""

@@ -145,7 +145,7 @@ class AutoLambda(Weighting):
 
     def derivative(self, step: Step) -> Tensor:
         """Return d L_val(theta') / d lambda, shape (m,), float64. Leaves everything as it was."""
-        plans = _plans(self.optimizer, step.parameters)
+        plans = _plans(self.optimizer, step)
         held = [local(parameter.detach()) for parameter in step.parameters]
         with torch.no_grad(), _restored(held):
             weights = (self.lambdas[self.active] / step.loss_scale).tolist()
@@ -236,15 +236,18 @@ class _Plan:
         self.buffer_factor = momentum * momentum if nesterov else momentum
 
 
-def _plans(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[_Plan]:
+def _plans(optimizer: Optimizer, step: Step) -> list[_Plan]:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     unmoved = {"lr": 0.0}  # a parameter that the optimizer does not hold
+    # ZeroRedundancyOptimizer: an optimizer of the parameters that this process moves for all.
+    inner = getattr(optimizer, "optim", None)
+    state = inner.state if isinstance(inner, Optimizer) else optimizer.state
+    buffers = [state.get(p, {}).get("momentum_buffer") for p in step.parameters]
+    if state is not optimizer.state and any(g.get("momentum") for g in optimizer.param_groups):
+        buffers = step.from_holders(buffers)
     return [
-        _Plan(
-            groups.get(id(p), unmoved),
-            optimizer.state.get(p, {}).get("momentum_buffer"),
-        )
-        for p in parameters
+        _Plan(groups.get(id(p), unmoved), buffer)
+        for p, buffer in zip(step.parameters, buffers, strict=True)
     ]
 
 

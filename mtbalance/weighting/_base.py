@@ -43,6 +43,14 @@ class Step:
             raise error
         return dict.fromkeys(tasks, 1.0)
 
+    def from_holders(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return, per parameter, a tensor that not every process holds, from those that do.
+
+        Args:
+            tensors: What this process holds, of the shape of each parameter.
+        """
+        return list(tensors)
+
     def products(self, loss: Tensor | None, factors: Sequence[float]) -> Tensor:
         """Return each task's inner product with the gradient of a loss, averaged over processes.
 
