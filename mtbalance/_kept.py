@@ -53,6 +53,10 @@ class KeptWeights:
         """
         return self.age < every and tuple(tasks) == self._of and self._fit_other_rows()
 
+    def cover(self, groups: Collection[int]) -> bool:
+        """Return whether there are some for all of these groups."""
+        return self.solutions.keys() >= set(groups)
+
     def _fit_other_rows(self) -> bool:
         """Return whether they are weights for rows of whatever length, and not of that day's."""
         if self._fit is None:

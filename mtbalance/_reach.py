@@ -68,6 +68,12 @@ class ReachLog:
         self.look_for_compiled(losses)
         self.note(reached)
 
+    def note_again(self, losses: Mapping[str, Tensor]) -> None:
+        """Look at the graphs of tasks that have been seen together, if that says what is shared."""
+        if not self._shared.given:
+            for task, loss in losses.items():
+                self._note(task, reach_of([loss]).leaves)
+
     def check(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
         """Raise unless each task reaches a shared parameter."""
         for task, leaves in reached.items():

@@ -19,7 +19,7 @@ from mtbalance._direction import Outcome, direction_of
 from mtbalance._finite import NonFinite
 from mtbalance._kept import KeptWeights
 from mtbalance._known import Pass, in_passes
-from mtbalance._places import AtParameters, Place
+from mtbalance._places import AtParameters, Divided, Place
 from mtbalance._reach import ReachLog
 from mtbalance._record import Record
 from mtbalance._rows import combine, sum_of
@@ -80,13 +80,15 @@ class Steps:
         policy = setting.policy
         if setting.one_pass_serves:
             ended = policy.ended("loss", seen.losses, seen.nonfinite)
-            return ended or self._with_known(seen, setting, None)
+            return ended or self._with_known(seen, setting, {}, self._leaves(seen, setting.company))
         ended = policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
         fit = setting.keeps_weights and not seen.nonfinite
         if fit and self._kept.serve(seen.losses, setting.every):
-            return self._with_known(seen, setting, self._kept.solutions)
+            groups, rest = self._divided(seen, setting.company)
+            if self._kept.cover(groups):
+                return self._with_known(seen, setting, groups, rest)
         rows = setting.place.rows(seen, setting.company, setting.scaler)
         return self._with_rows(rows, seen, setting)
 
@@ -96,20 +98,36 @@ class Steps:
         ended = setting.policy.ended("loss", seen.finite, seen.nonfinite)
         return ended or self._with_rows(rows, seen, setting)
 
-    def _with_known(self, seen: Seen, setting: Setting, kept: dict[int, Tensor] | None) -> Record:
-        """Make one pass of the weighted sum, or one per group with weights of an earlier step."""
+    def _divided(self, seen: Seen, company: Company) -> Divided:
+        """Divide what the losses reach today, which need not be what they have reached before."""
+        if seen.agreement is None:  # else it has been noted with what the other processes tell
+            self._log.note_again(seen.here)
+        return self._log.divide(self._leaves(seen, company))
+
+    def _leaves(self, seen: Seen, company: Company) -> list[Tensor]:
+        """Return all leaves that passes of combinations write to, or raise if none is shared."""
+        leaves = company.leaves(seen)
+        self._log.check_reached(seen.losses, leaves)
+        return leaves
+
+    def _with_known(
+        self, seen: Seen, setting: Setting, kept: dict[int, list[Tensor]], rest: list[Tensor]
+    ) -> Record:
+        """Make one pass of the weighted sum, and one per group with weights of an earlier step.
+
+        Args:
+            seen: The losses.
+            setting: Who takes the step, and with what.
+            kept: The leaves of each group that kept weights serve for.
+            rest: All other leaves.
+        """
         company, policy = setting.company, setting.policy
         scale = scale_of(setting.scaler, next(iter(seen.losses.values())))
         weighed = self._weigh(seen.losses, setting)
         weights = weighed.weights
-        leaves = company.leaves(seen)
-        self._log.check_reached(seen.losses, leaves)
-        passes = [Pass(leaves, weights)]
-        if kept is not None:
-            groups, rest = self._log.divide(leaves)
-            passes = [Pass(rest, weights)]
-            for number, balanced in groups.items():
-                passes.append(Pass(balanced, weights * kept[number].to(weights)))
+        passes = [Pass(rest, weights)]
+        for number, leaves in kept.items():
+            passes.append(Pass(leaves, weights * self._kept.solutions[number].to(weights)))
         if in_passes(passes, seen, weighed, scale, company, looks=policy.looks):
             record = Record(
                 tuple(seen.losses),
@@ -119,7 +137,7 @@ class Steps:
             )
         else:
             record = policy.ended_by_sum(seen.losses)
-        if kept is None:
+        if not kept:
             return record
         self._kept.age += 1
         combination = passes[1].coefficients if len(passes) == 2 else None

@@ -129,6 +129,27 @@ def test_saved_weights_that_fit_no_other_rows_do_not_serve() -> None:
     assert not second.backward({"a": x[0], "b": x[1] - 0.5 * x[0]}).reused
 
 
+def of_each(parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+    """Return losses whose rows are (2, 0) and (-1, 1) for each of the parameters."""
+    first, second = (sum(p[number] for p in parameters) for number in (0, 1))
+    return {"a": 2 * first, "b": second - first}
+
+
+@pytest.mark.filterwarnings("ignore:no loss reaches 1 of the parameters given")
+@pytest.mark.parametrize("inferred", [False, True])
+def test_what_was_not_reached_on_the_day_of_solving_gets_the_right_weights(inferred: bool) -> None:
+    """A group is solved for; what belongs to one that was solved for gets its weights."""
+    x, y = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    groups = None if inferred else {"first": [x], "second": [y]}
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=groups, every=4)
+    expected = CAGrad()(torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=torch.float64))
+    for reached, reused in (([x], False), ([x, y], inferred), ([y], True), ([x, y], True)):
+        x.grad = y.grad = None
+        assert balancer.backward(of_each(reached)).reused == reused
+        for parameter in reached:
+            assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_kept_weights_are_saved() -> None:
     def trained() -> tuple[Network, Balancer]:
         torch.manual_seed(3)
