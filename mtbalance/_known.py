@@ -27,6 +27,7 @@ def in_passes(
     company: Company,
     *,
     looks: bool,
+    again: bool = False,
 ) -> bool:
     """Make backward passes into ``.grad``; return False, and write nothing, if it is not finite.
 
@@ -37,11 +38,12 @@ def in_passes(
         scale: The loss scale, if any: a scaler looks at ``.grad`` itself.
         company: The processes.
         looks: Whether what is not finite is to be found.
+        again: Whether the graphs are to last, as other passes follow where it is not finite.
     """
     wanted = [each for each in passes if each.leaves]
     with fresh_grad(company.leaves(seen)) as fresh:
         for number, (leaves, coefficients) in enumerate(wanted, 1):
-            more = number < len(wanted)
+            more = again or number < len(wanted)
             company.backward(seen, leaves, coefficients, scale or 1.0, retain_graph=more)
         if looks and scale is None and not company.everywhere(fresh.is_finite()):
             return False

@@ -88,7 +88,12 @@ class Steps:
         if fit and self._kept.serve(seen.losses, setting.every):
             groups, rest = self._divided(seen, setting.company)
             if self._kept.cover(groups):
-                return self._with_known(seen, setting, groups, rest)
+                before = _buffers_of(setting.weighting) if policy.drops else []
+                record = self._with_known(seen, setting, groups, rest)
+                if not (policy.drops and record.skipped):
+                    return record
+                for buffer, value in before:  # the weighting sees the losses of a step once
+                    buffer.copy_(value)
         rows = setting.place.rows(seen, setting.company, setting.scaler)
         return self._with_rows(rows, seen, setting)
 
@@ -128,7 +133,9 @@ class Steps:
         passes = [Pass(rest, weights)]
         for number, leaves in kept.items():
             passes.append(Pass(leaves, weights * self._kept.solutions[number].to(weights)))
-        if in_passes(passes, seen, weighed, scale, company, looks=policy.looks):
+        # If the sum is not finite, rows tell which task is to be dropped: graphs must last.
+        again = bool(kept) and policy.drops and scale is None
+        if in_passes(passes, seen, weighed, scale, company, looks=policy.looks, again=again):
             record = Record(
                 tuple(seen.losses),
                 dict(seen.losses),
@@ -179,6 +186,11 @@ class Steps:
     ) -> Weighed:
         weighting, looks = setting.weighting, setting.policy.looks
         return self._weigher.weigh(weighting, losses, self._log.parameters, step, looks=looks)
+
+
+def _buffers_of(weighting: Weighting) -> list[tuple[Tensor, Tensor]]:
+    """Return what a weighting remembers, and copies of it."""
+    return [(buffer, buffer.clone()) for buffer in weighting.buffers()]
 
 
 def _outcomes(

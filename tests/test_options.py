@@ -200,6 +200,32 @@ def test_bad_numbers_between(policy: str) -> None:
     assert (x.grad is None) == (policy == "skip")
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_bad_gradient_between_is_dropped(grouped: bool) -> None:
+    """As in a step that solves: its task goes, and the weighting sees each loss once."""
+    x, y = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    groups = {"first": [x], "second": [y]} if grouped else [x, y]
+    zero = torch.zeros(2, dtype=torch.float64)
+    balancer = Balancer(
+        DWA(), CAGrad(), tasks=("a", "b", "c"), shared=groups, every=5, nonfinite="drop"
+    )
+
+    def losses(inside: Tensor) -> dict[str, Tensor]:
+        both = x + y
+        return {"a": (x * inside).sqrt().sum() + y.sum(), "b": -2 * both[0] + both[1], "c": both[0]}
+
+    balancer.backward(losses(torch.ones_like(zero)))
+    assert balancer.backward(losses(torch.ones_like(zero))).reused
+    x.grad = y.grad = None
+    record = balancer.backward(losses(zero))  # a root at 0: the loss is finite, its slope is not
+    assert (record.tasks, record.dropped, record.skipped) == (("b", "c"), ("a",), False)
+    expected = CAGrad()(torch.tensor([[-2.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+    for parameter in (x, y):
+        assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+    assert balancer.weighting.count.tolist() == [2, 3, 3]
+    assert not balancer.backward(losses(torch.ones_like(zero))).reused  # the task is back
+
+
 @pytest.mark.parametrize(
     ("weighting", "gradient"), [("autol", "cagrad"), ("dwa", "graddrop"), ("dwa", "sum")]
 )
