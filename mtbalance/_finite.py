@@ -1,15 +1,31 @@
 """What becomes of losses and gradients that are not finite."""
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtbalance._company import Company
+from mtbalance._direction import Outcome
 from mtbalance._record import Record
 from mtbalance._rows import all_finite, finite_entries, norms_of, stacked
 from mtbalance._table import Table
+from mtbalance._weighed import Weighed
+from mtbalance.gradient._base import GradientStrategy
+
+_SAFE = 1e20
+"""Up to here, directions fit into every dtype but float16, and so do the terms they are added up
+of: where rows nearly cancel, these are larger by some ten orders of magnitude."""
+
+
+class Length(NamedTuple):
+    """How long the raw gradient of a task is at most, the same in all processes."""
+
+    balanced: float
+    rest: float
 
 
 class NonFinite:
@@ -34,36 +50,59 @@ class NonFinite:
         finite = finite_entries(stacked([loss.detach() for loss in losses.values()]))
         return [name for name, good in zip(losses, finite, strict=True) if not good]
 
-    def rows(self, table: Table, company: Company) -> list[str]:
+    def rows(self, table: Table, company: Company) -> tuple[list[str], dict[str, Length]]:
         """Name the tasks whose gradient of a shared or of any other parameter is not finite.
 
         Of several processes, each has inputs of its own that require a gradient, which the others
         do not know of: those are not looked at.
+
+        Returns:
+            Their names, and how long the gradients of each task are.
         """
         if not self.looks:
-            return []
+            return [], {}
         gramian = table.gramian
         rest: Sequence[Sequence[Tensor | None]] = table.rest.rows
         known = [company.knows(leaf) for leaf in table.rest.leaves]
         if not all(known):
             rest = [list(itertools.compress(row, known)) for row in rest]
         # All in one tensor, so that the device is waited for once.
-        sums = gramian.diagonal()
+        # As many numbers in each process, whether or not it holds a part of any other parameter.
+        none = gramian.new_zeros(())
         norms = [norms_of(row) for row in rest]
-        if any(norm is not None for norm in norms):
-            none = sums.new_zeros(())
-            sums = sums + torch.stack([none if n is None else n.sum().to(sums) for n in norms])
-        finite = finite_entries(company.sum_over_parts(sums))
+        sums = torch.stack([none if norm is None else norm.sum().to(none) for norm in norms])
+        numbers = company.sum_over_parts(torch.cat([gramian.diagonal(), sums])).tolist()
+        squares, others = numbers[: len(gramian)], numbers[len(gramian) :]
         # A norm may overflow where no entry does: look closer then.
-        return [
+        bad = [
             name
-            for name, good, products, row in zip(table.losses, finite, gramian, rest, strict=True)
-            if not good and not company.everywhere(all_finite([products, *row]))
+            for name, square, other, products, row in zip(
+                table.losses, squares, others, gramian, rest, strict=True
+            )
+            if not math.isfinite(square + other)
+            and not company.everywhere(all_finite([products, *row]))
         ]
+        lengths = [
+            Length(max(s, 0.0) ** 0.5, other) for s, other in zip(squares, others, strict=True)
+        ]
+        return bad, dict(zip(table.losses, lengths, strict=True))
 
     def accepts(self, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether gradients may be written, which are the same in all processes."""
         return not self.looks or all_finite(gradients)
+
+    def accepts_directions(
+        self,
+        directions: Sequence[tuple[Tensor, Tensor | None]],
+        company: Company,
+    ) -> bool:
+        """Return whether directions of leaves may be written, of which processes may have parts.
+
+        As with rows, what other processes do not know of is not looked at.
+        """
+        known = [direction for leaf, direction in directions if company.knows(leaf)]
+        bad = torch.tensor(float(not all_finite(known)), device="cpu")
+        return float(company.sum_over_parts(bad)) == 0
 
     def ended(
         self,
@@ -97,13 +136,19 @@ class NonFinite:
             )
         return self._skipped(losses, ())
 
-    def ended_below_features(self, losses: Mapping[str, Tensor]) -> Record:
-        """Return the record of a step whose gradient below the features is not finite, or raise."""
+    def ended_unwritten(self, what: str, losses: Mapping[str, Tensor]) -> Record:
+        """Return the record of a step that was not written as it is not finite, or raise.
+
+        Args:
+            what: What is not finite though the gradients of the tasks are.
+            losses: Losses of the tasks.
+        """
         if self.raises:
             raise FloatingPointError(
-                "the gradient below `features` must be finite, but holds NaN or infinity though "
-                "those of the features do not. nonfinite='skip' leaves out such a step, as 'drop' "
-                "does where no task is to blame."
+                f"the {what} must be finite, but holds NaN or infinity though the gradients of the "
+                f"tasks {', '.join(map(repr, losses))} do not. nonfinite='skip' leaves out such a "
+                "step, as 'drop' does where no task is to blame; numbers above what a dtype holds "
+                "(65504 in float16) need smaller losses, or parameters in float32."
             )
         return self._skipped(losses, ())
 
@@ -145,3 +190,43 @@ def _message(what: str, names: Collection[str]) -> str:
         f"the {what} of task {', '.join(map(repr, names))} must be finite, but holds NaN or "
         "infinity. nonfinite='drop' leaves the task out of such a step, 'skip' leaves the step out."
     )
+
+
+def may_overflow(
+    outcomes: Mapping[int, Outcome],
+    table: Table,
+    lengths: Mapping[str, Length],
+    weighed: Weighed,
+    strategy: GradientStrategy,
+) -> bool:
+    """Return whether a direction may be more than its leaf holds, judged by the rows' lengths.
+
+    Waits for no device, unless the strategy does not say how its directions grow.
+    """
+    sizes = [lengths[task] for task in table.losses]
+    weights = weighed.numbers
+    rest = _total(weights, [size.rest for size in sizes])
+    if not rest <= _largest(table.rest.leaves):
+        return True
+    balanced = [size.balanced for size in sizes]
+    # A subclass gives directions of its own.
+    growth = strategy.growth if "growth" in vars(type(strategy)) else None
+    for number, outcome in outcomes.items():
+        if growth is not None:
+            bound = growth * _total(weights, balanced)
+        elif outcome.combination is not None:
+            bound = _total(outcome.combination.tolist(), balanced)
+        else:
+            return True
+        if not bound <= _largest(table.groups[number].leaves):
+            return True
+    return False
+
+
+def _total(coefficients: Iterable[float], lengths: Iterable[float]) -> float:
+    return sum(abs(c) * length for c, length in zip(coefficients, lengths, strict=True))
+
+
+def _largest(leaves: Iterable[Tensor]) -> float:
+    """Return a length up to which every leaf holds each entry of a gradient."""
+    return min((_SAFE, *(torch.finfo(dtype).max / 2 for dtype in {leaf.dtype for leaf in leaves})))

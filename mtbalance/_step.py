@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._company import Company, Validation
 from mtbalance._direction import Outcome, direction_of
-from mtbalance._finite import NonFinite
+from mtbalance._finite import Length, NonFinite, may_overflow
 from mtbalance._kept import KeptWeights
 from mtbalance._known import Pass, in_passes
 from mtbalance._places import AtParameters, Divided, Place
@@ -156,7 +156,7 @@ class Steps:
         gradients = company.gather(seen, rows, place.dtype)
         scale = scale_of(setting.scaler)
         table = table_of(gradients, self._tasks, place, scale)
-        bad = policy.rows(table, company)
+        bad, lengths = policy.rows(table, company)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             _pass_on(table, place, seen)
@@ -174,8 +174,9 @@ class Steps:
         weighed = self._weigh(table.losses, setting, step)
         del step
         outcomes = _outcomes(table, weighed, setting, scale)
-        if not _write(outcomes, table, weighed, seen, setting, scale):
-            return policy.ended_below_features(table.losses)
+        bad_now = _write(outcomes, table, lengths, weighed, seen, setting, scale)
+        if bad_now is not None:
+            return policy.ended_unwritten(bad_now, table.losses)
         if setting.keeps_weights:
             solutions = {number: outcome.solution for number, outcome in outcomes.items()}
             self._kept.keep(tuple(table.losses), solutions)
@@ -215,29 +216,40 @@ def _outcomes(
 def _write(
     outcomes: dict[int, Outcome],
     table: Table,
+    lengths: Mapping[str, Length],
     weighed: Weighed,
     seen: Seen,
     setting: Setting,
     scale: float | None,
-) -> bool:
+) -> str | None:
     """Accumulate directions, sums of what is not balanced, and slopes of learned weights.
 
     Returns:
-        Whether that has happened: nothing is written if a gradient must not be.
+        What is not finite, if anything: nothing is written then. Finite rows do not tell, as a sum
+        may be more than its dtype holds.
     """
+    # A scaler looks at what is written itself.
+    policy, looks = setting.policy, setting.policy.looks and scale is None
 
     def accepts(gradients: Sequence[Tensor | None]) -> bool:
-        # A scaler looks at what is written itself.
-        return scale is not None or setting.policy.accepts(gradients)
+        return not looks or policy.accepts(gradients)
 
-    for number, outcome in outcomes.items():
-        leaves = table.groups[number].leaves
-        if not setting.place.write(leaves, outcome.direction, seen, accepts):
-            return False
+    suspicious = looks and may_overflow(outcomes, table, lengths, weighed, setting.gradient)
     leaves, rows = table.rest
-    write(leaves, combine(rows, weighed.weights, leaves, release=True))
+    directions = combine(rows, weighed.weights, leaves, release=True)
+    parts = [(table.groups[number].leaves, o.direction) for number, o in outcomes.items()]
+    if suspicious:
+        found = [
+            pair for part in (*parts, (leaves, directions)) for pair in zip(*part, strict=True)
+        ]
+        if not policy.accepts_directions(found, setting.company):
+            return "direction"
+    for balanced, direction in parts:
+        if not setting.place.write(balanced, direction, seen, accepts):
+            return "gradient below `features`"
+    write(leaves, directions)
     weighed.write(scale)
-    return True
+    return None
 
 
 def _record(

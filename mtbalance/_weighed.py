@@ -1,6 +1,7 @@
 """Losses become weights: the one place where the weighting is asked."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtbalance._rows import finite_entries, stacked
+from mtbalance._rows import stacked
 from mtbalance._watch import OptimizerWatch
 from mtbalance._writing import add_to_grad
 from mtbalance.weighting._base import Step, Weighting
@@ -23,6 +24,8 @@ class Weighed(NamedTuple):
     """d objective / d losses, shape (m,)."""
     learned: list[tuple[Tensor, Tensor]]
     """The weighting's own parameters, and the derivatives of the objective by them."""
+    numbers: list[float]
+    """The weights once more, where they have been looked at."""
 
     @property
     def by_name(self) -> dict[str, Tensor]:
@@ -76,15 +79,17 @@ class Weigher:
                 weighting.before_step(step)
         self._watch.look(learned, model)
         weights, slopes = _derivatives(weighting, stack, active, learned)
-        if looks and not all(finite_entries(weights)):
+        numbers = weights.tolist() if looks else []
+        if not all(map(math.isfinite, numbers)):
             raise FloatingPointError(
                 f"{type(weighting).__name__} must give finite weights, but gives "
-                f"{weights.tolist()} for the losses {stack.tolist()}."
+                f"{numbers} for the losses {stack.tolist()}."
             )
         return Weighed(
             dict(zip(losses, stack.unbind(), strict=True)),
             weights.to(stack.device),
             list(zip(learned, slopes, strict=True)),
+            numbers,
         )
 
     def _numbers_of(self, names: tuple[str, ...], device: torch.device) -> Tensor:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtbalance import PAPER_COMBINATIONS, Balancer, GradientStrategy, Record, make_balancer
+from mtbalance import (
+    PAPER_COMBINATIONS,
+    Balancer,
+    GradientStrategy,
+    GramianStrategy,
+    Record,
+    make_balancer,
+)
+from mtbalance._finite import NonFinite
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal, Uncertainty
 from tests._device import DEVICE
@@ -349,3 +357,69 @@ def test_bfloat16_parameters_are_balanced_in_float32() -> None:
     expected = CAGrad()(g.double())
     assert x.grad.dtype == torch.bfloat16
     assert_close(x.grad.double(), expected, rtol=2**-8, atol=0)  # one rounding to 8 bits
+
+
+@pytest.mark.parametrize("where", ["shared", "head"])
+@pytest.mark.parametrize("strategy", [CAGrad(), PCGrad(order="fixed"), GradDrop()], ids=type)
+@pytest.mark.parametrize("policy", ["raise", "drop", "skip", "propagate"])
+def test_a_direction_that_its_dtype_does_not_hold(policy: str, strategy, where: str) -> None:
+    """Each gradient is below the 65504 of float16, their sum is not."""
+    x = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    head = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    large = {"shared": x, "head": head}[where]
+    options = {"shared": [x], "nonfinite": policy}
+    balancer = Balancer(Equal(), strategy, tasks=("a", "b"), **options)
+    losses = {task: (0.9 * 64000 * large).float().sum() + x.float().sum() for task in "ab"}
+    if policy == "propagate":
+        balancer.backward(losses)
+        assert torch.isinf(large.grad).all()
+        return
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match="the direction must be finite, but holds"):
+            balancer.backward(losses)
+    else:
+        record = balancer.backward(losses)
+        assert (record.skipped, record.dropped) == (True, ())
+    assert x.grad is None
+    assert head.grad is None
+
+
+class Huge(GramianStrategy):
+    """A strategy of one's own, whose weights are not known to be small."""
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        return torch.full_like(gramian[0], 3e38)
+
+
+class Late(CAGrad):
+    """One that makes more of the directions of another one."""
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        return 3e38 * super().weights(gramian)
+
+
+class Columns(GradientStrategy):
+    """One that is no combination of rows."""
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        return gradients.sum(0) * torch.inf
+
+
+@pytest.mark.parametrize("strategy", [Huge(), Late(), Columns()], ids=type)
+def test_a_direction_of_ones_own_that_is_not_finite(strategy) -> None:
+    x = nn.Parameter(torch.ones(2))
+    balancer = Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x])
+    with pytest.raises(FloatingPointError, match="the direction must be finite, but holds NaN"):
+        balancer.backward({"a": x.sum(), "b": 2 * x.sum()})
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("strategy", [Sum(), CAGrad(), PCGrad(), GradDrop()], ids=type)
+def test_ordinary_directions_are_not_looked_at(strategy, dtype, monkeypatch) -> None:
+    """Reading them once more takes time: that no entry is too large is known from the lengths."""
+    monkeypatch.setattr(NonFinite, "accepts_directions", None)
+    x, head = (nn.Parameter(torch.ones(2, dtype=dtype)) for _ in range(2))
+    balancer = Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x], nonfinite="drop")
+    balancer.backward({"a": 100 * (x - head).sum(), "b": (x * x).sum()})
+    assert torch.isfinite(x.grad).all()

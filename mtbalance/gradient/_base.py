@@ -43,6 +43,16 @@ class GradientStrategy(nn.Module, ABC):
             )
         return direction
 
+    @property
+    def growth(self) -> float | None:
+        """How many times the sum of the rows' norms an entry of the direction is at most, if known.
+
+        A direction that may be more than the parameters' dtype holds is looked at before it is
+        written; where nothing is known, each is. Does not hold for a subclass of the class that
+        says so.
+        """
+        return None
+
     @abstractmethod
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the direction, of shape (p,), for ``gradients`` of shape (m, p)."""

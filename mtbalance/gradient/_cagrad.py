@@ -71,6 +71,10 @@ class CAGrad(GramianStrategy):
         check_choice("rescale", rescale, [0, 1, 2])
         self.rescale = rescale
 
+    @property
+    def growth(self) -> float:
+        return (1 + self.c) / self._divisor
+
     def weights(self, gramian: Tensor) -> Tensor:
         if len(gramian) == 2:
             return weights_of_pair(self._weights_of_pair, gramian)

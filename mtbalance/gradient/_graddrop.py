@@ -64,6 +64,10 @@ class GradDrop(GradientStrategy):
         self.random = RandomSource(seed, generator)
         self._seed = 0
 
+    @property
+    def growth(self) -> float:
+        return 1.0
+
     def start(self) -> None:
         self._seed = self.random.draw_seed()
 

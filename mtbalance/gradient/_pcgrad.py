@@ -80,6 +80,10 @@ class PCGrad(GramianStrategy):
         self.expectation = expectation
         self.random = RandomSource(seed, generator)
 
+    @property
+    def growth(self) -> float:
+        return 1.0  # a projection shortens
+
     def weights(self, gramian: Tensor) -> Tensor:
         m = len(gramian)
         if m == 2:  # the order is free, and nothing is drawn

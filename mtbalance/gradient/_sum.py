@@ -22,5 +22,9 @@ class Sum(GradientStrategy):
     is_sum: ClassVar[bool] = True
     coordinatewise: ClassVar[bool] = True
 
+    @property
+    def growth(self) -> float:
+        return 1.0
+
     def forward(self, gradients: Tensor) -> Tensor:
         return gradients.sum(0)
