@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from typing_extensions import Self
 
+from mtbalance._accumulation import (
+    add_micro_batch,
+    check_copied_with_model,
+    discard_at_loading,
+)
+from mtbalance._begin import checked, look
 from mtbalance._checks import (
     check_choice,
     check_count,
@@ -20,7 +26,6 @@ from mtbalance._checks import (
     check_process_group,
     check_row_dtype,
     check_task_names,
-    check_validation,
     count_fallback,
 )
 from mtbalance._company import Losses, TaskPasses, Validation, company_of
@@ -28,7 +33,7 @@ from mtbalance._explanation import Explanation
 from mtbalance._finite import NonFinite
 from mtbalance._kept import KeptWeights, check_every
 from mtbalance._passes import BatchedPasses, task_gradients
-from mtbalance._places import AtParameters, features_of
+from mtbalance._places import AtParameters
 from mtbalance._random import RandomSource
 from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
@@ -186,11 +191,11 @@ class Balancer(nn.Module):
                 nothing has been written then.
             RuntimeError: If another process has stopped with an error.
         """
-        setting = self._checked(self._setting(scaler, validation), features)
+        setting = checked(self._setting(scaler, validation), self._pending, features)
         if self._pending:
             self.accumulate(losses, scaler=scaler)
             return self.apply(validation=validation, scaler=scaler)
-        return self._finish(self._steps.take(self._look(losses, setting), setting))
+        return self._finish(self._steps.take(look(losses, self.tasks, setting), setting))
 
     def accumulate(self, losses: Losses, *, scaler: GradScaler | None = None) -> None:
         """Add the gradients of a micro-batch to the per-task gradients, and free its graph.
@@ -202,22 +207,22 @@ class Balancer(nn.Module):
         Args:
             losses: As in :meth:`backward`.
             scaler: As in :meth:`backward`; the same for all calls of a step.
+
+        Raises:
+            ValueError, RuntimeError: As :meth:`backward` does. All is added or nothing; what was
+                accumulated before stays until :meth:`apply` or :meth:`discard`. Of several
+                processes, whose step is over then, each discards it.
+            FloatingPointError: If a loss is not finite and ``nonfinite="raise"``. The step is over:
+                what was accumulated before is discarded. Several processes raise in :meth:`apply`.
         """
-        setting = self._setting(scaler)
-        company = setting.company
-        try:
-            seen = self._look(losses, setting, agree=not company.agrees_late)
-        except (TypeError, ValueError):
-            if company.agrees_late:  # the others have been told that this step is over
-                self._pending = TaskGradients()
-            raise
-        if company.size == 1 and seen.nonfinite and setting.policy.raises:
-            self._pending = TaskGradients()
-            setting.policy.ended("loss", seen.finite, seen.nonfinite)
-        self._pending.mark_nonfinite(seen.nonfinite)
-        # All of them, or an error and none.
-        for row in list(setting.place.rows(seen, company, scaler)):
-            self._pending.add(row)
+        add_micro_batch(self._pending, losses, self.tasks, self._setting(scaler))
+
+    def discard(self) -> None:
+        """Drop what has been accumulated since the last :meth:`apply`, and nothing else.
+
+        As ``optimizer.zero_grad()`` does for gradients: call both where a step is given up.
+        """
+        self._pending.clear()
 
     @overload
     def apply(self, fn: Callable[[nn.Module], None]) -> Self: ...
@@ -247,10 +252,12 @@ class Balancer(nn.Module):
 
         Raises:
             RuntimeError: If nothing has been accumulated.
+            FloatingPointError: As in :meth:`backward`; what was accumulated is discarded then.
         """
         if fn is not None:
             return super().apply(fn)
-        setting = self._checked(self._setting(scaler, validation))
+        setting = checked(self._setting(scaler, validation), self._pending)
+        check_copied_with_model(self._pending)
         pending, self._pending = self._pending, TaskGradients()
         seen = setting.company.agree(Seen.of_accumulated(pending))
         if not (seen.losses or seen.nonfinite):
@@ -259,8 +266,6 @@ class Balancer(nn.Module):
             )
         rows = pending.released([task for task in self.tasks if task in seen.finite_here])
         return self._finish(self._steps.take_accumulated(rows, seen, setting))
-
-    # --- who, where, and what is known of the losses ----------------------------------------------
 
     def _setting(self, scaler: GradScaler | None, validation: Validation | None = None) -> Setting:
         """Return who takes the step that begins now: processes may have joined."""
@@ -278,43 +283,6 @@ class Balancer(nn.Module):
             validation,
             scaler,
         )
-
-    def _checked(
-        self, setting: Setting, features: Tensor | Sequence[Tensor] | None = None
-    ) -> Setting:
-        """Return the setting, at the features if that is where tasks are to be balanced."""
-        if self.weighting.needs_validation:
-            try:
-                check_validation(self.weighting, setting.validation)
-            except ValueError as error:
-                setting.company.agree(Seen(), error)
-        if features is None:
-            return setting
-        if self._pending:
-            raise RuntimeError(
-                "`features` must be None after accumulate(), but got tensors. Features belong to "
-                "one backward pass."
-            )
-        place = features_of(features, self.weighting, self.gradient, setting.company)
-        return setting if setting.one_pass_serves else setting._replace(place=place)
-
-    def _look(self, losses: Losses, setting: Setting, *, agree: bool = True) -> Seen:
-        """Check the losses, and let all processes know: they stop or go on together.
-
-        Args:
-            losses: The losses of this process.
-            setting: Who takes the step, and where.
-            agree: Whether the processes tell each other; an error is told in any case.
-        """
-        company, place = setting.company, setting.place
-        seen, error = Seen(), None
-        try:
-            named = check_losses_by_task(losses, self.tasks, may_be_empty=company.size > 1)
-            place.check(named)
-            seen = company.look(named, setting.policy.losses(named), place)
-        except (TypeError, ValueError) as caught:
-            error = caught
-        return company.agree(seen, error) if agree or error is not None else seen
 
     # --- around the steps -------------------------------------------------------------------------
 
@@ -342,7 +310,7 @@ class Balancer(nn.Module):
         """Forget everything learned, remembered and accumulated."""
         self.weighting.reset()
         self.gradient.reset()
-        self._pending = TaskGradients()
+        self.discard()
         self._epoch = EpochCounts(self.tasks)
         self._kept.reset()
 
@@ -369,6 +337,7 @@ class Balancer(nn.Module):
             if isinstance(module, Weighting | RandomSource):  # all of them before any is loaded
                 module.check_state(own_state(state_dict, f"{name}."))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        discard_at_loading(self._pending)
 
     def get_extra_state(self) -> Tensor:
         """Return names of tasks, counts of the epoch, kept weights, and an inferred split."""

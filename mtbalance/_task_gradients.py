@@ -1,11 +1,12 @@
 """Per-task gradients of one step, as they come and add up."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mtbalance._names import outermost_modules
 from mtbalance._rows import at_least_float32, with_room_for
 
 
@@ -38,7 +39,36 @@ class TaskGradients:
         self.losses: dict[str, Tensor] = {}
         self.leaves: dict[int, Tensor] = {}
         self.nonfinite = set(nonfinite)
+        self.from_models: list[Tensor] = []
+        """In a copy, the leaves that were in modules when it was made."""
         self._gradients: dict[str, dict[int, Tensor]] = {}
+
+    # By identity, which copying and pickling change: the rows of a copy are those of its leaves.
+    def __getstate__(self) -> dict[str, Any]:
+        held = set()
+        if self.leaves:
+            held = {id(p) for module in outermost_modules() for p in module.parameters()}
+        numbers = {key: number for number, key in enumerate(self.leaves)}
+        return {
+            "losses": self.losses,
+            "nonfinite": self.nonfinite,
+            "leaves": list(self.leaves.values()),
+            "from_models": [leaf for key, leaf in self.leaves.items() if key in held],
+            "rows": {
+                task: {numbers[key]: gradient for key, gradient in row.items()}
+                for task, row in self._gradients.items()
+            },
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        leaves = list(state["leaves"])
+        self.losses, self.nonfinite = state["losses"], state["nonfinite"]
+        self.from_models = state["from_models"]
+        self.leaves = {id(leaf): leaf for leaf in leaves}
+        self._gradients = {
+            task: {id(leaves[number]): gradient for number, gradient in row.items()}
+            for task, row in state["rows"].items()
+        }
 
     def __bool__(self) -> bool:
         return bool(self.losses or self.nonfinite)
@@ -93,6 +123,11 @@ class TaskGradients:
             leaves = [self.leaves[key] for key in gradients]
             yield Row(task, self.losses[task], leaves, list(gradients.values()))
             del gradients
+
+    def clear(self) -> None:
+        """Begin anew."""
+        for held in (self.losses, self.leaves, self.nonfinite, self.from_models, self._gradients):
+            held.clear()
 
     def forget(self) -> None:
         """Leave the gradients to the rows that have been asked for."""

@@ -3,6 +3,7 @@
 After each error the same processes go on to take a step together: no collective is left half done.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -180,10 +181,10 @@ def spoiled_micro_batch(here: Here, policy: str) -> tuple[str, Outcome]:
 
 @pytest.mark.parametrize("policy", ["raise", "drop", "skip"])
 def test_a_micro_batch_that_is_not_finite(two: Pool, policy: str) -> None:
-    """It is told when the ranks meet, in apply()."""
+    """It is told when the ranks meet, in apply(); alone, at once, in the same words."""
     expected, alone = spoiled_micro_batch(ALONE, policy)
     for message, outcome in two.run(spoiled_micro_batch, policy):
-        assert message == expected
+        assert expected.startswith(message)
         assert_equal([outcome], alone, 1e-12)
 
 
@@ -266,6 +267,51 @@ def test_an_error_in_accumulate_is_told_in_apply(two: Pool) -> None:
     other, own = two.run(error_in_a_micro_batch)
     assert "the loss of task 'c' must have a graph" in own
     assert "rank 1 stopped with an error" in other
+
+
+def step_given_up(here: Here, what: str) -> tuple[str, str, Outcome]:
+    """The last rank gives the second micro-batch of a step up; then all take another step."""
+    network, balancer = setting("autol+pcgrad" if what == "validation" else "cagrad")
+    last = here.rank == here.size - 1
+
+    def missing_or_not(*, good: bool) -> Any:
+        return (lambda: network.losses(batch(seed=3))) if good else None
+
+    def step() -> None:
+        balancer.accumulate(network.losses(batch(seed=1)))
+        losses = network.losses(batch(seed=2))
+        if last and what == "graph":
+            losses = no_graph(network, losses)
+        elif last and what == "loss":
+            losses = spoiled(losses, network, "loss")
+        balancer.accumulate(losses)
+        balancer.apply(validation=missing_or_not(good=not last))
+
+    message = message_of(step)
+    if what == "validation" and here.size == 1:
+        balancer.discard()  # alone, nothing was lost
+    nothing = message_of(lambda: balancer.apply(validation=missing_or_not(good=True)))
+    for rows in (here.part(batch()), here.part(batch(seed=4))):
+        balancer.accumulate(network.losses(rows))
+    balancer.apply(validation=missing_or_not(good=True))
+    return message, nothing, Outcome().add(network, balancer)
+
+
+@pytest.mark.parametrize("what", ["graph", "loss", "validation"])
+def test_no_rank_keeps_rows_of_a_step_that_is_over(two: Pool, what: str) -> None:
+    """Else they would join the next step, on some ranks only."""
+    other, own = two.run(step_given_up, what)
+    expected = {
+        "graph": "must have a graph, but .* discarded, as the step is over",
+        "loss": "the loss of task 'b' must be finite",
+        "validation": "`validation` must be a function",
+    }
+    assert re.search(expected[what], own[0])
+    assert other[0] == own[0] if what == "loss" else "rank 1 stopped with an error" in other[0]
+    _, _, alone = step_given_up(ALONE, "loss" if what == "graph" else what)
+    for _, nothing, outcome in (other, own):
+        assert "nothing has been accumulated" in nothing
+        assert_equal([outcome], alone, 1e-12)
 
 
 def other_names(here: Here, tasks: tuple[str, ...]) -> tuple[str, bool]:

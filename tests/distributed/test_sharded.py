@@ -150,6 +150,31 @@ def test_rows_hold_shards_only(four: Pool, strategy: type[GradientStrategy]) -> 
     assert [sum(rows[task] for rows, _ in ranks) for task in range(3)] == [whole] * 3
 
 
+def micro_batch_given_up(here: Here, what: str) -> tuple[str, int]:
+    """Return the error of a micro-batch that is spoiled on the last rank, and what is pending."""
+    model, balancer = sharded(CAGrad())
+    balancer.accumulate(model(here.part(batch())))
+    losses = model(here.part(batch()))
+    if here.rank == here.size - 1:
+        losses["b"] = losses["b"].detach() if what == "graph" else losses["b"] * torch.nan
+    try:
+        balancer.accumulate(losses)
+    except (FloatingPointError, RuntimeError, ValueError) as error:
+        return str(error), len(balancer._pending.losses)
+    raise AssertionError("no error")
+
+
+def test_an_error_in_a_micro_batch(two: Pool) -> None:
+    """Here the ranks meet in each: all know of it, and end the step or keep what they had."""
+    for message, pending in two.run(micro_batch_given_up, "loss"):
+        assert "the loss of task 'b' must be finite" in message
+        assert message.endswith("discarded, as the step is over.")
+        assert pending == 0
+    for message, pending in two.run(micro_batch_given_up, "graph"):
+        assert message.endswith("is kept; balancer.discard() drops it.")
+        assert pending == len(TASKS)
+
+
 # --- tasks that are absent -----------------------------------------------------------------------
 
 

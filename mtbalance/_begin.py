@@ -1,0 +1,62 @@
+"""What comes before a step: is everything there, where is it balanced, what are the losses."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mtbalance._checks import check_losses_by_task, check_validation
+from mtbalance._company import Losses
+from mtbalance._places import features_of
+from mtbalance._seen import Seen
+from mtbalance._step import Setting
+from mtbalance._task_gradients import TaskGradients
+
+
+def checked(
+    setting: Setting,
+    pending: TaskGradients,
+    features: Tensor | Sequence[Tensor] | None = None,
+) -> Setting:
+    """Return the setting, at the features if that is where tasks are to be balanced.
+
+    Args:
+        setting: Who takes the step, and with what.
+        pending: What has been accumulated; of several processes, an error ends the step for all.
+        features: The features, if any.
+    """
+    if setting.weighting.needs_validation:
+        try:
+            check_validation(setting.weighting, setting.validation)
+        except ValueError as error:
+            if setting.company.size > 1:
+                pending.clear()
+            setting.company.agree(Seen(), error)
+    if features is None:
+        return setting
+    if pending:
+        raise RuntimeError(
+            "`features` must be None after accumulate(), but got tensors. Features belong to "
+            "one backward pass."
+        )
+    place = features_of(features, setting.weighting, setting.gradient, setting.company)
+    return setting if setting.one_pass_serves else setting._replace(place=place)
+
+
+def look(losses: Losses, tasks: Sequence[str], setting: Setting, *, agree: bool = True) -> Seen:
+    """Check the losses, and let all processes know: they stop or go on together.
+
+    Args:
+        losses: The losses of this process.
+        tasks: All tasks.
+        setting: Who takes the step, and where.
+        agree: Whether the processes tell each other; an error is told in any case.
+    """
+    company, place = setting.company, setting.place
+    seen, error = Seen(), None
+    try:
+        named = check_losses_by_task(losses, tasks, may_be_empty=company.size > 1)
+        place.check(named)
+        seen = company.look(named, setting.policy.losses(named), place)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    return company.agree(seen, error) if agree or error is not None else seen
