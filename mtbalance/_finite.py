@@ -198,6 +198,7 @@ def may_overflow(
     lengths: Mapping[str, Length],
     weighed: Weighed,
     strategy: GradientStrategy,
+    scale: float,
 ) -> bool:
     """Return whether a direction may be more than its leaf holds, judged by the rows' lengths.
 
@@ -208,7 +209,7 @@ def may_overflow(
     rest = _total(weights, [size.rest for size in sizes])
     if not rest <= _largest(table.rest.leaves):
         return True
-    balanced = [size.balanced for size in sizes]
+    balanced = [size.balanced * scale for size in sizes]
     # A subclass gives directions of its own.
     growth = strategy.growth if "growth" in vars(type(strategy)) else None
     for number, outcome in outcomes.items():

@@ -31,11 +31,13 @@ def in_passes(
 ) -> bool:
     """Make backward passes into ``.grad``; return False, and write nothing, if it is not finite.
 
+    Under a loss scale what is not finite is written: the scaler skips the step when it finds that.
+
     Args:
         passes: One for all leaves, or several for some each.
         seen: The losses.
         weighed: Their weights.
-        scale: The loss scale, if any: a scaler looks at ``.grad`` itself.
+        scale: The loss scale, if any.
         company: The processes.
         looks: Whether what is not finite is to be found.
         again: Whether the graphs are to last, as other passes follow where it is not finite.
@@ -45,8 +47,9 @@ def in_passes(
         for number, (leaves, coefficients) in enumerate(wanted, 1):
             more = again or number < len(wanted)
             company.backward(seen, leaves, coefficients, scale or 1.0, retain_graph=more)
-        if looks and scale is None and not company.everywhere(fresh.is_finite()):
-            return False
-        fresh.keep()
-        weighed.write(scale)
-    return True
+        finite = not looks or company.everywhere(fresh.is_finite())
+        if finite or scale is not None:
+            fresh.keep()
+        if finite:
+            weighed.write(scale)
+    return finite

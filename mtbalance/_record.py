@@ -27,7 +27,8 @@ class Record:
         nonfinite: Tasks whose loss or gradient was not finite, as far as it is known whose it was.
         dropped: Tasks left out because of that (``nonfinite="drop"``).
         skipped: Whether nothing was written because of a non-finite loss or gradient.
-        overflow: Whether non-finite gradients were passed on for the gradient scaler to see.
+        overflow: Whether non-finite gradients were passed on for the gradient scaler to see; in
+            one ordinary backward pass nobody knows of which task.
         fallbacks: How often strategies answered with their documented substitute in this step.
         reused: Whether weights of an earlier step served (``every`` above 1).
     """

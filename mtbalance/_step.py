@@ -27,7 +27,7 @@ from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
 from mtbalance._task_gradients import Row
-from mtbalance._weighed import Weighed, Weigher
+from mtbalance._weighed import Weighed, Weigher, unless_written, write_nothing
 from mtbalance._writing import hooks_when_written, write
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Step, Weighting
@@ -77,6 +77,9 @@ class Steps:
     @hooks_when_written()
     def take(self, seen: Seen, setting: Setting) -> Record:
         """Take the step of losses that all processes know of."""
+        return unless_written(setting.weighting, lambda: self._take(seen, setting))
+
+    def _take(self, seen: Seen, setting: Setting) -> Record:
         policy = setting.policy
         if setting.one_pass_serves:
             ended = policy.ended("loss", seen.losses, seen.nonfinite)
@@ -88,12 +91,11 @@ class Steps:
         if fit and self._kept.serve(seen.losses, setting.every):
             groups, rest = self._divided(seen, setting.company)
             if self._kept.cover(groups):
-                before = _buffers_of(setting.weighting) if policy.drops else []
-                record = self._with_known(seen, setting, groups, rest)
+                record = unless_written(
+                    setting.weighting, lambda: self._with_known(seen, setting, groups, rest)
+                )
                 if not (policy.drops and record.skipped):
                     return record
-                for buffer, value in before:  # the weighting sees the losses of a step once
-                    buffer.copy_(value)
         rows = setting.place.rows(seen, setting.company, setting.scaler)
         return self._with_rows(rows, seen, setting)
 
@@ -101,7 +103,9 @@ class Steps:
     def take_accumulated(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
         """Take the step of losses whose backward passes have been made."""
         ended = setting.policy.ended("loss", seen.finite, seen.nonfinite)
-        return ended or self._with_rows(rows, seen, setting)
+        if ended is not None:
+            return ended
+        return unless_written(setting.weighting, lambda: self._with_rows(rows, seen, setting))
 
     def _divided(self, seen: Seen, company: Company) -> Divided:
         """Divide what the losses reach today, which need not be what they have reached before."""
@@ -142,6 +146,9 @@ class Steps:
                 weighed.by_name,
                 absent=policy.absent(seen.losses),
             )
+        elif scale is not None:
+            write_nothing(setting.weighting)
+            record = policy.overflow(seen.losses, (), ())
         else:
             record = policy.ended_by_sum(seen.losses)
         if not kept:
@@ -160,6 +167,7 @@ class Steps:
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             _pass_on(table, place, seen)
+            write_nothing(setting.weighting)
             return policy.overflow(table.losses, tuple(bad), table.nonfinite)
         if bad:
             table = table.without(bad)
@@ -175,6 +183,8 @@ class Steps:
         del step
         outcomes = _outcomes(table, weighed, setting, scale)
         bad_now = _write(outcomes, table, lengths, weighed, seen, setting, scale)
+        if bad_now is not None and scale is not None:
+            return policy.overflow(table.losses, (), table.nonfinite)
         if bad_now is not None:
             return policy.ended_unwritten(bad_now, table.losses)
         if setting.keeps_weights:
@@ -187,11 +197,6 @@ class Steps:
     ) -> Weighed:
         weighting, looks = setting.weighting, setting.policy.looks
         return self._weigher.weigh(weighting, losses, self._log.parameters, step, looks=looks)
-
-
-def _buffers_of(weighting: Weighting) -> list[tuple[Tensor, Tensor]]:
-    """Return what a weighting remembers, and copies of it."""
-    return [(buffer, buffer.clone()) for buffer in weighting.buffers()]
 
 
 def _outcomes(
@@ -225,16 +230,21 @@ def _write(
     """Accumulate directions, sums of what is not balanced, and slopes of learned weights.
 
     Returns:
-        What is not finite, if anything: nothing is written then. Finite rows do not tell, as a sum
-        may be more than its dtype holds.
+        What is not finite, if anything: nothing is written then, or, under a loss scale, for the
+        scaler to see. Finite rows do not tell, as a sum may be more than its dtype holds.
     """
-    # A scaler looks at what is written itself.
-    policy, looks = setting.policy, setting.policy.looks and scale is None
+    policy = setting.policy
+    bad: str | None = None
 
     def accepts(gradients: Sequence[Tensor | None]) -> bool:
-        return not looks or policy.accepts(gradients)
+        nonlocal bad
+        if not policy.accepts(gradients):
+            bad = "gradient below `features`"
+        return bad is None or scale is not None
 
-    suspicious = looks and may_overflow(outcomes, table, lengths, weighed, setting.gradient)
+    suspicious = policy.looks and may_overflow(
+        outcomes, table, lengths, weighed, setting.gradient, scale or 1.0
+    )
     leaves, rows = table.rest
     directions = combine(rows, weighed.weights, leaves, release=True)
     parts = [(table.groups[number].leaves, o.direction) for number, o in outcomes.items()]
@@ -243,13 +253,18 @@ def _write(
             pair for part in (*parts, (leaves, directions)) for pair in zip(*part, strict=True)
         ]
         if not policy.accepts_directions(found, setting.company):
-            return "direction"
+            bad = "direction"
+            if scale is None:
+                return bad
     for balanced, direction in parts:
         if not setting.place.write(balanced, direction, seen, accepts):
-            return "gradient below `features`"
+            return bad
     write(leaves, directions)
-    weighed.write(scale)
-    return None
+    if bad is None:
+        weighed.write(scale)
+    else:
+        write_nothing(setting.weighting)
+    return bad
 
 
 def _record(

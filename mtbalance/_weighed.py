@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtbalance._record import Record
 from mtbalance._rows import stacked
 from mtbalance._watch import OptimizerWatch
 from mtbalance._writing import add_to_grad
@@ -37,6 +38,38 @@ class Weighed(NamedTuple):
         if self.learned:
             slopes = [slope * (scale or 1.0) for _, slope in self.learned]
             add_to_grad([parameter for parameter, _ in self.learned], slopes)
+
+
+def write_nothing(weighting: Weighting) -> None:
+    """Accumulate the gradient 0 for learned parameters, as for those of an absent task.
+
+    In a step that a gradient scaler is to skip: it refuses an optimizer without gradients.
+    """
+    learned = [parameter for parameter in weighting.parameters() if parameter.requires_grad]
+    add_to_grad(learned, [torch.zeros_like(parameter) for parameter in learned])
+
+
+def unless_written(weighting: Weighting, step: Callable[[], Record]) -> Record:
+    """Take a step; if it writes nothing, the weighting remembers what it did before.
+
+    Args:
+        weighting: The weighting.
+        step: Takes the step.
+
+    Returns:
+        What the step did. It writes nothing if it is skipped, if a scaler skips it or if it raises.
+    """
+    before = {name: buffer.clone() for name, buffer in weighting.named_buffers()}
+    written = False
+    try:
+        record = step()
+        written = not (record.skipped or record.overflow)
+    finally:
+        if not written:
+            with torch.no_grad():
+                for name, value in before.items():
+                    weighting.get_buffer(name).copy_(value)
+    return record
 
 
 class Weigher:

@@ -228,6 +228,73 @@ def test_a_bad_micro_batch_that_raises_ends_the_step() -> None:
         balancer.apply()
 
 
+HIDDEN = "below the features"
+
+
+def spoiled_step(balancer: Balancer, model: Network, what: str, **options: object) -> Record:
+    """Take a step whose gradients are not finite: of task b, of its head, or of the trunk alone."""
+    if what != HIDDEN:
+        return balancer.backward(bad_losses(model, what), **options)
+    hidden = model.trunk(batch())
+    hidden = hidden + (model.trunk[0].weight.sum() * 0).abs().sqrt()
+    losses = {task: head(hidden).square().mean() for task, head in model.heads.items()}
+    return balancer.backward(losses, features=hidden, **options)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "head", HIDDEN])
+@pytest.mark.parametrize("policy", ["raise", "skip", "scaler"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_that_writes_nothing_is_not_remembered(strategy, policy: str, what: str) -> None:
+    """Nor one that a scaler skips. DWA would count its losses, and weigh all later steps by it."""
+    model = Network()
+    scaler = torch.amp.GradScaler(DEVICE.type) if policy == "scaler" else None
+    nonfinite = "raise" if policy == "scaler" else policy
+    balancer = Balancer(
+        DWA(), strategy(), tasks=TASKS, shared=model.trunk, nonfinite=nonfinite, every=1
+    )
+    balancer.backward(model.losses(batch()), scaler=scaler)
+    before = copy.deepcopy(balancer.weighting.state_dict())
+    if policy == "raise" or (policy == "scaler" and what == "loss"):
+        with pytest.raises(FloatingPointError):
+            spoiled_step(balancer, model, what, scaler=scaler)
+    else:
+        record = spoiled_step(balancer, model, what, scaler=scaler)
+        assert (record.skipped, record.overflow) == (policy == "skip", policy == "scaler")
+    for key, value in balancer.weighting.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    balancer.backward(model.losses(batch()))
+    assert balancer.weighting.count.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("policy", ["skip", "scaler"])
+def test_a_step_with_kept_weights_that_writes_nothing_is_not_remembered(policy: str) -> None:
+    model = Network()
+    scaler = torch.amp.GradScaler(DEVICE.type) if policy == "scaler" else None
+    options = {"tasks": TASKS, "shared": model.trunk, "nonfinite": "skip", "every": 5}
+    balancer = Balancer(DWA(), CAGrad(), **options)
+    balancer.backward(model.losses(batch()), scaler=scaler)
+    record = balancer.backward(bad_losses(model, "gradient"), scaler=scaler)
+    assert record.reused
+    assert record.skipped != record.overflow
+    assert balancer.weighting.count.tolist() == [1, 1, 1]
+
+
+class RemembersAndFails(DWA):
+    """Its weights are infinite for a loss of 7."""
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return super().forward(losses) * torch.where(losses == 7, torch.inf, 1.0)
+
+
+def test_an_error_on_the_way_is_not_remembered() -> None:
+    x = nn.Parameter(torch.ones(1))
+    balancer = Balancer(RemembersAndFails(), CAGrad(), tasks=("a", "b"), shared=[x])
+    with pytest.raises(FloatingPointError, match="must give finite weights"):
+        balancer.backward({"a": 7 * x.sum(), "b": x.sum()})
+    assert balancer.weighting.count.tolist() == [0, 0]
+    assert balancer.weighting.mean.tolist() == [0, 0]
+
+
 def test_all_tasks_dropped() -> None:
     model = Network(("a",))
     balancer = Balancer(Equal(), Sum(), tasks=("a",), shared=model.trunk, nonfinite="drop")
@@ -289,13 +356,44 @@ def test_infinities_reach_the_scaler_which_skips(name: str) -> None:
         scaler=scaler,
         validation=lambda: model.losses(batch().float()),
     )
-    if name != "naive":
-        assert record.overflow
+    assert record.overflow
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**119
     for p, q in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_learned_weights_stay_where_a_scaler_skips(strategy) -> None:
+    """In an optimizer of their own, too, which the scaler refuses to step without gradients."""
+    model = single(Network())
+    balancer = Balancer(Uncertainty(), strategy(), tasks=TASKS, shared=model.trunk)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, balancer)]
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**120)
+    losses = {task: loss * 1e6 for task, loss in model.losses(batch().float()).items()}
+    assert balancer.backward(losses, scaler=scaler).overflow
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(balancer.weighting.log_var, torch.zeros(3))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_is_looked_at_where_everything_is_passed_on(strategy, monkeypatch) -> None:
+    """With a scaler as without one: looking waits for the device."""
+    model = single(Network())
+    looks: list[object] = []
+    monkeypatch.setattr("mtbalance._finite.all_finite", looks.append)
+    monkeypatch.setattr("mtbalance._writing.all_finite", looks.append)
+    options = {"tasks": TASKS, "shared": model.trunk, "nonfinite": "propagate"}
+    balancer = Balancer(DWA(), strategy(), **options)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**120)
+    losses = {task: loss * 1e6 for task, loss in model.losses(batch().float()).items()}
+    record = balancer.backward(losses, scaler=scaler)
+    assert not record.overflow
+    assert not looks
+    assert balancer.weighting.count.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["naive", "cagrad", "autol+cagrad"])

@@ -75,7 +75,8 @@ class Weighting(nn.Module, ABC):
 
     State per task is made in :meth:`setup`, with one entry for every task. ``losses`` holds the
     *active* tasks only, so that ``self.log_var[self.active]`` picks the entries that belong to it;
-    a task that is absent from a step neither weighs nor changes.
+    a task that is absent from a step neither weighs nor changes. After a step that writes nothing
+    (skipped, an error, an overflow under a gradient scaler) a Balancer puts the buffers back.
     """
 
     needs_gradients: ClassVar[bool] = False

@@ -4,6 +4,7 @@ After each error the same processes go on to take a step together: no collective
 """
 
 import re
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +141,38 @@ def test_ranks_agree_on_what_is_not_finite(two: Pool, policy: str, what: str) ->
         outcomes = [outcome for _, outcome in ranks]
         assert_equal(outcomes, alone, 1e-12, name)
         same_everywhere(outcomes)
+
+
+def remembered(here: Here, name: str, policy: str, what: str) -> tuple[list[float], dict[str, Any]]:
+    """Return what DWA remembers after a good and a spoiled step, and the last record."""
+    nonfinite = "raise" if policy == "scaler" else policy
+    network, balancer = setting(name, nonfinite=nonfinite)
+    scaler = torch.amp.GradScaler("cpu") if policy == "scaler" else None
+
+    def step(losses: dict[str, Tensor]) -> None:
+        balancer.backward(losses, scaler=scaler)
+
+    balancer.history = deque(maxlen=1)
+    step(network.losses(here.part(batch())))
+    losses = network.losses(here.part(batch()))
+    message_of(lambda: step(spoiled(losses, network, what) if here.rank == 0 else losses))
+    means = [*balancer.weighting.count.tolist(), *balancer.weighting.mean.tolist()]
+    record = balancer.history[-1].as_dict()
+    return means, {key: record[key] for key in ("skipped", "overflow")}
+
+
+@pytest.mark.parametrize("what", ["gradient", "head"])
+@pytest.mark.parametrize("policy", ["raise", "skip", "scaler"])
+@pytest.mark.parametrize("name", ["dwa", "dwa+pcgrad"])
+def test_no_rank_remembers_a_step_that_writes_nothing(
+    two: Pool, name: str, policy: str, what: str
+) -> None:
+    alone, last = remembered(ALONE, name, policy, what)
+    assert alone[:3] == [1, 1, 1]
+    assert last == {"skipped": float(policy == "skip"), "overflow": float(policy == "scaler")}
+    for means, record in two.run(remembered, name, policy, what):
+        assert means == pytest.approx(alone, rel=1e-12)
+        assert record == last
 
 
 def bad_input(here: Here, name: str) -> tuple[str, Outcome]:
