@@ -93,14 +93,19 @@ class NonFinite:
 
     def accepts_directions(
         self,
-        directions: Sequence[tuple[Tensor, Tensor | None]],
+        parts: Iterable[tuple[Sequence[Tensor], Sequence[Tensor | None]]],
         company: Company,
     ) -> bool:
-        """Return whether directions of leaves may be written, of which processes may have parts.
+        """Return whether directions may be written, of which processes may have parts.
 
         As with rows, what other processes do not know of is not looked at.
+
+        Args:
+            parts: Leaves, and a direction for each.
+            company: The processes.
         """
-        known = [direction for leaf, direction in directions if company.knows(leaf)]
+        pairs = itertools.chain(*(zip(*part, strict=True) for part in parts))
+        known = [direction for leaf, direction in pairs if company.knows(leaf)]
         bad = torch.tensor(float(not all_finite(known)), device="cpu")
         return float(company.sum_over_parts(bad)) == 0
 

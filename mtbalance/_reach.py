@@ -185,8 +185,8 @@ class ReachLog:
         names = names_in_models(outside)
         shown = _shown([names.get(id(leaf), f"of shape {tuple(leaf.shape)}") for leaf in outside])
         warnings.warn(
-            f"several tasks reach {len(outside)} parameters that were not given as `shared` "
-            f"({shown}). They get the plain sum of weighted gradients, which nothing balances; "
+            f"several tasks reach parameters that were not given as `shared` ({len(outside)}: "
+            f"{shown}). They get the plain sum of weighted gradients, which nothing balances; "
             "balancer.explain() lists all.",
             UserWarning,
             stacklevel=4,

@@ -242,24 +242,21 @@ def _write(
             bad = "gradient below `features`"
         return bad is None or scale is not None
 
-    suspicious = policy.looks and may_overflow(
-        outcomes, table, lengths, weighed, setting.gradient, scale or 1.0
-    )
     leaves, rows = table.rest
-    directions = combine(rows, weighed.weights, leaves, release=True)
+    rest = (leaves, combine(rows, weighed.weights, leaves, release=True))
     parts = [(table.groups[number].leaves, o.direction) for number, o in outcomes.items()]
-    if suspicious:
-        found = [
-            pair for part in (*parts, (leaves, directions)) for pair in zip(*part, strict=True)
-        ]
-        if not policy.accepts_directions(found, setting.company):
-            bad = "direction"
-            if scale is None:
-                return bad
+    if (
+        policy.looks
+        and may_overflow(outcomes, table, lengths, weighed, setting.gradient, scale or 1.0)
+        and not policy.accepts_directions([*parts, rest], setting.company)
+    ):
+        bad = "direction"
+        if scale is None:
+            return bad
     for balanced, direction in parts:
         if not setting.place.write(balanced, direction, seen, accepts):
             return bad
-    write(leaves, directions)
+    write(*rest)
     if bad is None:
         weighed.write(scale)
     else:
