@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
@@ -304,6 +305,82 @@ def test_moving_and_casting() -> None:
     balancer.double()
     assert balancer.weighting.log_var.dtype == torch.float64
     assert sum(1 for _ in balancer.parameters()) == 1  # the model's are not the Balancer's
+
+
+CASTS = {
+    "to": lambda module: module.to(torch.bfloat16),
+    "bfloat16": lambda module: module.bfloat16(),
+    "half": lambda module: module.half(),
+    "float": lambda module: module.float(),
+    "apply": lambda module: module._apply(lambda t: t.bfloat16() if t.is_floating_point() else t),
+}
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["alone", "held"])
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_cast_leaves_means_as_they_are(cast: Callable[[nn.Module], object], held: bool) -> None:
+    """2000 losses of 1.0005 have a mean that bfloat16 does not hold, nor float32 to 1e-9."""
+    balancer = Balancer(DWA(), Sum(), tasks=("a", "b"))
+    cast(nn.ModuleList([nn.Linear(1, 1), balancer]) if held else balancer)
+    losses = torch.tensor([1.0005, 1.0])
+    for _ in range(2000):
+        balancer.weighting(losses)
+    assert_close(balancer.weighting.mean, losses.double(), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_cast_leaves_learned_weights_free_to_move(cast: Callable[[nn.Module], object]) -> None:
+    """Steps of 1e-4 from 0.1, or from 1, are below half a unit of bfloat16's last place."""
+    weights = nn.Parameter(torch.ones(1))
+    auto = AutoLambda(torch.optim.SGD([weights], lr=0.1), init=0.1)
+    model = nn.ModuleDict({"auto": Balancer(auto, Sum(), tasks=("a",))})
+    uncertainty = Uncertainty(init=1.0)
+    model["learned"] = Balancer(uncertainty, Sum(), tasks=("a",))
+    optimizer = torch.optim.SGD(model["learned"].parameters(), lr=1e-4)
+    before = uncertainty.log_var
+    cast(model)
+    for _ in range(100):
+        model["auto"].backward({"a": -weights.sum()}, validation=lambda: {"a": weights.sum()})
+        optimizer.zero_grad()
+        model["learned"].backward({"a": 10 * weights.sum()})
+        optimizer.step()
+    assert uncertainty.log_var is before  # which the optimizer holds
+    assert auto.lambdas.item() == pytest.approx(0.09, abs=1e-6)
+    assert uncertainty.log_var.item() > 1.01
+
+
+def test_state_is_at_least_float32_whatever_the_default() -> None:
+    """As in training "in true bfloat16", where a model is made with this default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weighting = Uncertainty().bind(("a", "b"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert weighting.log_var.dtype == weighting.factor.dtype == torch.float32
+
+
+def test_a_device_without_float64_gets_float32() -> None:
+    """Moving float64 there raises TypeError; everything else keeps its dtype."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float64:
+            raise TypeError
+        return tensor.clone()
+
+    weighting = DWA().bind(("a", "b"))
+    assert weighting._apply(move).mean.dtype == torch.float32
+
+
+def test_a_state_in_float32_is_read() -> None:
+    trained = trained_with_dwa(("a", "b"))
+    state = {
+        k: v.float() if v.dtype == torch.float64 and "mean" in k else v
+        for k, v in saved(trained.state_dict()).items()
+    }
+    other = trained_with_dwa(("a", "b"), steps=0)
+    other.load_state_dict(state)
+    assert_close(other.weighting.mean, trained.weighting.mean, rtol=1e-7, atol=0)
+    assert other.weighting.mean.dtype == torch.float64
 
 
 # --- what is shared, where that is inferred -------------------------------------------------------

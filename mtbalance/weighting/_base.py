@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from mtbalance._checks import check_losses
 from mtbalance._passes import products_with_gradient
+from mtbalance._rows import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Weighting(nn.Module, ABC):
     """Whether :meth:`before_step` reads per-task gradients."""
     needs_validation: ClassVar[bool] = False
     """Whether :meth:`before_step` reads the losses of a validation batch."""
+    _narrowest: ClassVar[torch.dtype] = torch.float32
+    """What casts leave of the state at least, where the device has it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,6 +163,14 @@ class Weighting(nn.Module, ABC):
     def check_state(self, state: Mapping[str, object]) -> None:
         """Raise ValueError if what was saved, by name, is nothing to go on with."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        # A model that is cast takes its weighting with it, whose small steps and means of many
+        # losses would be lost in rounding: it moves along, but keeps its numbers.
+        def moved(tensor: Tensor) -> Tensor:
+            return _moved(fn, tensor, self._narrowest)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A weighting on its own may be loaded before it has seen a loss: bind it to what was saved.
         if self.tasks is None:
@@ -183,6 +194,31 @@ def own_state(state_dict: Mapping[str, object], prefix: str) -> dict[str, object
     return {name: value for name, value in named.items() if "." not in name}
 
 
-def task_vector(values: Sequence[float] | float, count: int) -> Tensor:
-    """Return one number per task, shape (count,), in PyTorch's default dtype."""
-    return torch.as_tensor(values, dtype=torch.get_default_dtype()).expand(count).clone()
+def task_vector(
+    values: Sequence[float] | float, count: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return one number per task, shape (count,), in PyTorch's default dtype, at least float32."""
+    dtype = dtype or at_least_float32(torch.get_default_dtype())
+    return torch.as_tensor(values, dtype=dtype).expand(count).clone()
+
+
+def dtype_of_sums(device: torch.device | None = None) -> torch.dtype:
+    """Return the widest floating-point dtype of a device, by default of the default one."""
+    device = device or torch.get_default_device()
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor, narrowest: torch.dtype) -> Tensor:
+    """Move or cast a tensor as ``fn`` does, but to no narrower floating-point dtype than that."""
+    try:
+        new = fn(tensor)
+    except TypeError:
+        if tensor.dtype != torch.float64:
+            raise
+        return fn(tensor.float())  # to a device that has no float64
+    if new.dtype == tensor.dtype or not new.is_floating_point():
+        return new
+    dtype = torch.promote_types(new.dtype, narrowest)
+    if dtype == torch.float64:
+        dtype = dtype_of_sums(new.device)
+    return new if dtype == new.dtype else tensor.to(new.device, dtype)

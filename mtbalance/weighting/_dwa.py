@@ -1,11 +1,12 @@
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mtbalance._checks import check_positive, check_saved
 
-from ._base import Weighting, task_vector
+from ._base import Weighting, dtype_of_sums, task_vector
 
 _MAX_RATIO = 1e3
 
@@ -47,6 +48,8 @@ class DWA(Weighting):
         tensor([0.8756, 1.1244])
     """
 
+    _narrowest: ClassVar[torch.dtype] = torch.float64
+
     mean: Tensor
     count: Tensor
     last: Tensor
@@ -58,8 +61,10 @@ class DWA(Weighting):
         self.temperature = check_positive("temperature", temperature)
 
     def setup(self) -> None:
-        for name in ("mean", "last", "before_last"):  # of the current epoch and the two before it
-            self.register_buffer(name, task_vector(0.0, self.num_tasks))
+        # Of the current epoch and the two before it. In float32, the rounding of each step adds up
+        # to as much as differences between epochs are.
+        for name in ("mean", "last", "before_last"):
+            self.register_buffer(name, task_vector(0.0, self.num_tasks, dtype_of_sums()))
         for name in ("count", "epochs"):  # steps in this epoch, and epochs behind it, per task
             self.register_buffer(name, torch.zeros(self.num_tasks, dtype=torch.long))
 

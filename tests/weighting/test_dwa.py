@@ -216,3 +216,18 @@ def test_means_hold_no_graph() -> None:
 def test_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match="`temperature` must be positive, but got"):
         DWA(temperature=temperature)
+
+
+def test_rounding_of_many_steps_does_not_show_in_the_weights() -> None:
+    """At a low temperature, by the definition in float64 over the losses as they are."""
+    generator = torch.Generator().manual_seed(0)
+    weighting = DWA(temperature=0.05)
+    epochs = [torch.rand(20_000, 2, generator=generator) + 5 for _ in range(2)]
+    for losses in epochs:
+        for row in losses.unbind():
+            weighting(row)
+        weighting.end_epoch()
+    ratio = epochs[1].double().mean(0) / epochs[0].double().mean(0)
+    expected = 2 * torch.softmax(ratio / 0.05, 0)
+    found = weighting(torch.ones(2, dtype=torch.float64))
+    assert_close(found, expected, rtol=1e-9, atol=0)
