@@ -11,6 +11,8 @@ from mtbalance._random import RandomSource
 from ._base import GramianStrategy
 
 _MAX_TASKS_OF_EXPECTATION = 6
+_ENTRIES = 2**16
+"""Of what all walks take off their rows in one stretch: it stays in the cache."""
 
 
 def _weights_of_pair(
@@ -93,14 +95,18 @@ class PCGrad(GramianStrategy):
         squared_norms = gramian.diagonal()
         is_zero = squared_norms <= ZERO_ROW**2 * squared_norms.max()
         divisors = torch.where(is_zero, math.inf, squared_norms)
-        steps = (gramian / divisors[:, None])[orders]  # (walks, m - 1, m)
+        projections = gramian / divisors[:, None]
+        # Visits of a stretch together, which is faster, but not of all: that would be (m, m, m).
+        stretch = max(1, _ENTRIES // (len(tasks) * m))
 
         products = gramian[tasks]  # (walks, m): with each row, kept up to date
         conflicts = []
-        for visited, step in zip(orders[:, :, None].unbind(1), steps.unbind(1), strict=True):
-            conflict = products.gather(1, visited).clamp_max_(0)
-            products.addcmul_(conflict, step, value=-1)
-            conflicts.append(conflict)
+        for visits in orders.split(stretch, 1) if stretch < m - 1 else (orders,):
+            steps = projections[visits]  # (walks, stretch, m)
+            for visited, step in zip(visits[:, :, None].unbind(1), steps.unbind(1), strict=True):
+                conflict = products.gather(1, visited).clamp_max_(0)
+                products.addcmul_(conflict, step, value=-1)
+                conflicts.append(conflict)
         weights = torch.ones_like(divisors)
         if conflicts:  # none for a single task
             lost = torch.cat(conflicts, 1) / divisors[orders]
