@@ -4,6 +4,8 @@ The problem is max_d min_i <g_i, d> subject to |d - g0| <= c |g0|. A direction i
 duality, by random rivals and against SciPy; none of these shares anything with the solver.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -498,3 +500,22 @@ def test_refuses_a_bad_radius(c: float) -> None:
 def test_refuses_an_unknown_rescaling() -> None:
     with pytest.raises(ValueError, match="`rescale` must be one of 0, 1, 2, but got 3"):
         CAGrad(rescale=3)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-4, 1e-5, 1e-6])
+def test_how_exact_it_is_for_rows_that_are_nearly_opposite(angle: float) -> None:
+    """As the docstring says.
+
+    For rows (1, 0) and 2 (-1, a), by the closed form with D = 4 a^2 known to all digits.
+    """
+    c = 1.5
+    rows = torch.tensor([[1.0, 0.0], [-2.0, 2 * angle]], dtype=torch.float64)
+    a, h, b = 1.0, -2.0, 4 + 4 * angle**2
+    half = (a - b) / 2
+    rho = math.sqrt(c**2 + (c**2 - 1) * half**2 / (4 * angle**2))
+    weights = torch.tensor([rho * (b - h) - half, rho * (a - h) + half], dtype=torch.float64)
+    mean = rows.mean(0)
+    pull = weights @ rows
+    expected = 2 * (mean + c * mean.norm() * pull / pull.norm()) / (1 + c**2)
+    error = (CAGrad(c=c)(rows) - expected).norm() / expected.norm()
+    assert error <= 1e-14 + 5e-16 / angle**2
