@@ -329,6 +329,14 @@ def test_no_task_conflicts_with_the_direction(case: GradientCase, data) -> None:
 
 
 @gradient_cases()
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-560, 2.0**560, 2.0**1000])
+def test_rows_whose_squares_float64_does_not_hold(case: GradientCase, scale: float) -> None:
+    """Powers of two change nothing but the scale."""
+    rows = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert_close(case.make()(rows * scale) / scale, case.make()(rows), rtol=1e-12, atol=1e-12)
+
+
+@gradient_cases()
 def test_claim_to_work_by_coordinates_agrees_with_the_class(case: GradientCase) -> None:
     """The Balancer hands columns over in blocks exactly where ``coordinatewise`` is set."""
     strategy = case.make()

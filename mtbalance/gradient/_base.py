@@ -80,6 +80,10 @@ class GradientStrategy(nn.Module, ABC):
                 child.reset()
 
 
+_LOWEST = 1e-270
+"""Where the squared norms of all rows are below, float64 keeps too few of their digits."""
+
+
 class GramianStrategy(GradientStrategy):
     """A gradient strategy whose direction is a combination of the rows that the Gramian decides.
 
@@ -103,6 +107,8 @@ class GramianStrategy(GradientStrategy):
         """
         rows = [[row] for row in gradients.detach()]
         gramian = gramian_of(rows)
+        if gradients.dtype == torch.float64 and not _LOWEST < gramian.diagonal().max() < torch.inf:
+            gramian = gramian_of([[row] for row in _near_one(gradients.detach())])
         if not is_finite(gramian):
             return torch.full_like(gradients[0], torch.nan)
         (direction,) = combine(rows, self.solve(gramian))
@@ -118,3 +124,12 @@ class GramianStrategy(GradientStrategy):
                 f"({len(gramian)},), but got shape {tuple(weights.shape)}."
             )
         return weights.to(gramian.device)
+
+
+def _near_one(gradients: Tensor) -> Tensor:
+    """Return the gradients times a power of two, which changes no angle and no ratio of lengths."""
+    if gradients.numel() == 0:
+        return gradients
+    _, exponent = torch.frexp(gradients.abs().max())
+    half = exponent // 2  # twice half: a power of two that large is itself out of range
+    return torch.ldexp(torch.ldexp(gradients, -half), half - exponent)
