@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mtbalance._checks import check_losses_by_task, check_validation
@@ -55,8 +56,18 @@ def look(losses: Losses, tasks: Sequence[str], setting: Setting, *, agree: bool 
     seen, error = Seen(), None
     try:
         named = check_losses_by_task(losses, tasks, may_be_empty=company.size > 1)
+        _check_mode()
         place.check(named)
         seen = company.look(named, setting.policy.losses(named), place)
     except (TypeError, ValueError) as caught:
         error = caught
     return company.agree(seen, error) if agree or error is not None else seen
+
+
+def _check_mode() -> None:
+    """Raise where no backward pass can be made."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "losses must be balanced outside of torch.inference_mode(), which allows no backward "
+            "pass, but got some inside. torch.no_grad() does."
+        )

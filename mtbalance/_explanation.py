@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Use:
     Attributes:
         use: What the parameters are used for.
         tensors: How many parameter tensors.
-        parameters: How many numbers.
+        parameters: How many numbers, as far as sizes are known.
         names: Names of the tensors, as far as they are known.
     """
 
@@ -83,11 +84,11 @@ def explanation_of(
         use = _use(parameter, by, tasks, is_shared=is_shared)
         if is_shared and len(groups or ()) > 1:
             use = f"{group_of[key]}: {use}"
-        if is_shared and parameter.requires_grad:
+        if is_shared and parameter.requires_grad and not is_lazy(parameter):
             balanced.append(parameter)
         uses.setdefault(use, []).append(parameter)
     rows = [
-        Use(use, len(ps), sum(map(Tensor.numel, ps)), tuple(names.get(id(p), "?") for p in ps))
+        Use(use, len(ps), sum(map(_size, ps)), tuple(names.get(id(p), "?") for p in ps))
         for use, ps in uses.items()
     ]
     return Explanation(
@@ -98,10 +99,17 @@ def explanation_of(
     )
 
 
+def _size(parameter: Tensor) -> int:
+    """Return how many numbers a parameter holds: none before a lazy module's first forward pass."""
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
 def _use(parameter: Tensor, by: set[str], tasks: tuple[str, ...], *, is_shared: bool) -> str:
     who = ", ".join(task for task in tasks if task in by)
     if not parameter.requires_grad:
         return "frozen"
+    if is_lazy(parameter):
+        return ("shared, " if is_shared else "") + "lazy, of unknown size until a forward pass"
     if not by:
         return "shared, but reached by no loss yet" if is_shared else "unused"
     if not is_shared:

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 
 def scaled(losses: Iterable[Tensor], scaler: GradScaler | None) -> list[Tensor]:
     """Return the losses times the scale, which is set up if that has not happened."""
-    return list(losses) if scaler is None else [scaler.scale(loss) for loss in losses]
+    if scaler is None:
+        return list(losses)
+    with torch.enable_grad():  # backward passes may be made under no_grad, so this one product, too
+        return [scaler.scale(loss) for loss in losses]
 
 
 def scale_of(scaler: GradScaler | None, like: Tensor | None = None) -> float | None:

@@ -4,11 +4,15 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, AutoLambda, Equal, Uncertainty
+from tests._device import DEVICE
 from tests._networks import TASKS, Network, batch
 
 SGD = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
@@ -244,6 +248,110 @@ def test_inferred_tasks_that_share_nothing() -> None:
     balancer = Balancer(Equal(), CAGrad(), tasks=TASKS)
     losses = {"a": x.sum(), "b": (x * y).sum(), "c": z.sum()}
     with pytest.raises(ValueError, match="loss of task 'c' must reach a shared parameter, but sha"):
+        balancer.backward(losses)
+
+
+def trunk_and_heads() -> tuple[nn.Module, dict[str, nn.Module]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh()), {t: nn.Linear(6, 1) for t in ("a", "b")}
+
+
+def squares(heads: dict[str, nn.Module], hidden: Tensor) -> dict[str, Tensor]:
+    return {task: head(hidden).square().mean() for task, head in heads.items()}
+
+
+@pytest.mark.parametrize("strategy", [Sum, CAGrad])
+def test_reentrant_checkpointing_hides_the_shared_part(strategy) -> None:
+    trunk, heads = trunk_and_heads()
+    balancer = Balancer(Equal(), strategy(), tasks=("a", "b"), shared=trunk)
+    x = torch.ones(8, 4, requires_grad=True)
+    words = (
+        "the loss of task 'a' must reach a shared parameter, but its graph ends in re-entrant "
+        "activation checkpointing (CheckpointFunctionBackward), which hides the parameters behind "
+        "it. Call torch.utils.checkpoint with use_reentrant=False."
+    )
+    for take in (balancer.backward, balancer.accumulate):
+        hidden = checkpoint(trunk, x, use_reentrant=True)
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+            take(squares(heads, hidden))
+    balancer.backward(squares(heads, checkpoint(trunk, x, use_reentrant=False)))
+    assert trunk[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("shared", ["given", "inferred"])
+def test_tensors_that_are_no_parameters(shared: str) -> None:
+    trunk, heads = trunk_and_heads()
+    tensors = {k: v.detach().clone().requires_grad_() for k, v in trunk.named_parameters()}
+    given = trunk if shared == "given" else None
+    x = torch.randn(8, 4)
+
+    def losses() -> dict[str, Tensor]:
+        return squares(heads, functional_call(trunk, tensors, (x,)))
+
+    words = "must reach a shared parameter, but reaches 2 tensors that are no parameters (one of "
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=given).backward(losses())
+    assert "functional_call. Give those that are shared as `shared`" in str(caught.value)
+    assert "modules given" not in str(caught.value)
+    assert "Name the shared" not in str(caught.value)
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=list(tensors.values()))
+    balancer.backward(losses())  # the remedy
+    assert all(tensor.grad is not None for tensor in tensors.values())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")  # torch's own, in forward mode
+@pytest.mark.parametrize("tangent", [False, True], ids=["loss", "its tangent"])
+@pytest.mark.parametrize("strategy", [CAGrad, PCGrad, GradDrop])
+def test_inside_of_forward_mode_differentiation(strategy, tangent: bool) -> None:
+    trunk, heads = trunk_and_heads()
+    balancer = Balancer(Equal(), strategy(), tasks=("a", "b"), shared=trunk)
+    x = torch.randn(8, 4)
+
+    def losses() -> dict[str, Tensor]:
+        pairs = squares(heads, trunk(forward_ad.make_dual(x, torch.ones_like(x))))
+        if not tangent:
+            return pairs
+        return {task: forward_ad.unpack_dual(pair).tangent for task, pair in pairs.items()}
+
+    words = r"inside of forward_ad.dual_level\(\). Balance the losses after it\.$"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=words):
+        balancer.backward(losses())
+    assert trunk[0].weight.grad is None
+    with forward_ad.dual_level():
+        kept = losses()
+    balancer.backward(kept)  # the remedy
+    assert trunk[0].weight.grad is not None
+
+
+def test_lazy_modules_are_explained() -> None:
+    trunk = nn.Sequential(nn.LazyLinear(6), nn.Tanh())
+    heads = {task: nn.Linear(6, 1) for task in ("a", "b")}
+    unknown = "lazy, of unknown size until a forward pass"
+    inferring = Balancer(Equal(), CAGrad(), tasks=("a", "b"))
+    assert [row.use for row in inferring.explain(model=trunk).rows] == [unknown]
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b"), shared=trunk)
+    (row,) = balancer.explain().rows
+    assert (row.use, row.tensors, row.parameters) == (f"shared, {unknown}", 2, 0)
+    losses = squares(heads, trunk(torch.ones(8, 4)))
+    assert balancer.explain(losses).balanced == 4 * 6 + 6
+
+
+@pytest.mark.parametrize("strategy", [Sum, CAGrad])
+def test_a_scaler_without_grad_mode(strategy) -> None:
+    """Backward passes may be made under no_grad: its product must not lose the graph."""
+    trunk, heads = trunk_and_heads()
+    balancer = Balancer(Equal(), strategy(), tasks=("a", "b"), shared=trunk)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=4.0)
+    found = []
+    for given in (None, scaler):
+        trunk.zero_grad()
+        losses = squares(heads, trunk(torch.ones(8, 4)))
+        with torch.no_grad():
+            balancer.backward(losses, scaler=given)
+        found.append(trunk[0].weight.grad)
+    torch.testing.assert_close(found[1], 4 * found[0])
+    losses = squares(heads, trunk(torch.ones(8, 4)))
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of torch"):
         balancer.backward(losses)
 
 
