@@ -1,7 +1,6 @@
 """The one place where losses, weighting, task gradients, gradient strategy and ``.grad`` meet."""
 
 import functools
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -44,6 +43,7 @@ from mtbalance._shared import Shared, SharedParts
 from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
 from mtbalance._task_gradients import TaskGradients
+from mtbalance._watch import EpochWatch, look_at_groups
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting, own_state
 
@@ -66,8 +66,8 @@ class Balancer(nn.Module):
         gradient: Turns per-task gradients into one direction.
         tasks: Names of the tasks, in the order of the rows.
         shared: What is balanced: modules (what they hold when a step is made) or parameters, one or
-            several, or a mapping from group name to these, each group being balanced on its own.
-            None: whatever two or more losses reach.
+            several, or a mapping from group name to these, each group being balanced on its own (so
+            not ``dict(named_parameters())``). None: whatever two or more losses reach.
         process_group: The processes that train together, each on its part of the batch; None for
             all of ``torch.distributed``. Losses and per-task gradients are averaged over them
             before they are balanced, inside ``DistributedDataParallel`` and without it; see "Many
@@ -143,6 +143,7 @@ class Balancer(nn.Module):
         self.chunk = None if chunk is None else check_count("chunk", chunk)
         self.fallbacks = 0
         """How often batched backward passes (``chunk``) ran one by one instead."""
+        look_at_groups(shared)
         parts = SharedParts(shared)
         self._reach = ReachLog(self.tasks, parts, balances=not gradient.is_sum)
         self._ranks = Ranks(process_group, self.tasks, parts)
@@ -152,6 +153,7 @@ class Balancer(nn.Module):
         self._steps = Steps(self.tasks, self._reach, self._kept)
         self._pending = TaskGradients()
         self._epoch = EpochCounts(self.tasks)
+        self._watch = EpochWatch(self.weighting)
         self._counted = 0
         check_every(self.every, self.weighting, gradient, sharded=self._ranks.sharded)
 
@@ -293,19 +295,14 @@ class Balancer(nn.Module):
     def end_epoch(self) -> EpochSummary:
         """Close an epoch: strategies that look at epochs do so, and counts start again.
 
-        Warns of tasks that were active in no step of the epoch.
+        Warns of tasks that were active in no step of the epoch, and, once, of gradients that were
+        accumulated but not applied.
 
         Returns:
             How often each task was active or dropped since the last call.
         """
         summary = self._epoch.summary()
-        if summary.steps and summary.never_active:
-            warnings.warn(
-                f"no step of this epoch ({summary.steps} steps) had a usable loss for "
-                f"{', '.join(map(repr, summary.never_active))}. Are the labels joined correctly?",
-                UserWarning,
-                stacklevel=2,
-            )
+        self._watch.end(summary, left_over=bool(self._pending))
         self.weighting.end_epoch()
         self._epoch = EpochCounts(self.tasks)
         return summary
@@ -368,5 +365,6 @@ class Balancer(nn.Module):
             record = replace(record, fallbacks=fallbacks - self._counted)
             self._counted = fallbacks
         self._epoch.add(record)
+        self._watch.step(record, self._epoch.steps)
         self.history.append(record)
         return record

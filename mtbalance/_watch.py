@@ -1,14 +1,19 @@
-"""Notices learned weights that no optimizer moves."""
+"""Notices loops that run, but do not do what was meant: each is told in one warning."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from mtbalance._names import outermost_modules
+from mtbalance._record import EpochSummary, Record
 from mtbalance._shards import local
+from mtbalance.weighting._base import Weighting
 
 _PATIENCE = 2
+_LONG_EPOCH = 3000
+"""Steps after which a weighting that looks at epochs should have seen the end of one."""
 _PROBED_TENSORS = 16
 _PROBED_ENTRIES = 16
 
@@ -53,6 +58,82 @@ class OptimizerWatch:
                 UserWarning,
                 stacklevel=4,
             )
+
+
+class EpochWatch:
+    """Looks whether epochs end where a weighting waits for that, and with nothing left over.
+
+    Args:
+        weighting: The weighting.
+    """
+
+    def __init__(self, weighting: Weighting) -> None:
+        waits = type(weighting).end_epoch is not Weighting.end_epoch
+        self._waits_for = type(weighting).__name__ if waits else None
+        self._left_over_told = False
+
+    def step(self, record: Record, steps: int) -> None:
+        """Look at a step, the last of so many in this epoch: at one of them, as that may wait."""
+        if self._waits_for is None or steps < _LONG_EPOCH or len(record.weights) < 2:
+            return
+        waits_for, self._waits_for = self._waits_for, None
+        first, *others = map(float, record.weights.values())
+        if all(weight == first for weight in others):
+            warnings.warn(
+                f"{waits_for} weighs all tasks alike until epochs have ended, but {steps:,} steps "
+                "were taken since the last end_epoch(). Call balancer.end_epoch() after each epoch "
+                "(if this one is that long, all is well).",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def end(self, summary: EpochSummary, *, left_over: bool) -> None:
+        """Look at an epoch that ends.
+
+        Args:
+            summary: What was counted in it.
+            left_over: Whether gradients have been accumulated that were not applied.
+        """
+        self._waits_for = None
+        if summary.steps and summary.never_active:
+            warnings.warn(
+                f"no step of this epoch ({summary.steps} steps) had a usable loss for "
+                f"{', '.join(map(repr, summary.never_active))}. Are the labels joined correctly?",
+                UserWarning,
+                stacklevel=3,
+            )
+        if left_over and not self._left_over_told:
+            self._left_over_told = True
+            warnings.warn(
+                "gradients of this epoch were accumulated, but not applied: they join the first "
+                "step of the next. Call balancer.apply() after the last micro-batch, or "
+                "balancer.discard().",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def look_at_groups(shared: object) -> None:
+    """Warn if groups of shared parameters are the parameters of a module, by name.
+
+    Args:
+        shared: What is given as shared.
+    """
+    if not isinstance(shared, Mapping) or len(shared) < 2:
+        return
+    if not all(isinstance(member, Tensor) for member in shared.values()):
+        return
+    for module in (inner for outer in outermost_modules() for inner in outer.modules()):
+        named = dict(module.named_parameters())
+        if all(named.get(name) is parameter for name, parameter in shared.items()):
+            warnings.warn(
+                f"`shared` makes {len(shared)} groups of one parameter each, which are balanced "
+                f"each on its own. Give the {type(module).__name__}, or its parameters(), to "
+                "balance them together.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -119,6 +120,7 @@ class AutoLambda(Weighting):
         self.minimum = minimum
         self.random = RandomSource(seed, generator)
         self._model_buffers = Buffers()
+        self._optimizer_looked_at = False
 
     def setup(self) -> None:
         check_known_tasks("primary", self.primary or (), self.tasks or ())
@@ -137,6 +139,7 @@ class AutoLambda(Weighting):
 
     def before_step(self, step: Step) -> None:
         """Move the weights by one step of Adam on the derivative of the validation loss."""
+        self._look_at_optimizer(step.parameters)
         derivative = self.derivative(step)
         if is_finite(derivative):
             self._adam(derivative.to(self.lambdas.device))
@@ -159,6 +162,21 @@ class AutoLambda(Weighting):
                         parameter.sub_(gradient, alpha=plan.speed * weight)
             products = self._products(step, [plan.speed for plan in plans])
         return -products / step.loss_scale**2
+
+    def _look_at_optimizer(self, parameters: Sequence[Tensor]) -> None:
+        """Warn, in the first step, if the optimizer holds none of the model's parameters."""
+        if self._optimizer_looked_at or not parameters:
+            return
+        self._optimizer_looked_at = True
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(parameter) in held for parameter in parameters):
+            warnings.warn(
+                "the optimizer of AutoLambda must hold the parameters that the losses reach, but "
+                "holds none of them: its virtual step moves nothing, and the weights stay as they "
+                "are. Give it the optimizer of this model.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _products(self, step: Step, speeds: Sequence[float]) -> Tensor:
         """Return the inner products of all rows with the validation loss's gradient, scaled."""
