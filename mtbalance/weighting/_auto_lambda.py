@@ -1,3 +1,4 @@
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from mtbalance._checks import (
     count_fallback,
 )
 from mtbalance._random import RandomSource
-from mtbalance._rows import is_finite, stacked
+from mtbalance._rows import stacked
 from mtbalance._shards import local
 
 from ._base import Step, Weighting, task_vector
@@ -67,8 +68,11 @@ class AutoLambda(Weighting):
         The authors' code takes the derivative by finite differences, which with dropout is noise
         (its sign is right in 48 to 60 % of the cases), costs three more forward passes and leaves
         rounding in the parameters. As there, the virtual step of an adaptive optimizer (AdamW) is a
-        plain gradient step with its weight decay. A parameter that the optimizer does not hold does
-        not move.
+        plain gradient step with its weight decay. Momentum is that of ``torch.optim.SGD``
+        (``momentum`` in the groups, ``momentum_buffer`` in the state); what an optimizer keeps
+        under other names does not count. A parameter that the optimizer does not hold does not
+        move. Where the derivative is not finite, or too large for Adam to square, weights stay
+        (``fallbacks`` counts such steps).
 
     References:
         Liu, James, Davison and Johns, "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR
@@ -134,6 +138,15 @@ class AutoLambda(Weighting):
         counts = ("steps", "exp_avg_sq")
         check_saved(self, state, counts=counts, finite=("lambdas",), numbers=averages)
 
+    def _load_from_state_dict(self, *state: Any) -> None:
+        super()._load_from_state_dict(*state)
+        if self.tasks is None:
+            return
+        # Of versions that squared derivatives whatever their size: Adam starts again there.
+        stuck = ~(torch.isfinite(self.exp_avg) & torch.isfinite(self.exp_avg_sq))
+        for buffer in (self.exp_avg, self.exp_avg_sq, self.steps):
+            buffer.masked_fill_(stuck, 0)
+
     def forward(self, losses: Tensor) -> Tensor:
         return self.lambdas[self.active].to(losses.dtype) * losses
 
@@ -141,10 +154,13 @@ class AutoLambda(Weighting):
         """Move the weights by one step of Adam on the derivative of the validation loss."""
         self._look_at_optimizer(step.parameters)
         derivative = self.derivative(step)
-        if is_finite(derivative):
-            self._adam(derivative.to(self.lambdas.device))
-        else:
+        largest = float(derivative.abs().max())  # NaN if any is
+        if not math.isfinite(largest):
             count_fallback(self, "a validation loss or its gradient is not finite: weights stay")
+        elif largest > math.sqrt(torch.finfo(self.exp_avg_sq.dtype).max):
+            count_fallback(self, "a derivative is too large to be squared in Adam: weights stay")
+        else:
+            self._adam(derivative.to(self.lambdas.device))
 
     def derivative(self, step: Step) -> Tensor:
         """Return d L_val(theta') / d lambda, shape (m,), float64. Leaves everything as it was."""
@@ -241,15 +257,20 @@ class _Plan:
     """
 
     def __init__(self, group: Mapping[str, Any], buffer: Tensor | None) -> None:
-        momentum = float(group.get("momentum", 0))
+        if group.get("lr") is None:
+            raise ValueError(
+                "`optimizer` must have a learning rate (`lr`) in each of its groups, but got None "
+                "in one. The virtual step needs it: set `group['lr']` to the one that it uses."
+            )
+        momentum = float(group.get("momentum") or 0)
         nesterov = bool(group.get("nesterov"))
         # The first step of SGD puts the gradient into the buffer as it is, whatever the dampening.
-        damping = 1 - float(group.get("dampening", 0)) if buffer is not None else 1.0
+        damping = 1 - float(group.get("dampening") or 0) if buffer is not None else 1.0
         gain = damping * (1 + momentum) if nesterov else damping
         self.lr = float(group["lr"])
         self.gain = -gain if group.get("maximize") else gain
         self.speed = self.lr * self.gain
-        self.decay = float(group.get("weight_decay", 0)) * gain
+        self.decay = float(group.get("weight_decay") or 0) * gain
         self.buffer = buffer if momentum else None
         self.buffer_factor = momentum * momentum if nesterov else momentum
 

@@ -730,6 +730,61 @@ def test_a_bad_validation_loss_leaves_the_weights(bad: float) -> None:
     assert snapshot(model) == parameters
 
 
+@pytest.mark.parametrize("size", [1e21, 1e39, -1e300])
+def test_a_huge_derivative_leaves_adam_as_it_is(size: float, monkeypatch) -> None:
+    """Its square is no float32: it is counted as one that is not finite, and the next one counts.
+
+    By hand: after one ordinary derivative, the weights have moved by lr times its sign.
+    """
+    weighting = AutoLambda(sgd()(Network()), lr=0.01).bind(TASKS).float()
+    huge, ordinary = torch.tensor([1.0, size, 1.0]), torch.tensor([1.0, -2.0, 3.0])
+    with pytest.warns(RuntimeWarning, match="too large to be squared in Adam: weights stay"):
+        feed(weighting, [huge], monkeypatch)
+    assert weighting.fallbacks == 1
+    assert not weighting.steps.any()
+    (found,) = feed(weighting, [ordinary], monkeypatch)
+    expected = torch.tensor([0.09, 0.11, 0.09], dtype=torch.float32)
+    assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_a_state_that_was_infinite_starts_again(monkeypatch) -> None:
+    """As versions saved it that squared derivatives of any size; other tasks go on."""
+    weighting = weighting_of(sgd()(Network()), lr=0.01)
+    feed(weighting, random_slopes(3), monkeypatch)
+    saved = copy.deepcopy(weighting.state_dict())
+    saved["exp_avg_sq"][1] = math.inf
+    weighting.load_state_dict(saved)
+    assert weighting.steps.tolist() == [3, 0, 3]
+    AutoLambda(weighting.optimizer).load_state_dict({}, strict=False)  # of nothing, no error
+    assert weighting.exp_avg_sq[1] == weighting.exp_avg[1] == 0
+    before = weighting.lambdas[1].clone()
+    found = feed(weighting, [torch.full((3,), 2.0)], monkeypatch)[0]
+    assert_close(found[1], before - 0.01)
+
+
+@pytest.mark.parametrize("groups", [{}, {"lr": None}], ids=["no-lr", "lr-is-None"])
+def test_refuses_an_optimizer_without_a_learning_rate(groups: dict[str, None]) -> None:
+    """As one that takes its rate from elsewhere (Adafactor with relative steps)."""
+    model = Network()
+
+    class Relative(torch.optim.Optimizer):
+        pass
+
+    optimizer = Relative(model.parameters(), dict(groups))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"`optimizer` must have a learning rate .* got None"):
+        weighting_of(optimizer).before_step(step_of(model))
+    assert snapshot(model) == before
+
+
+def test_settings_of_an_optimizer_that_are_none_are_zero() -> None:
+    model = Network()
+    optimizer = sgd()(model)
+    expected = weighting_of(optimizer).derivative(step_of(model))
+    optimizer.param_groups[0].update(momentum=None, weight_decay=None, dampening=None)
+    assert torch.equal(weighting_of(optimizer).derivative(step_of(model)), expected)
+
+
 @pytest.mark.parametrize(
     ("returned", "error", "words"),
     [
