@@ -10,6 +10,9 @@ from torch import Tensor
 _ABSENT, _ACTIVE, _NONFINITE = 0, 1, 2
 BELOW = ""
 """Stands among the tasks for the features of a step, where it is balanced at these."""
+TALLIED = ("`load_state_dict` or `reset`", "`end_epoch`")
+"""What changes the state of a weighting, and is not a part of any step."""
+_HEAD = 1 + len(TALLIED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -43,11 +46,13 @@ def message_of(
     device: torch.device,
     *,
     stops: bool,
+    tally: Sequence[int],
 ) -> Tensor:
-    """Return what a rank tells the others, shape (1 + 5 (K + 1),).
+    """Return what a rank tells the others, shape (3 + 5 (K + 1),).
 
-    Whether it stops; then, each for all slots: their states, their losses and the dtypes of these,
-    a hash of all that they are known to reach, and whether they reach all of that in this step.
+    Whether it stops, and its tally; then, each for all slots: their states, their losses and the
+    dtypes of these, a hash of all that they are known to reach, and whether they reach all of that
+    in this step.
 
     Args:
         slots: All K tasks, and ``BELOW``.
@@ -57,6 +62,7 @@ def message_of(
         layouts: Names of those that each task is known to reach.
         device: Where the message is wanted.
         stops: Whether the rank stops with an error.
+        tally: How often it has done each of ``TALLIED``.
     """
     rows: list[list[float]] = [
         [
@@ -72,14 +78,14 @@ def message_of(
     for number, task in enumerate(slots):
         if task in losses:
             table[1, number] = losses[task].detach()
-    return torch.cat([table.new_full((1,), float(stops)), table.reshape(-1)])
+    return torch.cat([table.new_tensor([float(stops), *tally]), table.reshape(-1)])
 
 
 class Told:
     """What all ranks have told.
 
     Args:
-        messages: Their messages, shape (ranks, 1 + 5 (K + 1)).
+        messages: Their messages, shape (ranks, 3 + 5 (K + 1)).
         slots: All K tasks, and ``BELOW``.
     """
 
@@ -87,8 +93,10 @@ class Told:
         self._slots = slots
         facts = messages.cpu()
         self.stops = facts[:, 0]
-        states, _, dtypes, hashes, complete = facts[:, 1:].reshape(len(facts), 5, -1).unbind(1)
-        self._sums = messages[:, 1:].reshape(len(messages), 5, -1)[:, 1].sum(0)
+        self._tallies = facts[:, 1:_HEAD].long().tolist()
+        table = facts[:, _HEAD:].reshape(len(facts), 5, -1)
+        states, _, dtypes, hashes, complete = table.unbind(1)
+        self._sums = messages[:, _HEAD:].reshape(len(messages), 5, -1)[:, 1].sum(0)
         self._dtypes = dtypes.max(0).values.tolist()
         self._counts = dict(zip(slots, (states == _ACTIVE).sum(0).tolist(), strict=True))
         self._present = dict(zip(slots, (states != _ABSENT).sum(0).tolist(), strict=True))
@@ -99,6 +107,17 @@ class Told:
         columns = [number for number, task in enumerate(slots) if self._present[task]]
         self.same_layouts = not bool((hashes[:, columns] != hashes[:1, columns]).any())
         """Whether these are known to reach the same on all ranks."""
+
+    def check_tallies(self) -> None:
+        """Raise ValueError, in all ranks, if one has done something and another has not."""
+        for rank, tally in enumerate(self._tallies):
+            for name, here, first in zip(TALLIED, tally, self._tallies[0], strict=True):
+                if here != first:
+                    raise ValueError(
+                        f"all ranks must call {name} equally often, but since the first step "
+                        f"rank 0 has called it {first} times and rank {rank} {here} times. Their "
+                        "weights would differ: call it in every process."
+                    )
 
     def reaches_all(self, task: str) -> bool:
         """Return whether a task reaches, on all ranks, everything that it is known to reach."""

@@ -303,7 +303,7 @@ class Balancer(nn.Module):
         """
         summary = self._epoch.summary()
         self._watch.end(summary, left_over=bool(self._pending))
-        self.weighting.end_epoch()
+        self.weighting.close_epoch()
         self._epoch = EpochCounts(self.tasks)
         return summary
 

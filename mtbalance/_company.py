@@ -23,7 +23,7 @@ from mtbalance._rows import Rows
 from mtbalance._seen import Seen
 from mtbalance._task_gradients import Row, TaskGradients
 from mtbalance._writing import add_to_grad, fresh_grad, write
-from mtbalance.weighting._base import Step
+from mtbalance.weighting._base import Step, Weighting
 
 TaskPasses = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[bool]], Iterator[list[Tensor | None]]
@@ -131,7 +131,7 @@ def company_of(ranks: Ranks, log: ReachLog, owner: nn.Module) -> Company:
     Args:
         ranks: The processes that the Balancer may average over.
         log: What tasks have reached.
-        owner: Holds the random sources, which must draw alike in all processes.
+        owner: The Balancer, whose weighting and random sources must be alike in all processes.
     """
     if log.renew():
         ranks.rename()
@@ -258,8 +258,9 @@ class Replicas:
         return seen._replace(losses=agreed.losses, nonfinite=agreed.nonfinite, agreement=agreed)
 
     def _tell(self, seen: Seen, error: Exception | None) -> Agreement:
-        self._ranks.begin_alike(self._owner)
-        return self._ranks.agree(seen.here, seen.nonfinite, seen.reached, error)
+        tally = next(m.tally() for m in self._owner.children() if isinstance(m, Weighting))
+        self._ranks.begin_alike(self._owner, tally)
+        return self._ranks.agree(seen.here, seen.nonfinite, seen.reached, error, tally)
 
     def reach(self, losses: Losses, graphs: Graphs) -> Reach:
         return graphs.reach(list(losses.values()))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mtbalance._agreement import BELOW, Agreement, Told, message_of
+from mtbalance._agreement import BELOW, TALLIED, Agreement, Told, message_of
 from mtbalance._buckets import Bucket, buckets
 from mtbalance._names import Names, outermost_modules
 from mtbalance._random import RandomSource
@@ -49,6 +49,8 @@ class Ranks:
         self._layouts: dict[str, list[str]] = {}
         self._around: list[weakref.ref[Tensor]] = []
         self._draws_agree = False
+        self._tally = (0,) * len(TALLIED)
+        """What had been counted when the ranks began to train together."""
         if self.sharded:
             # Now, before a forward pass: in between, the model holds whole parameters instead.
             names = self._known_names()
@@ -64,6 +66,7 @@ class Ranks:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         copied = Ranks(self.group, self._tasks, copy.deepcopy(self._shared, memo))
         copied._draws_agree = self._draws_agree
+        copied._tally = self._tally
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,6 +128,7 @@ class Ranks:
         nonfinite: Collection[str],
         reached: Mapping[str, Sequence[Tensor]],
         error: Exception | None = None,
+        tally: Sequence[int] = (0,) * len(TALLIED),
     ) -> Agreement:
         """Tell all ranks what this one has, and return what all of them have together.
 
@@ -134,9 +138,11 @@ class Ranks:
             reached: Per active task (and ``BELOW``), the leaves that its loss (the features)
                 reaches. Sharded ones do not count.
             error: What keeps this rank from taking part; all ranks stop then.
+            tally: How often each of ``TALLIED`` has happened here, ever.
 
         Raises:
             RuntimeError: If another rank cannot take part.
+            ValueError: On all ranks, if something tallied has happened on some only.
         """
         actual = self._named({**losses, **reached}, reached)
         message = message_of(
@@ -147,9 +153,11 @@ class Ranks:
             self._layouts,
             self._device(losses.values()),
             stops=error is not None,
+            tally=[now - then for now, then in zip(tally, self._tally, strict=True)],
         )
         told = Told(self._gather(message), self._slots)
         self._stop_together(told.stops, error)
+        told.check_tallies()
         if not told.same_layouts:
             self._exchange_layouts()
         layouts: dict[str, list[Tensor]] = {}
@@ -280,8 +288,11 @@ class Ranks:
                 f"{self.rank} cannot go on. Its own message says why."
             )
 
-    def begin_alike(self, owner: nn.Module) -> None:
+    def begin_alike(self, owner: nn.Module, tally: tuple[int, ...]) -> None:
         """Let all ranks have the same tasks, and draw alike from now on; once, before anything.
+
+        What has been tallied before does not count: a state loaded in the first rank alone may
+        reach the others with the model.
 
         The random sources in a module go on from the state of the first rank's, whatever their
         seeds and generators were: orders and masks must be the same everywhere.
@@ -303,4 +314,4 @@ class Ranks:
                 )
         for source, state in zip(sources, told[0][1], strict=True):
             source.set_extra_state(state)
-        self._draws_agree = True
+        self._draws_agree, self._tally = True, tally

@@ -86,6 +86,9 @@ class Weighting(nn.Module, ABC):
     """Whether :meth:`before_step` reads the losses of a validation batch."""
     _narrowest: ClassVar[torch.dtype] = torch.float32
     """What casts leave of the state at least, where the device has it."""
+    # On the class, for objects pickled before these were counted.
+    _loads = 0
+    _epochs_closed = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,6 +158,15 @@ class Weighting(nn.Module, ABC):
     def end_epoch(self) -> None:
         """Close an epoch."""
 
+    def close_epoch(self) -> None:
+        """Call :meth:`end_epoch`, and count that if it does anything."""
+        self._epochs_closed += type(self).end_epoch is not Weighting.end_epoch
+        self.end_epoch()
+
+    def tally(self) -> tuple[int, int]:
+        """Return what several processes must have done equally often: loads, and ends of epochs."""
+        return self._loads, self._epochs_closed
+
     def reset(self) -> None:
         """Forget everything learned and remembered."""
         if self.tasks is not None:
@@ -186,6 +198,7 @@ class Weighting(nn.Module, ABC):
                 self.bind([str(number) for number in range(sizes.pop())])
         self.check_state(own_state(state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._loads += 1
 
 
 def own_state(state_dict: Mapping[str, object], prefix: str) -> dict[str, object]:

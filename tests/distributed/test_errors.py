@@ -365,3 +365,69 @@ def test_names_of_tasks_are_compared_before_the_first_step(
         assert message.startswith("ValueError: `tasks` must have the same names in the same order")
         assert f"but got {TASKS} on rank 0 and {tasks} on rank 1" in message
         assert not written
+
+
+def only_one_rank(here: Here, name: str, call: str, first: int, late: bool) -> list[str]:
+    """Return what steps say after a call on one rank, and after all others have followed."""
+    network, balancer = setting(name)
+
+    def step() -> object:
+        rows = here.part(batch())
+        return balancer.backward(network.losses(rows), validation=lambda: network.losses(rows))
+
+    def do() -> None:
+        if call == "load_state_dict":
+            balancer.load_state_dict(balancer.state_dict())
+        elif call == "weighting":
+            balancer.weighting.load_state_dict(balancer.weighting.state_dict())
+        else:
+            getattr(balancer, call)()
+
+    if late:
+        step()
+    if here.rank == first:
+        do()
+    messages = [message_of(step)]
+    if here.rank != first:
+        do()
+    return [*messages, message_of(step)]
+
+
+LOADED = "`load_state_dict` or `reset`"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "call", "named"),
+    [
+        ("dwa", "end_epoch", "`end_epoch`"),
+        ("autol+cagrad", "load_state_dict", LOADED),
+        ("pcgrad", "load_state_dict", LOADED),
+        ("uncert", "weighting", LOADED),
+        ("graddrop", "reset", LOADED),
+    ],
+)
+def test_what_one_rank_alone_does_to_its_state(
+    two: Pool, name: str, call: str, named: str, first: int
+) -> None:
+    """All are told in the next step, in the same words, and go on once all have done it."""
+    ranks = two.run(only_one_rank, name, call, first, True)
+    assert ranks[0] == ranks[1]
+    counts = [int(first == rank) for rank in range(2)]
+    words = (
+        f"ValueError: all ranks must call {named} equally often, but since the first step rank 0 "
+        f"has called it {counts[0]} times and rank 1 {counts[1]} times. Their weights would "
+        "differ: call it in every process."
+    )
+    assert ranks[0] == [words, "no error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "late"),
+    [
+        ("cagrad", "load_state_dict", False),  # may reach the others with the model
+        ("cagrad", "end_epoch", True),  # a summary for the log
+    ],
+)
+def test_what_one_rank_alone_may_do(two: Pool, name: str, call: str, late: bool) -> None:
+    assert two.run(only_one_rank, name, call, 0, late)[0][0] == "no error"
