@@ -274,7 +274,7 @@ def test_reached_by_several_but_not_shared_gets_the_weighted_sum() -> None:
     last = list(model.trunk[3].parameters())
     expected = raw_rows(losses, last).sum(0)
     balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk[0])
-    with pytest.warns(UserWarning, match=r"several tasks reach parameters .*\(2: '.*: 3.weight', '"):
+    with pytest.warns(UserWarning, match=r"not given as `shared` \(2: '.*: 3.weight', '"):
         balancer.backward(losses)
     assert_close(flat_grad(last), expected, rtol=1e-12, atol=1e-14)
 

@@ -101,7 +101,7 @@ class PCGrad(GramianStrategy):
 
         products = gramian[tasks]  # (walks, m): with each row, kept up to date
         conflicts = []
-        for visits in orders.split(stretch, 1) if stretch < m - 1 else (orders,):
+        for visits in torch.split(orders, stretch, 1) if stretch < m - 1 else (orders,):
             steps = projections[visits]  # (walks, stretch, m)
             for visited, step in zip(visits[:, :, None].unbind(1), steps.unbind(1), strict=True):
                 conflict = products.gather(1, visited).clamp_max_(0)
