@@ -1,7 +1,7 @@
 """Backward passes: gradients of single losses, and of combinations, for given leaves."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class BatchedPasses:
 
     It goes through the graphs of all of them for each, with zeros where a task has no part; zero
     times an infinite slope of another task is NaN. So a chunk whose gradients are not all finite is
-    repeated task by task: the graph lives until that is known.
+    repeated task by task, as is one with an operation that cannot be vectorised: the graph lives
+    until that is known.
 
     Args:
         chunk: How many tasks go together.
@@ -58,6 +59,7 @@ class BatchedPasses:
         self.chunk = chunk
         self._looks = looks
         self._works: bool | None = None
+        """Whether they work. None: not tried yet, or failed once after that; False: never again."""
 
     def __call__(
         self,
@@ -72,56 +74,56 @@ class BatchedPasses:
         """
         for start in range(0, len(losses), self.chunk):
             part = slice(start, start + self.chunk)
-            batch = None
-            if self._works is not False and len(losses[part]) > 1:
-                batch = self._try(losses[part], inputs, on_fallback, any(shares_graph[part]))
-            if batch is None:
-                yield from task_gradients(losses[part], inputs, shares_graph[part])
-            else:
-                yield from batch
+            yield from self._chunk(losses[part], inputs, shares_graph[part], on_fallback)
 
-    def _try(
+    def _chunk(
         self,
         losses: Sequence[Tensor],
         inputs: Sequence[Tensor],
+        shares_graph: Sequence[bool],
         on_fallback: Callable[[str], None],
-        shares_graph: bool,  # noqa: FBT001
-    ) -> list[list[Tensor | None]] | None:
-        """Return the gradients of a chunk; None if its tasks must be passed one by one."""
-        unit = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
-        factors = [unit[i].to(loss) for i, loss in enumerate(losses)]
+    ) -> Iterable[list[Tensor | None]]:
+        """Return the gradients of the tasks of one chunk."""
+        if self._works is False or len(losses) == 1:
+            return task_gradients(losses, inputs, shares_graph)
         try:
-            gradients = torch.autograd.grad(
-                losses,
-                inputs,
-                factors,
-                # Until it has worked, the graph must survive for the passes one by one.
-                retain_graph=shares_graph or self._looks or self._works is None,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        except RuntimeError as error:
-            error = _explained(error)
-            if self._works:
-                raise error from error.__cause__
-            self._works = False
-            on_fallback(
-                "the backward pass cannot be vectorised over tasks and runs one by one "
-                f"({str(error).splitlines()[0]})"
-            )
-            return None
-        self._works = True
-        if self._looks and not all_finite(gradients):
-            return None
-        # The batched pass gives zeros where a single one says that a loss does not reach an input.
-        reached = [{id(leaf) for leaf in reach_of([loss]).leaves} for loss in losses]
-        return [
-            [
-                gradient[i] if gradient is not None and id(leaf) in reached[i] else None
-                for leaf, gradient in zip(inputs, gradients, strict=True)
-            ]
-            for i in range(len(losses))
+            gradients = _batched(losses, inputs)
+        except Exception as error:  # noqa: BLE001  # whatever vmap makes of an operation
+            problem = next(iter(str(error).splitlines()), type(error).__name__)
+        else:
+            self._works = True
+            if self._looks and not all_finite(gradients):
+                return task_gradients(losses, inputs, shares_graph)
+            return _unbatched(gradients, losses, inputs)
+        self._works = None if self._works else False
+        # Now, while the graph is whole: where warnings are errors, the step can be taken again.
+        on_fallback(
+            f"the backward pass cannot be vectorised over tasks and runs one by one ({problem})"
+        )
+        return task_gradients(losses, inputs, shares_graph)
+
+
+def _batched(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of all losses for each input, stacked; the graph stays."""
+    unit = torch.eye(len(losses), dtype=losses[0].dtype, device=losses[0].device)
+    factors = [unit[i].to(loss) for i, loss in enumerate(losses)]
+    return torch.autograd.grad(
+        losses, inputs, factors, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+
+
+def _unbatched(
+    gradients: Sequence[Tensor | None], losses: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> list[list[Tensor | None]]:
+    """Return the gradients per loss, with None where a loss does not reach an input, not zeros."""
+    reached = [{id(leaf) for leaf in reach_of([loss]).leaves} for loss in losses]
+    return [
+        [
+            gradient[i] if gradient is not None and id(leaf) in reached[i] else None
+            for leaf, gradient in zip(inputs, gradients, strict=True)
         ]
+        for i in range(len(losses))
+    ]
 
 
 def sharded_task_gradients(

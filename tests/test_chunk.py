@@ -1,0 +1,134 @@
+"""Batched passes whose operations cannot be vectorised in some steps only."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from mtbalance import Balancer
+from mtbalance.gradient import CAGrad
+from mtbalance.weighting import Equal
+from tests._networks import TASKS, Network, batch
+
+Losses = dict[str, Tensor]
+
+
+class ReadsItsGradient(torch.autograd.Function):
+    """An operation whose backward pass looks at a number, which vmap cannot."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> Tensor:
+        return slope * (1.0 if float(slope.sum()) < 1e9 else 2.0)
+
+
+class CallsOutside(torch.autograd.Function):
+    """One that leaves torch, and whose error is none of torch's, and without a word."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> Tensor:
+        try:
+            float(slope.sum())
+        except RuntimeError:
+            raise TypeError from None
+        return slope
+
+
+def tanh(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+def losses_of(network: Network, middle: Callable[[Tensor], Tensor], seed: int) -> Losses:
+    rows = batch(seed=seed)
+    hidden = middle(network.trunk(rows))
+    return {
+        task: (head(hidden) - rows.sum(1, keepdim=True)).square().mean()
+        for task, head in network.heads.items()
+    }
+
+
+@pytest.mark.parametrize("bad", [ReadsItsGradient.apply, CallsOutside.apply])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_an_operation_that_comes_later_runs_one_by_one(bad, chunk: int) -> None:
+    """Each such chunk is counted, one warns, and other steps are batched as before."""
+    network = Network()
+    reference = copy.deepcopy(network)
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=network.trunk, chunk=chunk)
+    plain = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=reference.trunk)
+    found = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for seed, middle in enumerate((tanh, bad, tanh, bad, tanh)):
+            found.append(balancer.backward(losses_of(network, middle, seed)).fallbacks)
+            plain.backward(losses_of(reference, middle, seed))
+    assert found == [0, 1, 0, 1, 0]
+    (warning,) = told
+    assert "cannot be vectorised over tasks and runs one by one" in str(warning.message)
+    for one, other in zip(network.parameters(), reference.parameters(), strict=True):
+        assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_what_fails_twice_in_a_row_is_not_tried_again() -> None:
+    network = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=network.trunk, chunk=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        middles = (tanh, *[ReadsItsGradient.apply] * 4)
+        found = [balancer.backward(losses_of(network, m, 0)).fallbacks for m in middles]
+    assert found == [0, 1, 1, 0, 0]
+
+
+def test_a_chunk_after_one_that_worked() -> None:
+    """In the same step: the second chunk's operation has no vectorised form."""
+    network = Network(("a", "b", "c", "d"))
+    reference = copy.deepcopy(network)
+
+    def losses(of: Network) -> Losses:
+        hidden = of.trunk(batch())
+        other = ReadsItsGradient.apply(hidden)
+        return {
+            task: head(hidden if task in "ab" else other).square().mean()
+            for task, head in of.heads.items()
+        }
+
+    tasks = tuple(network.heads)
+    balancer = Balancer(Equal(), CAGrad(), tasks=tasks, shared=network.trunk, chunk=2)
+    with pytest.warns(RuntimeWarning, match="cannot be vectorised over tasks"):
+        assert balancer.backward(losses(network)).fallbacks == 1
+    Balancer(Equal(), CAGrad(), tasks=tasks, shared=reference.trunk).backward(losses(reference))
+    for one, other in zip(network.parameters(), reference.parameters(), strict=True):
+        assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_an_error_of_the_model_itself_is_raised_as_it_is() -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, slope: Tensor) -> Tensor:
+            raise RuntimeError("broken on purpose")
+
+    network = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=network.trunk, chunk=3)
+    assert balancer.backward(losses_of(network, tanh, 0)).fallbacks == 0
+    with (
+        pytest.warns(RuntimeWarning, match="one by one .broken on purpose."),
+        pytest.raises(RuntimeError, match="broken on purpose") as caught,
+    ):
+        balancer.backward(losses_of(network, Broken.apply, 0))
+    assert caught.value.__context__ is None
+    balancer.backward(losses_of(network, tanh, 0))
+    assert balancer.fallbacks == 1
