@@ -272,6 +272,19 @@ def test_deploy_and_heatmap_pass_their_options_on(monkeypatch):
     assert drawn.default_mpp == 0.25
 
 
+@pytest.mark.parametrize("mpp", [-1, 0, 0.05, 10, "nan"])
+@pytest.mark.parametrize(
+    "command", ["extract --slides s", "heatmap --run r --slide a --features b"]
+)
+def test_a_default_that_no_scanner_has_is_refused_before_any_slide(monkeypatch, command, mpp):
+    def fail(_):
+        raise AssertionError
+
+    monkeypatch.setattr(extract, "run_extract", fail)
+    monkeypatch.setattr(heatmap, "run_heatmap", fail)
+    assert run(*command.split(), "--out", "o", "--default-mpp", mpp) == 2
+
+
 def test_crossval_passes_every_setting_on(asked):
     """Every field of the configuration is an option, and arrives."""
     given = {

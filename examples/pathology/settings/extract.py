@@ -1,6 +1,7 @@
 """Settings of an extraction: which slides, what is a tile, and which network."""
 
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 
 from examples.pathology.settings.cohort import filename_column_option, mpp_table_option, seed_option
@@ -8,6 +9,13 @@ from examples.pathology.settings.option import Option, Settings, between, needed
 
 LAYOUTS = ("stamp-v2", "stamp-v1")
 """Layouts of feature files that can be written."""
+
+MIN_MPP = 0.08
+MAX_MPP = 4.0
+"""Scanners make pixels of 0.09 um (oil, 60x) and more, so that half a micron written ten times too
+small is noticed; above 4 um a 224 px tile has no cells to see."""
+
+default_mpp_option = partial(option, None, min=MIN_MPP, max=MAX_MPP)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class ExtractConfig(Settings):
     extractor: str = option("ctranspath", "ctranspath, or timm:NAME for one of timm's models.")
     slide_table: Path | None = mpp_table_option()
     filename_column: str = filename_column_option()
-    default_mpp: float | None = option(None, "um per pixel of slides that do not tell theirs.")
+    default_mpp: float | None = default_mpp_option(help="um per pixel of slides that do not tell.")
     workers: int | None = option(
         None,
         "Threads that read tiles, in each process; default: 2 on a CPU, with a GPU one per core.",

@@ -14,6 +14,7 @@ from examples.pathology.settings.cohort import (
     seed_option,
     slide_table_option,
 )
+from examples.pathology.settings.extract import default_mpp_option
 from examples.pathology.settings.option import Settings, needed, option
 
 run_option = partial(needed, "A finished run of crossval.")
@@ -53,7 +54,9 @@ class HeatmapConfig(Settings):
     _: KW_ONLY
     slide_table: Path | None = mpp_table_option()
     filename_column: str = filename_column_option()
-    default_mpp: float | None = option(None, "um per pixel of a slide that does not tell its own.")
+    default_mpp: float | None = default_mpp_option(
+        help="um per pixel of a slide that does not tell its own."
+    )
     top: int = option(8, "How many top tiles to show.", min=1, max=32)
     device: str = device_option()
 

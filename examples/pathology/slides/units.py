@@ -7,16 +7,17 @@ right, and the tiles of the wrong one look like tissue. The objective power
 ("20x") is never turned into microns: scanners disagree about it by a factor of two.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
-MIN_MPP = 0.08
-MAX_MPP = 4.0
-"""Scanners make pixels of 0.09 um (oil, 60x) and more, so that half a micron written ten times too
-small is noticed; above 4 um a 224 px tile has no cells to see."""
+from examples.pathology.common.errors import listing
+from examples.pathology.settings.extract import MAX_MPP, MIN_MPP
+
+logger = logging.getLogger(__name__)
 
 MAX_ANISOTROPY = 0.10
 """Largest accepted difference between x and y, as a share of the larger."""
@@ -26,6 +27,16 @@ MAX_DISAGREEMENT = 0.05
 between nominal and calibrated sizes, far less than between inch and cm or between two levels."""
 
 _UM_PER_UNIT = {"centimeter": 10_000.0, "inch": 25_400.0}
+
+PLACEHOLDERS = (
+    *(25_400.0 / per_inch for per_inch in (1, 72, 96, 150, 300)),
+    *(10_000.0 / per_cm for per_cm in (1, 10)),
+)
+"""Resolutions, in um per pixel, of screens and printers: writers put them where they know none.
+A list, no bound: 250 um may be 250 nm whose unit was lost, and is refused."""
+
+PLACEHOLDER_TOLERANCE = 0.015
+"""72 dpi are also written as 28 px/cm."""
 
 _UM_PER_LENGTH = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
@@ -59,9 +70,10 @@ def find_mpp(
     """Find the size of a slide's pixels.
 
     The order is: the slide table's MPP column, OpenSlide's own value, the keys of the vendors, the
-    TIFF resolution if it has a unit, XML in the image description, the default. What the file says
-    further on must agree with what is found first; values that no scanner has (72 dpi, 10 px/cm)
-    are placeholders and say nothing against it. The slide table is believed whatever the file says.
+    TIFF resolution if it has a unit, XML in the image description, the default. Placeholders (72
+    dpi, 10 px/cm) are passed by, with a warning. What the file says further on must agree with
+    what is found first, unless no scanner has such pixels. The slide table is believed whatever
+    the file says.
 
     Args:
         properties: The slide's properties as OpenSlide gives them.
@@ -78,7 +90,13 @@ def find_mpp(
     """
     if table_mpp is not None:
         return _checked(table_mpp, table_mpp, "slide table", slide)
-    said = [*_said_by(properties)]
+    all_said = [*_said_by(properties)]
+    said = [mpp for mpp in all_said if not _is_placeholder(mpp)]
+    passed_by = listing(f"{mpp.x:.6g} (from {mpp.source})" for mpp in all_said if mpp not in said)
+    if passed_by and all_said[0] not in said and (said or default_mpp is not None):
+        logger.warning(
+            "%s: a placeholder for its microns per pixel is passed by: %s.", slide, passed_by
+        )
     if said:
         mpp = _checked(said[0].x, said[0].y, said[0].source, slide)
         for other in said[1:]:
@@ -87,9 +105,9 @@ def find_mpp(
     if default_mpp is not None:
         return _checked(default_mpp, default_mpp, "default", slide)
     power = properties.get("openslide.objective-power")
-    hint = (
-        f" (its objective power is {power}x, which does not tell the pixel size)" if power else ""
-    )
+    hint = f" but a placeholder, {passed_by}" if passed_by else ""
+    if power:
+        hint += f" (its objective power is {power}x, which does not tell the pixel size)"
     raise SlideError(
         f"The slide must say how large its pixels are, but {slide} has no microns per pixel{hint}. "
         "Give them in the MPP column of the slide table, or with --default-mpp."
@@ -100,6 +118,14 @@ def _said_by(properties: Mapping[str, str]) -> Iterator[Mpp]:
     """Yield what each place of a file says, the most trusted first."""
     readers = _from_openslide, _from_vendor, _from_tiff_resolution, _from_xml
     return (mpp for reader in readers for mpp in reader(properties) if mpp is not None)
+
+
+def _is_placeholder(mpp: Mpp) -> bool:
+    """Return whether a writer put this where it knew nothing."""
+    return all(
+        any(math.isclose(value, known, rel_tol=PLACEHOLDER_TOLERANCE) for known in PLACEHOLDERS)
+        for value in (mpp.x, mpp.y)
+    )
 
 
 def _refuse_disagreement(mpp: Mpp, other: Mpp, slide: str) -> None:

@@ -151,7 +151,7 @@ def test_bad_slides_get_rows_and_stop_nothing(tmp_path, network, caplog):
     assert "OpenSlide reads" in rows["a_text.svs"]["reason"]
     assert rows["d_glass.tif"]["reason"] == "no tile left: 4 of 4 are glass, 0 have too few edges"
     assert "the slide is 150 x 150 um" in rows["e_small.tif"]["reason"]
-    assert "g_mpp.tif has 352." in rows["g_mpp.tif"]["reason"]
+    assert "a placeholder, 352." in rows["g_mpp.tif"]["reason"]
     assert (summary.done, summary.empty, summary.excluded, summary.failed) == (1, 2, 1, 3)
     assert summary.exit_code == 1
     assert [path.name for path in (tmp_path / "out").glob("*.h5")] == ["b_good.h5"]

@@ -139,13 +139,6 @@ def test_broken_xml_counts_as_missing(text):
     assert find_mpp({"openslide.comment": text}, slide="a", default_mpp=1).source == "default"
 
 
-def test_72_dpi_placeholder_is_refused_with_name_and_value():
-    properties = {"openslide.mpp-x": "352.77777", "openslide.mpp-y": "352.77777"}
-    with pytest.raises(SlideError, match=r"between 0\.08 and 4\.0, but a\.tif has 352\.778"):
-        find_mpp(properties, slide="a.tif", default_mpp=0.5)
-    assert find_mpp(properties, slide="a.tif", table_mpp=0.5).x == 0.5  # the remedy works
-
-
 @pytest.mark.parametrize("mpp", ["0.025", "0.05"])
 def test_a_size_ten_times_too_small_is_refused(mpp):
     with pytest.raises(SlideError, match=rf"between 0\.08 and 4\.0, but a\.tif has {mpp}"):
@@ -179,3 +172,30 @@ def test_tiff_resolution_is_the_inverse_of_mpp(mpp, ratio):
     found = find_mpp(properties, slide="a")
     assert found.x == pytest.approx(mpp)
     assert found.y == pytest.approx(mpp * ratio)
+
+
+@pytest.mark.parametrize(
+    "resolution",
+    [
+        {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "10"},  # libvips
+        {"tiff.ResolutionUnit": "centimeter", "tiff.XResolution": "28"},  # 72 dpi, rounded
+        {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "72"},
+        {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "96", "tiff.YResolution": "72"},
+        {"openslide.mpp-x": "1000", "openslide.mpp-y": "1000"},
+    ],
+)
+def test_a_placeholder_is_no_information(resolution, caplog):
+    found = find_mpp(resolution | PHILIPS, slide="a.tif", default_mpp=1)
+    assert found == Mpp(0.25, 0.25, "openslide.comment PixelSizeMicrons")
+    assert find_mpp(resolution, slide="a.tif", default_mpp=0.5) == Mpp(0.5, 0.5, "default")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all("a.tif: a placeholder for its microns per pixel is passed by" in s for s in said)
+    with pytest.raises(SlideError, match=r"a\.tif has no microns per pixel but a placeholder, \d+"):
+        find_mpp(resolution, slide="a.tif")
+    assert find_mpp(resolution, slide="a.tif", table_mpp=0.5).x == 0.5  # the remedy works
+
+
+def test_a_lost_unit_is_no_placeholder():
+    with pytest.raises(SlideError, match=r"must be between .* a\.tif has 250 \(from"):
+        find_mpp({"openslide.mpp-x": "250"}, slide="a.tif", default_mpp=0.5)
