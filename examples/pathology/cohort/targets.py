@@ -1,7 +1,6 @@
 """What a column of the clinical table is to predict: classes, or a number."""
 
 import math
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,10 +75,10 @@ def spelled_as(classes: Sequence[str], column: "pd.Series[str]") -> "pd.Series[s
 
 
 def refuse_look_alikes(name: str, column: "pd.Series[str]", table: Path) -> None:
-    """Raise if two classes of a column are equal but for case, spaces or how accents are stored."""
+    """Raise if two classes of a column are equal but for case or spaces."""
     labels: dict[str, str] = {}
     for value in sorted(set(column)):
-        plain = "".join(unicodedata.normalize("NFC", value).casefold().split())
+        plain = "".join(value.casefold().split())
         if (other := labels.setdefault(plain, value)) != value:
             raise UserError(
                 f"{table}: `{name}` must spell each class in one way, but has {other!r} and "

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from examples.pathology.cohort.targets import Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.common.files import json_or_none, readable, write_bytes, write_json
+from examples.pathology.common.names import composed
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
 from examples.pathology.tables.writing import write_table
@@ -111,13 +112,10 @@ def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
     with readable(path):
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
-            targets = tuple(
-                Target(**{**target, "classes": tuple(target["classes"])})
-                for target in saved["targets"]
-            )
+            targets = tuple(_target(target) for target in saved["targets"])
             model = new_model(targets, saved["in_features"], **saved["network"])
             model.load_state_dict(saved["state_dict"])
-            scalers = {name: Scaler(*ends) for name, ends in saved["scalers"].items()}
+            scalers = {composed(name): Scaler(*ends) for name, ends in saved["scalers"].items()}
             fitted = Fitted(
                 model.to(device).eval(),
                 targets,
@@ -132,6 +130,12 @@ def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
                 f"{path} must hold a model of this release, but does not: {one_line(error)}."
             ) from error
     return fitted, kind
+
+
+def _target(saved: Mapping[str, Any]) -> Target:
+    """Return a target as tables are read now; an earlier release did not compose its names."""
+    names = {key: composed(saved[key]) for key in ("name", "positive")}
+    return Target(**{**saved, **names, "classes": tuple(map(composed, saved["classes"]))})
 
 
 def threshold_of(target: Target, validated: Sequence[PatientPrediction]) -> float:

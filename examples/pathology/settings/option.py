@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.common.names import composed
 
 _ABOUT = "option"  # the key under which a field tells what it says of itself
 Made = TypeVar("Made", bound="Settings")
@@ -142,6 +143,8 @@ class OptionField:
 class Settings:
     """A settings class: a frozen dataclass whose annotated fields are options, checked when made.
 
+    Text is composed as the cells of tables are, since it names columns and classes.
+
     Raises:
         UserError: A value is not allowed.
     """
@@ -149,6 +152,9 @@ class Settings:
     def __post_init__(self) -> None:
         for each in _own(type(self))[0]:
             if (value := getattr(self, each.name)) is not None:
+                if each.type is str:
+                    value = tuple(map(composed, value)) if each.several else composed(value)
+                    object.__setattr__(self, each.name, value)  # the dataclass is frozen
                 each.about.check(each.typed, value)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.common.names import composed
 from examples.pathology.slides.slide import slide_file
 from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import FILENAME, MPP, read_table, with_points
@@ -54,7 +55,7 @@ def mpp_of_slide(table: Path, path: Path, column: str = FILENAME) -> float | Non
     file = slide_file(path.absolute())
     # A table has the full name where slides differ only in their suffix; see `find_slides`.
     ends = [
-        "/".join(parts[i:])
+        composed("/".join(parts[i:]))
         for parts in (PurePosixPath(file.name).parts, PurePosixPath(file.stem).parts)
         for i in range(len(parts))
     ]
@@ -80,8 +81,8 @@ def _match(
 
 def _only(found: dict[str, float], stem: str, table: Path, column: str) -> float:
     """Return the value of a slide that several rows may mean: that of its own path, if any."""
-    if stem in found:
-        return found[stem]
+    if composed(stem) in found:
+        return found[composed(stem)]
     if len(set(found.values())) > 1:
         said = listing(f"{value:g} for {key!r}" for key, value in found.items())
         raise UserError(

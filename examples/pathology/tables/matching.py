@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.names import composed
 
 # fmt: off
 SLIDE_SUFFIXES = frozenset((
@@ -46,29 +47,31 @@ def match_files(keys: Iterable[str], files: Iterable[str]) -> dict[str, list[str
     Tried in turn: the same relative path; the same stem in any folder; and the same stem but for
     what follows a dot, on either side, which is how TCGA names differ with and without their UUID.
     The first that finds anything decides; more than one file is ambiguous, and for the caller to
-    refuse.
+    refuse. Composed and decomposed names are the same.
 
     Args:
         keys: Relative paths without suffix.
         files: Relative paths of files without suffix.
 
     Returns:
-        The sorted candidates of every key.
+        The sorted candidates of every key, as `files` has them.
     """
-    paths = set(files)
+    by_path: dict[str, list[str]] = defaultdict(list)
     by_stem: dict[str, list[str]] = defaultdict(list)
     by_prefix: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(paths):
-        stem = PurePosixPath(path).name
+    for path in sorted(set(files)):
+        by_path[composed(path)].append(path)
+        stem = PurePosixPath(composed(path)).name
         by_stem[stem].append(path)
         for prefix in _prefixes(stem):
             by_prefix[prefix].append(path)
     found: dict[str, list[str]] = {}
     for key in keys:
-        stem = PurePosixPath(key).name
+        path = composed(key)
+        stem = PurePosixPath(path).name
         shorter = (by_stem[prefix] for prefix in _prefixes(stem) if prefix in by_stem)
         found[key] = (
-            [key] if key in paths else by_stem.get(stem) or by_prefix.get(stem) or next(shorter, [])
+            by_path.get(path) or by_stem.get(stem) or by_prefix.get(stem) or next(shorter, [])
         )
     return found
 
@@ -124,7 +127,7 @@ def _alike(plain: str, candidates: Iterable[str]) -> str | None:
 
 def _plain(name: str) -> str:
     """Return a name without what people type differently."""
-    words = re.findall(r"[^\W\d_]+|\d+", name.casefold())
+    words = re.findall(r"[^\W\d_]+|\d+", composed(name).casefold())
     return "-".join(word.lstrip("0") or "0" for word in words)
 
 

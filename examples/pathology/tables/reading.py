@@ -14,6 +14,7 @@ import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing, nearest, one_line
 from examples.pathology.common.files import readable
+from examples.pathology.common.names import composed
 from examples.pathology.tables.matching import slide_key
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
@@ -48,7 +49,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a table as stripped strings; see `read_table`."""
+    """Read a table as stripped and composed strings; see `read_table`."""
     readers = {".csv": ",", ".tsv": "\t", ".xlsx": None}
     if path.suffix.lower() not in readers:
         raise UserError(
@@ -75,7 +76,7 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise UserError(
                 f"{path} must be a table, but it cannot be read: {one_line(error)}."
             ) from error
-    cells = cells.fillna("").astype(str).map(str.strip)
+    cells = cells.fillna("").astype(str).map(str.strip).map(composed)
     table = _below_header(cells, path)
     header = list(table.columns)
     for column in columns:

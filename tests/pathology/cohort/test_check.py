@@ -167,6 +167,7 @@ def test_what_a_cross_validation_would_refuse_is_refused_after_the_lists(tables)
         (["TCGA-AA-0001"], ["TCGA-AA-0001-01Z"], {"TCGA-AA-0001": "TCGA-AA-0001-01Z"}),
         (["CASE-17-ABCD"], ["CASE-17-ABCE"], {"CASE-17-ABCD": "CASE-17-ABCE"}),
         (["P1"], ["Q7", "P10"], {}),
+        (["P\u00e9-01"], ["Pe\u03011"], {"P\u00e9-01": "Pe\u03011"}),
         # the second's partner is no guess for the first
         (["TCGA-AA-3688-01Z-00", "TCGA-AA-3976-01Z-00"], ["tcga_aa_3976_01z_00"],
          {"TCGA-AA-3976-01Z-00": "tcga_aa_3976_01z_00"}),

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import h5py
@@ -62,6 +63,20 @@ def deploy(run, tables, out, **changes):
             run, tables.clini, tables.slides, tables.features, out, device="cpu", **changes
         )
     )
+
+
+def test_a_run_of_before_with_decomposed_names_knows_its_target(run, external, tmp_path):
+    old = shutil.copytree(run, tmp_path / "old")
+    for path in old.glob("fold-*/model.pt"):
+        saved = torch.load(path, weights_only=True)
+        saved["targets"][0].update(name="isMSIe\u0301", classes=["MSIe\u0301", "MSS"])
+        saved["targets"][0]["positive"] = "MSIe\u0301"
+        torch.save(saved, path)
+    text = external.clini.read_text().replace("isMSIH", "isMSI\u00e9").replace("MSIH", "MSI\u00e9")
+    external.clini.write_text(text)
+    value = deploy(old, external, tmp_path / "out")
+    assert (value["target"], value["labelled"]) == ("isMSI\u00e9", 7)
+    assert value["metrics"]["auroc"]["mean"] is not None
 
 
 def test_the_ensemble_is_the_mean_of_the_folds_models(run, external, tmp_path):

@@ -32,6 +32,14 @@ def test_tcga_names_match_with_and_without_their_uuid(name, stem, tmp_path):
     assert mpp_of_slide(rows, Path(f"{stem}.svs")) == 0.5
 
 
+@pytest.mark.parametrize(("one", "other"), [("P\u00e9", "Pe\u0301"), ("Pe\u0301", "P\u00e9")])
+def test_composed_and_decomposed_names_are_the_same(one, other, tmp_path):
+    rows = table(tmp_path, f"{one}/a,0.5", "a,0.25", header="F\u00e9,MPP")
+    rows.write_text(rows.read_text().replace("F\u00e9", "Fe\u0301"))
+    assert mpp_of_slides(rows, [f"{other}/a"], "F\u00e9") == {f"{other}/a": 0.5}
+    assert mpp_of_slide(rows, tmp_path / other / "a.svs", "F\u00e9") == 0.5
+
+
 def test_a_row_that_may_mean_two_slides_is_refused_and_the_remedy_works(tmp_path):
     rows = table(tmp_path, "a,0.5", "b,0.25")
     with pytest.raises(UserError, match=r"'a' may mean x/a, y/a\..*in full, as in 'x/a\.h5'"):
