@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 
 from examples.pathology.common.errors import UserError, one_line
-from examples.pathology.features.files import read_features
+from examples.pathology.features.files import UnavailableError, read_features
 from examples.pathology.features.kind import FeatureKind, together
 
 
@@ -18,9 +18,15 @@ class Inspection:
         self._kinds: dict[FeatureKind, Path] = {}
 
     def problem(self, path: Path) -> str:
-        """Return why a file cannot be used, or an empty string."""
+        """Return why a file cannot be used, or an empty string.
+
+        Raises:
+            UnavailableError: It may be sound, but cannot be read now.
+        """
         try:
             bag = read_features(path)
+        except UnavailableError:
+            raise
         except (OSError, ValueError, KeyError) as error:  # h5py's for a broken or foreign file
             return f"unreadable: {one_line(error)}"
         if len(bag.feats) == 0:

@@ -1,6 +1,7 @@
 """Files: one that cannot be read is named, and one that is written is there whole or not at all."""
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology.common.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -71,12 +74,14 @@ def publish(temporary: Path, path: Path) -> None:
 def walk(folder: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and those below it, links followed, with their visible files in order.
 
+    A warning names folders that the system does not let us look into.
+
     Args:
         folder: Where to begin.
         skip: A folder to leave out.
     """
     seen = {skip.resolve()} if skip is not None else set()
-    for directory, children, names in os.walk(folder, followlinks=True):
+    for directory, children, names in os.walk(folder, onerror=_warn, followlinks=True):
         here = Path(directory).resolve()
         if here in seen:  # the output folder, or a link that leads back
             children.clear()
@@ -84,3 +89,8 @@ def walk(folder: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[st
         seen.add(here)
         children[:] = sorted(child for child in children if not child.startswith("."))
         yield Path(directory), sorted(name for name in names if not name.startswith("."))
+
+
+def _warn(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        logger.warning("%s is not searched: %s.", error.filename, error.strerror)

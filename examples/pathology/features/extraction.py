@@ -24,7 +24,7 @@ from tqdm import tqdm
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_bytes
 from examples.pathology.extractors.choose import make_extractor
-from examples.pathology.features.files import write_features
+from examples.pathology.features.files import UnavailableError, write_features
 from examples.pathology.features.inference import Clock, Network, infer, place
 from examples.pathology.features.ledger import FEATURES, TILING, Rows, SlideRow
 from examples.pathology.features.provenance import finished_rows, parameters_of, provenance_of
@@ -202,7 +202,8 @@ def extract_slide(
                 with clock.stopped():
                     yield
             rows = (*rows, _failure(file, error, clock.stage))
-            retire(path)
+            if not isinstance(error, UnavailableError):
+                retire(path)
         clock.enter(clock.stage)
         return tuple(replace(row, seconds=round(clock.seconds[row.stage], 3)) for row in rows)
 

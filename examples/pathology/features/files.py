@@ -14,7 +14,9 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
 """
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ V1_TILE_PX = 224
 """STAMP v1 counts coordinates in pixels of which a tile of 256 um has 224."""
 
 TILE_SIZE_UM = 256.0
+
+
+class UnavailableError(UserError):
+    """A feature file may be sound, but cannot be read now; nobody is left out because of it."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +73,47 @@ def read_features(path: Path, *, mpp: float | tuple[float, float] | None = None)
 
     Raises:
         UserError: If the file is missing, not HDF5 or holds no usable features; it is named.
+        UnavailableError: If another process writes it, or the system does not let us read it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"The feature file must exist, but {path} does not. Run `extract` first.")
     try:
-        with h5py.File(path, "r") as file:
+        with open_features(path) as file:
             return _read_open(file, path, (mpp, mpp) if isinstance(mpp, (int, float)) else mpp)
     except OSError as error:
         raise UserError(
             f"The feature file must be a complete HDF5 file, but {path} is not ({error}). "
-            "Delete it and extract the slide again."
+            "If it is not being written or copied, extract the slide again."
         ) from error
+
+
+@contextmanager
+def open_features(path: Path) -> Iterator[h5py.File]:
+    """Open a feature file for reading; an `OSError` within means that it is damaged.
+
+    Raises:
+        UserError: The file does not exist.
+        UnavailableError: Another process writes it, or the system does not let us read it.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(
+                f"The feature file must exist, but {path} does not. Run `extract` first."
+            )
+        with h5py.File(path, "r") as file:
+            yield file
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or "already open for" in str(error):
+            raise UnavailableError(
+                f"The feature file must not be open for writing, but {path} is in use by another "
+                "process. Wait for it and run the command again; where none is at work, "
+                "`h5clear --status` makes the file readable."
+            ) from error
+        if error.errno is not None:  # what is wrong with the content of a file has no number
+            raise UnavailableError(
+                f"The feature file must be readable, but for {path} the system says: "
+                f"{os.strerror(error.errno)}."
+            ) from error
+        raise
 
 
 def _read_open(file: h5py.File, path: Path, mpp: tuple[float, float] | None) -> Bag:

@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-
+from examples.pathology.features.files import open_features
 from examples.pathology.features.inference import Clock, Network
 from examples.pathology.features.ledger import FEATURES, TILING, Rows, SlideRow
 from examples.pathology.settings.extract import ExtractConfig
@@ -89,11 +88,14 @@ def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Ro
     """Return the rows of a slide whose features exist already, or None if there is work to do.
 
     A parameter that the file does not hold, since an earlier release made it, is no difference.
+
+    Raises:
+        UnavailableError: The file may be right, but cannot be read now.
     """
     if not path.is_file():
         return None
     try:
-        with h5py.File(path, "r") as stored:
+        with open_features(path) as stored:
             attributes = dict(stored.attrs)
             kept = len(stored["feats"])
             whole = kept == len(stored["coords"])

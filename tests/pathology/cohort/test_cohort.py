@@ -18,6 +18,7 @@ from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import read_clinical_table, read_table
 from examples.pathology.training.bags import BagStore
+from tests.pathology.holding import held
 from tests.pathology.tiny import Tables, make_tables, write_bag, write_table
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
@@ -325,6 +326,11 @@ def test_the_ledger_names_everyone_left_out(tables):
     assert slides["P06-1", "used"] == ""
     assert slides["P00-9", "excluded"] == "its patient is not in the clinical table"
     assert [count for _, count in cohort.funnel] == [12, 12, 11, 8]
+
+
+def test_a_feature_file_in_use_leaves_nobody_out_but_stops(tables):
+    with held(tables.features / "P02-1.h5"), pytest.raises(UserError, match=r"P02-1\.h5 is in use"):
+        tables.load()
 
 
 def test_the_ledger_is_a_table_that_accounts_for_all(tables, tmp_path):

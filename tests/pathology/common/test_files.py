@@ -22,6 +22,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_folder_that_may_not_be_searched_is_named(tmp_path, monkeypatch, caplog):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").touch()
+    original = files.os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return original(folder)
+
+    monkeypatch.setattr(files.os, "scandir", scandir)
+    assert [names for _, names in files.walk(tmp_path)] == [["a"]]
+    assert f"{tmp_path / 'sub'} is not searched: Permission denied." in caplog.text
+
+
 def test_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         files.write_json(tmp_path / "a.json", {"a": math.nan})

@@ -18,6 +18,7 @@ from examples.pathology.features.files import read_features
 from examples.pathology.features.provenance import sample_sha256
 from examples.pathology.settings.extract import ExtractConfig, TileRules
 from examples.pathology.slides import slide as slides
+from tests.pathology.holding import held
 from tests.pathology.slide_helpers import (
     SHARED,
     FakeHandle,
@@ -314,6 +315,20 @@ def test_damaged_and_foreign_files_are_redone(tmp_path, network, caplog):
     assert run(tmp_path / "in", tmp_path / "out").skipped == 0
     assert "made by another program" in caplog.text
     assert run(tmp_path / "in", tmp_path / "out").skipped == 1
+
+
+def test_features_in_use_are_left_alone(tmp_path, network):
+    for name in "ab":
+        save_slide(tmp_path / "in" / f"{name}.tif", seed=ord(name))
+    run(tmp_path / "in", tmp_path / "out")
+    before = (tmp_path / "out" / "a.h5").read_bytes()
+    with held(tmp_path / "out" / "a.h5"):
+        summary = run(tmp_path / "in", tmp_path / "out")
+    assert (summary.failed, summary.skipped, summary.exit_code) == (1, 1, 1)
+    assert "is in use by another process" in ledger(tmp_path / "out")["a.tif"]["reason"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.h5*")) == ["a.h5", "b.h5"]
+    assert (tmp_path / "out" / "a.h5").read_bytes() == before
+    assert run(tmp_path / "in", tmp_path / "out").skipped == 2
 
 
 def test_outdated_features_of_a_slide_that_now_fails_are_set_aside(tmp_path, network):

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import h5py
@@ -9,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.features import files as features
-from examples.pathology.features.files import read_features, write_features
+from examples.pathology.features.files import UnavailableError, read_features, write_features
 from examples.pathology.features.kind import FeatureKind
+from tests.pathology.holding import held
 from tests.pathology.slide_helpers import SHARED
 
 BAGS = SHARED / "bags"
@@ -270,8 +272,43 @@ def test_missing_and_truncated_files_are_refused_by_name(tmp_path):
     write(tmp_path / "a.h5")
     whole = (tmp_path / "a.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"complete HDF5 file, but .*cut\.h5 is not"):
+    words = r"complete HDF5 file, but .*cut\.h5 is not .*If it is not being written or copied"
+    with pytest.raises(UserError, match=words) as caught:
         read_features(tmp_path / "cut.h5")
+    assert "elete" not in str(caught.value)
+
+
+def test_a_file_that_another_process_writes_is_in_use_and_not_damaged(tmp_path):
+    path = tmp_path / "a.h5"
+    write(path)
+    with held(path), pytest.raises(UnavailableError, match=r"a\.h5 is in use by another") as caught:
+        read_features(path)
+    assert "elete" not in str(caught.value)
+    assert read_features(path).feats.all()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            PermissionError(errno.EACCES, "unable to open"),
+            r"a\.h5 the system says: Permission denied",
+        ),
+        (
+            OSError(errno.ENOLCK, "unable to lock file"),
+            r"a\.h5 the system says: No locks available",
+        ),
+        (OSError("file is already open for write (may use h5clear)"), r"a\.h5 is in use"),
+    ],
+)
+def test_a_file_that_the_system_does_not_give_is_not_damaged(tmp_path, monkeypatch, error, words):
+    def refuse(*_):
+        raise error
+
+    write(tmp_path / "a.h5")
+    monkeypatch.setattr(features.h5py, "File", refuse)
+    with pytest.raises(UnavailableError, match=words):
+        read_features(tmp_path / "a.h5")
 
 
 def test_wrong_shapes_and_overflow_are_refused_before_anything_is_written(tmp_path):
