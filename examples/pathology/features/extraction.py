@@ -186,6 +186,8 @@ def extract_slide(
             _save_picture(config.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
             rows = (_described(slide, plan, config.rules.tile_size_um),)
             if rows[0].status == "ok":
+                if rows[0].tiles_damaged:
+                    logger.warning("%s: %s.", file.name, rows[0].reason)
                 clock.enter(FEATURES)
                 made = provenance_of(slide, rows[0], parameters, clock)
                 _write(path, feats, positions, config, network, made)
@@ -243,6 +245,8 @@ def _described(slide: Slide, plan: TilePlan, tile_size_um: float) -> SlideRow:
             f"no tile left: {plan.count(TileStatus.BRIGHT)} of {plan.status.size} are glass, "
             f"{plan.count(TileStatus.SMOOTH)} have too few edges"
         )
+    if damaged := plan.count(TileStatus.DAMAGED):
+        reasons.append(f"{damaged} damaged tiles are left out: {slide.damage.rstrip('.')}")
     if slide.broken_levels:
         levels = ", ".join(map(str, sorted(slide.broken_levels)))
         reasons.append(f"unreadable levels, replaced by finer ones: {levels}")
@@ -253,6 +257,7 @@ def _described(slide: Slide, plan: TilePlan, tile_size_um: float) -> SlideRow:
         reason="; ".join(reasons),
         tiles_total=plan.status.size,
         tiles_kept=kept,
+        tiles_damaged=damaged,
         mpp=slide.mpp.x,
         mpp_source=slide.mpp.source,
     )

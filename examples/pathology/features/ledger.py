@@ -34,6 +34,8 @@ class SlideRow:
         seconds: Time spent on the stage; for a finished slide, when it was made. Tiling and
             network overlap: of reading tiles only the time counts that the network waited for.
         skipped: Whether an earlier run had finished it.
+        tiles_damaged: Tiles left out since some of their pixels cannot be read; the ledger has
+            them among the reasons.
     """
 
     slide: str
@@ -46,9 +48,12 @@ class SlideRow:
     mpp_source: str = ""
     seconds: float = 0.0
     skipped: bool = False
+    tiles_damaged: int = 0
 
 
-LEDGER_COLUMNS = tuple(field.name for field in fields(SlideRow) if field.name != "skipped")
+LEDGER_COLUMNS = tuple(
+    field.name for field in fields(SlideRow) if field.name not in ("skipped", "tiles_damaged")
+)
 
 Rows = tuple[SlideRow, ...]
 """What became of one slide, stage by stage."""

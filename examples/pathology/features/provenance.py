@@ -77,6 +77,7 @@ def provenance_of(
         "slide_height_px": slide.height_px,
         "precision": parameters["precision"],
         "tiles_total": row.tiles_total,
+        "tiles_damaged": row.tiles_damaged,
         "parameters": json.dumps(parameters, sort_keys=True),
         "seconds_tiling": clock.seconds[TILING],
         "seconds_features": clock.seconds[FEATURES],
@@ -103,13 +104,15 @@ def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Ro
         return _again(path, file, f"is damaged ({error})")
     try:
         old = dict(json.loads(attributes["mtbalance_parameters"]))
+        damaged = int(attributes.get("mtbalance_tiles_damaged", 0))
         row = SlideRow(
             slide=file.name,
             stage=TILING,
             status="ok",
-            reason="finished before",
+            reason="finished before" + (f"; {damaged} damaged tiles are left out" * (damaged > 0)),
             tiles_total=int(attributes["mtbalance_tiles_total"]),
             tiles_kept=kept,
+            tiles_damaged=damaged,
             mpp=float(attributes["mtbalance_slide_mpp"]),
             mpp_source=str(attributes["mtbalance_slide_mpp_source"]),
             seconds=round(float(attributes["mtbalance_seconds_tiling"]), 3),

@@ -45,6 +45,13 @@ class TileRules(Settings):
         0.5, "Slides with a larger share of dark pixels are fluorescence.", rule=between(0, 1)
     )
 
+    max_damaged_share: float = option(
+        0.1,
+        "Tiles with pixels that cannot be read are left out; slides fail if a larger share of the "
+        "area of all tiles but glass cannot.",
+        rule=between(0, 1),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("tile_size_um", "tile_size_px"):

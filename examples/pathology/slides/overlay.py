@@ -19,6 +19,7 @@ _LOOKS = {
     TileStatus.BRIGHT: _Look("glass", (150, 150, 150), 0.1),
     TileStatus.SMOOTH: _Look("too few edges", (213, 94, 0), 0.35),
     TileStatus.PENDING: _Look("not read", (204, 121, 167), 0.35),
+    TileStatus.DAMAGED: _Look("damaged", (240, 228, 66), 0.5),
 }
 _OVERHANG = _Look("over the edge: no whole tile", (0, 114, 178), 0.3)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
@@ -16,6 +17,7 @@ from PIL import Image, ImageColor
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import walk
+from examples.pathology.slides.reading import Source
 from examples.pathology.slides.units import Mpp, SlideError, find_mpp
 from examples.pathology.tables.matching import SLIDE_SUFFIXES
 
@@ -208,6 +210,22 @@ class LevelError(SlideError):
         self.level = level
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A rectangle of a slide, resampled.
+
+    Attributes:
+        pixels: RGB, ``(h, w, 3)``.
+        lost: Pixels in whose place some of the file's cannot be read, ``(h, w)``; None: all can.
+        blurred: Pixels that would look otherwise if those could be read, ``(h, w)``: the lost ones
+            and those around them; None: there are none.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    lost: npt.NDArray[np.bool_] | None = None
+    blurred: npt.NDArray[np.bool_] | None = None
+
+
 class Slide:
     """An open slide that is read in microns; close it after use.
 
@@ -227,11 +245,15 @@ class Slide:
         broken_levels: frozenset[int] = frozenset(),
         path: Path | None = None,
     ) -> None:
-        self._handle = handle
+        self._source = Source(handle, path)
         self._path = path
+        self.damage = ""  # where the first damaged pixels were found
         self.broken_levels = broken_levels
         self.name = name
         self.mpp = mpp
+        # After a failed read a handle does not even tell these.
+        self._downsamples = tuple(handle.level_downsamples)
+        self._dimensions = tuple(handle.level_dimensions)
         self.width_px, self.height_px = handle.dimensions
         self.width_um = self.width_px * mpp.x
         self.height_um = self.height_px * mpp.y
@@ -242,7 +264,7 @@ class Slide:
 
     def close(self) -> None:
         """Release the file."""
-        self._handle.close()
+        self._source.close()
 
     def bits_per_sample(self) -> int:
         """Return how many bits a TIFF has for each colour, of which we get the upper 8; or 8."""
@@ -259,14 +281,14 @@ class Slide:
         own = max(self.mpp.x, self.mpp.y)
         fine_enough = [
             level
-            for level, downsample in enumerate(self._handle.level_downsamples)
+            for level, downsample in enumerate(self._downsamples)
             if own * downsample <= mpp * (1 + LEVEL_TOLERANCE) and level not in self.broken_levels
         ]
-        return max(fine_enough, key=lambda level: self._handle.level_downsamples[level], default=0)
+        return max(fine_enough, key=lambda level: self._downsamples[level], default=0)
 
     def level_mpp(self, level: int) -> float:
         """Return the pixel size of a level in um."""
-        return float(max(self.mpp.x, self.mpp.y) * self._handle.level_downsamples[level])
+        return float(max(self.mpp.x, self.mpp.y) * self._downsamples[level])
 
     def read(
         self, x_um: float, y_um: float, width_um: float, height_um: float, size_px: tuple[int, int]
@@ -287,18 +309,42 @@ class Slide:
             RGB, ``(height, width, 3)``, on the slide's background colour where it is transparent.
 
         Raises:
-            LevelError: If the pixels cannot be decoded. OpenSlide gives nothing more from this
-                handle then; the slide has to be opened again, without that level.
+            LevelError: If some of the pixels cannot be decoded.
+        """
+        picture = self.read_around(x_um, y_um, width_um, height_um, size_px)
+        if picture.blurred is not None:
+            raise LevelError(0, f"The pixels of {self.name} must be readable, but {self.damage}")
+        return picture.pixels
+
+    def read_around(
+        self, x_um: float, y_um: float, width_um: float, height_um: float, size_px: tuple[int, int]
+    ) -> Picture:
+        """Read a rectangle as `read` does, and say which pixels of level 0 cannot be read.
+
+        All others are as if those could be. Where a coarser level is damaged, a finer one has the
+        same pixels: that is for the caller to do.
+
+        Args:
+            x_um: Left edge in um.
+            y_um: Top edge in um.
+            width_um: Width in um.
+            height_um: Height in um.
+            size_px: Width and height of the result in pixels.
+
+        Raises:
+            LevelError: If a level other than 0 cannot be decoded, or the file not opened anew.
         """
         level = self.level_for(min(width_um / size_px[0], height_um / size_px[1]))
-        scale = float(self._handle.level_downsamples[level])
-        limit_x, limit_y = self._handle.level_dimensions[level]
+        scale = float(self._downsamples[level])
+        limit_x, limit_y = self._dimensions[level]
         x0, x1, box_x = _span(x_um, width_um, self.mpp.x * scale, limit_x, size_px[0])
         y0, y1, box_y = _span(y_um, height_um, self.mpp.y * scale, limit_y, size_px[1])
         try:
-            region = self._handle.read_region(
-                (round(x0 * scale), round(y0 * scale)), level, (x1 - x0, y1 - y0)
-            )
+            corner, size = (round(x0 * scale), round(y0 * scale)), (x1 - x0, y1 - y0)
+            if level == 0:
+                region, lost, problem = self._source.read_around(corner, size)
+            else:
+                region, lost, problem = self._source.read(corner, level, size), None, None
         except openslide.OpenSlideError as error:
             raise LevelError(
                 level,
@@ -310,7 +356,30 @@ class Slide:
             region = Image.alpha_composite(canvas, region)
         flat = region.convert("RGB")
         box = (box_x[0], box_y[0], box_x[1], box_y[1])
-        return np.asarray(flat.resize(size_px, Image.Resampling.BICUBIC, box=box))
+        pixels = np.asarray(flat.resize(size_px, Image.Resampling.BICUBIC, box=box))
+        if lost is None or problem is None:
+            return Picture(pixels)
+        x, y = problem[0] * self.mpp.x, problem[1] * self.mpp.y
+        self.damage = self.damage or f"at ({x:.0f}, {y:.0f}) um OpenSlide says: {problem[2]}."
+        return Picture(pixels, *_lost_pixels(lost, size_px, box))
+
+
+def _lost_pixels(
+    lost: npt.NDArray[np.bool_], size_px: tuple[int, int], box: tuple[float, float, float, float]
+) -> tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.bool_] | None]:
+    """Return what `Picture` has of lost pixels of the file, ``(h, w)``, a box of which is shown."""
+    shrunk = max((box[2] - box[0]) / size_px[0], (box[3] - box[1]) / size_px[1], 1.0)
+    reach = 2 * math.ceil(2 * shrunk) + 1  # the bicubic kernel looks two pixels far on either side
+    spread = cv2.dilate(lost.astype(np.uint8), np.ones((reach, reach), np.uint8))
+    masks = (
+        np.asarray(
+            Image.fromarray(mask.astype(np.float32)).resize(size_px, Image.Resampling.BOX, box=box)
+        )
+        > 0
+        for mask in (lost, spread)
+    )
+    here, around = (mask if mask.any() else None for mask in masks)
+    return here, around
 
 
 def _span(

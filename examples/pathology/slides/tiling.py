@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from examples.pathology.settings.extract import TileRules
-from examples.pathology.slides.slide import Slide
+from examples.pathology.slides.slide import LevelError, Slide
 from examples.pathology.slides.units import SlideError
 
 Pixels = npt.NDArray[np.uint8]
@@ -41,6 +42,7 @@ class TileStatus(IntEnum):
     BRIGHT = 1  # glass
     SMOOTH = 2  # too few edges
     PENDING = 3  # not glass, not looked at in detail yet
+    DAMAGED = 4  # some of its pixels cannot be read
 
 
 DARK_GREY = 40
@@ -88,6 +90,20 @@ class TileBlock:
     edge_share: npt.NDArray[np.float64]
 
 
+class _ReadBlock(NamedTuple):
+    """A block with its damaged tiles.
+
+    Args:
+        tiles: All tiles.
+        damaged: Whether pixels that cannot be read have a part in the tile, ``(k,)``.
+        lost_share: Share of the tile's own area that cannot be read, ``(k,)``.
+    """
+
+    tiles: TileBlock
+    damaged: npt.NDArray[np.bool_]
+    lost_share: npt.NDArray[np.float64]
+
+
 def grid_shape(width_um: float, height_um: float, tile_size_um: float) -> tuple[int, int]:
     """Return the rows and columns of whole tiles that fit on a slide.
 
@@ -113,19 +129,25 @@ def plan_tiles(slide: Slide, rules: TileRules, *, judge: bool = True) -> TilePla
         The plan, with every tile either bright or pending.
 
     Raises:
-        SlideError: If the slide cannot be read, or its values do not fill their bits.
+        SlideError: If the slide cannot be read, too much of it is damaged, or its values do not
+            fill their bits.
         SlideExcludedError: If it looks like fluorescence, or has tissue without any colour.
     """
     rows, columns = grid_shape(slide.width_um, slide.height_um, rules.tile_size_um)
     tile_px = min(max(OVERVIEW_EDGE_PX // max(rows, columns, 1), 4), 160)
-    overview = _read_overview(slide, rules.tile_size_um, tile_px)
+    # Heat maps show what there is.
+    most_lost = rules.max_damaged_share if judge else 1.0
+    overview, lost = _read_overview(slide, rules.tile_size_um, tile_px, most_lost)
     grey: Pixels = np.asarray(cv2.cvtColor(overview, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
     if judge:
         _refuse_unused_bits(slide, overview)
         _refuse_fluorescence(slide.name, overview, grey, rules)
     whole = grey[: rows * tile_px, : columns * tile_px].astype(np.float64)
-    brightness = whole.reshape(rows, tile_px, columns, tile_px).mean(axis=(1, 3))
+    by_tile = rows, tile_px, columns, tile_px
+    brightness = whole.reshape(by_tile).mean(axis=(1, 3))
     bright = brightness >= rules.brightness_cutoff
+    if lost is not None:  # is on the background, and no glass for that
+        bright &= ~lost[: rows * tile_px, : columns * tile_px].reshape(by_tile).any(axis=(1, 3))
     status = np.where(bright, TileStatus.BRIGHT, TileStatus.PENDING).astype(np.uint8)
     if judge and grey.min() < GLASS_GREY:
         _refuse_grey(slide.name, overview)
@@ -170,32 +192,56 @@ def _refuse_grey(name: str, overview: Pixels) -> None:
         )
 
 
-def _read_overview(slide: Slide, tile_size_um: float, tile_px: int) -> Pixels:
-    """Read the whole slide at `tile_px` pixels per tile, block by block to bound the memory."""
+def _refuse_damage(slide: Slide, share: float, most: float, rule: str) -> None:
+    """Raise if more than this share of what was to be read cannot be."""
+    if share > most or share >= 1:
+        raise LevelError(
+            0,
+            f"The pixels of {slide.name} must be readable but for {most:.0%}, but of {rule} "
+            f"{share:.0%} or more are damaged: {slide.damage} Copy it again, or allow more with "
+            "--max-damaged-share.",
+        )
+
+
+def _read_overview(
+    slide: Slide, tile_size_um: float, tile_px: int, most_lost: float
+) -> tuple[Pixels, npt.NDArray[np.bool_] | None]:
+    """Read the whole slide at `tile_px` pixels per tile, block by block to bound the memory.
+
+    Returns:
+        The picture, and of which pixels something is lost, ``(h, w)``; None if nothing is.
+    """
     um_per_px = tile_size_um / tile_px
     width = max(1, round(slide.width_um / um_per_px))
     height = max(1, round(slide.height_um / um_per_px))
     level_mpp = slide.level_mpp(slide.level_for(um_per_px))
     step = max(1, int(READ_EDGE_PX * level_mpp / um_per_px))
     overview: Pixels = np.empty((height, width, 3), dtype=np.uint8)
+    lost = np.zeros((height, width), dtype=bool)
     for top in range(0, height, step):
         for left in range(0, width, step):
             high, wide = min(step, height - top), min(step, width - left)
-            overview[top : top + high, left : left + wide] = slide.read(
+            part = slice(top, top + high), slice(left, left + wide)
+            picture = slide.read_around(
                 left * um_per_px,
                 top * um_per_px,
                 wide * um_per_px,
                 high * um_per_px,
                 (wide, high),
             )
-    return overview
+            overview[part] = picture.pixels
+            if picture.lost is not None:
+                lost[part] = picture.lost
+                _refuse_damage(slide, float(lost.mean()), most_lost, "its area")
+    return overview, lost if lost.any() else None
 
 
 class TileReader(Iterator[TileBlock]):
     """Reads the pending tiles of a slide in blocks of neighbours, ahead of their use.
 
-    Reading begins at once. Sets the status of every pending tile to kept or smooth; gives blocks
-    with the kept tiles only, and leaves out blocks without any. Close it before the slide.
+    Reading begins at once. Sets the status of every pending tile to kept, smooth or damaged; gives
+    blocks with the kept tiles only, and leaves out blocks without any. Raises a `LevelError` when
+    too much of the tiles is damaged. Close it before the slide.
 
     Args:
         slide: The open slide.
@@ -220,7 +266,9 @@ class TileReader(Iterator[TileBlock]):
         self._slide, self._plan, self._rules = slide, plan, rules
         self._pool, self._ahead = pool, max(1, ahead)
         self._todo = _blocks(plan, edge)
-        self._waiting: deque[Future[TileBlock]] = deque()
+        self._pending = plan.count(TileStatus.PENDING)
+        self._lost = 0.0  # in tiles
+        self._waiting: deque[Future[_ReadBlock]] = deque()
         self._fill()
 
     def _fill(self) -> None:
@@ -235,12 +283,16 @@ class TileReader(Iterator[TileBlock]):
     def __next__(self) -> TileBlock:
         """Return the next block, as soon as it has been read."""
         while self._waiting:
-            block = self._waiting.popleft().result()
+            block, damaged, lost_share = self._waiting.popleft().result()
             self._fill()
-            keep = block.edge_share >= self._rules.min_edge_share
-            self._plan.status[tuple(block.positions.T)] = np.where(
-                keep, TileStatus.KEPT, TileStatus.SMOOTH
-            )
+            keep = (block.edge_share >= self._rules.min_edge_share) & ~damaged
+            status = np.where(keep, TileStatus.KEPT, TileStatus.SMOOTH)
+            status[damaged] = TileStatus.DAMAGED
+            self._plan.status[tuple(block.positions.T)] = status
+            if damaged.any():
+                self._lost += float(lost_share.sum())
+                share, most = self._lost / self._pending, self._rules.max_damaged_share
+                _refuse_damage(self._slide, share, most, "its tiles that are not glass")
             if keep.any():
                 return TileBlock(block.positions[keep], block.pixels[keep], block.edge_share[keep])
         raise StopIteration
@@ -266,25 +318,29 @@ def _blocks(plan: TilePlan, edge: int) -> Iterator[npt.NDArray[np.int64]]:
                 yield np.argwhere(part) + np.array([top, left])
 
 
-def _read_block(slide: Slide, positions: npt.NDArray[np.int64], rules: TileRules) -> TileBlock:
+def _read_block(slide: Slide, positions: npt.NDArray[np.int64], rules: TileRules) -> _ReadBlock:
     """Read the tiles at `positions` (k, 2) in one go and measure their edges."""
     (top, left), (bottom, right) = positions.min(axis=0), positions.max(axis=0) + 1
     um, px = rules.tile_size_um, rules.tile_size_px
-    picture = slide.read(
+    picture = slide.read_around(
         float(left * um),
         float(top * um),
         float((right - left) * um),
         float((bottom - top) * um),
         (int(right - left) * px, int(bottom - top) * px),
     )
-    pixels = np.stack(
-        [
-            picture[(row - top) * px : (row - top + 1) * px, (c - left) * px : (c - left + 1) * px]
-            for row, c in positions
-        ]
-    )
+    parts = [
+        (slice((row - top) * px, (row - top + 1) * px), slice((c - left) * px, (c - left + 1) * px))
+        for row, c in positions
+    ]
+    pixels = np.stack([picture.pixels[part] for part in parts])
     shares = [edge_share(tile, rules.canny_low, rules.canny_high) for tile in pixels]
-    return TileBlock(positions=positions, pixels=pixels, edge_share=np.array(shares))
+    lost, blurred = picture.lost, picture.blurred
+    return _ReadBlock(
+        tiles=TileBlock(positions=positions, pixels=pixels, edge_share=np.array(shares)),
+        damaged=np.array([blurred is not None and bool(blurred[part].any()) for part in parts]),
+        lost_share=np.array([0.0 if lost is None else float(lost[part].mean()) for part in parts]),
+    )
 
 
 def edge_share(tile: Pixels, low: float = 40.0, high: float = 100.0) -> float:

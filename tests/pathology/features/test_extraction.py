@@ -2,6 +2,7 @@ import csv
 import json
 import logging
 import shutil
+from functools import partial
 
 import h5py
 import numpy as np
@@ -382,11 +383,56 @@ def test_a_broken_level_is_replaced_by_a_finer_one(tmp_path, network, monkeypatc
     assert run(tmp_path / "in", tmp_path / "out").skipped == 1
 
 
+def damage(path, tile):
+    """Overwrite the beginning of a tile of level 0."""
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages.first.dataoffsets[tile]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\0" * 16)
+
+
+def test_a_damaged_tile_is_left_out_and_the_others_are_as_before(tmp_path, network, caplog):
+    save_slide(tmp_path / "in" / "a.tif", mpp=1.0)  # 4 x 4 tiles of 256 px, as the file has
+    shutil.copy(tmp_path / "in" / "a.tif", tmp_path / "in" / "b.tif")
+    damage(tmp_path / "in" / "b.tif", 0)
+    rules = TileRules(min_edge_share=0.005)
+    assert run(tmp_path / "in", tmp_path / "out", rules=rules).done == 2
+    whole, rest = (read_features(tmp_path / "out" / f"{name}.h5") for name in "ab")
+    # The tile at the corner, and the three whose borders are made from its pixels too.
+    left = ~(whole.coords_um <= 256).all(axis=1)
+    assert (len(whole.feats), left.sum()) == (16, 12)
+    np.testing.assert_array_equal(rest.coords_um, whole.coords_um[left])
+    np.testing.assert_array_equal(rest.feats, whole.feats[left])
+    row = ledger(tmp_path / "out")["b.tif"]
+    assert (row["status"], row["tiles_total"], row["tiles_kept"]) == ("ok", "16", "12")
+    assert "4 damaged tiles are left out: at (0, 0) um OpenSlide says" in row["reason"]
+    assert "b.tif: 4 damaged tiles are left out" in caplog.text
+    with h5py.File(tmp_path / "out" / "b.h5") as file:
+        assert file.attrs["mtbalance_tiles_damaged"] == 4
+    assert run(tmp_path / "in", tmp_path / "out", rules=rules).skipped == 2
+    reasons = {name: row["reason"] for name, row in ledger(tmp_path / "out").items()}
+    assert reasons["a.tif"] == "finished before"
+    assert reasons["b.tif"] == "finished before; 4 damaged tiles are left out"
+
+
+def test_a_slide_fails_if_too_much_of_its_tissue_is_damaged(tmp_path, network):
+    save_slide(tmp_path / "in" / "a.tif", mpp=1.0, white_left=768)  # 4 tiles are not glass
+    damage(tmp_path / "in" / "a.tif", 13)  # of 5 x 5: below the first of them
+    assert run(tmp_path / "in", tmp_path / "out").failed == 1
+    reason = ledger(tmp_path / "out")["a.tif"]["reason"]
+    assert "must be readable but for 10%, but of its tiles that are not glass 25% or more" in reason
+    assert "at (768, 512) um OpenSlide says" in reason
+    assert "--max-damaged-share" in reason
+    rules = TileRules(max_damaged_share=0.3, min_edge_share=0.005)
+    assert run(tmp_path / "in", tmp_path / "out", rules=rules).done == 1  # the remedy works
+
+
 def test_unreadable_pixels_fail_the_slide(tmp_path, network, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.svs").write_bytes(b"x")
-    fake = FakeHandle((1100, 1100), plain((9, 9, 9)), broken=(0,))
-    monkeypatch.setattr(slides.openslide, "OpenSlide", lambda path: fake)
+    fake = partial(FakeHandle, (1100, 1100), plain((9, 9, 9)), broken=(0,))
+    monkeypatch.setattr(slides.openslide, "OpenSlide", lambda path: fake())
     assert run(tmp_path / "in", tmp_path / "out").failed == 1
     assert "OpenSlide says: bad tile" in ledger(tmp_path / "out")["a.svs"]["reason"]
 
