@@ -261,11 +261,13 @@ def test_deploy_and_heatmap_pass_their_options_on(monkeypatch):
     monkeypatch.setattr(heatmap, "run_heatmap", asked.append)
     tables = NEEDED[: NEEDED.index("--target")]
     assert run("deploy", "--run", "r", *tables, "--out", "o", "--filename-column", "slide") == 0
+    assert run("deploy", "--run", "r", *tables, "--out", "o", "--skip-unknown-labels") == 0
     assert run(
         "heatmap", "--run", "r", "--slide", "a.svs", "--features", "a.h5", "--out", "o", "--top", 3,
         "--slide-table", "t.csv", "--filename-column", "slide", "--default-mpp", 0.25,
     ) == 0  # fmt: skip
-    deployed, drawn = asked
+    deployed, skipping, drawn = asked
+    assert (deployed.skip_unknown_labels, skipping.skip_unknown_labels) == (False, True)
     assert (deployed.run, deployed.filename_column) == (Path("r"), "slide")
     assert (drawn.slide, drawn.features, drawn.top) == (Path("a.svs"), Path("a.h5"), 3)
     assert (drawn.slide_table, drawn.filename_column) == (Path("t.csv"), "slide")

@@ -25,6 +25,7 @@ from examples.pathology.cohort.targets import (
     Target,
     cut,
     describe,
+    foreign_values,
     kind_of,
     make_target,
     one_spelling,
@@ -142,13 +143,16 @@ def load_cohort(config: CohortConfig) -> Cohort:
     return _cohort(joined, targets, labelled, training_only, stages, ledger, inspection)
 
 
-def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
+def load_external(
+    sources: Sources, targets: Sequence[Target], *, skip_unknown_labels: bool = False
+) -> Cohort:
     """Join the tables and files of a cohort to predict for: no label is needed, some may be there.
 
     Args:
         sources: Where they are; columns of targets that the clinical table lacks are not known for
             anybody.
         targets: What was trained, the primary target first.
+        skip_unknown_labels: Leave out patients with a value that was not trained on.
 
     Returns:
         Everybody with usable features as ``patients``; a label that is not known is empty.
@@ -156,23 +160,40 @@ def load_external(sources: Sources, targets: Sequence[Target]) -> Cohort:
     Raises:
         UserError: The tables contradict themselves or the targets, or nobody is left.
     """
-    classes = {each.name: each.classes for each in targets}
-    joined = _cut(join(sources, [], classes), targets[0].name, targets[0].cutoff, sources.clini)
+    joined = join(sources, [], {each.name: each.classes for each in targets})
     here = [target for target in targets if target.name in joined.clinical]
     spelled = {t.name: spelled_as(t.classes, joined.clinical[t.name]) for t in here}
     joined = replace(joined, clinical=joined.clinical.assign(**spelled))
-    for target in here:
-        refuse_foreign_values(target, joined.clinical[target.name], sources.clini)
+    if skip_unknown_labels:
+        joined, refused = _without_foreign(joined, here)
+    else:
+        refused = {}
+        remedy = " `deploy --skip-unknown-labels` predicts for the others."
+        for target in here:
+            refuse_foreign_values(target, joined.clinical[target.name], sources.clini, remedy)
+    joined = _cut(joined, targets[0].name, targets[0].cutoff, sources.clini)
     kinds = {target.name: target.kind for target in here}
     people = _read_patients(joined.clinical, targets[0].name, kinds)
-    found, ledger, inspection = _gather(people, joined, {})
+    found, ledger, inspection = _gather(people, joined, refused)
+    usable = {person.name for person in people} - refused.keys()
     stages = [
         ("in the clinical table", len(people)),
-        ("and a slide in the slide table", sum(p.name in joined.slides_of for p in people)),
+        *[("without unknown labels", len(usable))] * skip_unknown_labels,
+        ("and a slide in the slide table", len(usable & joined.slides_of.keys())),
         ("and usable features: used", len(found)),
     ]
     _refuse_nobody(found, "a slide and features", stages, ledger)
     return _cohort(joined, targets, found, [], stages, ledger, inspection)
+
+
+def _without_foreign(joined: Joined, targets: Sequence[Target]) -> tuple[Joined, dict[str, str]]:
+    """Empty the cells that no target was trained on; return by patient why they are left out."""
+    clinical, refused = joined.clinical.copy(), dict[str, str]()
+    for target in targets:
+        for patient, value in foreign_values(target, clinical[target.name]).items():
+            clinical.loc[patient, target.name] = ""
+            refused.setdefault(str(patient), f"its {target.name} {value!r} was not trained on")
+    return replace(joined, clinical=clinical), refused
 
 
 def _cut(joined: Joined, target: str, cutoff: float | None, table: Path) -> Joined:
@@ -358,13 +379,18 @@ def log_unknown(cohort: Cohort) -> None:
         logger.warning(text, name, words)
 
 
-def log_cohort(cohort: Cohort) -> None:
-    """Log the funnel, the reasons for exclusion and what the targets look like."""
+def log_exclusions(cohort: Cohort) -> None:
+    """Log the funnel, and the reasons for which anybody or any value is left out."""
     stages = [f"{count} {stage}" for stage, count in cohort.funnel]
     logger.info("Patients: %s", " -> ".join(stages))
     for reason, count in Counter(left_out(cohort.ledger)).most_common():
         logger.warning("Left out: %d x %s", count, reason)
     log_unknown(cohort)
+
+
+def log_cohort(cohort: Cohort) -> None:
+    """Log the funnel, the reasons for exclusion and what the targets look like."""
+    log_exclusions(cohort)
     everybody = [*cohort.patients, *cohort.training_only]
     known = values_of(everybody, cohort.targets)
     for target in cohort.targets:

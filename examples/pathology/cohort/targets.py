@@ -187,17 +187,43 @@ def rarer_class(labels: Sequence[str]) -> str:
     return min(sorted(counts, reverse=True), key=lambda label: counts[label])
 
 
-def refuse_foreign_values(target: Target, column: "pd.Series[str]", table: Path) -> None:
-    """Raise if an external table has values of a target that was not trained on them."""
-    values = sorted({value for value in column if value})
-    if target.kind == "regression":
-        refuse_words(target.name, column, table)
+def foreign_values(target: Target, column: "pd.Series[str]") -> "pd.Series[str]":
+    """Return the cells of a column that are no value of a trained target, with their index.
+
+    Args:
+        target: What was trained.
+        column: Cells as text, not yet cut where the target has a cut-off; empty ones are no value.
+    """
+    numbers = target.kind == "regression" or target.cutoff is not None
+    known = _is_number if numbers else target.classes.__contains__
+    return column[[bool(value) and not known(value) for value in column]]
+
+
+def refuse_foreign_values(
+    target: Target, column: "pd.Series[str]", table: Path, remedy: str = ""
+) -> None:
+    """Raise if an external table has values of a target that was not trained on them.
+
+    Args:
+        target: What was trained.
+        column: Cells as text by patient, as for `foreign_values`.
+        table: Where the column stands, for the error.
+        remedy: What else can be done, for the error.
+
+    Raises:
+        UserError: It has; the first patients are named.
+    """
+    foreign = foreign_values(target, column)
+    if foreign.empty:
         return
-    if strange := [value for value in values if value not in target.classes]:
-        raise UserError(
-            f"{table}: `{target.name}` must be one of {listing(target.classes)}, as in training, "
-            f"but has {listing(map(repr, strange))}.{nearest(strange[0], target.classes)}"
-        )
+    values = sorted(set(foreign))
+    numbers = target.kind == "regression" or target.cutoff is not None
+    must = "hold numbers" if numbers else f"be one of {listing(target.classes)}, as in training"
+    raise UserError(
+        f"{table}: `{target.name}` must {must}, but has {listing(map(repr, values))} for "
+        f"{len(foreign)} of {len(column)} patients ({listing(map(str, foreign.index), 5)})."
+        f"{nearest(values[0], target.classes)}{remedy}"
+    )
 
 
 def describe(target: Target, known: Sequence[str | float]) -> str:

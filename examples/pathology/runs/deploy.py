@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.pathology.cohort.cohort import Cohort, load_external, log_unknown
+from examples.pathology.cohort.cohort import Cohort, load_external, log_exclusions
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.files import json_or_none, write_json
@@ -60,11 +60,12 @@ def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
     device = resolve_device(config.device)
     folders = fold_folders(config.run)
     models = [read_model(folder / "model.pt", device) for folder in folders]
-    cohort = load_external(config.sources, models[0][0].targets)
+    cohort = load_external(
+        config.sources, models[0][0].targets, skip_unknown_labels=config.skip_unknown_labels
+    )
     for folder, (_, kind) in zip(folders, models, strict=True):
         refuse_other_features(kind, cohort.kind, folder, config.features)
-    logger.info("Patients: %s", " -> ".join(f"{count} {stage}" for stage, count in cohort.funnel))
-    log_unknown(cohort)
+    log_exclusions(cohort)
     with sole_writer(config.out):
         clean(config.out)
         write_toml(config.out / "deploy.toml", deploy_settings(config))
@@ -74,8 +75,8 @@ def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
 
 
 def deploy_settings(config: DeployConfig) -> dict[str, dict[str, Any]]:
-    """Return what ``deploy.toml`` holds."""
-    settings = {name: str(value) for name, value in vars(config).items()}
+    """Return what ``deploy.toml`` holds; a switch that is off is left out, as it was before it."""
+    settings = {name: str(value) for name, value in vars(config).items() if value is not False}
     return {"deploy": {**settings, "seed": config.seed}}
 
 

@@ -30,6 +30,9 @@ class DeployConfig(Settings):
     features: Path = features_option()
     out: Path = needed("Where the results go.")
     _: KW_ONLY
+    skip_unknown_labels: bool = option(
+        False, "Leave out patients with a label that was not trained on, instead of refusing all."
+    )
     patient_column: str = patient_column_option()
     filename_column: str = filename_column_option()
     seed: int = seed_option()

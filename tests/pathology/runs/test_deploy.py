@@ -1,5 +1,6 @@
 import csv
 import json
+import logging
 import shutil
 from dataclasses import replace
 
@@ -185,6 +186,38 @@ def test_labels_that_were_not_trained_on_are_refused(run, external, tmp_path):
     write_table(external.clini, ["PATIENT", "isMSIH"], rows)
     with pytest.raises(UserError, match=r"must be one of MSIH, MSS, as in .*'MSI-H'.*`MSIH`"):
         deploy(run, external, tmp_path / "out")
+
+
+def test_patients_with_other_labels_are_named_and_left_out_if_asked(
+    run, external, tmp_path, caplog
+):
+    rows = [[f"P{i:02d}", "MSI-H" if i == 3 else "MSS", "low" if i == 5 else i] for i in range(9)]
+    write_table(external.clini, ["PATIENT", "isMSIH", "LF"], rows)
+    (external.features / "P07-1.h5").unlink()
+    words = r"'MSI-H' for 1 of 9 patients \(P03\)\. Did .*`deploy --skip-unknown-labels`"
+    with pytest.raises(UserError, match=words):
+        deploy(run, external, tmp_path / "out")
+    with caplog.at_level(logging.INFO, "examples"):
+        value = deploy(run, external, tmp_path / "out", skip_unknown_labels=True)
+    assert value["funnel"] == [
+        ["in the clinical table", 9],
+        ["without unknown labels", 7],
+        ["and a slide in the slide table", 7],
+        ["and usable features: used", 6],
+    ]
+    table = pd.read_csv(tmp_path / "out/predictions.csv")
+    assert list(table["PATIENT"]) == ["P00", "P01", "P02", "P04", "P06", "P08"]
+    ledger = pd.read_csv(tmp_path / "out/ledger.csv", keep_default_na=False)
+    reasons = ledger[ledger["item"] == "patient"].set_index("name")["reason"]
+    assert reasons["P03"] == "its isMSIH 'MSI-H' was not trained on"
+    assert reasons["P05"] == "its LF 'low' was not trained on"
+    assert "Left out: 1 x patient: its isMSIH 'MSI-H' was not trained on" in caplog.text
+    assert "Left out: 1 x patient: none of its slides has usable features" in caplog.text
+    assert "Patients: 9 in the clinical table -> 7 without" in caplog.text
+    rest = write_table(external.clini, ["PATIENT"], [[name] for name in table["PATIENT"]])
+    deploy(run, replace(external, clini=rest), tmp_path / "rest")  # the others' are as ever
+    again = pd.read_csv(tmp_path / "rest/predictions.csv")
+    pd.testing.assert_series_equal(again["isMSIH_MSS"], table["isMSIH_MSS"])
 
 
 def test_a_run_that_is_not_finished_is_refused(external, tmp_path):
