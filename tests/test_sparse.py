@@ -65,6 +65,7 @@ def gradient_after(name: str, order: str, way: str, *, sparse: bool) -> Tensor:
     return gradient
 
 
+@pytest.mark.filterwarnings("ignore:several tasks reach:UserWarning")  # "added up" says so
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("order", ["sdt", "dst", "std", "sts"])
 @pytest.mark.parametrize(
