@@ -1,7 +1,9 @@
 """What the graphs of losses hold: the leaves that they reach, and parts that several need."""
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -79,6 +81,55 @@ def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
                 through.add((node, output))
                 stack.append(node.next_functions[output])
     return Reach(list(leaves.values()), shares_graph)
+
+
+def free(losses: Sequence[Tensor], later: Sequence[Tensor] = ()) -> None:
+    """Let go of what the graphs of losses have saved, as a pass that does not retain them does.
+
+    What hooks of the user keep instead (``saved_tensors_hooks``) stays as long as the losses do.
+
+    Args:
+        losses: Losses whose passes have been made.
+        later: Losses whose passes are to come: what their graphs hold stays.
+    """
+    needed = _nodes_of(later, set())
+    for node in _nodes_of(losses, needed) - needed:
+        for name in _saved_by(type(node)):
+            saved: Any = ()
+            with suppress(RuntimeError):  # freed already, by another pass
+                saved = getattr(node, name)
+            for each in saved if isinstance(saved, tuple) else (saved,):
+                with suppress(RuntimeError):  # nothing is there, or a hook of the user
+                    each.register_hooks(_forget, _second_pass)
+
+
+def _nodes_of(losses: Sequence[Tensor], known: set[Node]) -> set[Node]:
+    """Return the nodes in the graphs of losses, without looking beyond known ones."""
+    found: set[Node] = set()
+    stack = [loss.grad_fn for loss in losses]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found and node not in known:
+            found.add(node)
+            stack += [child for child, _ in node.next_functions]
+    return found
+
+
+@functools.cache
+def _saved_by(kind: type[Node]) -> list[str]:
+    """Return the names of what nodes of a kind have saved for their backward passes."""
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
+
+
+def _forget(_: Tensor) -> None:
+    """Stand for a saved tensor."""
+
+
+def _second_pass(_: None) -> NoReturn:
+    raise RuntimeError(
+        "backward passes must be made once per graph, but this is the second time: the Balancer "
+        "has freed it, as Tensor.backward does."
+    )
 
 
 def compiled_outputs_of(loss: Tensor) -> dict[Node, set[int]]:

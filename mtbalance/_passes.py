@@ -1,12 +1,12 @@
 """Backward passes: gradients of single losses, and of combinations, for given leaves."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mtbalance._graphs import reach_of
+from mtbalance._graphs import free, reach_of
 from mtbalance._rows import Rows, all_finite, inner_products, sum_of
 from mtbalance._shards import local
 from mtbalance._writing import fresh_grad
@@ -74,18 +74,22 @@ class BatchedPasses:
         """
         for start in range(0, len(losses), self.chunk):
             part = slice(start, start + self.chunk)
-            yield from self._chunk(losses[part], inputs, shares_graph[part], on_fallback)
+            rows = self._chunk(losses[part], inputs, on_fallback)
+            if rows is None:
+                yield from task_gradients(losses[part], inputs, shares_graph[part])
+            else:
+                free(losses[part], losses[part.stop :])
+                yield from rows
 
     def _chunk(
         self,
         losses: Sequence[Tensor],
         inputs: Sequence[Tensor],
-        shares_graph: Sequence[bool],
         on_fallback: Callable[[str], None],
-    ) -> Iterable[list[Tensor | None]]:
-        """Return the gradients of the tasks of one chunk."""
+    ) -> list[list[Tensor | None]] | None:
+        """Return the gradients of a chunk; None if its tasks must be passed one by one."""
         if self._works is False or len(losses) == 1:
-            return task_gradients(losses, inputs, shares_graph)
+            return None
         try:
             gradients = _batched(losses, inputs)
         except Exception as error:  # noqa: BLE001  # whatever vmap makes of an operation
@@ -93,14 +97,14 @@ class BatchedPasses:
         else:
             self._works = True
             if self._looks and not all_finite(gradients):
-                return task_gradients(losses, inputs, shares_graph)
+                return None
             return _unbatched(gradients, losses, inputs)
         self._works = None if self._works else False
         # Now, while the graph is whole: where warnings are errors, the step can be taken again.
         on_fallback(
             f"the backward pass cannot be vectorised over tasks and runs one by one ({problem})"
         )
-        return task_gradients(losses, inputs, shares_graph)
+        return None
 
 
 def _batched(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:

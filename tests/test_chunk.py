@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance import Balancer
+from mtbalance._passes import BatchedPasses
 from mtbalance.gradient import CAGrad
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
@@ -132,3 +134,64 @@ def test_an_error_of_the_model_itself_is_raised_as_it_is() -> None:
     assert caught.value.__context__ is None
     balancer.backward(losses_of(network, tanh, 0))
     assert balancer.fallbacks == 1
+
+
+# --- graphs are freed -----------------------------------------------------------------------------
+
+
+class Saves(torch.autograd.Function):
+    """An operation that saves a tensor of its own, of which a list keeps a weak reference."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alive: list[weakref.ref[Tensor]]) -> Tensor:
+        saved = torch.ones_like(x)
+        alive.append(weakref.ref(saved))
+        ctx.save_for_backward(saved)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        return slope * saved, None
+
+
+@pytest.mark.parametrize("policy", ["raise", "propagate"])
+@pytest.mark.parametrize("chunk", [2, 3, 4])
+def test_graphs_are_freed_while_the_losses_live(chunk: int, policy: str) -> None:
+    """Those of the trunk and of all heads, in the first step and in later ones."""
+    network = Network(("a", "b", "c", "d"))
+    tasks = tuple(network.heads)
+    balancer = Balancer(
+        Equal(), CAGrad(), tasks=tasks, shared=network.trunk, chunk=chunk, nonfinite=policy
+    )
+    for _ in range(3):
+        alive: list[weakref.ref[Tensor]] = []
+        inner = network.trunk(batch())
+        activations = weakref.ref(inner)
+        hidden = Saves.apply(inner.exp(), alive)
+        losses = {
+            task: Saves.apply(head(hidden).square(), alive).mean()
+            for task, head in network.heads.items()
+        }
+        del inner
+        assert all(each() is not None for each in alive)
+        assert balancer.backward(losses).fallbacks == 0
+        assert activations() is None
+        assert [each() for each in alive] == [None] * 5
+        with pytest.raises(RuntimeError, match="second time"):
+            losses["d"].backward()
+
+
+def test_what_a_later_chunk_needs_stays_until_then() -> None:
+    network = Network(("a", "b", "c", "d"))
+    trunk: list[weakref.ref[Tensor]] = []
+    heads: list[weakref.ref[Tensor]] = []
+    hidden = Saves.apply(network.trunk(batch()), trunk)
+    losses = [Saves.apply(head(hidden), heads).mean() for head in network.heads.values()]
+    leaves = list(network.parameters())
+    rows = BatchedPasses(2)(losses, leaves, [True, True, True, False], lambda _: None)
+    next(rows)
+    assert [each() is None for each in heads] == [True, True, False, False]
+    assert trunk[0]() is not None
+    assert len(list(rows)) == 3
+    assert [each() for each in (*heads, *trunk)] == [None] * 5
