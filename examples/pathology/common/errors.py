@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     """The request was fine but the run failed; the command line exits with 1."""
 
 
+class OutputError(RunError):
+    """Nothing can be written any more, so that going on would be work for nothing."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean `x`?`` for the known name nearest to ``name``, or an empty string."""
     plain = {other.casefold(): other for other in known}

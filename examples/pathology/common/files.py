@@ -1,5 +1,6 @@
 """Files: one that cannot be read is named, and one that is written is there whole or not at all."""
 
+import errno
 import json
 import logging
 import math
@@ -10,7 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from examples.pathology.common.errors import UserError
+from examples.pathology.common.errors import OutputError, UserError
+
+NO_MORE_OUTPUT = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ESTALE,
+    )
+)
+"""What the system says where the next file would fare no better: a full disk, say."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +44,44 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Say of a file or folder that the system cannot write that nothing can be written any more.
+
+    Raises:
+        OutputError: Writing within raised an `OSError` that the next file would meet too: the disk
+            is full or read-only, or the folder is somebody else's.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_MORE_OUTPUT:
+            raise
+        raise OutputError(
+            f"{path} must be writable, but {error.strerror}. Make room, or give another --out, and "
+            "run the command again: what is finished stays."
+        ) from error
+
+
+def require_writable(folder: Path) -> None:
+    """Write a block where the files of a folder will lie, and remove it again.
+
+    Args:
+        folder: It need not exist, and is not made.
+
+    Raises:
+        UserError: It is a file, or lies below one.
+        OutputError: Nothing can be written there.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"`out` must be a folder, but {there} is a file.")
+    with writable(folder), tempfile.TemporaryFile(dir=there) as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN) atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -45,18 +97,25 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        temporary.chmod(0o644)  # mkstemp's 0o600 would keep colleagues out
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename: whole or not at all.
+
+    The temporary name is of this call alone, so that two who write the same file do not meet.
+
+    Raises:
+        OutputError: Nothing can be written any more, since the disk is full, say.
+    """
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            temporary.chmod(0o644)  # mkstemp's 0o600 would keep colleagues out
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology.common.errors import UserError, listing
+from examples.pathology.common.files import writable
 from examples.pathology.common.toml import read_toml, write_toml
 
 logger = logging.getLogger(__name__)
@@ -50,23 +51,37 @@ def clean(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def clean_below(folder: Path) -> None:
+    """Remove what killed writers left in a folder, and in those below, where nobody else writes."""
+    for pattern in (".*.tmp", "*.h5.tmp"):  # the second by earlier releases
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder; the system lifts the lock when a process ends.
+def sole_writer(folder: Path) -> Iterator[bool]:
+    """Keep other processes out of a folder; the system lifts the lock when a process ends.
 
     Args:
-        folder: The run folder, made if missing.
+        folder: The folder, made if missing.
+
+    Yields:
+        Whether it is locked; there are systems without locks.
 
     Raises:
         UserError: Another process is at work in it.
+        OutputError: Nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":  # no such locks there
-        yield
+        yield False
         return
     import fcntl
 
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with writable(folder):
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    locked = True
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +91,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 "Wait for it, or use another --out."
             ) from error
         except OSError as error:  # a file system without locks
+            locked = False
             logger.warning("%s cannot be locked (%s); run one process at a time", folder, error)
-        yield
+        yield locked
     finally:
         os.close(handle)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from examples.pathology.common.devices import resolve_device
-from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.common.errors import OutputError, RunError, UserError
+from examples.pathology.common.folders import clean_below, sole_writer
 from examples.pathology.features.extraction import (
     Report,
     default_workers,
@@ -56,9 +57,22 @@ def resolve_devices(names: str) -> list[torch.device]:
 def run(files: Sequence[SlideFile], config: ExtractConfig) -> ExtractSummary:
     """Extract slides in one or more processes; the ledger is written whatever happens.
 
+    Where nothing can be written any more, the run ends, and says so.
+
     Raises:
-        UserError: If the network cannot be built as asked for, or no workers can be had.
+        UserError: If the network cannot be built as asked for, no workers can be had, or another
+            process extracts into the same folder.
+        OutputError: If nothing can be written there from the start.
     """
+    if config.scheduler is None:
+        resolve_devices(config.device)  # a wrong one is told before the folder is made
+    with sole_writer(config.out) as locked:
+        if locked:
+            clean_below(config.out)
+        return _run_alone(files, config)
+
+
+def _run_alone(files: Sequence[SlideFile], config: ExtractConfig) -> ExtractSummary:
     work: Callable[[Report], None]
     if config.scheduler is None:
         work = _here(files, config)
@@ -70,11 +84,14 @@ def run(files: Sequence[SlideFile], config: ExtractConfig) -> ExtractSummary:
     ledger, stopped = config.out / "ledger.csv", ""
     started = time.monotonic()
     keeper = LedgerKeeper(ledger, [file.name for file in files], config.max_failures)
-    with closing(keeper):
-        try:
-            work(keeper.take_down)
-        except RunError as error:
-            stopped = str(error)
+    try:
+        with closing(keeper):
+            try:
+                work(keeper.take_down)
+            except RunError as error:
+                stopped = str(error)
+    except OutputError as error:  # not even the ledger
+        stopped = stopped or str(error)
     summary = ExtractSummary(keeper.rows, ledger, len(files), time.monotonic() - started, stopped)
     logger.log(logging.ERROR if stopped else logging.INFO, "%s", summary)
     return summary
@@ -127,11 +144,12 @@ def _spread(
         ]
 
     def take(outcome: Outcome) -> None:
-        if isinstance(outcome.value, UserError):
-            raise outcome.value
-        for rows in outcome.value or ():
+        found, error = outcome.value or ((), None)
+        for rows in found:
             del left[rows[0].slide]
             report(rows)
+        if error is not None:
+            raise error
 
     def take_or_give_up(outcome: Outcome) -> None:
         take(outcome)
@@ -170,7 +188,7 @@ def _bytes(path: Path) -> int:
 
 def extract_batch(
     files: Sequence[SlideFile], config: ExtractConfig, run_id: str
-) -> list[Rows] | UserError:
+) -> tuple[list[Rows], UserError | OutputError | None]:
     """Extract slides in a process of a cluster; slides that are finished are found so.
 
     Args:
@@ -179,15 +197,15 @@ def extract_batch(
         run_id: The run they belong to; a process keeps its network for one run.
 
     Returns:
-        The rows of each slide, or the error with which the network could not be built.
+        The rows of each slide that was taken to its end, and the error that ends the run: the
+        network could not be built, or nothing can be written any more.
     """
-    try:
-        network = _network(config, run_id)
-    except UserError as error:
-        return error
     found: list[Rows] = []
-    extract_slides(files, config, network, found.append)
-    return found
+    try:
+        extract_slides(files, config, _network(config, run_id), found.append)
+    except (UserError, OutputError) as error:
+        return found, error
+    return found, None
 
 
 @functools.lru_cache(maxsize=1)

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import write_bytes
+from examples.pathology.common.errors import OutputError, UserError
+from examples.pathology.common.files import writable, write_bytes
 from examples.pathology.extractors.choose import make_extractor
 from examples.pathology.features.files import UnavailableError, write_features
 from examples.pathology.features.inference import Clock, Network, infer, place
@@ -289,8 +289,8 @@ def _write(
 
 def _failure(file: SlideFile, error: Exception, stage: str) -> SlideRow:
     """Say what went wrong with a slide, in the log and in a row."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        raise error  # the next slide would meet it too; a smaller batch_size helps
+    if isinstance(error, (torch.cuda.OutOfMemoryError, OutputError)):
+        raise error  # the next slide would meet it too; a smaller batch_size or more room helps
     expected = isinstance(error, (SlideError, UserError))
     reason = str(error) if expected else f"{type(error).__name__}: {error}"
     if isinstance(error, SlideExcludedError):
@@ -304,5 +304,6 @@ def retire(path: Path) -> None:
     """Rename features that an earlier run made of a slide that gives none now."""
     if path.is_file():
         old = path.with_name(path.name + ".old")
-        path.replace(old)
+        with writable(path):
+            path.replace(old)
         logger.warning("%s is from an earlier run and no longer valid; it is now %s.", path, old)

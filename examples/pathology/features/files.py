@@ -13,6 +13,7 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
   made the features but a program.
 """
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import publish
+from examples.pathology.common.files import write_bytes
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.settings.extract import LAYOUTS
 
@@ -216,6 +217,7 @@ def write_features(
 
     Raises:
         UserError: If the shapes do not belong together, or a feature is too large for float16.
+        OutputError: Nothing can be written any more, since the disk is full, say.
     """
     if layout not in LAYOUTS:
         raise UserError(f"`layout` must be one of {', '.join(LAYOUTS)}, but got {layout!r}.")
@@ -248,14 +250,11 @@ def write_features(
             "feat_type": "tile",
             "stamp_version": "2.0.0",
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # no `.h5` at the end: readers pass it by
-    try:
-        with h5py.File(temporary, "w") as file:
-            file["feats"] = stored
-            file["coords"] = coords
-            file["augmented"] = np.zeros(len(stored), dtype=bool)
-            file.attrs.update(attributes)
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # In memory first: HDF5 that cannot flush a file to a full disk takes the process with it.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file["feats"] = stored
+        file["coords"] = coords
+        file["augmented"] = np.zeros(len(stored), dtype=bool)
+        file.attrs.update(attributes)
+    write_bytes(path, buffer.getbuffer())

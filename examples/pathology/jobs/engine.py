@@ -23,7 +23,14 @@ from typing import Any, Literal
 import torch
 from distributed import Client, Future, KilledWorker, as_completed, get_client
 
-from examples.pathology.common.errors import RunError, UserError, listing, nearest, one_line
+from examples.pathology.common.errors import (
+    OutputError,
+    RunError,
+    UserError,
+    listing,
+    nearest,
+    one_line,
+)
 from examples.pathology.jobs.cluster import threads_of
 from examples.pathology.jobs.progress import JobProgress
 
@@ -66,6 +73,7 @@ class Outcome:
         value: What it returned; None if it is not done.
         seconds: Time that the last attempt took, without waiting for a worker.
         attempts: How often it was begun; more than once where a worker died.
+        ends_run: Whether no other job would fare better: nothing can be written any more.
     """
 
     key: str
@@ -74,6 +82,7 @@ class Outcome:
     value: Any = None
     seconds: float = 0.0
     attempts: int = 1
+    ends_run: bool = False
 
 
 _TURN = threading.Lock()
@@ -119,7 +128,8 @@ def _work(job: Job, run: str, threads: int, deaths: int) -> bytes:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - it must not end the run
                 foreseen = isinstance(error, (UserError, RunError))
                 trace = "" if foreseen else "".join(traceback.format_exception(error))
-                return reply("failed", trace, error=_words(error))
+                ends_run = isinstance(error, OutputError)
+                return reply("failed", trace, error=_words(error), ends_run=ends_run)
 
 
 def _words(error: Exception | SystemExit) -> str:
@@ -331,9 +341,13 @@ class _Run:
                 "%s was begun %d times, since its worker died", outcome.key, outcome.attempts
             )
         self._on_outcome(outcome)
-        limit = self._max_failures
-        if limit is not None and self._failed > limit and not self._stopped:
-            self._stopped = f"more than {limit} jobs failed"
+        limit, reason = self._max_failures, ""
+        if outcome.ends_run:
+            reason = f"nothing can be written any more, as {outcome.key} has found"
+        elif limit is not None and self._failed > limit:
+            reason = f"more than {limit} jobs failed"
+        if reason and not self._stopped:
+            self._stopped = reason
             for key in self.close():
                 self._end(Outcome(key, "skipped", error=self._stopped, attempts=0))
 

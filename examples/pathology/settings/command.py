@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import require_writable
 from examples.pathology.common.logs import set_up_logging
 from examples.pathology.common.toml import read_section
 from examples.pathology.settings.option import Made, Option, OptionField, options_of, settings_from
@@ -32,6 +33,8 @@ def command(app: typer.Typer, settings: type[Made], name: str | None = None) -> 
 
     def decorate(run: Callable[[Made], None]) -> Callable[[Made], None]:
         def called(**values: Any) -> None:
+            if isinstance(out := values.get("out"), Path):  # before any work is done
+                require_writable(out)
             run(settings_from(settings, values))
 
         own = options_of(settings)

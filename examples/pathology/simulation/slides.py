@@ -6,6 +6,7 @@ Every effect overlaps between the classes, and stain and anatomy vary from slide
 the label can be learned but not read off. Nothing here comes from a patient.
 """
 
+import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import tifffile
 from tqdm import tqdm
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import publish, write_text
+from examples.pathology.common.files import write_bytes, write_text
 from examples.pathology.tables.reading import FILENAME, PATIENT
 from examples.pathology.tables.writing import write_table
 
@@ -112,7 +113,6 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
         raise UserError(f"`patients` must be at least 2 (one per class), but got {patients}.")
     sampled = _sample_patients(patients, np.random.default_rng([seed, 0]))
     folder = out / "slides"
-    folder.mkdir(parents=True, exist_ok=True)
     slides = []
     for index, patient in enumerate(tqdm(sampled, desc="drawing slides", unit="patient")):
         for number in range(patient.slides):
@@ -322,8 +322,8 @@ def write_pyramid(path: Path, pixels: Image, *, mpp: float) -> None:
         pixels: RGB, ``(h, w, 3)``.
         mpp: Microns per pixel of the largest level; stored as a resolution in centimetres.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with tifffile.TiffWriter(temporary) as file:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
         for level in range(PYRAMID_LEVELS):
             if level:
                 size = (pixels.shape[1] // 2, pixels.shape[0] // 2)
@@ -342,4 +342,4 @@ def write_pyramid(path: Path, pixels: Image, *, mpp: float) -> None:
                 software="mtbalance",
                 metadata=None,
             )
-    publish(temporary, path)
+    write_bytes(path, buffer.getbuffer())

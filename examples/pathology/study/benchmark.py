@@ -22,6 +22,7 @@ import torch
 
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import RunError, UserError
+from examples.pathology.common.files import writable
 from examples.pathology.common.folders import sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.jobs.cluster import cluster
@@ -260,8 +261,9 @@ def _bags_of(_digest: str, cache_bytes: int) -> BagStore:
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
     """Write what a job logs to a file of its own, behind what an earlier attempt has left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("examples")
     level = ours.level

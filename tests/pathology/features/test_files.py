@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from examples.pathology.common import files as common_files
 from examples.pathology.common.errors import UserError
 from examples.pathology.features import files as features
 from examples.pathology.features.files import UnavailableError, read_features, write_features
@@ -341,6 +342,6 @@ def test_the_file_is_closed_before_it_gets_its_name(tmp_path, monkeypatch):
             seen.append((path.name, file["feats"].shape))
         temporary.replace(path)
 
-    monkeypatch.setattr(features, "publish", look)
+    monkeypatch.setattr(common_files, "publish", look)
     write(tmp_path / "a.h5")
     assert seen == [("a.h5", (3, 768))]
