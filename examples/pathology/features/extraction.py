@@ -7,6 +7,7 @@ follow each other so closely that the network hardly ever waits.
 import io
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -93,7 +94,8 @@ class SlideQueue:
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._next: tuple[Steps, Future[Rows]] | None = None
-        self._last: Future[Rows] | None = None
+        self._last: Future[None] | None = None
+        self._written: deque[Rows] = deque()  # and not reported yet
 
     def run(self, slides: Iterator[Steps]) -> None:
         """Take slides to their ends.
@@ -102,7 +104,7 @@ class SlideQueue:
         """
         with self._opener, self._writer, ExitStack() as stack:
             stack.callback(self._close_next)
-            stack.callback(self._report_last)
+            stack.callback(self._report_rest)
             self._open_next(slides)
             while self._next is not None:
                 slide, opened = self._next
@@ -113,7 +115,7 @@ class SlideQueue:
                 if rows:
                     self._report(rows)
                 else:
-                    self._last = self._writer.submit(_step, slide)
+                    self._last = self._writer.submit(self._write, slide)
 
     def _open_next(self, slides: Iterator[Steps]) -> None:
         slide = next(slides, None)
@@ -122,14 +124,30 @@ class SlideQueue:
     def _close_next(self) -> None:
         if self._next is not None:
             slide, opened = self._next
-            if not opened.cancel():
-                opened.result()
+            if not opened.cancel() and (rows := opened.result()):
+                self._report(rows)  # an earlier run had finished it
             slide.close()
 
+    def _write(self, slide: Steps) -> None:
+        self._written.append(_step(slide))
+
     def _report_last(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            self._report(last.result())
+        """Wait for the writer. Rows stay in line until they are reported: Ctrl-C may come first."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+        while self._written:
+            try:
+                self._report(self._written[0])
+            except Exception:  # its word that the work ends: it knows of the rows
+                self._written.popleft()
+                raise
+            self._written.popleft()
+
+    def _report_rest(self) -> None:
+        """Report what the writer is still at, even if Ctrl-C came while it was asked for that."""
+        self._writer.shutdown()
+        self._report_last()
 
 
 def _step(slide: Steps) -> Rows:

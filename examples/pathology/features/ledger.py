@@ -176,11 +176,13 @@ class LedgerKeeper:
         return tuple(row for slide in self._slides for row in self._rows.get(slide, ()))
 
     def take_down(self, rows: Rows) -> None:
-        """Take down what became of a slide.
+        """Take down what became of a slide; of one that is taken down already, nothing changes.
 
         Raises:
             RunError: More slides than may have failed.
         """
+        if rows[0].slide in self._rows:  # Ctrl-C came before this was known to be done
+            return
         self._rows[rows[0].slide] = rows
         self._failed += rows[-1].status == "failed"
         self._bar.update()

@@ -1,6 +1,7 @@
 """The queue of slides, with slides that only note which of their steps is done where."""
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +94,49 @@ def test_what_is_written_is_told_and_nothing_stays_open_after(error):
         line.run([2] * 6)
     # While the error lives, so do all variables: nothing is closed by being forgotten.
     assert (line.told, line.open, caught.type) == ([0, 1], set(), error)
+
+
+@pytest.mark.parametrize("moment", ["while it waits for the writer", "before rows are taken down"])
+def test_ctrl_c_loses_no_rows_of_what_is_written(moment, monkeypatch):
+    asked = []
+    original = Future.result
+
+    def result(future, timeout=None):
+        if future is queue._last and moment == "while it waits for the writer" and not asked:
+            asked.append(future)
+            raise KeyboardInterrupt
+        return original(future, timeout)
+
+    def tell(rows):
+        if moment == "before rows are taken down" and not asked:
+            asked.append(rows)
+            raise KeyboardInterrupt
+        line.tell(rows)
+
+    line = Line()
+    queue = SlideQueue(tell)
+    monkeypatch.setattr(Future, "result", result)
+    with pytest.raises(KeyboardInterrupt):
+        queue.run(line.slide(name) for name in range(6))
+    written = [name for name, step, _ in line.steps if step == 2]
+    assert asked
+    assert line.told == written == [0]
+
+
+def test_ctrl_c_loses_no_rows_of_what_an_earlier_run_has_finished():
+    opened = threading.Event()
+
+    def interrupt(name, step):
+        if (name, step) == (1, 0):
+            opened.set()
+        if (name, step) == (0, 1):
+            opened.wait(20)
+            raise KeyboardInterrupt
+
+    line = Line(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        line.run([2, 0, 2])
+    assert line.told == [1]
 
 
 @pytest.mark.parametrize("stops", [0, 2])
