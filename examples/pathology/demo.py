@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from examples.pathology.common.errors import RunError
+from examples.pathology.common.files import whole
 from examples.pathology.common.folders import claim_folder
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.features.extract import run_extract
@@ -102,9 +103,11 @@ def _cohort(folder: Path, *, patients: int, seed: int) -> SlideCohort:
     """Draw the slides, or take those that are there: redrawn, they would be extracted anew."""
     path = folder / "cohort.toml"  # written last
     if path.exists():
-        stored = read_toml(path)["cohort"]
-        paths = {name: Path(stored[name]) for name in ("folder", "slides", "clini", "slide_table")}
-        return SlideCohort(**{**stored, **paths})
+        with whole(path, f"Delete {path} and run `demo` again."):
+            stored = read_toml(path)["cohort"]
+            names = ("folder", "slides", "clini", "slide_table")
+            paths = {name: Path(stored[name]) for name in names}
+            return SlideCohort(**{**stored, **paths})
     cohort = make_slide_cohort(folder, patients=patients, seed=seed)
     values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cohort).items()}
     write_toml(path, {"cohort": values})

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from examples.pathology.common.errors import OutputError, UserError
+from examples.pathology.common.errors import OutputError, UserError, one_line
 
 NO_MORE_OUTPUT = frozenset(
     (
@@ -41,6 +41,30 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{path} must be a readable file, but {error.strerror or error}."
+        ) from error
+
+
+@contextmanager
+def whole(path: Path, remedy: str) -> Iterator[None]:
+    """Say of a file that we have written that it must be as it was written.
+
+    Args:
+        path: The file.
+        remedy: A sentence.
+
+    Raises:
+        UserError: It cannot be read, or what was read within is damaged or not there.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+        reason = f"{error!r}" if isinstance(error, KeyError) else one_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise UserError(
+            f"{path} must be there as it was written, but is not ({reason}). {remedy}"
         ) from error
 
 

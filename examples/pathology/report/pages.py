@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from examples.pathology.cohort.cohort import TRAINING_ONLY
 from examples.pathology.common.files import write_text
 from examples.pathology.results.summary import MetricSummary, RunSummary
+from examples.pathology.tables.writing import read_table_of_ours
 
 DASH = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -105,7 +106,8 @@ def funnel_of(folder: Path, summary: RunSummary) -> Funnel:
         folder: Of a run or a deployment.
         summary: What its ``metrics.json`` says.
     """
-    ledger = pd.read_csv(folder / "ledger.csv", dtype=str, keep_default_na=False)
+    remedy = "Run the command that made it again, with metrics.json deleted."
+    ledger = read_table_of_ours(folder / "ledger.csv", remedy)
     out = ledger[~ledger["status"].isin(("used", TRAINING_ONLY))]
     reasons = Counter(zip(out["item"], out["reason"], strict=True)).most_common()
     return Funnel(

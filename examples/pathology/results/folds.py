@@ -16,15 +16,22 @@ from numpy.typing import NDArray
 
 from examples.pathology.cohort.targets import Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
-from examples.pathology.common.files import json_or_none, readable, write_bytes, write_json
+from examples.pathology.common.files import (
+    json_or_none,
+    readable,
+    whole,
+    write_bytes,
+    write_json,
+)
 from examples.pathology.common.names import composed
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
-from examples.pathology.tables.writing import write_table
+from examples.pathology.tables.writing import read_table_of_ours, write_table
 from examples.pathology.training.losses import Scaler
 from examples.pathology.training.model import new_model
 from examples.pathology.training.prediction import Fitted, PatientPrediction
 
+REMEDY = "Run the command that made it again."
 DONE = "fold.json"  # written last: a fold that has it is finished
 
 
@@ -111,7 +118,8 @@ def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
     """
     with readable(path):
         try:
-            saved = torch.load(path, map_location=device, weights_only=True)
+            data = io.BytesIO(path.read_bytes())  # torch seeks before the start of a cut-off file
+            saved = torch.load(data, map_location=device, weights_only=True)
             targets = tuple(_target(target) for target in saved["targets"])
             model = new_model(targets, saved["in_features"], **saved["network"])
             model.load_state_dict(saved["state_dict"])
@@ -125,7 +133,15 @@ def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
                 saved["precision"],
             )
             kind = FeatureKind.read(saved)
-        except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
             raise UserError(
                 f"{path} must hold a model of this release, but does not: {one_line(error)}."
             ) from error
@@ -186,23 +202,48 @@ def read_fold(folder: Path) -> FoldResult:
     """Read back a finished fold.
 
     Raises:
-        UserError: The fold is not finished.
+        UserError: The fold is not finished, or a file of it is damaged or gone.
     """
     if not (folder / DONE).exists():
         raise UserError(f"{folder} must be a finished fold, but is not. Run `crossval` again.")
-    done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-    threshold = done.get("threshold")
-    return FoldResult(
-        read_predictions(folder / "predictions.csv"),
-        np.load(folder / "embeddings.npy", allow_pickle=False),
-        int(done["best_epoch"]),
-        int(done["epochs"]),
-        float(done["seconds"]),
-        math.nan if threshold is None else float(threshold),
-        pd.read_csv(folder / "history.csv"),
+    remedy = (
+        f"Delete {folder} and {folder.parent / 'metrics.json'}, and run the command that made them "
+        "again: other folds stay."
     )
+    with whole(folder / DONE, remedy):
+        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        threshold = done.get("threshold")
+        best_epoch, epochs = int(done["best_epoch"]), int(done["epochs"])
+        seconds = float(done["seconds"])
+        threshold = math.nan if threshold is None else float(threshold)
+    embeddings = read_embeddings(folder / "embeddings.npy", remedy)
+    predictions = read_predictions(folder / "predictions.csv", remedy, rows=len(embeddings))
+    read_table_of_ours(folder / "history.csv", remedy, rows=epochs)
+    with whole(folder / "history.csv", remedy):
+        history = pd.read_csv(folder / "history.csv")  # with numbers as such
+    return FoldResult(predictions, embeddings, best_epoch, epochs, seconds, threshold, history)
 
 
-def read_predictions(path: Path) -> pd.DataFrame:
-    """Read back what `write_predictions` wrote, all as text."""
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+def read_embeddings(path: Path, remedy: str) -> NDArray[np.float32]:
+    """Read back what `write_embeddings` wrote.
+
+    Raises:
+        UserError: The file is damaged or gone.
+    """
+    with whole(path, remedy):
+        embeddings: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    return embeddings
+
+
+def read_predictions(path: Path, remedy: str = REMEDY, *, rows: int | None = None) -> pd.DataFrame:
+    """Read back what `write_predictions` wrote, all as text.
+
+    Args:
+        path: The file.
+        remedy: A sentence for the error.
+        rows: How many patients it must have, where that is known.
+
+    Raises:
+        UserError: The file is damaged or gone.
+    """
+    return read_table_of_ours(path, remedy, rows=rows)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_fold
 from examples.pathology.results.summary import RunSummary, read_summary
@@ -46,5 +48,18 @@ def fold_folders(run: Path) -> list[Path]:
             f"`run` must be a finished run of `crossval`, but {run} is none. Run `crossval` first, "
             "or again to finish it."
         )
-    count = int(read_toml(run / "config.toml")["crossval"]["folds"])
+    count = run_settings(run)["folds"]
     return [run / f"fold-{k}" for k in range(1, count + 1)]
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """Return the settings that a run was made with.
+
+    Raises:
+        UserError: Its ``config.toml`` is damaged or gone.
+    """
+    path = run / "config.toml"
+    with whole(path, "Put it back, or run `crossval` into a new folder."):
+        settings: dict[str, Any] = read_toml(path)["crossval"]
+        settings["folds"], settings["balancer"] = int(settings["folds"]), settings["balancer"]
+    return settings

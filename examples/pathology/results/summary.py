@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology.cohort.targets import Target
+from examples.pathology.common.files import whole
 from examples.pathology.results.metrics import Metric, Score
 from examples.pathology.settings.cohort import Kind
 
@@ -169,5 +170,11 @@ def warning_of(note: str, simulated: str, *, random_weights: bool) -> str:
 
 
 def read_summary(folder: Path) -> "RunSummary":
-    """Read ``metrics.json`` of a finished run or of a deployment."""
-    return RunSummary.from_json(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    """Read ``metrics.json`` of a finished run.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / "metrics.json"
+    with whole(path, "Delete it and run `crossval` again: folds that are finished stay."):
+        return RunSummary.from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -18,7 +18,7 @@ from examples.pathology.cohort.targets import Target
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.files import json_or_none, write_json
 from examples.pathology.common.folders import clean, sole_writer
-from examples.pathology.common.toml import read_toml, write_toml
+from examples.pathology.common.toml import write_toml
 from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.figures.run import draw_scores
 from examples.pathology.results.folds import (
@@ -31,7 +31,7 @@ from examples.pathology.results.folds import (
 )
 from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
 from examples.pathology.results.metrics import Metric
-from examples.pathology.results.runs import fold_folders
+from examples.pathology.results.runs import fold_folders, run_settings
 from examples.pathology.results.summary import RunSummary, metrics_json
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
@@ -153,7 +153,7 @@ def _summary(
     results: Sequence[FoldResult],
     ensemble: FoldResult,
 ) -> dict[str, Any]:
-    trained = read_toml(config.run / "config.toml")["crossval"]
+    trained = run_settings(config.run)
     labels = [patient.label for patient in cohort.patients if patient.label]
     if thresholds := thresholds_of(targets[0], results):
         thresholds["threshold_of_ensemble"] = json_or_none(ensemble.threshold)

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_json
-from examples.pathology.common.toml import read_toml
 from examples.pathology.features.files import Bag, read_features
 from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.figures.heatmap import LEAST_SPAN, Picture, heatmap, top_tiles
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import read_model
-from examples.pathology.results.runs import fold_folders
+from examples.pathology.results.runs import fold_folders, run_settings
 from examples.pathology.results.summary import warning_of
 from examples.pathology.settings.extract import TileRules
 from examples.pathology.settings.runs import HeatmapConfig
@@ -94,7 +93,7 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         "tile_size_um": size_um,
         "random_weights": bag.kind.random_weights,
         "simulated": bag.kind.simulated,
-        "note": read_toml(config.run / "config.toml")["crossval"].get("note", ""),
+        "note": run_settings(config.run).get("note", ""),
     }
     _draw(config, opener, bag.coords_um, values, score, summary)
     columns = {"attention": values.attention, score.column: values.score}

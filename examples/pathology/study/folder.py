@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.engine import Outcome
-from examples.pathology.results.folds import FoldResult, read_predictions
+from examples.pathology.results.folds import FoldResult, read_embeddings, read_predictions
 from examples.pathology.results.runs import Run, read_run
 from examples.pathology.results.summary import Metrics, RunSummary, metrics_from_json
 from examples.pathology.settings.benchmark import folder_name
@@ -112,12 +111,14 @@ def read_study(folder: Path) -> Study:
     path = folder / SETTINGS
     if not path.exists():
         raise UserError(f"`run` must be the folder of a benchmark, but {folder} has no {SETTINGS}.")
-    stored = read_toml(path)
-    settings = stored["benchmark"]
-    methods = tuple(settings["methods"])
+    with whole(path, "Run `benchmark` again: what is finished stays."):
+        stored = read_toml(path)
+        settings = stored["benchmark"]
+        methods, auxiliaries = tuple(settings["methods"]), tuple(settings["auxiliary"])
+        own_baseline = bool(settings["complete_cases"])
     panels = [
-        _read_panel(folder, auxiliary, methods, own_baseline=settings["complete_cases"])
-        for auxiliary in settings["auxiliary"]
+        _read_panel(folder, auxiliary, methods, own_baseline=own_baseline)
+        for auxiliary in auxiliaries
     ]
     if not any(panel.runs for panel in panels):
         raise UserError(f"`run` must hold a finished run, but none of {folder} is finished.")
@@ -139,26 +140,26 @@ def _read_panel(
 
 
 def _read_deployed(folder: Path) -> Deployed:
-    stored = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    threshold = stored["threshold_of_ensemble"]
-    ensemble = FoldResult(
-        read_predictions(folder / "predictions.csv"),
-        np.load(folder / "fold-1" / "embeddings.npy", allow_pickle=False),
-        best_epoch=0,
-        epochs=0,
-        seconds=0.0,
-        threshold=math.nan if threshold is None else float(threshold),
-    )
-    metrics = metrics_from_json(stored["metrics_of_ensemble"])
-    summary = RunSummary.from_json(stored)
-    return Deployed(folder, summary, stored["labelled"], ensemble, metrics)
+    path = folder / "metrics.json"
+    remedy = f"Delete {path} and run `benchmark` again: other results stay."
+    with whole(path, remedy):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        threshold, labelled = stored["threshold_of_ensemble"], int(stored["labelled"])
+        threshold = math.nan if threshold is None else float(threshold)
+        metrics = metrics_from_json(stored["metrics_of_ensemble"])
+        summary = RunSummary.from_json(stored)
+    embeddings = read_embeddings(folder / "fold-1" / "embeddings.npy", remedy)
+    predictions = read_predictions(folder / "predictions.csv", remedy, rows=len(embeddings))
+    ensemble = FoldResult(predictions, embeddings, 0, 0, 0.0, threshold)
+    return Deployed(folder, summary, labelled, ensemble, metrics)
 
 
 def read_jobs(path: Path) -> tuple[Outcome, ...]:
     """Read what became of the jobs; a benchmark that was stopped early does not say."""
     if not path.exists():
         return ()
-    with path.open(encoding="utf-8", newline="") as file:
+    remedy = "Run `benchmark` again: what is finished stays."
+    with whole(path, remedy), path.open(encoding="utf-8", newline="") as file:
         rows: Iterator[Mapping[str, Any]] = csv.DictReader(file)
         return tuple(
             Outcome(

@@ -99,7 +99,7 @@ def test_a_page_escapes_what_it_is_told_and_knows_all_that_it_names(tmp_path):
 def test_a_funnel_counts_who_was_left_out_by_reason(tmp_path):
     rows = ["patient,a,used,", "slide,b,failed,why", "slide,c,failed,why", "slide,d,failed,other"]
     head = "item,name,status,reason"
-    (tmp_path / "ledger.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
+    (tmp_path / "ledger.csv").write_text("\n".join([head, *rows, ""]), encoding="utf-8")
     summary = SimpleNamespace(funnel=[("seen", 1)])
     assert pages.funnel_of(tmp_path, summary) == (
         ("1 seen",),
