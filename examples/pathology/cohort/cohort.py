@@ -31,8 +31,10 @@ from examples.pathology.cohort.targets import (
     one_spelling,
     refuse_foreign_values,
     refuse_look_alikes,
+    refuse_too_large,
     refuse_words,
     spelled_as,
+    warn_of_far_value,
     words_among_numbers,
 )
 from examples.pathology.common.errors import UserError, listing
@@ -136,6 +138,11 @@ def load_cohort(config: CohortConfig) -> Cohort:
     _refuse_nobody(labelled, "a label, a slide and features", stages, ledger)
     if training_only:
         stages.append(("without a label but with another value: trained on", len(training_only)))
+    for name, kind in kinds.items():
+        if kind == "regression":
+            numbers = _numbers_of(name, found, target)
+            refuse_too_large(name, numbers, config.clini)
+            warn_of_far_value(name, numbers, config.clini)
     values: dict[str, list[str | float]] = {target: [p.label for p in labelled]}
     for name in config.auxiliary:
         values[name] = [p.known[name] for p in found if name in p.known]
@@ -176,6 +183,9 @@ def load_external(
     people = _read_patients(joined.clinical, targets[0].name, kinds)
     found, ledger, inspection = _gather(people, joined, refused)
     usable = {person.name for person in people} - refused.keys()
+    for name, kind in kinds.items():
+        if kind == "regression":
+            refuse_too_large(name, _numbers_of(name, found, targets[0].name), sources.clini)
     stages = [
         ("in the clinical table", len(people)),
         *[("without unknown labels", len(usable))] * skip_unknown_labels,
@@ -184,6 +194,12 @@ def load_external(
     ]
     _refuse_nobody(found, "a slide and features", stages, ledger)
     return _cohort(joined, targets, found, [], stages, ledger, inspection)
+
+
+def _numbers_of(name: str, people: Sequence[Patient], primary: str) -> dict[str, float]:
+    """Return what is known of a regression, by patient; people's labels are of the primary one."""
+    labels = {p.name: float(p.label) for p in people if name == primary and p.label}
+    return labels | {p.name: float(p.known[name]) for p in people if name in p.known}
 
 
 def _without_foreign(joined: Joined, targets: Sequence[Target]) -> tuple[Joined, dict[str, str]]:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from examples.pathology.cohort import cohort as module
+from examples.pathology.cohort.cohort import load_external
 from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
@@ -659,3 +660,28 @@ def test_links_to_folders_of_features_are_followed(tables, tmp_path):
     found = tables.load().patients
     assert [patient.name for patient in found] == [patient.name for patient in whole]
     assert all(path.parent == tables.features / "site" for p in found for path in p.files)
+
+
+@pytest.mark.parametrize("primary", [False, True])
+def test_a_number_far_from_all_others_is_told_with_its_patient(primary, tmp_path, caplog):
+    column = [0.1 * i for i in range(11)] + [1e9]
+    tables = make_tables(tmp_path, extra={"X": column})
+    target, auxiliary = ("X", ()) if primary else ("isMSIH", ("X",))
+    tables.load(target, auxiliary, kind=("X=regression",))
+    assert "`X` of patient P11 is 1e+09 and lies so far from all others" in caplog.text
+    assert "differ by 1e-09 of the range" in caplog.text
+    caplog.clear()
+    tables.load(auxiliary=("LF",))
+    assert "lies so far" not in caplog.text
+
+
+@pytest.mark.parametrize("value", ["4e301", "-3.4e38"])
+def test_a_number_that_single_precision_cannot_hold_is_refused(value, tmp_path):
+    column = [0.1 * i for i in range(11)] + [value]
+    tables = make_tables(tmp_path, extra={"X": column})
+    words = r"`X` must be numbers up to 1\.13e\+38, .* for patient P11\. Use a larger unit"
+    with pytest.raises(UserError, match=words):
+        tables.load(auxiliary=("X",))
+    sources = Sources(tables.clini, tables.slides, tables.features)
+    with pytest.raises(UserError, match=words):
+        load_external(sources, [Target("X", "regression")])
