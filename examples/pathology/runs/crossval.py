@@ -35,6 +35,7 @@ from examples.pathology.training.bags import BagStore
 from examples.pathology.training.checkpoint import CHECKPOINT
 from examples.pathology.training.fold import fit_fold
 from examples.pathology.training.learner import needs_lookahead
+from examples.pathology.training.memory import refuse_bags_too_large
 from examples.pathology.training.prediction import predict
 from mtbalance import __version__
 
@@ -156,6 +157,9 @@ def finish(plan: Plan, *, figures: bool = True) -> RunSummary:
 def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
     started = time.perf_counter()
     config, cohort, fold, folder = plan.config, plan.cohort, plan.folds[k - 1], plan.folder(k)
+    # All patients: whoever is in no training part of this fold is in that of another.
+    trained = [*cohort.patients, *(() if config.balancer == BASELINE else cohort.training_only)]
+    refuse_bags_too_large(trained, config, device)
     by_name = {patient.name: patient for patient in cohort.patients}
     train, lookahead, validation, test = (
         [by_name[name] for name in names]
