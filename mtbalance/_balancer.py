@@ -31,7 +31,6 @@ from mtbalance._company import Losses, TaskPasses, Validation, company_of
 from mtbalance._explanation import Explanation
 from mtbalance._finite import NonFinite
 from mtbalance._kept import KeptWeights, check_every
-from mtbalance._misses import told_from_graphs
 from mtbalance._passes import BatchedPasses, task_gradients
 from mtbalance._places import AtParameters
 from mtbalance._random import RandomSource
@@ -198,9 +197,7 @@ class Balancer(nn.Module):
         if self._pending:
             self.accumulate(losses, scaler=scaler)
             return self.apply(validation=validation, scaler=scaler)
-        with told_from_graphs(losses):
-            record = self._steps.take(look(losses, self.tasks, setting), setting)
-        return self._finish(record)
+        return self._finish(self._steps.take(look(losses, self.tasks, setting), setting))
 
     def accumulate(self, losses: Losses, *, scaler: GradScaler | None = None) -> None:
         """Add the gradients of a micro-batch to the per-task gradients, and free its graph.
@@ -220,8 +217,7 @@ class Balancer(nn.Module):
             FloatingPointError: If a loss is not finite and ``nonfinite="raise"``. The step is over:
                 what was accumulated before is discarded. Several processes raise in :meth:`apply`.
         """
-        with told_from_graphs(losses):
-            add_micro_batch(self._pending, losses, self.tasks, self._setting(scaler))
+        add_micro_batch(self._pending, losses, self.tasks, self._setting(scaler))
 
     def discard(self) -> None:
         """Drop what has been accumulated since the last :meth:`apply`, and nothing else.

@@ -244,7 +244,7 @@ class Replicas:
         whole = reached  # noted when all ranks have told what they reach
         if BELOW in reached:
             whole = {task: reach_of([loss]).leaves for task, loss in losses.items()}
-        self._log.check(whole)
+        self._log.check(whole, losses)
         self._log.look_for_compiled(losses)
         detached = {task: loss.detach() for task, loss in losses.items()}
         return Seen(losses, detached, tuple(nonfinite), self.reach(losses, graphs), reached)

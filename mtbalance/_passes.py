@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mtbalance._graphs import free, reach_of
 from mtbalance._rows import Rows, all_finite, inner_products, sum_of
@@ -28,7 +29,19 @@ def gradient_of(
         )
     except RuntimeError as error:
         raise _explained(error) from error.__cause__
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        _check_tangents(gradients)
     return list(gradients)
+
+
+def _check_tangents(gradients: Sequence[Tensor | None]) -> None:
+    """Raise if gradients have tangents, which nothing that is made of them could keep."""
+    found = [g for g in gradients if g is not None]
+    if any(forward_ad.unpack_dual(g).tangent is not None for g in found):  # type: ignore[no-untyped-call]
+        raise ValueError(
+            "per-task gradients must have no tangents of forward-mode differentiation, but have "
+            "some inside of forward_ad.dual_level(). Balance the losses after it."
+        )
 
 
 def task_gradients(

@@ -9,6 +9,7 @@ from torch.autograd.graph import Node
 
 from mtbalance._explanation import Explanation, explanation_of
 from mtbalance._graphs import compiled_outputs_of, reach_of
+from mtbalance._hidden import hidden_by
 from mtbalance._names import names_in_models
 from mtbalance._shared import SharedParts
 from mtbalance._split import Known, LoadedSplit, split_of
@@ -64,7 +65,7 @@ class ReachLog:
         if frozenset(losses) in self._seen:
             return
         reached = {task: reach_of([loss]).leaves for task, loss in losses.items()}
-        self.check(reached)
+        self.check(reached, losses)
         self.look_for_compiled(losses)
         self.note(reached)
 
@@ -74,10 +75,11 @@ class ReachLog:
             for task, loss in losses.items():
                 self._note(task, reach_of([loss]).leaves)
 
-    def check(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
-        """Raise unless each task reaches a shared parameter."""
+    def check(self, reached: Mapping[str, Sequence[Tensor]], losses: Mapping[str, Tensor]) -> None:
+        """Raise unless each loss reaches a shared parameter."""
         for task, leaves in reached.items():
-            self._check_reaches_shared(task, leaves)
+            if not self._is_reached_by(leaves):
+                raise self._reaches_none(f"the loss of task {task!r}", [losses[task]], leaves)
 
     def note(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
         """Note what tasks reach, on any rank: what is shared must be the same on all."""
@@ -92,10 +94,6 @@ class ReachLog:
         for task in gradients.losses:
             self._note(task, gradients.leaves_of(task))
 
-    def _check_reaches_shared(self, task: str, leaves: Sequence[Tensor]) -> None:
-        if not self._is_reached_by(leaves):
-            raise self._reaches_none(f"the loss of task {task!r}")
-
     def _is_reached_by(self, leaves: Iterable[Tensor]) -> bool:
         """Return whether a shared parameter is among the leaves, if any are given."""
         if not self._shared.given:
@@ -103,18 +101,21 @@ class ReachLog:
         numbers = self._shared.number_of
         return any(id(leaf) in numbers for leaf in leaves)
 
-    def _reaches_none(self, who: str) -> ValueError:
+    def _reaches_none(
+        self, who: str, losses: Iterable[Tensor], leaves: Iterable[Tensor]
+    ) -> ValueError:
         if self._shared.frozen:
             why = (
-                ": all that are given as `shared` are frozen (requires_grad is False). Until some "
-                "are unfrozen there is nothing to balance, and loss.backward() trains the rest."
+                "reaches none: all that are given as `shared` are frozen (requires_grad is False). "
+                "Until some are unfrozen there is nothing to balance, and loss.backward() trains "
+                "the rest."
             )
         else:
-            why = (
-                ". Do the losses come from the modules given as `shared`? Parameters given one by "
-                "one are those of the time when the Balancer was made."
+            why = hidden_by(losses, leaves) or (
+                "reaches none. Do the losses come from the modules given as `shared`? Parameters "
+                "given one by one are those of the time when the Balancer was made."
             )
-        return ValueError(f"{who} must reach a shared parameter, but reaches none{why}")
+        return ValueError(f"{who} must reach a shared parameter, but {why}")
 
     def _note(self, task: str, leaves: Iterable[Tensor]) -> None:
         known = self._ids.setdefault(task, set())
@@ -230,10 +231,11 @@ class ReachLog:
         rest = [leaf for key, leaf in found.items() if key not in balanced]
         return {number: group for number, group in groups.items() if group}, rest
 
-    def check_reached(self, tasks: Iterable[str], leaves: Iterable[Tensor]) -> None:
+    def check_reached(self, losses: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> None:
         """Raise if the losses of a step reach, together, no shared parameter that is given."""
         if not self._is_reached_by(leaves):
-            raise self._reaches_none(f"some loss of tasks {', '.join(map(repr, tasks))}")
+            who = f"some loss of tasks {', '.join(map(repr, losses))}"
+            raise self._reaches_none(who, losses.values(), leaves)
 
     def check_rows(self, gradients: TaskGradients, groups: Mapping[int, Sequence[Tensor]]) -> None:
         """Raise if some task has no part in what is shared, given or inferred."""
@@ -244,13 +246,14 @@ class ReachLog:
         for task in gradients.losses:
             if any(gradients.reaches(task, leaves) for leaves in groups.values()):
                 continue
+            who, reached = f"the loss of task {task!r}", gradients.leaves_of(task)
             if self._shared.given:
-                raise self._reaches_none(f"the loss of task {task!r}")
-            raise ValueError(
-                f"the loss of task {task!r} must reach a shared parameter, but shares none "
-                "with the other tasks. Name the shared modules with `shared=`; frozen ones "
-                "(requires_grad is False) are not reached."
+                raise self._reaches_none(who, [], reached)
+            why = hidden_by([], reached) or (
+                "shares none with the other tasks. Name the shared modules with `shared=`; frozen "
+                "ones (requires_grad is False) are not reached."
             )
+            raise ValueError(f"{who} must reach a shared parameter, but {why}")
 
     def explain(self, model: nn.Module | None = None) -> Explanation:
         """Sort every known parameter, and those of ``model``, by its use."""

@@ -116,7 +116,7 @@ class Steps:
     def _leaves(self, seen: Seen, company: Company) -> list[Tensor]:
         """Return all leaves that passes of combinations write to, or raise if none is shared."""
         leaves = company.leaves(seen)
-        self._log.check_reached(seen.losses, leaves)
+        self._log.check_reached(seen.here or seen.losses, leaves)
         return leaves
 
     def _with_known(

@@ -15,8 +15,8 @@ from examples.pathology.settings.crossval import HEADS, CrossvalConfig
 MATRICES_PER_LAYER = 3
 """That an encoder layer keeps: what softmax gives, what is dropped of it, and what is left.
 
-One more is there for a while. Measured with 6 heads: 4.1, 7.2 and 10.3 of them with 1, 2 and 3
-layers and 4,000 tiles (1.6, 2.8 and 3.9 GB). Half precision takes no less.
+One more is there for a while. Measured with 6 heads: 4.1, 7.2 and 10.8 of them with 1, 2 and 3
+layers and 2,000 tiles (0.41, 0.72 and 1.03 GB). Half precision takes no less.
 """
 
 
