@@ -1,0 +1,300 @@
+"""What is done in a case, drawn from its seed. A case prints itself."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.fuzz._network import Head, Plan, Trunk
+
+NOT_YET: dict[str, str] = {
+    "sparse and dense": "an embedding with sparse gradients that another loss uses densely",
+    "every and groups": "kept weights where a group is reached by some tasks only",
+    "every and drop": "a gradient that is not finite in a step with kept weights",
+    "late fallback": "chunks whose first failure is not in the first pass",
+    "copied rows": "deepcopy in the middle of an accumulation",
+    "skipped counts": "DWA counts steps that Sum leaves out for their gradient",
+    "one hook": "hooks after accumulation fire with Sum alone",
+    "tasks of a skipped step": "the record of Sum lists the task whose loss is not finite",
+    "overflow of kept rows": "rows in another dtype than their parameters' under a scaler",
+    "complex look-ahead": "Auto-Lambda with complex parameters warns",
+    "overflow of the direction": "a direction that float16 parameters cannot hold",
+}
+"""What the documents promise and the library does not hold yet: such cases are not drawn."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the Balancer, or something that happens in between."""
+
+    kind: str
+    """backward, accumulate, apply, end_epoch, restart, copy, zero_grad, move or reset"""
+    tasks: tuple[str, ...] = ()
+    batch: int = 0
+    faults: Mapping[str, str] = field(default_factory=dict)
+    wrong: str = ""
+    """How the losses are no losses: name, shape, graph or kind."""
+    features: tuple[int, ...] = ()
+    """Which of the trunks that are read are given as features."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a Balancer, and what is done with them."""
+
+    seed: int
+    plan: Plan
+    weighting: tuple[str, Mapping[str, Any]]
+    gradient: tuple[str, Mapping[str, Any]]
+    shared: tuple[str, tuple[tuple[int, ...], ...]]
+    """modules, parameters, groups or inferred, and the trunks (of each group)."""
+    options: Mapping[str, Any]
+    scale: float | None
+    calls: tuple[Call, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.plan.heads)
+
+    def __str__(self) -> str:
+        lines = [f"seed {self.seed}: {self.weighting} + {self.gradient}"]
+        lines += [f"  shared {self.shared}, options {dict(self.options)}, scale {self.scale}"]
+        lines += [f"  parameters of {self.plan.dtype}"]
+        lines += [f"  trunk {n}: {trunk}" for n, trunk in enumerate(self.plan.trunks)]
+        lines += [f"  task {task}: {head}" for task, head in self.plan.heads.items()]
+        lines += [f"  {n}. {call}" for n, call in enumerate(self.calls)]
+        return "\n".join(lines)
+
+
+def case_of(seed: int) -> Case:
+    """Draw the case of a seed."""
+    return _Draw(seed).case()
+
+
+class _Draw:
+    """Draws one case."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.seed = seed
+
+    def chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def case(self) -> Case:
+        rng = self.rng
+        weighting = self.weighting()
+        gradient = self.gradient()
+        ahead = weighting[0] == "AutoLambda"
+        at_features = not ahead and self.chance(0.2)
+        dtype = rng.choice(["float64"] * 4 + ["float32"] * 2 + ["bfloat16", "float16"])
+        if ahead:
+            dtype = rng.choice(["float64", "float64", "float32"])
+        plan = self.plan(dtype, at_features=at_features)
+        if ahead and "complex look-ahead" in NOT_YET:
+            kinds = {"complex": "linear"}
+            trunks = [replace(t, kind=kinds.get(t.kind, t.kind)) for t in plan.trunks]
+            plan = replace(plan, trunks=tuple(trunks))
+        if "kind" in weighting[1]:
+            kinds = [rng.choice(["regression", "classification"]) for _ in plan.heads]
+            weighting = (weighting[0], {**weighting[1], "kind": kinds})
+        shared = self.shared(plan, at_features=at_features)
+        options = self.options(weighting[0], gradient, plan, shared)
+        if options.get("every", 1) > 1 and gradient[0] == "PCGrad":
+            gradient = ("PCGrad", {"order": "fixed"})
+        scale = 2.0 ** rng.randint(-3, 12) if self.chance(0.2) else None
+        case = Case(self.seed, plan, weighting, gradient, shared, options, scale, ())
+        return replace(case, calls=self.calls(case, at_features=at_features))
+
+    def weighting(self) -> tuple[str, dict[str, Any]]:
+        rng = self.rng
+        name = rng.choice(["Equal"] * 3 + ["DWA"] * 2 + ["Uncertainty"] * 2 + ["AutoLambda"])
+        if name == "DWA":
+            return name, {"temperature": rng.choice([0.5, 2.0])}
+        if name == "Uncertainty":
+            return name, {"kind": None, "init": rng.choice([0.0, -0.7])}
+        if name == "AutoLambda":
+            return name, {
+                "lr": 0.05,
+                "init": 0.3,
+                "minimum": rng.choice([None, 0.2]),
+                "primary": self.chance(0.5),
+                "momentum": rng.choice([0.0, 0.9]),
+                "nesterov": self.chance(0.3),
+                "weight_decay": rng.choice([0.0, 0.1]),
+            }
+        return name, {}
+
+    def gradient(self) -> tuple[str, dict[str, Any]]:
+        rng = self.rng
+        name = rng.choice(["Sum", "Sum", "GradDrop", "PCGrad", "PCGrad", "CAGrad", "CAGrad"])
+        if name == "GradDrop":
+            return name, {"leak": rng.choice([0.0, 0.0, 0.3, 1.0]), "seed": rng.randint(0, 99)}
+        if name == "PCGrad":
+            return name, rng.choice(
+                [{"seed": 3}, {"seed": 4}, {"order": "fixed"}, {"expectation": True}]
+            )
+        if name == "CAGrad":
+            return name, {"c": rng.choice([0.0, 0.4, 0.4, 1.5]), "rescale": rng.randint(0, 2)}
+        return name, {}
+
+    def plan(self, dtype: str, *, at_features: bool) -> Plan:
+        rng = self.rng
+        kinds = ["linear"] * 3 + ["twice", "tied", "embedding", "sparse", "scalar", "transposed"]
+        if dtype == "float64":
+            kinds.append("complex")
+        if dtype == "float16":  # of which torch itself cannot add two sparse gradients
+            kinds.remove("sparse")
+        if "late fallback" not in NOT_YET or self.chance(0.1):
+            kinds.append("stubborn")
+        trunks = []
+        for number in range(rng.randint(1, 3)):
+            kind = rng.choice(kinds)
+            if kind == "tied" and (number == 0 or not _is_linear(trunks[0])):
+                kind = "linear"
+            own = dtype
+            if kind in ("linear", "scalar") and dtype in ("float64", "float32"):
+                own = rng.choice([dtype] * 5 + ["float32"])
+            if kind == "tied":
+                own = trunks[0].dtype
+            trunks.append(Trunk(kind, frozen=kind != "tied" and self.chance(0.07), dtype=own))
+        alive = [n for n, trunk in enumerate(trunks) if not trunk.frozen]
+        if not alive:
+            trunks[0] = replace(trunks[0], frozen=False)
+            alive = [0]
+        heads = {}
+        for task in "abcd"[: rng.choice([1, 2, 2, 2, 3, 3, 4])]:
+            read = {n for n in range(len(trunks)) if self.chance(0.6)} | {rng.choice(alive)}
+            table = not at_features and self.chance(0.4)
+            if "sparse and dense" in NOT_YET and any(t.kind == "sparse" for t in trunks):
+                table = False
+            heads[task] = Head(
+                tuple(sorted(read)),
+                own=self.chance(0.8),
+                loss=rng.choice(["square", "square", "abs", "linear", "softplus"]),
+                factor=rng.choice([1.0, 1.0, -0.5, 3.0, 1e-2, 20.0]),
+                table=table,
+            )
+        return Plan(tuple(trunks), heads, dtype)
+
+    def shared(self, plan: Plan, *, at_features: bool) -> tuple[str, tuple[tuple[int, ...], ...]]:
+        rng = self.rng
+        every = tuple(range(len(plan.trunks)))
+        kind = rng.choice(["modules", "parameters", "groups", "inferred"])
+        if kind == "inferred":
+            return kind, ()
+        chosen = tuple(n for n in every if self.chance(0.8))
+        # Each task must reach one of them that is not frozen.
+        for head in plan.heads.values():
+            alive = [n for n in head.trunks if not plan.trunks[n].frozen]
+            if not set(alive) & set(chosen):
+                chosen += (alive[0],)
+        order = rng.sample(chosen, len(chosen))
+        if kind == "groups":
+            if any(plan.trunks[n].kind == "tied" for n in order):  # one parameter in two groups
+                return "modules", (tuple(order),)
+            cut = rng.randint(0, len(order))
+            groups = [tuple(order[:cut]), tuple(order[cut:])]
+            return kind, tuple(group for group in groups if group)
+        return kind, (tuple(order),)
+
+    def options(
+        self, weighting: str, gradient: tuple[str, Any], plan: Plan, shared: tuple[str, Any]
+    ) -> dict[str, Any]:
+        rng = self.rng
+        options: dict[str, Any] = {}
+        if self.chance(0.6):
+            options["nonfinite"] = rng.choice(["drop", "skip", "propagate", "drop"])
+        may_keep = gradient[0] in ("PCGrad", "CAGrad") and weighting != "AutoLambda"
+        if "every and groups" in NOT_YET and shared[0] == "groups":
+            may_keep = False
+        if may_keep and self.chance(0.35):
+            options["every"] = rng.randint(2, 4)
+        if self.chance(0.2):
+            options["dtype"] = "bfloat16"
+        if self.chance(0.25):
+            options["chunk"] = rng.randint(1, 4)
+        return options
+
+    def calls(self, case: Case, *, at_features: bool) -> tuple[Call, ...]:
+        rng = self.rng
+        calls: list[Call] = []
+        open_batches = 0  # accumulated and not applied
+        length = rng.randint(3, 8)
+        while len(calls) < length or open_batches:
+            draw = rng.random()
+            if open_batches and (draw < 0.3 or len(calls) > length + 4):
+                calls.append(Call("apply"))
+                open_batches = 0
+            elif not at_features and draw < 0.4:
+                calls.append(self.losses(case, "accumulate"))
+                open_batches += not calls[-1].wrong
+            elif draw < 0.8:
+                call = self.losses(case, "backward")
+                if at_features and not open_batches:
+                    call = self.at_features(case, call)
+                calls.append(call)
+                open_batches *= bool(call.wrong)  # what was accumulated before an error stays
+            else:
+                kind = rng.choice(["end_epoch", "end_epoch", "restart", "copy", "reset"])
+                if kind == "reset" and self.chance(0.6):
+                    kind = "end_epoch"
+                ends = kind == "restart" or (kind == "copy" and "copied rows" in NOT_YET)
+                if ends and open_batches:  # saved states do not hold them
+                    continue
+                if kind == "reset":
+                    open_batches = 0
+                calls.append(Call(kind))
+            if calls[-1].kind in ("backward", "apply"):
+                if self.chance(0.7):
+                    calls.append(Call("move"))
+                if self.chance(0.7):
+                    calls.append(Call("zero_grad"))
+        return tuple(calls)
+
+    def losses(self, case: Case, kind: str) -> Call:
+        rng = self.rng
+        tasks = [task for task in case.tasks if self.chance(0.85)] or [case.tasks[0]]
+        rng.shuffle(tasks)
+        faults = {}
+        if self.chance(0.2):
+            task = rng.choice(tasks)
+            head = case.plan.heads[task]
+            kinds = ["nan", "inf", "shared"] + (["own"] if head.own else [])
+            fault = rng.choice(kinds)
+            if self.allows(case, fault):
+                faults[task] = fault
+        wrong = rng.choice(["name", "shape", "graph", "kind"]) if self.chance(0.07) else ""
+        return Call(kind, tuple(tasks), rng.randint(0, 10**6), faults, wrong)
+
+    def allows(self, case: Case, fault: str) -> bool:
+        """Return whether the library is known to do with this fault what it should."""
+        one_pass = case.gradient[0] == "Sum" and case.weighting[0] != "AutoLambda"
+        if fault in ("nan", "inf"):
+            skips = case.options.get("nonfinite") == "skip"
+            return not (one_pass and skips and "tasks of a skipped step" in NOT_YET)
+        if (
+            case.scale is not None
+            and "dtype" in case.options
+            and "overflow of kept rows" in NOT_YET
+        ):
+            return False
+        if one_pass and case.weighting[0] == "DWA" and "skipped counts" in NOT_YET:
+            return False
+        kept = case.options.get("every", 1) > 1
+        return not (kept and "every and drop" in NOT_YET)
+
+    def at_features(self, case: Case, call: Call) -> Call:
+        read = sorted({n for task in call.tasks for n in case.plan.heads[task].trunks})
+        places = [
+            place
+            for place, n in enumerate(read)
+            if not case.plan.trunks[n].frozen
+            and all(case.plan.trunks[k].kind != "tied" for k in read)
+        ]
+        faults = {task: fault for task, fault in call.faults.items() if fault != "shared"}
+        return replace(call, features=tuple(places), faults=faults)
+
+
+def _is_linear(trunk: Trunk) -> bool:
+    return trunk.kind in ("linear", "twice", "stubborn")

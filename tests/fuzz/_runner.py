@@ -1,0 +1,446 @@
+"""Runs a case, and compares the library with the oracle after every call."""
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtbalance._record import Record
+from tests.fuzz._cases import Call, Case
+from tests.fuzz._network import DTYPES
+from tests.fuzz._oracle import Expected, Oracle, Rows, Written, numbers, rounding
+from tests.fuzz._strategies import Answer, Array
+from tests.fuzz._world import RATE, World
+
+ALLOWED = (
+    r"no loss reaches \d+ of the parameters given as `shared`",
+    r"There is a performance drop because we have not yet implemented the batching rule",
+)
+FELL_BACK = r"fell back: "
+
+
+class MismatchError(AssertionError):
+    """The library does not do what the documents say."""
+
+
+class Run:
+    """One case, call by call."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.world = World(case)
+        self.twin: World | None = None
+        self.oracle = Oracle(case)
+        self.warned: list[str] = []
+
+    def run(self) -> None:
+        number = 0
+        try:
+            for number, call in enumerate(self.case.calls):  # noqa: B007
+                self.call(call)
+        except Exception as error:
+            what = "" if isinstance(error, MismatchError) else f"{type(error).__name__}: "
+            raise MismatchError(f"{what}{error}\nin call {number} of\n{self.case}") from error
+
+    def call(self, call: Call) -> None:
+        if call.kind in ("restart", "copy"):
+            self.twin = self.world
+            self.world = self.world.restarted() if call.kind == "restart" else self.world.copied()
+            return
+        grads = {name: p.grad for name, p in self.world.named().items()}
+        before = {n: None if g is None else numbers(g).copy() for n, g in grads.items()}
+        expect = getattr(self, f"_expect_{call.kind}", None)
+        plan = None if expect is None else expect(call)  # looks at the world as it is
+        result, error, told = self._attempt(self.world, call)
+        if plan is not None:
+            self._compare(call, plan, before, result, error, told)
+        elif error is not None:
+            raise error
+        if self.twin is not None:
+            self._compare_twin(call, result, error)
+
+    def _attempt(self, world: World, call: Call) -> tuple[Any, Exception | None, list[str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                result, error = world.do(call), None
+            except Exception as found:  # noqa: BLE001
+                result, error = None, found
+        told = [str(w.message) for w in caught]
+        return result, error, [m for m in told if not any(re.search(p, m) for p in ALLOWED)]
+
+    # --- what is expected: a function of the record -----------------------------------------------
+
+    def _expect_backward(self, call: Call) -> Any:
+        if call.wrong:
+            return lambda record: Expected((ValueError, TypeError))
+        at = () if self.oracle.one_pass or self.oracle.pending else call.features
+        rows = self.oracle.rows(self.world.network, call, self.case.scale or 1.0, at)
+        directed = self._down(call, at)
+        if self.oracle.pending is not None:
+            log_var, ahead = self._log_var(), self._ahead(call)
+
+            def both(record: Record | None) -> Expected:
+                expected = self.oracle.accumulate(rows)
+                if expected.error is not None:
+                    return expected
+                return self._apply(record, log_var, ahead)
+
+            return both
+        log_var, ahead = self._log_var(), self._ahead(call)
+        return lambda record: directed(
+            self.oracle.step(
+                rows, self.world.network, log_var, self.case.scale, look_ahead=ahead, record=record
+            )
+        )
+
+    def _expect_accumulate(self, call: Call) -> Any:
+        if call.wrong:
+            return lambda record: Expected((ValueError, TypeError))
+        rows = self.oracle.rows(self.world.network, call, self.case.scale or 1.0)
+        return lambda record: self.oracle.accumulate(rows)
+
+    def _expect_apply(self, call: Call) -> Any:
+        log_var, ahead = self._log_var(), self._ahead(call)
+        return lambda record: self._apply(record, log_var, ahead)
+
+    def _apply(self, record: Record | None, log_var: dict[str, float], ahead: Any) -> Expected:
+        pending, self.oracle.pending = self.oracle.pending, None
+        if pending is None:
+            return Expected(RuntimeError)
+        return self.oracle.step(
+            pending,
+            self.world.network,
+            log_var,
+            self.case.scale,
+            accumulated=True,
+            look_ahead=ahead,
+            record=record,
+        )
+
+    def _expect_end_epoch(self, call: Call) -> Any:
+        del call
+        return lambda record: Expected()
+
+    def _expect_reset(self, call: Call) -> Any:
+        del call
+
+        def reset(record: Any) -> Expected:
+            self.oracle.reset()
+            for task, value in self._log_var().items():
+                _check(value == np.float32(self.case.weighting[1]["init"]), f"log_var of {task}")
+            return Expected()
+
+        return reset
+
+    def _log_var(self) -> dict[str, float]:
+        if self.case.weighting[0] != "Uncertainty":
+            return {}
+        values = self.world.balancer.weighting.log_var.tolist()
+        return dict(zip(self.case.tasks, values, strict=True))
+
+    def _ahead(self, call: Call) -> Any:
+        """Return a function to the derivatives of the validation loss by the lambdas."""
+        if self.case.weighting[0] != "AutoLambda":
+            return None
+        options = self.case.weighting[1]
+        network, optimizer = copy.deepcopy((self.world.network, self.world.optimizer))
+        scale = self.case.scale or 1.0
+
+        def derivatives(rows: Rows, tasks: list[str]) -> dict[str, float]:
+            named = dict(network.named_parameters())
+            lambdas = self.oracle.weighting.lambdas
+            for name, p in named.items():
+                parts = [
+                    lambdas[t] * rows.gradients[t][name] for t in tasks if name in rows.gradients[t]
+                ]
+                p.grad = _like(sum(parts) / scale, p) if parts else None
+            optimizer.step()
+            losses, _ = network(self.case.tasks, call.batch + 1)
+            primary = self.case.tasks[:1] if options["primary"] else self.case.tasks
+            total = sum(losses[task] for task in primary)
+            held = {n: p for n, p in named.items() if p.requires_grad}
+            slopes = torch.autograd.grad(total, list(held.values()), allow_unused=True)
+            values = {n: numbers(s) for n, s in zip(held, slopes, strict=True) if s is not None}
+            gain = 1 + options["momentum"] if options["nesterov"] else 1.0
+            return {
+                task: -RATE
+                * gain
+                / scale
+                * sum(float(g @ values[n]) for n, g in rows.gradients[task].items() if n in values)
+                for task in tasks
+            }
+
+        return derivatives
+
+    def _down(self, call: Call, at: tuple[int, ...]) -> Any:
+        """Return what leads directions at the features down to the parameters below them."""
+        if not at:
+            return lambda expected: expected
+        network = self.world.network
+        _, outputs = network(call.tasks, call.batch, call.faults)
+        named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+
+        def down(expected: Expected) -> Expected:
+            if not expected.groups:
+                return expected
+            first = expected.written[0]
+            used = [n for n in at if f"feature {n}" in first.names]
+            chosen = [outputs[n] for n in used]
+            results = []
+            for direction in [*first.answer.directions, first.scale + first.answer.slack]:
+                pieces = np.split(direction, np.cumsum([f.numel() for f in chosen])[:-1])
+                slopes = [_like(v, f) for v, f in zip(pieces, chosen, strict=True)]
+                found = torch.autograd.grad(
+                    chosen, list(named.values()), slopes, retain_graph=True, allow_unused=True
+                )
+                results.append(dict(zip(named, found, strict=True)))
+            names = [n for n, g in results[0].items() if g is not None]
+            lines = [np.concatenate([numbers(r[n]) for n in names]) for r in results]
+            # Signs may cancel in what goes down: sizes are taken for each parameter as a whole.
+            sizes = [len(numbers(results[0][n])) for n in names]
+            top = [
+                np.full(
+                    s, max(np.abs(v).max(initial=0) for v in ([numbers(r[n]) for r in results]))
+                )
+                for s, n in zip(sizes, names, strict=True)
+            ]
+            scale = np.concatenate([np.zeros(0), *top]) + first.scale.max(initial=0)
+            lowest = max(rounding(DTYPES[t.dtype]) for t in self.case.plan.trunks)
+            precision = np.full(len(scale), 30 * max(lowest, first.precision.max(initial=0)))
+            slack = np.full(len(scale), 30 * first.answer.slack.max(initial=0))
+            answer = Answer(np.array(lines[:-1]), first.answer.coefficients, slack)
+            expected.written[0] = Written(names, answer, scale, precision)
+            expected.at_features = True
+            return expected
+
+        return down
+
+    # --- comparing --------------------------------------------------------------------------------
+
+    def _compare(
+        self,
+        call: Call,
+        plan: Any,
+        before: Mapping[str, Array | None],
+        result: Any,
+        error: Exception | None,
+        told: list[str],
+    ) -> None:
+        record = result if isinstance(result, Record) else None
+        expected: Expected = plan(record)
+        if expected.error is not None:
+            _check(
+                isinstance(error, expected.error),
+                f"{expected.error} was expected, but {error!r} came, {record}",
+            )
+            self._nothing_written(before)
+        elif error is not None:
+            raise error
+        if call.kind == "end_epoch":
+            self._compare_epoch(result, told)
+            return
+        fallbacks = [m for m in told if re.search(FELL_BACK, m)]
+        _check(told == fallbacks, f"warnings {told}")
+        if fallbacks:
+            stubborn = any(t.kind == "stubborn" for t in self.case.plan.trunks)
+            stubborn |= any(t.kind == "sparse" for t in self.case.plan.trunks)
+            allowed = ("chunk" in self.case.options and stubborn) or expected.falls_back
+            _check(allowed, f"fell back: {fallbacks}")
+        if expected.error is not None or call.kind in ("accumulate", "reset"):
+            if expected.error is None:
+                self._nothing_written(before)
+            return
+        assert record is not None
+        for name, value in expected.fields.items():
+            got = getattr(record, name)
+            _check(got == value, f"record.{name} is {got}, and should be {value}")
+        if expected.broken is not None:
+            self._compare_broken(expected, before)
+            return
+        if expected.fields["skipped"] or not expected.fields["tasks"]:
+            self._nothing_written(before)
+            return
+        self._compare_numbers(expected, record, before)
+
+    def _nothing_written(self, before: Mapping[str, Array | None]) -> None:
+        for name, parameter in self.world.named().items():
+            now, old = parameter.grad, before[name]
+            same = (now is None) == (old is None)
+            if same and now is not None:
+                same = np.array_equal(numbers(now), old, equal_nan=True)
+            _check(same, f"{name}.grad was written: {old} became {now}")
+
+    def _compare_epoch(self, summary: Any, told: list[str]) -> None:
+        oracle = self.oracle
+        got = (summary.steps, summary.skipped, summary.active, summary.dropped)
+        want = (oracle.steps, oracle.skipped, oracle.active, oracle.dropped)
+        _check(got == want, f"the epoch's counts are {got}, and should be {want}")
+        idle = oracle.steps > 0 and not all(oracle.active.values())
+        _check(len(told) == idle and all("no step of this epoch" in m for m in told), f"{told}")
+        oracle.weighting.end_epoch()
+        oracle.new_epoch()
+
+    def _compare_broken(self, expected: Expected, before: Mapping[str, Array | None]) -> None:
+        for name in expected.broken or ():
+            grad = self.world.named()[name].grad
+            _check(
+                grad is not None and not np.isfinite(numbers(grad)).all(),
+                f"{name}.grad should not be finite, but is {grad}",
+            )
+
+    def _compare_numbers(
+        self, expected: Expected, record: Record, before: Mapping[str, Array | None]
+    ) -> None:
+        named = self.world.named()
+        scale = self.case.scale or 1.0
+        written: dict[str, Array] = {}
+        kept: dict[int, Array] = {}
+        for place, part in enumerate(expected.written):
+            got = self._added(part, before)
+            choice = _fitting(part, got, f"{part.names}")
+            written |= dict.fromkeys(part.names, got)
+            if place < len(expected.groups) and part.answer.coefficients is not None:
+                kept[expected.groups[place]] = part.answer.coefficients[choice]
+        for name, p in named.items():
+            if name in written:
+                if before[name] is None and not p.grad.is_sparse:
+                    _check(p.grad.stride() == p.stride(), f"{name}.grad has another layout")
+                continue
+            if name.startswith("weighting"):
+                self._compare_slopes(expected, p, before[name])
+                continue
+            now, old = p.grad, before[name]
+            same = (now is None and old is None) or np.array_equal(numbers(now), old)
+            _check(same, f"{name} should get nothing, but got {now}")
+        if expected.keeps is not None:
+            self.oracle.keep(expected.keeps, kept)
+        self._compare_record(expected, record, scale)
+
+    def _compare_slopes(self, expected: Expected, p: Tensor, before: Array | None) -> None:
+        want = np.array([expected.slopes[task] for task in self.case.tasks])
+        old = np.zeros(len(want)) if before is None else before
+        got = numbers(p.grad) - old
+        size = np.abs(want) + np.abs(old) + (self.case.scale or 1.0)
+        near = (np.abs(got - want) <= 2e-6 * size) | ~np.isfinite(want)
+        _check(near.all(), f"slopes {got}, and should be {want}")
+
+    def _added(self, part: Written, before: Mapping[str, Array | None]) -> Array:
+        """Return what has been added to ``.grad``, and widen what rounding may do accordingly."""
+        named = self.world.named()
+        pieces = []
+        start = 0
+        for name in part.names:
+            grad = named[name].grad
+            _check(grad is not None, f"{name} should get a gradient, but got none")
+            now = numbers(grad)
+            old = before[name]
+            stop = start + len(now)
+            if old is not None:
+                part.scale[start:stop] += np.abs(old)
+                own = DTYPES["float64"] if grad.is_complex() else grad.dtype
+                part.precision[start:stop] = np.maximum(
+                    part.precision[start:stop], 2 * rounding(own)
+                )
+            pieces.append(now - (0.0 if old is None else old))
+            start = stop
+        return np.concatenate([np.zeros(0), *pieces])
+
+    def _compare_record(self, expected: Expected, record: Record, scale: float) -> None:
+        for task, loss in expected.losses.items():
+            got = float(record.losses[task])
+            tolerance = 1e-6 * max(1.0, abs(loss))
+            same = abs(got - loss) <= tolerance or not math.isfinite(loss)
+            _check(same, f"loss of {task} is {got}, not {loss}")
+        if expected.raw is None:
+            _check(record.gramian is None, "there should be no Gramian")
+            return
+        raw = expected.raw / scale
+        gramian = raw @ raw.T
+        got = record.gramian.numpy()
+        sizes = np.sqrt(np.outer(gramian.diagonal(), gramian.diagonal()))
+        loose = 1e-9 if expected.tremor < 1e-9 else 30 * expected.tremor
+        _check(
+            (np.abs(got - gramian) <= loose * sizes + 1e-300).all(),
+            f"the Gramian is\n{got}\nand should be\n{gramian}",
+        )
+        groups = len(expected.groups)
+        combined = self.case.gradient[0] != "GradDrop" and groups == 1
+        _check((record.combination is not None) == combined, f"combination {record.combination}")
+        if expected.at_features:
+            return
+        direction = np.concatenate([np.zeros(0), *[part.got for part in expected.written[:groups]]])
+        sizes = np.abs(raw) @ np.concatenate(
+            [np.zeros(0), *[p.tolerance + 1e-6 * p.scale for p in expected.written[:groups]]]
+        )
+        progress = record.progress.numpy() * scale
+        _check(
+            (np.abs(progress - raw @ direction) <= 2 * sizes + 1e-300).all(),
+            f"progress {progress}, and should be {raw @ direction}",
+        )
+        if combined:
+            mixed = record.combination.double().numpy() @ expected.raw
+            tolerance = expected.written[0].tolerance + 1e-6 * expected.written[0].scale
+            _check(
+                (np.abs(mixed - direction) <= 2 * tolerance).all(),
+                f"the combination {record.combination} is not the direction",
+            )
+
+    def _compare_twin(self, call: Call, result: Any, error: Exception | None) -> None:
+        """Compare with what has not been saved or copied: bit for bit."""
+        assert self.twin is not None
+        other, failed, _ = self._attempt(self.twin, call)
+        _check(type(failed) is type(error), f"the uninterrupted run: {failed!r}, not {error!r}")
+        if isinstance(result, Record):
+            one, two = result.as_dict(), other.as_dict()
+            same = one.keys() == two.keys() and all(
+                np.array_equal(one[k], two[k], equal_nan=True) for k in one if k != "fallbacks"
+            )
+            _check(same, f"the uninterrupted run's record is {two}, not {one}")
+        mine, others = self.world.named(), self.twin.named()
+        for name in mine:
+            a, b = mine[name].grad, others[name].grad
+            same = (a is None) == (b is None)
+            same = same and (a is None or np.array_equal(numbers(a), numbers(b), equal_nan=True))
+            _check(same, f"the uninterrupted run's {name}.grad is {b}, not {a}")
+
+
+def _fitting(part: Written, got: Array, what: str) -> int:
+    """Return which of the right answers it is, or raise."""
+    part.got = got
+    tolerance = part.scale * part.precision + part.answer.slack + 1e-300
+    part.tolerance = tolerance
+    far = np.abs(got - part.answer.directions) > tolerance
+    if part.answer.entrywise:
+        far = far.all(0)[None]
+    if got.size and not (~far).all(1).any():
+        distance = np.abs(got - part.answer.directions)
+        raise MismatchError(
+            f"the direction of {what} is\n{got}\nand should be\n{part.answer.directions[:3]}\n"
+            f"distance {distance.min(0)}\ntolerance {tolerance}"
+        )
+    return int((~far).all(1).argmax())
+
+
+def _like(values: Array, tensor: Tensor) -> Tensor:
+    values = torch.from_numpy(np.ascontiguousarray(values))
+    if tensor.is_complex():
+        values = torch.view_as_complex(values.reshape(*tensor.shape, 2))
+    return values.reshape(tensor.shape).to(tensor.dtype)
+
+
+def _check(condition: object, message: str) -> None:
+    if not condition:
+        raise MismatchError(message)
+
+
+def run(case: Case) -> None:
+    """Run a case; raise MismatchError, with the case in words, if a call is not as predicted."""
+    with np.errstate(all="ignore"):  # some of it is about what is not finite
+        Run(case).run()

@@ -1,0 +1,164 @@
+"""What a case is about: a network, its Balancer, its optimizer and its gradient scaler."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtbalance import Balancer, gradient, weighting
+from tests.fuzz._cases import Call, Case
+from tests.fuzz._network import DTYPES, Network
+from tests.fuzz._oracle import numbers
+
+RATE = 0.05
+
+
+class World:
+    """A network, its Balancer, its optimizer and its gradient scaler."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        torch.manual_seed(case.seed)
+        self.network = Network(case.plan)
+        self.optimizer = self.new_optimizer()
+        self.balancer = self.new_balancer()
+        self.scaler = None
+        if case.scale is not None:
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=case.scale)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        name, options = self.case.weighting
+        wanted = {}
+        if name == "AutoLambda":
+            wanted = {k: options[k] for k in ("momentum", "weight_decay")}
+            wanted["nesterov"] = options["nesterov"] and options["momentum"] > 0
+        return torch.optim.SGD(self.network.parameters(), lr=RATE, **wanted)
+
+    def new_balancer(self) -> Balancer:
+        case = self.case
+        name, options = case.weighting
+        made = {k: v for k, v in options.items() if k in ("temperature", "kind", "init")}
+        if name == "AutoLambda":
+            made = {k: options[k] for k in ("lr", "init", "minimum")}
+            made["optimizer"] = self.optimizer
+            made["primary"] = case.tasks[:1] if options["primary"] else None
+        kind, chosen = case.shared
+        parts = [[self.network.trunks[n] for n in group] for group in chosen]
+        shared: Any = None
+        if kind == "modules":
+            shared = parts[0]
+        elif kind == "parameters":
+            shared = list(dict.fromkeys(p for part in parts[0] for p in part.parameters()))
+        elif kind == "groups":
+            shared = {f"group {n}": part for n, part in enumerate(parts)}
+        options = dict(case.options)
+        if "dtype" in options:
+            options["dtype"] = DTYPES[options["dtype"]]
+        return Balancer(
+            getattr(weighting, name)(**made),
+            getattr(gradient, case.gradient[0])(**case.gradient[1]),
+            tasks=case.tasks,
+            shared=shared,
+            **options,
+        )
+
+    def restarted(self) -> "World":
+        """Return a new process's world, with the saved states loaded."""
+        other = copy.copy(self)
+        other.network = copy.deepcopy(self.network)
+        _copy_grads(self.network, other.network)
+        other.optimizer = other.new_optimizer()
+        other.optimizer.load_state_dict(self.optimizer.state_dict())
+        other.balancer = other.new_balancer()
+        other.balancer.load_state_dict(self.balancer.state_dict())
+        _copy_grads(self.balancer, other.balancer)
+        return other
+
+    def copied(self) -> "World":
+        """Return a deep copy."""
+        other = copy.copy(self)
+        other.network, other.optimizer, other.balancer = copy.deepcopy(
+            (self.network, self.optimizer, self.balancer)
+        )
+        _copy_grads(self.network, other.network)
+        _copy_grads(self.balancer, other.balancer)
+        return other
+
+    def named(self) -> dict[str, Tensor]:
+        """Return all parameters, those that the weighting learns included."""
+        learned = {f"weighting {n}": p for n, p in self.balancer.weighting.named_parameters()}
+        return dict(self.network.named_parameters()) | learned
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def do(self, call: Call) -> Any:
+        """Make a call of the library, or what happens in between."""
+        if call.kind in ("backward", "accumulate"):
+            losses, outputs = self.network(call.tasks, call.batch, call.faults)
+            losses = _wrong(losses, call.wrong)
+            keywords: dict[str, Any] = {"scaler": self.scaler}
+            if call.kind == "accumulate":
+                return self.balancer.accumulate(losses, **keywords)
+            if call.features:
+                keywords["features"] = [outputs[n] for n in call.features]
+            return self.balancer.backward(losses, **keywords, **self.validation(call))
+        if call.kind == "apply":
+            return self.balancer.apply(scaler=self.scaler, **self.validation(call))
+        if call.kind == "end_epoch":
+            return self.balancer.end_epoch()
+        if call.kind == "reset":
+            return self.balancer.reset()
+        if call.kind == "zero_grad":
+            for parameter in self.named().values():
+                parameter.grad = None
+        elif call.kind == "move":
+            self.move()
+        return None
+
+    def validation(self, call: Call) -> dict[str, Any]:
+        if self.case.weighting[0] != "AutoLambda":
+            return {}
+        return {"validation": lambda: self.network(self.case.tasks, call.batch + 1)[0]}
+
+    def move(self) -> None:
+        """Let an optimizer take a step, unless a gradient is not finite."""
+        parameters = list(self.named().values())
+        found = [p for p in parameters if p.grad is not None]
+        if not all(np.isfinite(numbers(p.grad)).all() for p in found):
+            for parameter in parameters:
+                parameter.grad = None
+            return
+        grads = [p.grad for p in found]
+        for p in found:
+            dense = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            p.grad = dense / (self.case.scale or 1.0)
+        length = math.sqrt(sum(float(np.square(numbers(p.grad)).sum()) for p in found))
+        for p in found:
+            p.grad = p.grad / max(1.0, length)
+        self.optimizer.step()
+        with torch.no_grad():
+            for p in self.balancer.parameters():
+                if p.grad is not None:
+                    p.sub_(RATE * p.grad)
+        for p, grad in zip(found, grads, strict=True):
+            p.grad = grad
+
+
+def _copy_grads(old: torch.nn.Module, new: torch.nn.Module) -> None:
+    for p, q in zip(old.parameters(), new.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+
+
+def _wrong(losses: dict[str, Tensor], how: str) -> dict[str, Any]:
+    first = next(iter(losses))
+    if how == "name":
+        return {**losses, "somebody": losses[first]}
+    spoilt: dict[str, Any] = {
+        "shape": lambda: losses[first] + torch.zeros(2),
+        "graph": lambda: losses[first].detach(),
+        "kind": lambda: float(losses[first].detach()),
+    }
+    return {**losses, first: spoilt[how]()} if how else losses
