@@ -98,11 +98,16 @@ class _Draw:
         if "kind" in weighting[1]:
             kinds = [rng.choice(["regression", "classification"]) for _ in plan.heads]
             weighting = (weighting[0], {**weighting[1], "kind": kinds})
-        shared = self.shared(plan, at_features=at_features)
+        shared = self.shared(plan)
+        sparse = any(trunk.kind == "sparse" for trunk in plan.trunks)
+        if "sparse and dense" in NOT_YET and sparse and gradient[0] == "GradDrop":
+            shared = self.shared(plan, inferred=False)  # else its gradient may become dense
         options = self.options(weighting[0], gradient, plan, shared)
         if options.get("every", 1) > 1 and gradient[0] == "PCGrad":
             gradient = ("PCGrad", {"order": "fixed"})
         scale = 2.0 ** rng.randint(-3, 12) if self.chance(0.2) else None
+        if "overflow of kept rows" in NOT_YET and (dtype == "float16" or "dtype" in options):
+            scale = None
         case = Case(self.seed, plan, weighting, gradient, shared, options, scale, ())
         return replace(case, calls=self.calls(case, at_features=at_features))
 
@@ -162,6 +167,8 @@ class _Draw:
         if not alive:
             trunks[0] = replace(trunks[0], frozen=False)
             alive = [0]
+        factors = [1.0, 1.0, -0.5, 3.0, 1e-2, 20.0]
+        factors += [1e-6] if dtype in ("float64", "float32") else []
         heads = {}
         for task in "abcd"[: rng.choice([1, 2, 2, 2, 3, 3, 4])]:
             read = {n for n in range(len(trunks)) if self.chance(0.6)} | {rng.choice(alive)}
@@ -172,15 +179,17 @@ class _Draw:
                 tuple(sorted(read)),
                 own=self.chance(0.8),
                 loss=rng.choice(["square", "square", "abs", "linear", "softplus"]),
-                factor=rng.choice([1.0, 1.0, -0.5, 3.0, 1e-2, 20.0]),
+                factor=rng.choice(factors),
                 table=table,
             )
         return Plan(tuple(trunks), heads, dtype)
 
-    def shared(self, plan: Plan, *, at_features: bool) -> tuple[str, tuple[tuple[int, ...], ...]]:
+    def shared(
+        self, plan: Plan, *, inferred: bool = True
+    ) -> tuple[str, tuple[tuple[int, ...], ...]]:
         rng = self.rng
         every = tuple(range(len(plan.trunks)))
-        kind = rng.choice(["modules", "parameters", "groups", "inferred"])
+        kind = rng.choice(["modules", "parameters", "groups"] + ["inferred"] * inferred)
         if kind == "inferred":
             return kind, ()
         chosen = tuple(n for n in every if self.chance(0.8))

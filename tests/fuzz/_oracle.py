@@ -60,6 +60,10 @@ class Written:
     """The sizes of what was added up, shape (p,)."""
     precision: Array
     """The rounding of each entry, relative to that."""
+    before: Array = field(default_factory=lambda: np.zeros(0))
+    """What was in ``.grad``."""
+    largest: Array = field(default_factory=lambda: np.zeros(0))
+    """What it can hold."""
     got: Array = field(default_factory=lambda: np.zeros(0))
     tolerance: Array = field(default_factory=lambda: np.zeros(0))
 
@@ -173,10 +177,23 @@ class Oracle:
         plain = self.case.gradient[0] == "Sum" and self.case.weighting[0] != "AutoLambda"
         return plain and self.policy != "drop"
 
+    @property
+    def sparse(self) -> bool:
+        return any(trunk.kind == "sparse" for trunk in self.case.plan.trunks)
+
     def note(self, rows: Rows) -> None:
         for task, names in rows.reach.items():
             for name in names:
                 self.reached_by.setdefault(name, set()).add(task)
+
+    def leaves_out(self) -> bool:
+        """Return whether several tasks may reach what is not among the shared parameters given."""
+        kind, chosen = self.case.shared
+        named = {f"trunks.{n}." for trunks in chosen for n in trunks}
+        return kind != "inferred" and any(
+            len(tasks) > 1 and not any(name.startswith(prefix) for prefix in named)
+            for name, tasks in self.reached_by.items()
+        )
 
     def groups(self, names: Sequence[str], network: Network) -> dict[int, list[str]]:
         """Return which of the parameters are balanced, by the number of their group."""
@@ -443,7 +460,7 @@ class Oracle:
         factors = np.abs(weights)
         if answer.coefficients is not None:
             factors = factors * np.maximum(1, np.abs(answer.coefficients).max(0))
-        blurred = not exact or "chunk" in self.case.options
+        blurred = not exact or "chunk" in self.case.options or self.sparse
         size = np.zeros(0)
         for name in names:
             own = sum(
@@ -454,6 +471,9 @@ class Oracle:
             # Sums are taken on the way down, where others of the parameter's entries have a part.
             size = np.append(size, np.full_like(own, own.max(initial=0)) if blurred else own)
         precision = self._precision(names, rows, network, blurred=blurred)
+        # Where numbers are next to zero, their spacing does not shrink with them.
+        spacing = torch.finfo(DTYPES[self.case.plan.dtype]).smallest_normal * 2.0**-8
+        answer = answer._replace(slack=answer.slack + spacing)
         return Written(names, answer, size, precision)
 
     def _matrix(self, rows: Rows, tasks: Sequence[str], names: Sequence[str]) -> Array:
@@ -470,8 +490,9 @@ class Oracle:
         plan = self.case.plan
         dtypes = [DTYPES[plan.dtype], *(DTYPES[trunk.dtype] for trunk in plan.trunks)]
         lowest = max(map(rounding, dtypes))
-        sparse = any(trunk.kind == "sparse" for trunk in plan.trunks)
-        if "chunk" in self.case.options or sparse:  # entries of sparse ones add up later or now
+        if (
+            "chunk" in self.case.options or self.sparse
+        ):  # entries of sparse ones add up later or now
             return 4 * max(lowest, rounding(self.rounds_to or torch.float64))
         if rows.batches > 1:
             sums = rounding(self.rounds_to) if self.rounds_to is not None else lowest
