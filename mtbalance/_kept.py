@@ -69,6 +69,8 @@ class KeptWeights:
         state = torch.full(
             (self._groups, len(self._tasks)), math.inf, dtype=torch.float64, device="cpu"
         )
+        if not self._fit_other_rows():  # no step will use them, and NaN would look like damage
+            return torch.cat([state.new_tensor([float(_NEVER)]), state.reshape(-1)])
         columns = [self._tasks.index(task) for task in self._of]
         for group, solution in self.solutions.items():
             state[group, columns] = solution.detach().to(state)

@@ -226,6 +226,29 @@ def test_a_bad_gradient_between_is_dropped(grouped: bool) -> None:
     assert not balancer.backward(losses(torch.ones_like(zero))).reused  # the task is back
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_what_bad_numbers_gave_is_not_kept(count: int) -> None:
+    """Weights of a Gramian with NaN serve no other day, and a state saved then can be loaded."""
+    x = nn.Parameter(torch.zeros(count, dtype=torch.float64))
+    tasks = tuple("abcd"[:count])
+
+    def balancer() -> Balancer:
+        options = {"every": 3, "nonfinite": "propagate"}
+        return Balancer(Equal(), CAGrad(), tasks=tasks, shared=[x], **options)
+
+    def losses() -> dict[str, Tensor]:
+        return {task: (n + 1) * x[n] - x[n - 1] for n, task in enumerate(tasks)}
+
+    poisoned, resumed = balancer(), balancer()
+    poisoned.backward({**losses(), "b": x[1] * torch.nan})
+    resumed.load_state_dict(poisoned.state_dict())
+    rows = raw_rows(losses(), [x])
+    for one in (poisoned, resumed):
+        x.grad = None
+        assert not one.backward(losses()).reused
+        assert_close(x.grad, CAGrad()(rows))
+
+
 @pytest.mark.parametrize(
     ("weighting", "gradient"), [("autol", "cagrad"), ("dwa", "graddrop"), ("dwa", "sum")]
 )

@@ -17,6 +17,7 @@ from mtbalance._gramians import (
     weights_of_pair,
 )
 from mtbalance._pivoting import FEW, dot, minimize_by_pivoting, minimize_for_few
+from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
@@ -84,6 +85,8 @@ class CAGrad(GramianStrategy):
         if len(gramian) == 2:
             return weights_of_pair(self._weights_of_pair, gramian)
         gramian = gramian.detach().cpu()
+        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
+            return torch.full_like(gramian[0], torch.nan)
         if len(gramian) <= FEW:
             weights = self._weights_of_few(gramian.tolist())
             if weights is not None:
