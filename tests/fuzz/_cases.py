@@ -172,7 +172,7 @@ class _Draw:
         heads = {}
         for task in "abcd"[: rng.choice([1, 2, 2, 2, 3, 3, 4])]:
             read = {n for n in range(len(trunks)) if self.chance(0.6)} | {rng.choice(alive)}
-            table = not at_features and self.chance(0.4)
+            table = self.chance(0.05 if at_features else 0.4)
             if "sparse and dense" in NOT_YET and any(t.kind == "sparse" for t in trunks):
                 table = False
             heads[task] = Head(
@@ -229,13 +229,14 @@ class _Draw:
         rng = self.rng
         calls: list[Call] = []
         open_batches = 0  # accumulated and not applied
-        length = rng.randint(3, 8)
+        keeps = case.options.get("every", 1) > 1
+        length = rng.randint(6, 10) if keeps else rng.randint(3, 8)
         while len(calls) < length or open_batches:
             draw = rng.random()
             if open_batches and (draw < 0.3 or len(calls) > length + 4):
                 calls.append(Call("apply"))
                 open_batches = 0
-            elif not at_features and draw < 0.4:
+            elif not at_features and draw < (0.1 if keeps else 0.4):
                 calls.append(self.losses(case, "accumulate"))
                 open_batches += not calls[-1].wrong
             elif draw < 0.8:
@@ -245,8 +246,8 @@ class _Draw:
                 calls.append(call)
                 open_batches *= bool(call.wrong)  # what was accumulated before an error stays
             else:
-                kind = rng.choice(["end_epoch", "end_epoch", "restart", "copy", "reset"])
-                if kind == "reset" and self.chance(0.6):
+                kind = rng.choice(["end_epoch", "end_epoch", "restart", "restart", "copy", "reset"])
+                if kind == "reset" and not keeps and self.chance(0.6):
                     kind = "end_epoch"
                 ends = kind == "restart" or (kind == "copy" and "copied rows" in NOT_YET)
                 if ends and open_batches:  # saved states do not hold them
@@ -263,7 +264,8 @@ class _Draw:
 
     def losses(self, case: Case, kind: str) -> Call:
         rng = self.rng
-        tasks = [task for task in case.tasks if self.chance(0.85)] or [case.tasks[0]]
+        there = 0.95 if case.options.get("every", 1) > 1 else 0.85
+        tasks = [task for task in case.tasks if self.chance(there)] or [case.tasks[0]]
         rng.shuffle(tasks)
         faults = {}
         if self.chance(0.2):

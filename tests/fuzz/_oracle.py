@@ -310,7 +310,7 @@ class Oracle:
         if self.policy == "propagate" and broken:
             expected.broken = _not_finite(rows, broken)
             expected.keeps = None
-            if not one_pass:
+            if not (one_pass or reuses or _at_features(rows)):
                 self.forget()
         return self._count(expected)
 

@@ -86,6 +86,8 @@ class Run:
         if call.wrong:
             return lambda record: Expected((ValueError, TypeError))
         at = () if self.oracle.one_pass or self.oracle.pending else call.features
+        if at and self._goes_past(call):
+            return lambda record: Expected(ValueError)
         rows = self.oracle.rows(self.world.network, call, self.case.scale or 1.0, at)
         directed = self._down(call, at)
         if self.oracle.pending is not None:
@@ -104,6 +106,15 @@ class Run:
                 rows, self.world.network, log_var, self.case.scale, look_ahead=ahead, record=record
             )
         )
+
+    def _goes_past(self, call: Call) -> bool:
+        """Return whether a loss reaches what the features depend on past them."""
+        plan = self.case.plan
+        table = plan.embedding()
+        heads = [plan.heads[task] for task in call.tasks]
+        read = any(table in head.trunks for head in heads)
+        past = any(head.table for head in heads) and table is not None and read
+        return past and not plan.trunks[table].frozen
 
     def _expect_accumulate(self, call: Call) -> Any:
         if call.wrong:
