@@ -212,8 +212,9 @@ def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
     for parameter, whole in enumerate(vector):
         if whole is None:
             continue
-        dtype = at_least_float32(whole.dtype)
-        pieces = torch.split(flat(whole).to(dtype), _PIECE)
+        numbers = flat(whole)
+        dtype = at_least_float32(numbers.dtype)  # real, of complex ones too
+        pieces = torch.split(numbers.to(dtype), _PIECE)
         for row, found in zip(rows, products, strict=True):
             tensor = row[parameter]
             if tensor is not None:

@@ -130,6 +130,13 @@ def test_inner_products_with_a_vector() -> None:
     assert_close(inner_products(rows, vector), expected)
 
 
+def test_inner_products_of_complex_parameters() -> None:
+    """They are those of the real numbers in them, and nothing is said of imaginary parts."""
+    rows: Rows = [[on_device(torch.tensor([1 + 2j, 3 - 1j]))], [None]]
+    vector = [on_device(torch.tensor([2 - 1j, 1 + 1j]))]
+    assert inner_products(rows, vector).tolist() == [2 - 2 + 3 - 1, 0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combination_of_rows(dtype: torch.dtype) -> None:
     """Against the dense product, rounded once; None where no task reaches."""
