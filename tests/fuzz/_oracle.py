@@ -312,6 +312,8 @@ class Oracle:
             expected.keeps = None
             if not (one_pass or reuses or _at_features(rows)):
                 self.forget()
+                if self.gradient.name == "PCGrad" and len(good) == 1:  # whose weight is always 1
+                    self.keep(tuple(good), {number: np.ones(1) for number in expected.groups})
         return self._count(expected)
 
     def _ended(
