@@ -116,8 +116,8 @@ class _Draw:
         if name == "AutoLambda":
             return name, {
                 "lr": 0.05,
-                "init": 0.3,
-                "minimum": rng.choice([None, 0.2]),
+                "init": rng.choice([0.3, 0.02]),
+                "minimum": rng.choice([None, 0.01]),
                 "primary": self.chance(0.5),
                 "momentum": rng.choice([0.0, 0.9]),
                 "nesterov": self.chance(0.3),
@@ -167,7 +167,7 @@ class _Draw:
         heads = {}
         for task in "abcd"[: rng.choice([1, 2, 2, 2, 3, 3, 4])]:
             read = {n for n in range(len(trunks)) if self.chance(0.6)} | {rng.choice(alive)}
-            table = self.chance(0.05 if at_features else 0.4)
+            table = self.chance(0.3 if at_features else 0.4)
             if "sparse and dense" in NOT_YET and any(t.kind == "sparse" for t in trunks):
                 table = False
             heads[task] = Head(
@@ -225,23 +225,26 @@ class _Draw:
         calls: list[Call] = []
         open_batches = 0  # accumulated and not applied
         keeps = case.options.get("every", 1) > 1
-        length = rng.randint(6, 10) if keeps else rng.randint(3, 8)
+        epochs = case.weighting[0] == "DWA"  # which weighs by the two epochs before
+        length = rng.randint(6, 10) if keeps or epochs else rng.randint(3, 8)
         while len(calls) < length or open_batches:
             draw = rng.random()
+            restarted = bool(calls) and calls[-1].kind == "restart"
             if open_batches and (draw < 0.3 or len(calls) > length + 4):
                 calls.append(Call("apply"))
                 open_batches = 0
             elif not at_features and draw < (0.1 if keeps else 0.4):
-                calls.append(self.losses(case, "accumulate"))
+                calls.append(self.losses(case, "accumulate", restarted=restarted))
                 open_batches += not calls[-1].wrong
             elif draw < 0.8:
-                call = self.losses(case, "backward")
+                call = self.losses(case, "backward", restarted=restarted)
                 if at_features and not open_batches:
                     call = self.at_features(case, call)
                 calls.append(call)
                 open_batches *= bool(call.wrong)  # what was accumulated before an error stays
             else:
-                kind = rng.choice(["end_epoch", "end_epoch", "restart", "restart", "copy", "reset"])
+                kinds = ["end_epoch", "end_epoch", "restart", "restart", "copy", "reset"]
+                kind = rng.choice(kinds + ["reset", "reset"] * keeps + ["end_epoch"] * 3 * epochs)
                 if kind == "reset" and not keeps and self.chance(0.6):
                     kind = "end_epoch"
                 ends = kind == "restart" or (kind == "copy" and "copied rows" in NOT_YET)
@@ -257,9 +260,11 @@ class _Draw:
                     calls.append(Call("zero_grad"))
         return tuple(calls)
 
-    def losses(self, case: Case, kind: str) -> Call:
+    def losses(self, case: Case, kind: str, *, restarted: bool = False) -> Call:
         rng = self.rng
-        there = 0.95 if case.options.get("every", 1) > 1 else 0.85
+        there = 0.9 if case.options.get("every", 1) > 1 else 0.85
+        if restarted and case.shared[0] == "inferred":
+            there = 0.4  # what was shared before must be known
         tasks = [task for task in case.tasks if self.chance(there)] or [case.tasks[0]]
         rng.shuffle(tasks)
         faults = {}
