@@ -76,6 +76,7 @@ class _Draw:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.seed = seed
+        self.mixes = False
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -84,6 +85,7 @@ class _Draw:
         rng = self.rng
         weighting = self.weighting()
         gradient = self.gradient()
+        self.mixes = gradient[0] == "GradDrop"  # whose blocks are of one dtype each
         ahead = weighting[0] == "AutoLambda"
         at_features = not ahead and self.chance(0.2)
         dtype = rng.choice(["float64"] * 4 + ["float32"] * 2 + ["bfloat16", "float16"])
@@ -154,7 +156,7 @@ class _Draw:
                 kind = "linear"
             own = dtype
             if kind in ("linear", "scalar") and dtype in ("float64", "float32"):
-                own = rng.choice([dtype] * 5 + ["float32"])
+                own = rng.choice([dtype] * (1 if self.mixes else 5) + ["float32"])
             if kind == "tied":
                 own = trunks[0].dtype
             trunks.append(Trunk(kind, frozen=kind != "tied" and self.chance(0.07), dtype=own))
@@ -227,6 +229,11 @@ class _Draw:
         keeps = case.options.get("every", 1) > 1
         epochs = case.weighting[0] == "DWA"  # which weighs by the two epochs before
         length = rng.randint(6, 10) if keeps or epochs else rng.randint(3, 8)
+        if epochs and not at_features and self.chance(0.5):
+            for _ in range(3):
+                calls += [self.losses(case, "backward", there=0.6) for _ in range(3)]
+                calls += [Call("zero_grad"), Call("end_epoch")]
+            return (*calls, self.losses(case, "backward", there=1.0))
         while len(calls) < length or open_batches:
             draw = rng.random()
             restarted = bool(calls) and calls[-1].kind == "restart"
@@ -260,9 +267,12 @@ class _Draw:
                     calls.append(Call("zero_grad"))
         return tuple(calls)
 
-    def losses(self, case: Case, kind: str, *, restarted: bool = False) -> Call:
+    def losses(
+        self, case: Case, kind: str, *, restarted: bool = False, there: float | None = None
+    ) -> Call:
         rng = self.rng
-        there = 0.9 if case.options.get("every", 1) > 1 else 0.85
+        if there is None:
+            there = 0.9 if case.options.get("every", 1) > 1 else 0.85
         if restarted and case.shared[0] == "inferred":
             there = 0.4  # what was shared before must be known
         tasks = [task for task in case.tasks if self.chance(there)] or [case.tasks[0]]
