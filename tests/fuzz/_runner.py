@@ -23,7 +23,7 @@ ALLOWED = (
     r"There is a performance drop because we have not yet implemented the batching rule",
 )
 FELL_BACK = r"fell back: "
-LEFT_OUT = r"several tasks reach \d+ parameters that were not given as `shared`"
+LEFT_OUT = r"several tasks reach parameters that were not given as `shared`"
 
 
 class MismatchError(AssertionError):
@@ -299,6 +299,7 @@ class Run:
         got = (summary.steps, summary.skipped, summary.active, summary.dropped)
         want = (oracle.steps, oracle.skipped, oracle.active, oracle.dropped)
         _check(got == want, f"the epoch's counts are {got}, and should be {want}")
+        told = [m for m in told if not (oracle.pending and "were accumulated, but not" in m)]
         idle = oracle.steps > 0 and not all(oracle.active.values())
         _check(len(told) == idle and all("no step of this epoch" in m for m in told), f"{told}")
         oracle.weighting.end_epoch()
