@@ -83,16 +83,24 @@ class ReachLog:
 
     def note(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
         """Note what tasks reach, on any rank: what is shared must be the same on all."""
-        for task, leaves in reached.items():
-            self._note(task, leaves)
+        self._note_all(reached)
         self._seen.add(frozenset(reached))
         self._tell_unreached()
-        self._tell_outside()
 
     def note_gradients(self, gradients: TaskGradients) -> None:
         """Note what the gradients of a step reach."""
-        for task in gradients.losses:
-            self._note(task, gradients.leaves_of(task))
+        self._note_all({task: gradients.leaves_of(task) for task in gradients.losses})
+
+    def _note_all(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
+        known = len(self._reached)
+        for task, leaves in reached.items():
+            self._note(task, leaves)
+        if len(self._reached) > known:
+            self._tell_outside(self._reached[known:])
+
+    def _all_seen(self) -> bool:
+        """Return whether every task has been there in some step."""
+        return set().union(*self._seen) == set(self._tasks)
 
     def _is_reached_by(self, leaves: Iterable[Tensor]) -> bool:
         """Return whether a shared parameter is among the leaves, if any are given."""
@@ -156,7 +164,7 @@ class ReachLog:
 
     def _tell_unreached(self) -> None:
         """Warn once, when every task has been seen, of shared parameters that none reaches."""
-        if self._unreached_told or set().union(*self._seen) != set(self._tasks):
+        if self._unreached_told or not self._all_seen():
             return
         self._unreached_told = True
         unreached = [
@@ -174,13 +182,22 @@ class ReachLog:
                 stacklevel=4,
             )
 
-    def _tell_outside(self) -> None:
-        """Warn once of parameters that several tasks reach though they were not given."""
+    def _tell_outside(self, new: Sequence[tuple[Tensor, set[str]]]) -> None:
+        """Warn once of parameters that several tasks reach though they were not given.
+
+        A few may be left out on purpose, and are told by ``explain`` alone. More than are shared
+        are not, nor are those that come later.
+
+        Args:
+            new: What has been reached for the first time, and by which tasks.
+        """
         if self._outside_told or not self._shared.given:
             return
         numbers = self._shared.number_of
         outside = [leaf for leaf, by in self._reached if len(by) > 1 and id(leaf) not in numbers]
-        if not outside:
+        inside = [leaf for leaf, _ in self._reached if id(leaf) in numbers]
+        late = self._all_seen() and any(len(by) > 1 and id(leaf) not in numbers for leaf, by in new)
+        if not late and sum(map(Tensor.numel, outside)) <= sum(map(Tensor.numel, inside)):
             return
         self._outside_told = True
         names = names_in_models(outside)

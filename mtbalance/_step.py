@@ -81,12 +81,11 @@ class Steps:
 
     def _take(self, seen: Seen, setting: Setting) -> Record:
         policy = setting.policy
-        if setting.one_pass_serves:
-            ended = policy.ended("loss", seen.losses, seen.nonfinite)
-            return ended or self._with_known(seen, setting, {}, self._leaves(seen, setting.company))
         ended = policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
+        if setting.one_pass_serves:
+            return self._with_known(seen, setting, {}, self._leaves(seen, setting.company))
         fit = setting.keeps_weights and not seen.nonfinite
         if fit and self._kept.serve(seen.losses, setting.every):
             groups, rest = self._divided(seen, setting.company)
@@ -291,5 +290,5 @@ def _pass_on(table: Table, place: Place, seen: Seen) -> None:
     """Accumulate the plain sum of the rows, not finite as it is."""
     ones = torch.ones(len(table.losses), device="cpu")
     for leaves, rows in table.groups.values():
-        place.write(leaves, combine(rows, ones), seen, lambda _: True)
-    write(table.rest.leaves, combine(table.rest.rows, ones))
+        place.write(leaves, combine(rows, ones, leaves), seen, lambda _: True)
+    write(table.rest.leaves, combine(table.rest.rows, ones, table.rest.leaves))

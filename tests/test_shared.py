@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 from mtbalance import Balancer, make_balancer
-from mtbalance.gradient import CAGrad, PCGrad, Sum
+from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
@@ -128,7 +128,8 @@ def test_a_change_between_micro_batches() -> None:
     new = list(model.trunk[3].parameters())
     rows = raw_rows(model.losses(batch(seed=1)), [*kept, *new])
     balancer.accumulate(model.losses(batch(seed=1)))
-    balancer.apply()
+    with pytest.warns(UserWarning, match=r"not given as `shared` \(2: "):
+        balancer.apply()
     rows[:, :30] += earlier[:, :30]
     assert_close(flat_grad([*kept, *new]), PCGrad("fixed")(rows), rtol=1e-12, atol=1e-12)
     assert_close(flat_grad(gone), earlier[:, 30:].sum(0), rtol=1e-12, atol=1e-12)
@@ -192,6 +193,7 @@ def test_a_frozen_trunk_is_an_error_in_every_step(name: str) -> None:
     assert model.trunk[3].weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:several tasks reach:UserWarning")  # before the error
 @pytest.mark.parametrize("strategy", [CAGrad(), Sum()])
 def test_a_trunk_that_is_no_longer_the_shared_one(strategy) -> None:
     """Parameters given one by one are a snapshot: the first step without them says so."""
@@ -223,6 +225,27 @@ def test_heads_given_for_the_trunk() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         balancer.backward(model.losses(batch()))  # told once
+
+
+def test_a_few_parameters_may_be_left_out_on_purpose() -> None:
+    """As tokens that attend to each other, one per task; `explain` lists them."""
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=[model.trunk[0]])
+    model.trunk[3].requires_grad_(False)
+    model.trunk[3].bias.requires_grad_(True)
+    balancer.backward(model.losses(batch()))
+    assert "not in `shared`, though reached by a, b, c" in str(balancer.explain(model=model))
+
+
+@pytest.mark.parametrize("strategy", [CAGrad(), GradDrop()])
+def test_what_comes_later_is_told(strategy) -> None:
+    model = Network()
+    shared = [model.trunk[0], model.trunk[3]]
+    balancer = Balancer(Equal(), strategy, tasks=TASKS, shared=shared)
+    balancer.backward(model.losses(batch()))
+    model.trunk.append(Scaled(nn.Parameter(torch.ones(1, 5).double())))
+    with pytest.warns(UserWarning, match=r"not given as `shared` \(1: 'Sequential: 5.weight'\)"):
+        balancer.backward(model.losses(batch()))
 
 
 def test_for_a_plain_sum_it_makes_no_difference() -> None:
