@@ -29,7 +29,8 @@ class Outcome(NamedTuple):
     direction: list[Tensor | None]
     """One tensor per parameter: of a sharded one, this process's shard."""
     progress: Tensor
-    """Inner products of the raw gradients with the direction, shape (m,), float64."""
+    """Inner products of the raw gradients with the direction, shape (m,), float64; divided by what
+    the Gramian was divided by."""
     combination: Tensor | None = None
     """Coefficients of the raw gradients, shape (m,), where they are the same for all columns."""
     solution: Tensor | None = None
@@ -44,6 +45,7 @@ def direction_of(
     weights: Tensor,
     unscale: float,
     first: int = 0,
+    power: int = 0,
 ) -> Outcome:
     """Ask the gradient strategy for the direction of one group.
 
@@ -56,6 +58,7 @@ def direction_of(
         weights: The weights of the tasks, shape (m,).
         unscale: One over the loss scale.
         first: The number of the rows' first column here, counted over all processes.
+        power: The power of two that rows were divided by for the Gramian.
     """
     weights = weights.to(gramian)
     if strategy.is_sum:
@@ -63,7 +66,7 @@ def direction_of(
     elif isinstance(strategy, GramianStrategy):
         solution = strategy.solve(gramian * weights * weights[:, None])
     else:
-        direction, progress = _by_columns(strategy, leaves, rows, weights, first)
+        direction, progress = _by_columns(strategy, leaves, rows, weights, first, power)
         return Outcome(direction, progress * unscale**2)
     combination = weights * solution
     direction = combine(rows, combination, leaves, release=True)
@@ -76,6 +79,7 @@ def _by_columns(
     rows: Rows,
     weights: Tensor,
     first: int,
+    power: int,
 ) -> tuple[list[Tensor | None], Tensor]:
     strategy.start()
     held = [local(leaf.detach()) for leaf in leaves]
@@ -87,6 +91,7 @@ def _by_columns(
             held,
             in_blocks=strategy.coordinatewise,
             first=first,
+            power=power,
         )
     if not strategy.coordinatewise:
         raise TypeError(
@@ -103,6 +108,7 @@ def _by_columns(
             weights,
             [held[place]],
             first=first + offset_of(leaf),
+            power=power,
         )
         direction.append(piece)
         progress.append(sum_over_shards([leaf], [[products]], lambda rows: rows[0][0]))  # type: ignore[arg-type, return-value]
@@ -118,6 +124,7 @@ def direct_by_columns(
     *,
     in_blocks: bool = True,
     first: int = 0,
+    power: int = 0,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Apply a strategy to the weighted rows as a matrix, or block by block of its columns.
 
@@ -128,9 +135,10 @@ def direct_by_columns(
         like: Tensors of the shapes and dtypes of the result.
         in_blocks: Whether the strategy may be asked for blocks of columns.
         first: The number of the first column.
+        power: What power of two rows and direction are divided by for their inner products.
 
     Returns:
-        The direction, one tensor per parameter, and its inner products with the raw rows, (m,).
+        The direction by parameter, and its inner products with the raw rows, shape (m,).
     """
     parts: list[Tensor | None] = [None] * len(like)
     reached = [any(t is not None for t in tensors) for tensors in zip(*rows, strict=True)]
@@ -140,11 +148,9 @@ def direct_by_columns(
         weighted = matrix if unweighted else matrix * weights.to(matrix)[:, None]
         columns = strategy(weighted, first)
         first += matrix.shape[1]
-        progress = progress.to(matrix.device) + (matrix @ columns.to(matrix)).double()
-        sizes = [stop - start for _, start, stop in pieces]
-        for (parameter, start, stop), values in zip(
-            pieces, torch.split(columns, sizes), strict=True
-        ):
+        progress = progress.to(matrix.device) + _products(matrix, columns, power)
+        split = torch.split(columns, [stop - start for _, start, stop in pieces])
+        for (parameter, start, stop), values in zip(pieces, split, strict=True):
             part = parts[parameter]
             if part is None:
                 parts[parameter] = part = _empty(like[parameter])
@@ -155,6 +161,14 @@ def direct_by_columns(
         for part, tensor, found in zip(parts, like, reached, strict=True)
     ]
     return directions, progress
+
+
+def _products(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
+    """Return the inner products of rows with a direction, each over a power of two, in float64."""
+    if power == 0:
+        return (matrix @ columns.to(matrix)).double()
+    factor = 2.0**-power
+    return (matrix.double() * factor) @ (columns.double() * factor)
 
 
 def _empty(like: Tensor) -> Tensor:

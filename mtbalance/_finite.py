@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtbalance._company import Company
 from mtbalance._direction import Outcome
+from mtbalance._places import Place
 from mtbalance._record import Record
 from mtbalance._rows import all_finite, finite_entries, norms_of, stacked
 from mtbalance._table import Table
@@ -50,42 +51,48 @@ class NonFinite:
         finite = finite_entries(stacked([loss.detach() for loss in losses.values()]))
         return [name for name, good in zip(losses, finite, strict=True) if not good]
 
-    def rows(self, table: Table, company: Company) -> tuple[list[str], dict[str, Length]]:
+    def rows(
+        self, table: Table, place: Place, company: Company, scale: float | None
+    ) -> tuple[Table, list[str], dict[str, Length]]:
         """Name the tasks whose gradient of a shared or of any other parameter is not finite.
 
         Of several processes, each has inputs of its own that require a gradient, which the others
         do not know of: those are not looked at.
 
+        Args:
+            table: The rows.
+            place: Where they are balanced.
+            company: The processes.
+            scale: The loss scale that is on the rows, if any.
+
         Returns:
-            Their names, and how long the gradients of each task are.
+            The table with Gramians that float64 holds, the tasks' names, and how long the gradients
+            of each are.
         """
         if not self.looks:
-            return [], {}
-        gramian = table.gramian
+            return table, [], {}
         rest: Sequence[Sequence[Tensor | None]] = table.rest.rows
         known = [company.knows(leaf) for leaf in table.rest.leaves]
         if not all(known):
             rest = [list(itertools.compress(row, known)) for row in rest]
-        # All in one tensor, so that the device is waited for once.
-        # As many numbers in each process, whether or not it holds a part of any other parameter.
-        none = gramian.new_zeros(())
-        norms = [norms_of(row) for row in rest]
-        sums = torch.stack([none if norm is None else norm.sum().to(none) for norm in norms])
-        numbers = company.sum_over_parts(torch.cat([gramian.diagonal(), sums])).tolist()
-        squares, others = numbers[: len(gramian)], numbers[len(gramian) :]
+        squares, others = _numbers_of(table, company, rest)
+        none = [0.0] * len(others)  # where nothing is balanced
+        totals = list(map(sum, zip(none, *squares.values(), strict=True)))
+        held = table.in_range(squares, place, scale)
+        finite = [math.isfinite(total) for total in totals]
+        if not all(finite):  # or out of the range of float64: then these are other numbers
+            squares, _ = _numbers_of(held, company)
+            finite = [all(map(math.isfinite, each)) for each in zip(*squares.values(), strict=True)]
         # A norm may overflow where no entry does: look closer then.
         bad = [
             name
-            for name, square, other, products, row in zip(
-                table.losses, squares, others, gramian, rest, strict=True
-            )
-            if not math.isfinite(square + other)
-            and not company.everywhere(all_finite([products, *row]))
+            for name, good, other, row in zip(table.losses, finite, others, rest, strict=True)
+            if not good or (not math.isfinite(other) and not company.everywhere(all_finite(row)))
         ]
         lengths = [
-            Length(max(s, 0.0) ** 0.5, other) for s, other in zip(squares, others, strict=True)
+            Length(max(s, 0.0) ** 0.5, other) for s, other in zip(totals, others, strict=True)
         ]
-        return bad, dict(zip(table.losses, lengths, strict=True))
+        return held, bad, dict(zip(table.losses, lengths, strict=True))
 
     def accepts(self, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether gradients may be written, which are the same in all processes."""
@@ -187,6 +194,24 @@ class NonFinite:
     def ordered(self, tasks: Collection[str]) -> tuple[str, ...]:
         """Return the tasks in the order of the Balancer."""
         return tuple(task for task in self._tasks if task in tasks)
+
+
+def _numbers_of(
+    table: Table, company: Company, rest: Sequence[Sequence[Tensor | None]] = ()
+) -> tuple[dict[int, list[float]], list[float]]:
+    """Return the diagonal of each group's Gramian, and a norm for each row of ``rest``."""
+    count = len(table.losses)
+    diagonals = [gramian.diagonal() for gramian in table.gramians.values()]
+    none = (diagonals[0] if diagonals else table.gramian).new_zeros(())
+    norms = [norms_of(row) for row in rest]
+    # All in one tensor, so that the device is waited for once. As many numbers in each process,
+    # whether or not it holds a part of any other parameter.
+    sums = [none if norm is None else norm.sum().to(none) for norm in norms]
+    parts = [diagonal.to(none) for diagonal in diagonals] + ([torch.stack(sums)] if sums else [])
+    numbers = company.sum_over_parts(torch.cat(parts)).tolist()
+    lines = [numbers[start : start + count] for start in range(0, len(numbers), count)]
+    others = lines.pop() if sums else []
+    return dict(zip(table.gramians, lines, strict=True)), others
 
 
 def _message(what: str, names: Collection[str]) -> str:

@@ -1,10 +1,11 @@
 """What every method on Gramians needs: unit rows, lengths, and closed forms for two rows.
 
-For two rows there are formulas, which need no solver and leave the Gramian on its device.
+For two rows there are formulas, which need no solver and leave the Gramian on its device. For rows
+whose squares float64 does not hold there are powers of two, which change no digit.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +18,12 @@ ZERO_ROW = 1e-30
 """A row whose norm is at most this fraction of the largest counts as zero."""
 RESOLUTION = 16 * torch.finfo(torch.float64).eps
 """Squared norms of combinations of unit rows are known up to a few of these."""
+
+LOWEST, HIGHEST = 1e-240, 1e240
+"""Within these, squared norms leave room in float64: below for the squares of all rows that do not
+count as zero next to them, above for weights and for sums."""
+_POWER = 600
+"""2^600 = 4e180 takes the norms of all float64 rows that are out of this range into it."""
 
 
 class UnitRows(NamedTuple):
@@ -52,6 +59,37 @@ def vanishes(y: Tensor, gramian: Tensor) -> bool:
     """Whether the combination of unit rows cannot be told from zero by their Gramian."""
     bound = math.sqrt(RESOLUTION * len(y)) * float(y.abs().sum())
     return norm_of(y, gramian) <= bound
+
+
+# --- rows whose squares float64 does not hold -----------------------------------------------------
+
+
+def are_held(squares: Sequence[float]) -> bool:
+    """Return whether float64 holds the Gramian of rows, given their squared norms.
+
+    Where all of these are 0, that is not known. One row alone is taken for zero, which it counts as
+    next to the others: of float32 it is, and looking would cost every step with a task that has
+    no gradient.
+    """
+    return any(squares) and all(s == 0 or LOWEST <= s <= HIGHEST for s in squares)
+
+
+def exponents_of(squares: Sequence[float]) -> list[int]:
+    """Return what power of two takes each row into the range of float64, given squared norms."""
+    return [_POWER if not s <= HIGHEST else -_POWER if s < LOWEST else 0 for s in squares]
+
+
+def shifted(values: Tensor, exponents: Sequence[Any]) -> Tensor:
+    """Return values times powers of two: infinity or 0 where float64 does not hold that.
+
+    Args:
+        values: Of any shape, float64.
+        exponents: Even whole numbers of at most 2000, in lists of that shape.
+    """
+    exponent = torch.tensor(exponents, dtype=torch.int64, device="cpu")
+    half = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent // 2)
+    half = half.to(values.device)  # 2 ** exponent is itself out of range
+    return values * half * half
 
 
 # --- two rows -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Where the tasks of a step are balanced: at the shared parameters, or at features."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -50,8 +51,16 @@ class Place(Protocol):
     def divide(self, gradients: TaskGradients) -> Divided:
         """Return what is balanced, by the number of its group, and all other leaves."""
 
-    def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
-        """Return the inner products of rows over all their columns, in whatever process."""
+    def gramian(
+        self, leaves: Sequence[Tensor], rows: Rows, exponents: Sequence[int] = ()
+    ) -> Tensor:
+        """Return the inner products of rows over all their columns, in whatever process.
+
+        Args:
+            leaves: What the rows are gradients of.
+            rows: The rows.
+            exponents: As in ``gramian_of``.
+        """
 
     def over_all(self, products: Tensor) -> Tensor:
         """Return inner products over all columns, of those over the columns of this process."""
@@ -120,9 +129,11 @@ class AtParameters:
         self._log.check_rows(gradients, groups)
         return groups, rest
 
-    def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
+    def gramian(
+        self, leaves: Sequence[Tensor], rows: Rows, exponents: Sequence[int] = ()
+    ) -> Tensor:
         """Return the inner products of the rows, shards of other processes included."""
-        return sum_over_shards(leaves, rows, gramian_of)
+        return sum_over_shards(leaves, rows, functools.partial(gramian_of, exponents=exponents))
 
     def over_all(self, products: Tensor) -> Tensor:
         """Return them as they are: shards have been added up leaf by leaf."""
@@ -208,10 +219,12 @@ class AtFeatures:
         rest = [leaf for key, leaf in gradients.leaves.items() if key not in own]
         return {0: list(self._parts)}, rest
 
-    def gramian(self, leaves: Sequence[Tensor], rows: Rows) -> Tensor:
+    def gramian(
+        self, leaves: Sequence[Tensor], rows: Rows, exponents: Sequence[int] = ()
+    ) -> Tensor:
         """Return the inner products of the rows, which each process has some columns of."""
         del leaves
-        return self.over_all(gramian_of(rows))
+        return self.over_all(gramian_of(rows, exponents))
 
     def over_all(self, products: Tensor) -> Tensor:
         """Return the sum over all processes."""

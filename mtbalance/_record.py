@@ -3,9 +3,23 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mtbalance._gramians import shifted
+
+
+class Scaled(NamedTuple):
+    """Products of gradients whose squares float64 does not hold, of which each is divided."""
+
+    gramian: Tensor
+    """Inner products of the gradients, each over its own power of two, shape (m, m)."""
+    exponents: Sequence[int]
+    """These powers."""
+    progress: Tensor
+    """Inner products with the direction, all over the same number, shape (m,)."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +32,10 @@ class Record:
         weights: Their weights (derivatives of the objective by the losses), by name.
         gramian: Inner products of the raw gradients of the shared parameters, shape (m, m),
             float64; None where one ordinary backward pass did, so that there are no per-task
-            gradients.
-        progress: Inner products of the raw gradients with the direction, shape (m,), float64, or
-            None.
+            gradients. Infinity or 0 for float64 gradients with norms above 1e154 or below 1e-162,
+            of which everything else is right.
+        progress: Inner products of the raw gradients with the direction, shape (m,), float64 (and
+            as far as that holds them), or None.
         combination: Coefficients of the raw gradients in the direction, shape (m,), or None where
             the direction is not one combination for all coordinates.
         absent: Tasks of the Balancer that had no loss in the step.
@@ -31,6 +46,7 @@ class Record:
             one ordinary backward pass nobody knows of which task.
         fallbacks: How often strategies answered with their documented substitute in this step.
         reused: Whether weights of an earlier step served (``every`` above 1).
+        scaled: Where float64 does not hold squares of the gradients, what it does hold.
     """
 
     tasks: tuple[str, ...]
@@ -46,22 +62,27 @@ class Record:
     overflow: bool = False
     fallbacks: int = 0
     reused: bool = False
+    scaled: Scaled | None = field(default=None, repr=False)
 
     @property
     def gradient_norms(self) -> dict[str, Tensor]:
         """Norm of each raw gradient of the shared parameters; empty without such gradients."""
         if self.gramian is None:
             return {}
-        return dict(zip(self.tasks, self._norms(self.gramian), strict=True))
+        if self.scaled is None:
+            return dict(zip(self.tasks, _norms(self.gramian), strict=True))
+        norms = shifted(_norms(self.scaled.gramian), self.scaled.exponents)
+        return dict(zip(self.tasks, norms, strict=True))
 
     @property
     def cosines(self) -> dict[tuple[str, str], Tensor]:
         """Cosine between the raw gradients of each pair of tasks, 0 where one is zero."""
-        if self.gramian is None:
+        gramian = self._angles
+        if gramian is None:
             return {}
-        norms = self._norms(self.gramian)
+        norms = _norms(gramian)
         lengths = norms[:, None] * norms
-        cosines = torch.where(lengths > 0, self.gramian / lengths, 0.0)
+        cosines = torch.where(lengths > 0, gramian / lengths, 0.0)
         return {
             (self.tasks[i], self.tasks[j]): cosines[i, j]
             for i, j in itertools.combinations(range(len(self.tasks)), 2)
@@ -70,9 +91,13 @@ class Record:
     @property
     def conflicts(self) -> int | None:
         """Number of pairs of tasks whose gradients point apart; None without per-task gradients."""
-        if self.gramian is None:
-            return None
-        return int((torch.triu(self.gramian, 1) < 0).sum())
+        gramian = self._angles
+        return None if gramian is None else int((torch.triu(gramian, 1) < 0).sum())
+
+    @property
+    def _angles(self) -> Tensor | None:
+        """A Gramian in which each row may have another length."""
+        return self.gramian if self.scaled is None else self.scaled.gramian
 
     @property
     def shares(self) -> dict[str, Tensor]:
@@ -81,18 +106,15 @@ class Record:
         A part is the task's gradient times its coefficient; where the direction is not one
         combination for all coordinates, its weighted gradient.
         """
-        if self.progress is None:
+        progress = self.progress if self.scaled is None else self.scaled.progress
+        if progress is None:
             return {}
         parts = self.combination
         if parts is None:
             parts = torch.stack(list(self.weights.values()))
-        parts = parts.to(self.progress) * self.progress
+        parts = parts.to(progress) * progress
         total = parts.sum()
         return dict(zip(self.tasks, torch.where(total != 0, parts / total, 0.0), strict=True))
-
-    @staticmethod
-    def _norms(gramian: Tensor) -> Tensor:
-        return gramian.diagonal().clamp_min(0).sqrt()
 
     def as_dict(self) -> dict[str, float]:
         """Return everything as plain floats under flat names ("loss/msi"), for any logger."""
@@ -118,6 +140,10 @@ class Record:
             reused=float(self.reused),
         )
         return figures
+
+
+def _norms(gramian: Tensor) -> Tensor:
+    return gramian.diagonal().clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)

@@ -175,14 +175,22 @@ def columns_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
-def gramian_of(rows: Rows) -> Tensor:
+def gramian_of(rows: Rows, exponents: Sequence[int] = ()) -> Tensor:
     """Return the inner products of the rows, shape (m, m), accumulated in float64.
 
     float64 holds the squares of every float32 and bfloat16 number, so nothing over- or underflows,
     and small combinations of large rows keep their length.
+
+    Args:
+        rows: The rows, m of them.
+        exponents: What powers of two to divide each row by first, for float64 rows whose squares
+            float64 does not hold; between -1000 and 1000.
     """
     total: Tensor | None = None
     for block in column_blocks(rows, torch.float64):
+        if exponents:
+            factors = block.matrix.new_tensor([2.0**-exponent for exponent in exponents])
+            block.matrix.mul_(factors[:, None])  # a copy of the rows in any case
         product = _inner_products_within(block.matrix)
         total = product if total is None else total + product.to(total.device)
     if total is None:

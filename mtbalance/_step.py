@@ -22,7 +22,7 @@ from mtbalance._known import Pass, in_passes
 from mtbalance._places import AtParameters, Divided, Place
 from mtbalance._reach import ReachLog
 from mtbalance._record import Record
-from mtbalance._rows import combine, sum_of
+from mtbalance._rows import combine
 from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
@@ -162,7 +162,7 @@ class Steps:
         gradients = company.gather(seen, rows, place.dtype)
         scale = scale_of(setting.scaler)
         table = table_of(gradients, self._tasks, place, scale)
-        bad, lengths = policy.rows(table, company)
+        table, bad, lengths = policy.rows(table, place, company, scale)
         if bad and scale is not None:
             # Most likely the scale is too large: let scaler.step() see it and skip.
             _pass_on(table, place, seen)
@@ -203,18 +203,20 @@ def _outcomes(
 ) -> dict[int, Outcome]:
     """Return the direction of each group, whose rows are then empty."""
     unscale = 1.0 if scale is None else 1.0 / scale
-    return {
-        number: direction_of(
+    outcomes = {}
+    for number, part in table.groups.items():
+        gramian, power = table.gramian_of_group(number)
+        outcomes[number] = direction_of(
             setting.gradient,
             part.leaves,
             part.rows,
-            table.gramians[number],
+            gramian,
             weighed.weights,
             unscale,
             setting.place.first,
+            power,
         )
-        for number, part in table.groups.items()
-    }
+    return outcomes
 
 
 def _write(
@@ -268,17 +270,19 @@ def _record(
 ) -> Record:
     place, policy = setting.place, setting.policy
     dropped = policy.ordered(table.nonfinite)
-    progress = [
-        place.over_all(o.progress) if o.combination is None else o.progress
-        for o in outcomes.values()
-    ]
+    progress = {
+        number: place.over_all(o.progress) if o.combination is None else o.progress
+        for number, o in outcomes.items()
+    }
     combinations = [outcome.combination for outcome in outcomes.values()]
+    total, scaled = table.sum_of_progress(progress)
     return Record(
         tuple(table.losses),
         weighed.losses,
         weighed.by_name,
         gramian=table.gramian,
-        progress=sum_of(progress, (len(table.losses),)),
+        progress=total,
+        scaled=scaled,
         combination=combinations[0] if len(combinations) == 1 else None,
         absent=policy.absent([*table.losses, *dropped]),
         nonfinite=dropped,

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mtbalance._gramians import are_held, exponents_of, shifted
 from mtbalance._places import Place
+from mtbalance._record import Scaled
 from mtbalance._rows import sum_of
 from mtbalance._task_gradients import TaskGradients
 
@@ -41,11 +43,61 @@ class Table(NamedTuple):
     """Per group, the inner products of the rows over all processes, without the loss scale."""
     nonfinite: frozenset[str]
     """Tasks that were left out."""
+    exponents: Mapping[int, Sequence[int]] = {}
+    """Per group, what powers of two the rows are divided by in ``gramians``; empty unless float64
+    does not hold their squares."""
 
     @property
     def gramian(self) -> Tensor:
         """The inner products over all that is balanced, shape (m, m)."""
-        return sum_of(list(self.gramians.values()), (len(self.losses), len(self.losses)))
+        products, exponents = self.scaled_gramian
+        if not exponents:
+            return products
+        return shifted(products, [[one + other for other in exponents] for one in exponents])
+
+    @property
+    def scaled_gramian(self) -> tuple[Tensor, list[int]]:
+        """The same of rows over powers of two, and these powers, if float64 needs any."""
+        shape = (len(self.losses), len(self.losses))
+        if not self.exponents:
+            return sum_of(list(self.gramians.values()), shape), []
+        largest = [max(powers) for powers in zip(*self.exponents.values(), strict=True)]
+        parts = [
+            _divided(gramian, self.exponents[number], largest)
+            for number, gramian in self.gramians.items()
+        ]
+        return sum_of(parts, shape), largest
+
+    def sum_of_progress(self, progress: Mapping[int, Tensor]) -> tuple[Tensor, Scaled | None]:
+        """Return the sum of what each group's Gramian gave, and what float64 holds if not that.
+
+        Args:
+            progress: Inner products of the raw gradients with the direction, by group, shape (m,).
+        """
+        shape = (len(self.losses),)
+        if not self.exponents:
+            return sum_of(list(progress.values()), shape), None
+        powers = {number: max(self.exponents[number]) for number in progress}
+        largest = max(powers.values())
+        parts = [
+            shifted(products, [2 * (powers[number] - largest)] * len(products))
+            for number, products in progress.items()
+        ]
+        total = sum_of(parts, shape)
+        products, exponents = self.scaled_gramian
+        scaled = Scaled(products, exponents, total)
+        return shifted(total, [2 * largest] * len(total)), scaled
+
+    def gramian_of_group(self, number: int) -> tuple[Tensor, int]:
+        """Return the Gramian of a group's rows over one power of two, and that power, mostly 0.
+
+        Rows that vanish next to the longest may be zero in it.
+        """
+        gramian, exponents = self.gramians[number], self.exponents.get(number)
+        if exponents is None:
+            return gramian, 0
+        largest = max(exponents)
+        return _divided(gramian, exponents, [largest] * len(exponents)), largest
 
     def without(self, tasks: Collection[str]) -> "Table":
         """Return the table without the rows (and columns of the Gramians) of some tasks."""
@@ -59,6 +111,25 @@ class Table(NamedTuple):
             self.rest.without(gone),
             {number: self.gramians[number][kept][:, kept] for number in groups},
             self.nonfinite.union(tasks),
+            {n: [e[row] for row in kept] for n, e in self.exponents.items() if n in groups},
+        )
+
+    def in_range(
+        self, squares: Mapping[int, Sequence[float]], place: Place, scale: float | None
+    ) -> "Table":
+        """Return the table with Gramians that float64 holds: this one, unless rows are float64.
+
+        Args:
+            squares: Per group, the squared norms of the rows by its Gramian; the same numbers in
+                all processes, which must decide alike.
+            place: Where the rows are balanced.
+            scale: The loss scale that is on them, if any.
+        """
+        if all(map(are_held, squares.values())):
+            return self
+        exponents = {number: exponents_of(norms) for number, norms in squares.items()}
+        return self._replace(
+            gramians=_gramians_of(self.groups, place, scale, exponents), exponents=exponents
         )
 
     def everything(self) -> Part:
@@ -89,8 +160,28 @@ def table_of(
     groups = {n: Part(leaves, gradients.rows(names, leaves)) for n, leaves in divided.items()}
     others = Part(rest, gradients.rows(names, rest))
     gradients.forget()
-    gramians = {n: place.gramian(part.leaves, part.rows) for n, part in groups.items()}
-    if scale is not None:
-        unscale = (1 / scale) ** 2
-        gramians = {number: gramian * unscale for number, gramian in gramians.items()}
+    gramians = _gramians_of(groups, place, scale)
     return Table(losses, groups, others, gramians, frozenset(gradients.nonfinite))
+
+
+def _gramians_of(
+    groups: Mapping[int, Part],
+    place: Place,
+    scale: float | None,
+    exponents: Mapping[int, Sequence[int]] = {},
+) -> dict[int, Tensor]:
+    """Return the Gramian of each group, without the loss scale, of rows over powers of two."""
+    gramians = {
+        number: place.gramian(part.leaves, part.rows, exponents.get(number, ()))
+        for number, part in groups.items()
+    }
+    if scale is None:
+        return gramians
+    unscale = (1 / scale) ** 2
+    return {number: gramian * unscale for number, gramian in gramians.items()}
+
+
+def _divided(gramian: Tensor, exponents: Sequence[int], larger: Sequence[int]) -> Tensor:
+    """Return a Gramian of rows over larger powers of two than these."""
+    factors = gramian.new_tensor([2.0 ** (x - y) for x, y in zip(exponents, larger, strict=True)])
+    return gramian * factors * factors[:, None]

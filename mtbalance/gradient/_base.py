@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbalance._checks import check_gradients, check_gramian
+from mtbalance._gramians import HIGHEST, LOWEST
 from mtbalance._random import RandomSource
 from mtbalance._rows import combine, gramian_of, is_finite
 
@@ -80,10 +81,6 @@ class GradientStrategy(nn.Module, ABC):
                 child.reset()
 
 
-_LOWEST = 1e-270
-"""Where the squared norms of all rows are below, float64 keeps too few of their digits."""
-
-
 class GramianStrategy(GradientStrategy):
     """A gradient strategy whose direction is a combination of the rows that the Gramian decides.
 
@@ -107,7 +104,7 @@ class GramianStrategy(GradientStrategy):
         """
         rows = [[row] for row in gradients.detach()]
         gramian = gramian_of(rows)
-        if gradients.dtype == torch.float64 and not _LOWEST < gramian.diagonal().max() < torch.inf:
+        if gradients.dtype == torch.float64 and not LOWEST < gramian.diagonal().max() < HIGHEST:
             gramian = gramian_of([[row] for row in _near_one(gradients.detach())])
         if not is_finite(gramian):
             return torch.full_like(gradients[0], torch.nan)
