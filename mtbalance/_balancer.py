@@ -42,7 +42,7 @@ from mtbalance._shared import Shared, SharedParts
 from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
 from mtbalance._task_gradients import TaskGradients
-from mtbalance._watch import EpochWatch, look_at_groups
+from mtbalance._watch import EpochWatch, ScaledLossWatch, look_at_groups
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting, own_state
 
@@ -153,6 +153,7 @@ class Balancer(nn.Module):
         self._pending = TaskGradients()
         self._epoch = EpochCounts(self.tasks)
         self._watch = EpochWatch(self.weighting)
+        self._scaled = ScaledLossWatch()
         self._counted = 0
         check_every(self.every, self.weighting, gradient, sharded=self._ranks.sharded)
 
@@ -284,6 +285,7 @@ class Balancer(nn.Module):
             self.every,
             validation,
             scaler,
+            self._scaled,
         )
 
     # --- around the steps -------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def look(losses: Losses, tasks: Sequence[str], setting: Setting, *, agree: bool 
         named = check_losses_by_task(losses, tasks, may_be_empty=company.size > 1)
         _check_mode()
         place.check(named)
+        setting.watch.look(named.values())
         seen = company.look(named, setting.policy.losses(named), place)
     except (TypeError, ValueError) as caught:
         error = caught

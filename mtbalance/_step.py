@@ -27,6 +27,7 @@ from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
 from mtbalance._task_gradients import Row
+from mtbalance._watch import ScaledLossWatch
 from mtbalance._weighed import Weighed, Weigher, unless_written, write_nothing
 from mtbalance._writing import hooks_when_written, write
 from mtbalance.gradient._base import GradientStrategy
@@ -45,6 +46,7 @@ class Setting(NamedTuple):
     """In how many steps Gramian weights are solved for once."""
     validation: Validation | None
     scaler: GradScaler | None
+    watch: ScaledLossWatch
 
     @property
     def one_pass_serves(self) -> bool:

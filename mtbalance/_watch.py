@@ -1,10 +1,12 @@
 """Notices loops that run, but do not do what was meant: each is told in one warning."""
 
+import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._names import outermost_modules
 from mtbalance._record import EpochSummary, Record
@@ -14,6 +16,9 @@ from mtbalance.weighting._base import Weighting
 _PATIENCE = 2
 _LONG_EPOCH = 3000
 """Steps after which a weighting that looks at epochs should have seen the end of one."""
+_FIRST_STEPS = 3
+"""In so many, losses are looked at; what a loop does to them it does from the start."""
+_FACTORS = 3
 _PROBED_TENSORS = 16
 _PROBED_ENTRIES = 16
 
@@ -58,6 +63,62 @@ class OptimizerWatch:
                 UserWarning,
                 stacklevel=4,
             )
+
+
+class ScaledLossWatch:
+    """Looks, in the first steps, whether a gradient scaler has scaled the losses already.
+
+    Its scale is then a factor in their graphs: not a number like it, but the same tensor.
+    """
+
+    def __init__(self) -> None:
+        self._steps_left = _FIRST_STEPS
+
+    def look(self, losses: Iterable[Tensor]) -> None:
+        """Look at the losses of a step, and warn once; waits for no device."""
+        if self._steps_left == 0:
+            return
+        self._steps_left -= 1
+        factors = {factor for loss in losses for factor in _factors_of(loss)}
+        if factors and not factors.isdisjoint(_scales()):
+            self._steps_left = 0
+            warnings.warn(
+                "the losses must be raw, but a GradScaler has scaled them already: weightings see "
+                "other numbers than the losses, an overflow is taken for an error, and with "
+                "`scaler=` they are scaled twice. Give backward, accumulate and apply what you "
+                "gave to scaler.scale(), and the scaler as `scaler=`.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _factors_of(loss: Tensor) -> Iterator[int]:
+    """Yield where in memory the scalars are that a loss has been multiplied by last."""
+    node = loss.grad_fn
+    for _ in range(_FACTORS):
+        if node is None or node.name() not in ("MulBackward0", "DivBackward0"):
+            return
+        if node.name() == "MulBackward0":
+            try:
+                saved = [node._saved_self, node._saved_other]  # type: ignore[attr-defined]
+            except RuntimeError:  # let go, or written to since: the backward pass says so
+                return
+            for factor in saved:
+                if type(factor) is Tensor and factor.ndim == 0:
+                    yield factor.data_ptr()
+        node = node.next_functions[0][0]
+
+
+def _scales() -> set[int]:
+    """Return where in memory the scales of this process's gradient scalers are."""
+    kinds, found = {GradScaler}, [GradScaler]
+    while found:
+        more = found.pop().__subclasses__()
+        kinds.update(more)
+        found += more
+    scalers = [scaler for scaler in gc.get_referrers(*kinds) if type(scaler) in kinds]
+    scales = [getattr(scaler, "_scale", None) for scaler in scalers]
+    return {scale.data_ptr() for scale in scales if isinstance(scale, Tensor)}
 
 
 class EpochWatch:

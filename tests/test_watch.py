@@ -136,3 +136,80 @@ def test_a_group_for_each_parameter() -> None:
     with told(None):
         for shared in usual:
             Balancer(Equal(), CAGrad(), tasks=TASKS, shared=shared)
+
+
+# --- losses that are scaled already --------------------------------------------------------------
+
+
+def new_scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+
+@pytest.mark.parametrize("with_scaler", [False, True])
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("strategy", [Sum, CAGrad])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda scaler, loss: scaler.scale(loss),
+        lambda scaler, loss: scaler.scale(loss / 2),
+        lambda scaler, loss: scaler.scale(loss) / 2,
+        lambda scaler, loss: scaler.scale(loss) * torch.tensor(0.5),
+    ],
+)
+def test_losses_that_are_scaled_already(scale, strategy, accumulates, with_scaler) -> None:
+    model, scaler = Network(), new_scaler()
+    balancer = Balancer(Equal(), strategy(), tasks=TASKS, shared=model.trunk)
+    options = {"scaler": scaler} if with_scaler else {}
+
+    def step(seed: int) -> None:
+        losses = model.losses(batch(seed=seed))
+        # One of them is enough, and the first of three steps is not the last to be looked at.
+        if seed:
+            losses["b"] = scale(scaler, losses["b"])
+        (balancer.accumulate if accumulates else balancer.backward)(losses, **options)
+
+    with told(None):
+        step(0)
+    with told("a GradScaler has scaled them already: .* scaled twice. Give .* as `scaler=`"):
+        step(1)
+    with told(None):
+        step(2)
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda loss, scaler: loss,
+        lambda loss, scaler: 1024.0 * loss,
+        lambda loss, scaler: loss * torch.tensor(1024.0),
+        lambda loss, scaler: torch.tensor(1024.0) * loss * 0.5,
+        lambda loss, scaler: loss * nn.Parameter(torch.tensor(1024.0)),
+        lambda loss, scaler: loss * torch.full((3,), 1024.0)[1],
+        lambda loss, scaler: torch.amp.GradScaler("cpu", enabled=False).scale(loss),
+    ],
+)
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_losses_times_numbers_of_ones_own(multiply, with_scaler: bool) -> None:
+    model, scaler = Network(), new_scaler()
+    scaler.scale(torch.ones(()))  # which sets its scale up
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk)
+    with told(None):
+        for seed in range(4):
+            losses = model.losses(batch(seed=seed))
+            losses = {task: multiply(loss, scaler) for task, loss in losses.items()}
+            balancer.backward(losses, scaler=scaler if with_scaler else None)
+
+
+def test_losses_are_looked_at_in_the_first_steps_only(monkeypatch) -> None:
+    looked = []
+    monkeypatch.setattr("mtbalance._watch._scales", lambda: looked.append(1) or set())
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk)
+    for seed in range(5):
+        losses = model.losses(batch(seed=seed))
+        balancer.backward({task: loss * torch.tensor(2.0) for task, loss in losses.items()})
+    assert len(looked) == 3
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk)
+    balancer.backward(model.losses(batch()))
+    assert len(looked) == 3, "plain losses need no search"
