@@ -87,7 +87,7 @@ class SharedParts:
                 "`shared` must hold modules that are sharded already, but they have been sharded "
                 "since the Balancer was made. Make it after fully_shard."
             )
-        return before != self._numbers
+        return self.given and before != self._numbers
 
     def _resolve(self) -> None:
         groups = {name: _named_parameters(members) for name, members in self._members.items()}

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -470,6 +471,23 @@ def test_a_model_of_another_process_is_found(setting: Any) -> None:
     for task in losses():
         right = gradients_of(straight, parts, {task: losses()[task]})
         assert_equal_states(gradients_of(balancer, others, {task: their_losses()[task]}), right)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_knows_what_is_shared(copied: Any) -> None:
+    """A task alone is balanced where another one has been before the copy was made."""
+    model, balancer = Network(), inferring(TASKS)
+    balancer.backward(model.losses(batch()))
+    others = copied((model, balancer))
+    for task in TASKS:
+        right, found, plain = (
+            gradients_of(its, list(each.parameters()), {task: each.losses(batch())[task]})
+            for each, its in ((model, balancer), others, (model, inferring(TASKS)))
+        )
+        assert_equal_states(found, right)
+        assert any(
+            g is not None and not torch.equal(g, r) for g, r in zip(plain, right, strict=True)
+        )
 
 
 def test_a_loaded_split_replaces_what_was_seen_since() -> None:
