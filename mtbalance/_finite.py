@@ -148,12 +148,15 @@ class NonFinite:
             )
         return self._skipped(losses, ())
 
-    def ended_unwritten(self, what: str, losses: Mapping[str, Tensor]) -> Record:
+    def ended_unwritten(
+        self, what: str, losses: Mapping[str, Tensor], earlier: Collection[str]
+    ) -> Record:
         """Return the record of a step that was not written as it is not finite, or raise.
 
         Args:
             what: What is not finite though the gradients of the tasks are.
             losses: Losses of the tasks.
+            earlier: Tasks whose loss or gradient was not, and that have no part in it.
         """
         if self.raises:
             raise FloatingPointError(
@@ -162,7 +165,7 @@ class NonFinite:
                 "step, as 'drop' does where no task is to blame; numbers above what a dtype holds "
                 "(65504 in float16) need smaller losses, or parameters in float32."
             )
-        return self._skipped(losses, ())
+        return self._skipped(losses, self.ordered(earlier))
 
     def overflow(
         self, losses: Mapping[str, Tensor], found: tuple[str, ...], earlier: Collection[str]
@@ -174,8 +177,14 @@ class NonFinite:
             found: The tasks among them whose gradients are not finite.
             earlier: Tasks whose loss was not, and that have no part in it.
         """
-        absent = self.absent([*losses, *earlier])
-        return Record(tuple(losses), dict(losses), absent=absent, nonfinite=found, overflow=True)
+        return Record(
+            tuple(losses),
+            dict(losses),
+            absent=self.absent([*losses, *earlier]),
+            nonfinite=self.ordered({*found, *earlier}),
+            dropped=self.ordered(earlier),
+            overflow=True,
+        )
 
     def _skipped(self, losses: Mapping[str, Tensor], nonfinite: tuple[str, ...]) -> Record:
         names = self.ordered(losses)

@@ -187,7 +187,7 @@ class Steps:
         if bad_now is not None and scale is not None:
             return policy.overflow(table.losses, (), table.nonfinite)
         if bad_now is not None:
-            return policy.ended_unwritten(bad_now, table.losses)
+            return policy.ended_unwritten(bad_now, table.losses, table.nonfinite)
         if setting.keeps_weights:
             solutions = {number: outcome.solution for number, outcome in outcomes.items()}
             self._kept.keep(tuple(table.losses), solutions)

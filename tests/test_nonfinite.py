@@ -364,6 +364,21 @@ def test_infinities_reach_the_scaler_which_skips(name: str) -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_dropped_task_is_named_where_the_others_overflow(*, scaled: bool) -> None:
+    """It was there, so it is not absent, and it was not finite."""
+    h = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    losses = {"a": 6e4 * h[0], "b": 6e4 * h[0], "c": h.sum() * float("nan")}
+    balancer = Balancer(Equal(), CAGrad(), tasks=("a", "b", "c"), shared=[h], nonfinite="drop")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0) if scaled else None
+    record = balancer.backward(losses, scaler=scaler)
+    assert (record.skipped, record.overflow) == (not scaled, scaled)
+    assert record.tasks == ("a", "b")
+    assert record.nonfinite == ("c",)
+    assert record.absent == ()
+    assert record.dropped == (("c",) if scaled else ())
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_learned_weights_stay_where_a_scaler_skips(strategy) -> None:
     """In an optimizer of their own, too, which the scaler refuses to step without gradients."""
