@@ -25,7 +25,7 @@ def main() -> int:
             run(case)
         except MismatchError as error:
             failed += 1
-            print(f"--- seed {seed} ---\n{error}\n")  # noqa: T201
+            print(f"--- seed {seed} ---\n{error}\n", flush=True)  # noqa: T201
     print(f"{given.cases} cases, {failed} failed")  # noqa: T201
     return int(failed > 0)
 

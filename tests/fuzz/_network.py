@@ -91,10 +91,28 @@ class Part(nn.Module):
             self.linear = nn.Linear(WIDTH, WIDTH, dtype=dtype)
             if plan.kind == "tied" and first is not None and hasattr(first, "linear"):
                 self.linear.weight = first.linear.weight
+        self.more = nn.ModuleList()
+        """Layers that are added later."""
         if plan.frozen:
             self.requires_grad_(False)
 
+    def grow(self) -> tuple[nn.Parameter | None, nn.Parameter]:
+        """Replace the weight of a linear layer, or add one; return what is gone and what is new."""
+        if len(self.more):
+            old = self.more[-1].weight
+            self.more[-1].weight = nn.Parameter(-old.detach())
+            return old, self.more[-1].weight
+        self.more.append(nn.Linear(WIDTH, WIDTH, bias=False, dtype=DTYPES[self.plan.dtype]))
+        return None, self.more[0].weight
+
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """Return what it makes of a batch."""
+        h = self._own(x, words)
+        for layer in self.more:
+            h = layer(h).tanh()
+        return h
+
+    def _own(self, x: Tensor, words: Tensor) -> Tensor:
         kind = self.plan.kind
         x = x.to(DTYPES[self.plan.dtype])
         if kind in ("embedding", "sparse"):

@@ -43,6 +43,10 @@ class Rows:
     """The sizes of what was added up to the gradients."""
     nonfinite: set[str] = field(default_factory=set)
     batches: int = 0
+    dense: dict[str, set[str]] = field(default_factory=dict)
+    """By task, the parameters whose gradient is not sparse."""
+    spoilt: bool = False
+    """Whether some gradient is infinite or NaN by what it is of, and not for its size."""
     reach: dict[str, set[str]] = field(default_factory=dict)
     """What each loss reaches, beyond features too."""
 
@@ -81,6 +85,8 @@ class Expected:
     tremor: float = 0.0
     """How far, relative to their entries, the library's rows may be from these."""
     at_features: bool = False
+    dense: set[str] = field(default_factory=set)
+    """The parameters whose direction is not sparse."""
     falls_back: bool = False
     written: list[Written] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
@@ -144,12 +150,15 @@ class Oracle:
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if at:
             named = {f"feature {n}": outputs[n] for n in at} | named
-        rows = Rows(batches=1)
+        rows = Rows(batches=1, spoilt=bool(call.faults))
         for task, loss in losses.items():
             slopes = torch.autograd.grad(
                 loss * scale, list(named.values()), retain_graph=True, allow_unused=True
             )
             rows.losses[task] = float(loss.detach())
+            rows.dense[task] = {
+                n for n, s in zip(named, slopes, strict=True) if s is not None and not s.is_sparse
+            }
             found = {n: s for n, s in zip(named, slopes, strict=True) if s is not None}
             rows.exact[task] = {name: numbers(slope) for name, slope in found.items()}
             keep = numbers if at else self.kept_as
@@ -186,14 +195,32 @@ class Oracle:
             for name in names:
                 self.reached_by.setdefault(name, set()).add(task)
 
+    def can_restart(self) -> bool:
+        """Return whether a saved state says all of what is shared.
+
+        Of an inferred split it holds what each task has reached, so nothing of those not yet seen.
+        """
+        seen = set().union(*self.reached_by.values())
+        return self.case.shared[0] != "inferred" or seen == set(self.tasks)
+
     def leaves_out(self) -> bool:
         """Return whether several tasks may reach what is not among the shared parameters given."""
         kind, chosen = self.case.shared
         named = {f"trunks.{n}." for trunks in chosen for n in trunks}
         return kind != "inferred" and any(
-            len(tasks) > 1 and not any(name.startswith(prefix) for prefix in named)
+            len(tasks) > 1
+            and not (any(name.startswith(prefix) for prefix in named) and self.is_given(name))
             for name, tasks in self.reached_by.items()
         )
+
+    def is_given(self, name: str) -> bool:
+        """Return whether a trunk's parameter is shared with it: not what has come later."""
+        return self.case.shared[0] != "parameters" or ".more." not in name
+
+    def grow(self, trunk: int) -> None:
+        """Let a trunk have other parameters."""
+        for name in [n for n in self.reached_by if n.startswith(f"trunks.{trunk}.more.")]:
+            del self.reached_by[name]
 
     def groups(self, names: Sequence[str], network: Network) -> dict[int, list[str]]:
         """Return which of the parameters are balanced, by the number of their group."""
@@ -207,6 +234,7 @@ class Oracle:
             found = {}
             for number, trunks in enumerate(chosen):
                 own = [by_id[id(p)] for n in trunks for p in network.trunks[n].parameters()]
+                own = [name for name in own if self.is_given(name)]
                 found[number] = [name for name in dict.fromkeys(own) if name in names]
         return {number: group for number, group in found.items() if group}
 
@@ -223,6 +251,7 @@ class Oracle:
         pending.nonfinite |= rows.nonfinite
         for task, loss in rows.losses.items():
             earlier = pending.gradients.setdefault(task, {})
+            pending.dense.setdefault(task, set()).update(rows.dense[task])
             pending.losses[task] = pending.losses.get(task, 0.0) + loss
             for name, gradient in rows.gradients[task].items():
                 earlier[name] = earlier.get(name, 0.0) + gradient
@@ -241,6 +270,7 @@ class Oracle:
         accumulated: bool = False,
         look_ahead: Any = None,
         record: Any = None,
+        solves: bool = False,
     ) -> Expected:
         """Take a step with these rows.
 
@@ -252,6 +282,7 @@ class Oracle:
             accumulated: Whether the backward passes have been made.
             look_ahead: Returns the derivatives by the lambdas, for Auto-Lambda.
             record: What the library says; its weights, once compared, are used for the rows.
+            solves: Whether kept weights have been tried and do not serve.
         """
         self.note(rows)
         order = [task for task in self.tasks if task in rows.losses]
@@ -263,28 +294,39 @@ class Oracle:
         if ended is not None:
             return ended
         one_pass = self.one_pass and not accumulated
-        reuses = self._reuses(rows, bad, order, network, accumulated=accumulated)
+        reuses = not solves and self._reuses(rows, bad, order, network, accumulated=accumulated)
+        as_kept = rows.gradients
         if one_pass or reuses:
             rows.gradients = rows.exact
         broken = [t for t in good if not _finite(rows.gradients[t].values())]
         if not (one_pass or reuses) and self._shares_nothing(rows, good, network):
             return Expected(ValueError)
-        if self.policy != "propagate" and broken:
+        # Weighted ones may be small enough for their dtype, or cancel.
+        unsure = broken and (one_pass or reuses) and not rows.spoilt and _is_fine(record)
+        if self.policy != "propagate" and broken and not unsure:
+            if reuses:
+                base["reused"] = True
+                # Counts as a day of the kept weights, unless an error ends it.
+                self.age += self.policy != "raise" or scale is not None
             if scale is not None:
-                return self._overflow(rows, good, broken, base, one_pass=one_pass)
-            if one_pass:
+                # In a pass of the sum nobody knows whose it is.
+                named = () if one_pass or reuses else tuple(broken)
+                return self._overflow(_not_finite(rows, broken), good, bad, named, base)
+            if one_pass or (reuses and self.policy != "drop"):
                 if self.policy == "raise":
                     return Expected(FloatingPointError)
                 return self._count(
                     Expected(fields={**base, "tasks": tuple(good), "skipped": True, "dropped": ()})
                 )
-            reuses = False
+            base["reused"] = reuses = False
+            rows.gradients = as_kept
             bad = tuple(task for task in order if task in (*bad, *broken))
             good = [task for task in good if task not in broken]
             base["nonfinite"] = bad
             ended = self._ended(good, bad, absent)
             if ended is not None:
                 return ended
+        self.weighting.remember()
         falls_back = False
         if look_ahead is not None:
             slopes = look_ahead(rows, good)
@@ -301,14 +343,28 @@ class Oracle:
             slopes={task: slope * (scale or 1.0) for task, slope in own.items()},
             falls_back=falls_back,
         )
+        self._expect(expected, rows, good, network, one_pass=one_pass, reuses=reuses)
+        if not unsure and self._cannot_be_held(
+            expected, rows, network, record, exact=not (one_pass or reuses), reuses=reuses
+        ):
+            self.weighting.undo()
+            self.age += reuses and (self.policy != "raise" or scale is not None)
+            if reuses and self.policy == "drop" and scale is None:
+                rows.gradients = as_kept
+                return self.step(rows, network, log_var, scale, record=record, solves=True)
+            if scale is not None:
+                return self._overflow([], good, bad, (), {**base, "reused": reuses})
+            if self.policy == "raise":
+                return Expected(FloatingPointError)
+            fields = {**base, "tasks": tuple(good), "skipped": True, "dropped": ()}
+            return self._count(Expected(fields={**fields, "reused": reuses}))
         if reuses:
             expected.fields["reused"] = True
             self.age += 1
         elif self.case.gradient[0] in ("PCGrad", "CAGrad") and not _at_features(rows):
             expected.keeps = tuple(good)
-        self._expect(expected, rows, good, network, one_pass=one_pass, reuses=reuses)
-        if self.policy == "propagate" and broken:
-            expected.broken = _not_finite(rows, broken)
+        if broken and (unsure or self.policy == "propagate"):
+            expected.broken = [] if unsure else _not_finite(rows, broken)
             expected.keeps = None
             if not (one_pass or reuses or _at_features(rows)):
                 self.forget()
@@ -332,23 +388,29 @@ class Oracle:
 
     def _overflow(
         self,
-        rows: Rows,
+        broken: list[str],
         good: Sequence[str],
-        broken: Sequence[str],
+        earlier: Sequence[str],
+        named: Sequence[str],
         base: Mapping[str, Any],
-        *,
-        one_pass: bool,
     ) -> Expected:
-        """Return what is expected where a scaler is to see what is not finite."""
-        names = _not_finite(rows, broken)
-        fields = {**base, "tasks": tuple(good), "skipped": False, "dropped": ()}
-        if not one_pass:
-            fields |= {"overflow": True, "nonfinite": tuple(broken)}
-        return self._count(Expected(fields=fields, broken=names))
+        """Return what is expected where a scaler is to see what is not finite.
+
+        Args:
+            broken: The parameters whose gradients must not be finite.
+            good: The tasks whose gradients are passed on.
+            earlier: The tasks that were left out before.
+            named: The tasks whose gradients are known not to be finite.
+            base: Fields of the record.
+        """
+        nonfinite = tuple(task for task in self.tasks if task in {*earlier, *named})
+        fields = {**base, "overflow": True, "nonfinite": nonfinite}
+        fields |= {"tasks": tuple(good), "skipped": False, "dropped": tuple(earlier)}
+        return self._count(Expected(fields=fields, broken=broken))
 
     def _compared(self, weights: dict[str, float], record: Any) -> dict[str, float]:
         """Return the library's weights, which must be these up to rounding."""
-        if record is None:
+        if record is None or record.skipped or record.overflow:
             return weights
         got = {task: float(weight) for task, weight in record.weights.items()}
         assert got.keys() == weights.keys(), f"weights of {list(got)}, not of {list(weights)}"
@@ -358,6 +420,36 @@ class Oracle:
         if self.weighting.name == "AutoLambda":
             self.weighting.lambdas |= got  # whose rounding would add up
         return got
+
+    def _cannot_be_held(
+        self,
+        expected: Expected,
+        rows: Rows,
+        network: Network,
+        record: Any,
+        *,
+        exact: bool,
+        reuses: bool,
+    ) -> bool:
+        """Return whether a direction of finite rows is more than its parameters can hold.
+
+        Where rounding, a draw or what is added up on the way decides, the library does.
+        """
+        if self.policy == "propagate" or _at_features(rows):
+            return False
+        parameters = dict(network.named_parameters())
+        must = might = False
+        for part in expected.written:
+            sizes = [len(numbers(parameters[name])) for name in part.names]
+            dtypes = [parameters[name].dtype for name in part.names]
+            largest = np.repeat([torch.finfo(dtype).max / 2 for dtype in dtypes], sizes)
+            far = np.abs(part.answer.directions) / 2
+            must |= bool((far > 1.01 * largest).any(1).all()) and not part.answer.entrywise
+            must |= bool((far > 1.01 * largest).all(0).any())
+            might |= bool((far > 0.98 * largest).any())
+            might |= not exact and bool((part.scale > 0.1 * largest).any())
+        said = record is None or record.overflow or record.skipped or record.reused != reuses
+        return must or (might and said)
 
     def _shares_nothing(self, rows: Rows, good: Sequence[str], network: Network) -> bool:
         """Return whether what is shared was inferred, and some task has no part in it."""
@@ -422,6 +514,9 @@ class Oracle:
             shared = [name for group in groups.values() for name in group]
             expected.raw = self._matrix(rows, good, shared)
         expected.tremor = self._tremor(rows)
+        expected.dense = set().union(*(rows.dense[task] for task in good))
+        if self.gradient.name == "GradDrop":
+            expected.dense |= {name for group in groups.values() for name in group}
         weights = np.array([expected.weights[task] for task in good])
         ordered = self.case.shared[0] != "inferred" or any(n.startswith("feature") for n in names)
         for number, group in groups.items():
@@ -463,6 +558,12 @@ class Oracle:
         if answer.coefficients is not None:
             factors = factors * np.maximum(1, np.abs(answer.coefficients).max(0))
         blurred = not exact or "chunk" in self.case.options or self.sparse
+        largest = max(
+            factor * rows.sizes[task][name].max(initial=0)
+            for task, factor in zip(good, factors, strict=True)
+            for name in names
+            if name in rows.sizes[task]
+        )
         size = np.zeros(0)
         for name in names:
             own = sum(
@@ -471,10 +572,19 @@ class Oracle:
                 if name in rows.sizes[task]
             )
             # Sums are taken on the way down, where others of the parameter's entries have a part.
-            size = np.append(size, np.full_like(own, own.max(initial=0)) if blurred else own)
+            if blurred:
+                own = np.full_like(own, max(own.max(initial=0), 0.02 * largest))
+            size = np.append(size, own)
         precision = self._precision(names, rows, network, blurred=blurred)
         # Where numbers are next to zero, their spacing does not shrink with them.
         spacing = torch.finfo(DTYPES[self.case.plan.dtype]).smallest_normal * 2.0**-8
+        # Terms that cancel in a loss leave the rounding of what they are.
+        loss_scale = self.case.scale or 1.0
+        factors = [
+            f * abs(self.case.plan.heads[t].factor) for t, f in zip(good, factors, strict=True)
+        ]
+        own = [f for t, f in zip(good, factors, strict=True) if set(names) & set(rows.sizes[t])]
+        spacing += rounding(DTYPES[self.case.plan.dtype]) * loss_scale * max(own, default=0.0)
         answer = answer._replace(slack=answer.slack + spacing)
         return Written(names, answer, size, precision)
 
@@ -543,6 +653,11 @@ def _not_finite(rows: Rows, tasks: Sequence[str]) -> list[str]:
         if not name.startswith("feature")
         and not _finite(rows.gradients[t][name] for t in tasks if name in rows.gradients[t])
     )
+
+
+def _is_fine(record: Any) -> bool:
+    """Return whether the library says that it has written a step."""
+    return record is not None and not (record.skipped or record.overflow)
 
 
 def _finite(arrays: Any) -> bool:

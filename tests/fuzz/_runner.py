@@ -38,7 +38,7 @@ class Run:
         self.world = World(case)
         self.twin: World | None = None
         self.oracle = Oracle(case)
-        self.warned: list[str] = []
+        self.frozen = False
 
     def run(self) -> None:
         number = 0
@@ -50,12 +50,24 @@ class Run:
             raise MismatchError(f"{what}{error}\nin call {number} of\n{self.case}") from error
 
     def call(self, call: Call) -> None:
+        if call.kind == "restart" and not self.oracle.can_restart():
+            return
+        if call.kind == "load" and not self.oracle.can_restart():
+            call = Call("discard")
+        if call.kind == "restart":
+            self.world.balancer.discard()
+            self.oracle.pending = None
         if call.kind in ("restart", "copy"):
             self.twin = self.world
             self.world = self.world.restarted() if call.kind == "restart" else self.world.copied()
             return
         grads = {name: p.grad for name, p in self.world.named().items()}
         before = {n: None if g is None else numbers(g).copy() for n, g in grads.items()}
+        self.was_sparse = {n: g is None or g.is_sparse for n, g in grads.items()}
+        self.world.fired.clear()
+        if call.kind == "grow":
+            self.oracle.grow(call.trunk)
+        self.frozen = (call.kind == "freeze") or (self.frozen and call.kind != "thaw")
         expect = getattr(self, f"_expect_{call.kind}", None)
         plan = None if expect is None else expect(call)  # looks at the world as it is
         result, error, told = self._attempt(self.world, call)
@@ -85,6 +97,8 @@ class Run:
     def _expect_backward(self, call: Call) -> Any:
         if call.wrong:
             return lambda record: Expected((ValueError, TypeError))
+        if self.frozen:
+            return lambda record: Expected(ValueError)
         at = () if self.oracle.one_pass or self.oracle.pending else call.features
         if at and self._goes_past(call):
             return lambda record: Expected(ValueError)
@@ -139,6 +153,18 @@ class Run:
             look_ahead=ahead,
             record=record,
         )
+
+    def _expect_discard(self, call: Call) -> Any:
+        del call
+
+        def discard(record: Any) -> Expected:
+            del record
+            self.oracle.pending = None
+            return Expected()
+
+        return discard
+
+    _expect_load = _expect_discard
 
     def _expect_end_epoch(self, call: Call) -> Any:
         del call
@@ -250,13 +276,19 @@ class Run:
         told: list[str],
     ) -> None:
         record = result if isinstance(result, Record) else None
+        discards = call.kind == "load" and self.oracle.pending is not None
         expected: Expected = plan(record)
+        told = self._compare_told(told, discards=discards)
+        self._compare_hooks(call, expected)
         if expected.error is not None:
             _check(
                 isinstance(error, expected.error),
                 f"{expected.error} was expected, but {error!r} came, {record}",
             )
             self._nothing_written(before)
+            with_graph = all(self.case.plan.heads[task].own for task in call.tasks)
+            if self.frozen and with_graph:
+                _check("frozen" in str(error), f"the error does not say frozen: {error}")
         elif error is not None:
             raise error
         if call.kind == "end_epoch":
@@ -270,7 +302,7 @@ class Run:
             stubborn |= any(t.kind == "sparse" for t in self.case.plan.trunks)
             allowed = ("chunk" in self.case.options and stubborn) or expected.falls_back
             _check(allowed, f"fell back: {fallbacks}")
-        if expected.error is not None or call.kind in ("accumulate", "reset"):
+        if expected.error is not None or call.kind not in ("backward", "apply"):
             if expected.error is None:
                 self._nothing_written(before)
             return
@@ -285,6 +317,30 @@ class Run:
             self._nothing_written(before)
             return
         self._compare_numbers(expected, record, before)
+
+    def _compare_told(self, told: list[str], *, discards: bool) -> list[str]:
+        """Check what is said of rows that are discarded, and return everything else."""
+        other = [m for m in told if "is discarded, as a state is loaded" not in m]
+        _check(len(told) - len(other) == discards, f"warnings {told}")
+        return other
+
+    def _compare_hooks(self, call: Call, expected: Expected) -> None:
+        """Check which hooks on accumulated gradients were called, and when."""
+        fired = self.world.fired
+        _check(len(set(fired)) == len(fired), f"hooks were called more than once: {fired}")
+        if expected.broken is None:
+            want: set[str] = set()
+            ended = expected.error is not None or call.kind not in ("backward", "apply")
+            if not (ended or expected.fields["skipped"] or not expected.fields["tasks"]):
+                want = {name for part in expected.written for name in part.names}
+                want |= {name for name in self.world.named() if name.startswith("weighting")}
+            _check(set(fired) == want, f"hooks of {fired} were called, and should be of {want}")
+        if fired:
+            now, seen = self.world.grads(), self.world.seen
+            same = now.keys() == seen.keys() and all(
+                np.array_equal(now[name], seen[name], equal_nan=True) for name in now
+            )
+            _check(same, "hooks were called before all gradients were final")
 
     def _nothing_written(self, before: Mapping[str, Array | None]) -> None:
         for name, parameter in self.world.named().items():
@@ -312,6 +368,15 @@ class Run:
                 grad is not None and not np.isfinite(numbers(grad)).all(),
                 f"{name}.grad should not be finite, but is {grad}",
             )
+        if not expected.fields["overflow"]:
+            return
+        grads = [p.grad for p in self.world.named().values() if p.grad is not None]
+        _check(not all(np.isfinite(numbers(g)).all() for g in grads), "a scaler sees no overflow")
+        for name, p in self.world.named().items():
+            if name.startswith("weighting"):
+                want = np.zeros(p.numel()) if before[name] is None else before[name]
+                same = p.grad is not None and np.array_equal(numbers(p.grad), want)
+                _check(same, f"{name} should get the gradient 0, but got {p.grad}")
 
     def _compare_numbers(
         self, expected: Expected, record: Record, before: Mapping[str, Array | None]
@@ -332,6 +397,9 @@ class Run:
             kept = {number: record.combination.double().numpy() / weights for number in kept}
         for name, p in named.items():
             if name in written:
+                if not expected.at_features:
+                    sparse = self.was_sparse[name] and name not in expected.dense
+                    _check(p.grad.is_sparse == sparse, f"{name}.grad is {p.grad}, {sparse = }")
                 if before[name] is None and not p.grad.is_sparse:
                     _check(p.grad.stride() == p.stride(), f"{name}.grad has another layout")
                 continue
@@ -365,7 +433,7 @@ class Run:
             now = numbers(grad)
             old = before[name]
             stop = start + len(now)
-            if grad.dtype == torch.float16 and (self.case.scale is not None or old is not None):
+            if grad.dtype == torch.float16:
                 part.largest[start:stop] = torch.finfo(grad.dtype).max
             if old is not None:
                 part.before[start:stop] = old
@@ -405,6 +473,8 @@ class Run:
         sizes = np.abs(raw) @ np.concatenate(
             [np.zeros(0), *[p.tolerance + 1e-6 * p.scale for p in expected.written[:groups]]]
         )
+        if not np.isfinite(direction).all():  # more than its dtype holds, on top of what was there
+            return
         progress = record.progress.numpy() * scale
         _check(
             (np.abs(progress - raw @ direction) <= 2 * sizes + 1e-300).all(),

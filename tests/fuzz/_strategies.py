@@ -81,6 +81,8 @@ class Strategy:
         """Project vectors that remember of what they are made."""
         m, p = rows.shape
         marked = np.hstack([rows, np.eye(m)])
+        norms = np.linalg.norm(rows, axis=1)
+        counts = norms > 1e-30 * norms.max()
         outcomes = []
         for task in range(m):
             others = [j for j in range(m) if j != task]
@@ -91,7 +93,7 @@ class Strategy:
                 for j in order:
                     length = rows[j] @ rows[j]
                     inner = g[:p] @ rows[j]
-                    if length > 0 and inner < 0:
+                    if counts[j] and inner < 0:
                         g -= inner / length * marked[j]
                 found.append(g[p:])
             if self.options.get("expectation"):
@@ -234,6 +236,16 @@ class Weighting:
         if self.name == "DWA":
             return self._dwa(losses), {}
         return dict.fromkeys(losses, 1.0), {}
+
+    def remember(self) -> None:
+        """Remember what there is before a step."""
+        names = ("sums", "counts", "lambdas", "first", "second", "steps")
+        self.before = {name: dict(getattr(self, name)) for name in names}
+
+    def undo(self) -> None:
+        """Forget what the last step has left."""
+        for name, value in self.before.items():
+            setattr(self, name, value)
 
     def _dwa(self, losses: Mapping[str, float]) -> dict[str, float]:
         for task, loss in losses.items():

@@ -12,6 +12,7 @@ from mtbalance import Balancer, gradient, weighting
 from tests.fuzz._cases import Call, Case
 from tests.fuzz._network import DTYPES, Network
 from tests.fuzz._oracle import numbers
+from tests.fuzz._strategies import Array
 
 RATE = 0.05
 
@@ -23,11 +24,37 @@ class World:
         self.case = case
         torch.manual_seed(case.seed)
         self.network = Network(case.plan)
+        self.order = [name for name, _ in self.network.named_parameters()]
         self.optimizer = self.new_optimizer()
         self.balancer = self.new_balancer()
         self.scaler = None
         if case.scale is not None:
             self.scaler = torch.amp.GradScaler("cpu", init_scale=case.scale)
+        self.watch()
+
+    def watch(self) -> None:
+        """Look at what hooks on accumulated gradients see."""
+        self.fired: list[str] = []
+        self.seen: dict[str, Array] = {}
+        """``.grad`` when the first of them was called."""
+        for name in [name for name, p in self.named().items() if p.requires_grad]:
+            self.watch_one(name)
+
+    def watch_one(self, name: str) -> None:
+        """Look at what is accumulated for a parameter."""
+
+        def note(parameter: Tensor) -> None:
+            del parameter
+            if not self.fired:
+                self.seen = self.grads()
+            self.fired.append(name)
+
+        self.named()[name].register_post_accumulate_grad_hook(note)
+
+    def grads(self) -> dict[str, Array]:
+        """Return what is in ``.grad``, by the name of the parameter."""
+        named = self.named()
+        return {n: numbers(p.grad).copy() for n, p in named.items() if p.grad is not None}
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         name, options = self.case.weighting
@@ -35,7 +62,8 @@ class World:
         if name == "AutoLambda":
             wanted = {k: options[k] for k in ("momentum", "weight_decay")}
             wanted["nesterov"] = options["nesterov"] and options["momentum"] > 0
-        return torch.optim.SGD(self.network.parameters(), lr=RATE, **wanted)
+        named = dict(self.network.named_parameters())
+        return torch.optim.SGD([named[name] for name in self.order], lr=RATE, **wanted)
 
     def new_balancer(self) -> Balancer:
         case = self.case
@@ -71,10 +99,11 @@ class World:
         other.network = copy.deepcopy(self.network)
         _copy_grads(self.network, other.network)
         other.optimizer = other.new_optimizer()
-        other.optimizer.load_state_dict(self.optimizer.state_dict())
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         other.balancer = other.new_balancer()
-        other.balancer.load_state_dict(self.balancer.state_dict())
+        other.balancer.load_state_dict(copy.deepcopy(self.balancer.state_dict()))
         _copy_grads(self.balancer, other.balancer)
+        other.watch()
         return other
 
     def copied(self) -> "World":
@@ -85,6 +114,7 @@ class World:
         )
         _copy_grads(self.network, other.network)
         _copy_grads(self.balancer, other.balancer)
+        other.watch()
         return other
 
     def named(self) -> dict[str, Tensor]:
@@ -111,12 +141,37 @@ class World:
             return self.balancer.end_epoch()
         if call.kind == "reset":
             return self.balancer.reset()
+        if call.kind == "discard":
+            return self.balancer.discard()
+        if call.kind == "load":
+            return self.balancer.load_state_dict(copy.deepcopy(self.balancer.state_dict()))
+        if call.kind in ("freeze", "thaw"):
+            for n in {n for group in self.case.shared[1] for n in group}:
+                frozen = call.kind == "freeze" or self.case.plan.trunks[n].frozen
+                self.network.trunks[n].requires_grad_(not frozen)
+        if call.kind == "grow":
+            self.grow(call)
         if call.kind == "zero_grad":
             for parameter in self.named().values():
                 parameter.grad = None
         elif call.kind == "move":
             self.move()
         return None
+
+    def grow(self, call: Call) -> None:
+        """Let a trunk have a layer more, or its last one another weight."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(call.batch)
+            gone, new = self.network.trunks[call.trunk].grow()
+        (name,) = (name for name, p in self.network.named_parameters() if p is new)
+        held = self.optimizer.param_groups[0]["params"]
+        if gone is None:
+            held.append(new)
+            self.order = [*self.order, name]
+        else:
+            held[self.order.index(name)] = new
+            self.optimizer.state.pop(gone, None)
+        self.watch_one(name)
 
     def validation(self, call: Call) -> dict[str, Any]:
         if self.case.weighting[0] != "AutoLambda":
