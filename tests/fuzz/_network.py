@@ -120,7 +120,8 @@ class Part(nn.Module):
         if kind == "scalar":
             return (x * self.factor).tanh()
         if kind == "complex":
-            return torch.view_as_real(self.turn * x).sum(-1).tanh()
+            turned = self.turn * x  # of which both parts matter, and not alike
+            return (turned.real - 0.5 * turned.imag).tanh()
         if kind == "transposed":
             return (x @ self.weight[:WIDTH] + self.weight[WIDTH]).tanh()
         h = self.linear(x).tanh()

@@ -63,7 +63,7 @@ class Strategy:
             for _ in range(2):
                 moved = rows * (1 + tremor * drawn.standard_normal(rows.shape))
                 other = np.array(list(self._coefficients(moved))) @ moved
-                slack = np.maximum(slack, 10 * np.abs(other - directions).max(0))
+                slack = np.maximum(slack, 10 * np.abs(other - directions).max())
         else:
             slack += 1e-8 * np.abs(rows).sum(0)
         return Answer(directions, coefficients, slack)
