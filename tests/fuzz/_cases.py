@@ -212,9 +212,13 @@ class _Draw:
                 calls += [self.losses(case, "backward", there=0.6) for _ in range(3)]
                 calls += [Call("zero_grad"), Call("end_epoch")]
             return (*calls, self.losses(case, "backward", there=1.0))
+        if case.shared[0] == "inferred" and not at_features and self.chance(0.2):
+            calls = [self.losses(case, "backward", there=1.0), Call("zero_grad")]
+            kind = rng.choice(["copy", "copy", "restart"])  # with all of what is shared known
+            return (*calls, Call(kind), self.losses(case, "backward", there=0.0))
         while len(calls) < length or open_batches:
             draw = rng.random()
-            restarted = bool(calls) and calls[-1].kind == "restart"
+            restarted = bool(calls) and calls[-1].kind in ("restart", "copy")
             if open_batches and (draw < 0.3 or len(calls) > length + 4):
                 calls.append(Call("apply"))
                 open_batches = 0
@@ -228,7 +232,7 @@ class _Draw:
                 calls.append(call)
                 open_batches *= bool(call.wrong)  # what was accumulated before an error stays
             else:
-                kinds = ["end_epoch", "end_epoch", "restart", "restart", "copy", "reset"]
+                kinds = ["end_epoch", "end_epoch", "restart", "restart", "copy", "copy", "reset"]
                 kind = rng.choice(kinds + ["reset", "reset"] * keeps + ["end_epoch"] * 3 * epochs)
                 if kind == "reset" and not keeps and self.chance(0.6):
                     kind = "end_epoch"

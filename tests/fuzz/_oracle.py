@@ -366,8 +366,13 @@ class Oracle:
         if broken and (unsure or self.policy == "propagate"):
             expected.broken = [] if unsure else _not_finite(rows, broken)
             expected.keeps = None
+            balanced = expected.written[: len(expected.groups)]
             if not (one_pass or reuses or _at_features(rows)):
                 self.forget()
+                if not {name for part in balanced for name in part.names} & set(expected.broken):
+                    pairs = zip(expected.groups, balanced, strict=True)
+                    solved = {n: part.answer.coefficients for n, part in pairs}
+                    self.keep(tuple(good), {n: c[0] for n, c in solved.items() if c is not None})
                 if self.gradient.name == "PCGrad" and len(good) == 1:  # whose weight is always 1
                     self.keep(tuple(good), {number: np.ones(1) for number in expected.groups})
         return self._count(expected)
