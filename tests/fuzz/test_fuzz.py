@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz._cases import case_of
 from tests.fuzz._runner import run
 
-BLOCKS, CASES = 16, 32
+BLOCKS, CASES = 16, 20
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
