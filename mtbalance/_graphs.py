@@ -1,7 +1,7 @@
 """What the graphs of losses hold: the leaves that they reach, and parts that several need."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,19 +30,22 @@ class Reach(NamedTuple):
     """Per loss, whether a later loss needs a part of its graph."""
 
 
-def is_computed_from(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether the graph of a tensor holds another one, which is no leaf."""
-    seen: set[Node | None] = {tensor.grad_fn}  # outputs of one operation have it in common
-    stack: list[Node | None] = [tensor.grad_fn]
+def nodes_of(losses: Sequence[Tensor], known: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes in the graphs of losses, without looking beyond known ones."""
+    found: set[Node] = set()
+    stack = [loss.grad_fn for loss in losses]
     while stack:
         node = stack.pop()
-        for child, _ in node.next_functions if node is not None else ():
-            if child is other.grad_fn:
-                return True
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return False
+        if node is not None and node not in found and node not in known:
+            found.add(node)
+            stack += [child for child, _ in node.next_functions]
+    return found
+
+
+def is_computed_from(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether the graph of a tensor holds another one, which is no leaf."""
+    own = tensor.grad_fn  # which outputs of one operation have in common
+    return other.grad_fn is not own and other.grad_fn in nodes_of([tensor])
 
 
 def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
@@ -92,8 +95,7 @@ def free(losses: Sequence[Tensor], later: Sequence[Tensor] = ()) -> None:
         losses: Losses whose passes have been made.
         later: Losses whose passes are to come: what their graphs hold stays.
     """
-    needed = _nodes_of(later, set())
-    for node in _nodes_of(losses, needed) - needed:
+    for node in nodes_of(losses, nodes_of(later)):
         for name in _saved_by(type(node)):
             saved: Any = ()
             with suppress(RuntimeError):  # freed already, by another pass
@@ -101,18 +103,6 @@ def free(losses: Sequence[Tensor], later: Sequence[Tensor] = ()) -> None:
             for each in saved if isinstance(saved, tuple) else (saved,):
                 with suppress(RuntimeError):  # nothing is there, or a hook of the user
                     each.register_hooks(_forget, _second_pass)
-
-
-def _nodes_of(losses: Sequence[Tensor], known: set[Node]) -> set[Node]:
-    """Return the nodes in the graphs of losses, without looking beyond known ones."""
-    found: set[Node] = set()
-    stack = [loss.grad_fn for loss in losses]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in found and node not in known:
-            found.add(node)
-            stack += [child for child, _ in node.next_functions]
-    return found
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+
+from mtbalance._graphs import nodes_of
 
 _REENTRANT = "CheckpointFunctionBackward"
 
@@ -15,7 +16,7 @@ def hidden_by(losses: Iterable[Tensor], leaves: Iterable[Tensor]) -> str | None:
         losses: The losses, as far as their graphs are there.
         leaves: What they reach.
     """
-    if any(_holds(loss, _REENTRANT) for loss in losses):
+    if any(node.name() == _REENTRANT for node in nodes_of(list(losses))):
         return (
             f"its graph ends in re-entrant activation checkpointing ({_REENTRANT}), which hides "
             "the parameters behind it. Call torch.utils.checkpoint with use_reentrant=False."
@@ -28,20 +29,3 @@ def hidden_by(losses: Iterable[Tensor], leaves: Iterable[Tensor]) -> str | None:
             "shared as `shared`, the same in every step, or call the module with its parameters."
         )
     return None
-
-
-def _holds(loss: Tensor, name: str) -> bool:
-    """Return whether the graph of a loss holds an operation of that name."""
-    seen: set[Node | None] = {None, loss.grad_fn}
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if node.name() == name:
-            return True
-        for child, _ in node.next_functions:
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return False

@@ -3,8 +3,11 @@
 import gc
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Names:
@@ -76,20 +79,20 @@ def models_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
 
 def outermost_modules() -> list[nn.Module]:
     """Return every module of this process that no other holds."""
-    modules = [module for module in _all_modules() if "_modules" in module.__dict__]
+    modules = [module for module in alive(nn.Module) if "_modules" in module.__dict__]
     inner = {id(child) for module in modules for child in module.children()}
     return [module for module in modules if id(module) not in inner]
 
 
-def _all_modules() -> list[nn.Module]:
-    """Return every module of this process.
+def alive(kind: type[T]) -> list[T]:
+    """Return every object of a kind in this process.
 
     A list of all objects would hold tuples that other threads are building, which ends there in a
     SystemError. So the list is made, read and let go within one call, during which no other thread
     runs, and tells classes only; objects of these refer to them.
     """
     classes = set(map(type, itertools.chain.from_iterable(map(gc.get_objects, [None]))))
-    kinds = {kind for kind in classes if issubclass(kind, nn.Module)}
+    kinds = {each for each in classes if issubclass(each, kind)}
     return [found for found in gc.get_referrers(*kinds) if type(found) in kinds]
 
 

@@ -6,6 +6,7 @@ passes of combinations serve; else there is one for each task, and a table of th
 written before everything is known: an error in a strategy leaves no trace.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -79,26 +80,23 @@ class Steps:
     @hooks_when_written()
     def take(self, seen: Seen, setting: Setting) -> Record:
         """Take the step of losses that all processes know of."""
-        return unless_written(setting.weighting, lambda: self._take(seen, setting))
-
-    def _take(self, seen: Seen, setting: Setting) -> Record:
         policy = setting.policy
         ended = policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
+        attempt = functools.partial(unless_written, setting.weighting)
         if setting.one_pass_serves:
-            return self._with_known(seen, setting, {}, self._leaves(seen, setting.company))
+            leaves = self._leaves(seen, setting.company)
+            return attempt(lambda: self._with_known(seen, setting, {}, leaves))
         fit = setting.keeps_weights and not seen.nonfinite
         if fit and self._kept.serve(seen.losses, setting.every):
             groups, rest = self._divided(seen, setting.company)
             if self._kept.cover(groups):
-                record = unless_written(
-                    setting.weighting, lambda: self._with_known(seen, setting, groups, rest)
-                )
+                record = attempt(lambda: self._with_known(seen, setting, groups, rest))
                 if not (policy.drops and record.skipped):
                     return record
         rows = setting.place.rows(seen, setting.company, setting.scaler)
-        return self._with_rows(rows, seen, setting)
+        return attempt(lambda: self._with_rows(rows, seen, setting))
 
     @hooks_when_written()
     def take_accumulated(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:

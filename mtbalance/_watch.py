@@ -1,6 +1,5 @@
 """Notices loops that run, but do not do what was meant: each is told in one warning."""
 
-import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from mtbalance._names import outermost_modules
+from mtbalance._names import alive, outermost_modules
 from mtbalance._record import EpochSummary, Record
 from mtbalance._shards import local
 from mtbalance.weighting._base import Weighting
@@ -111,13 +110,7 @@ def _factors_of(loss: Tensor) -> Iterator[int]:
 
 def _scales() -> set[int]:
     """Return where in memory the scales of this process's gradient scalers are."""
-    kinds, found = {GradScaler}, [GradScaler]
-    while found:
-        more = found.pop().__subclasses__()
-        kinds.update(more)
-        found += more
-    scalers = [scaler for scaler in gc.get_referrers(*kinds) if type(scaler) in kinds]
-    scales = [getattr(scaler, "_scale", None) for scaler in scalers]
+    scales = [getattr(scaler, "_scale", None) for scaler in alive(GradScaler)]
     return {scale.data_ptr() for scale in scales if isinstance(scale, Tensor)}
 
 

@@ -31,6 +31,18 @@ class Network(nn.Module):
         return losses
 
 
+class ReadsItsGradient(torch.autograd.Function):
+    """An operation whose backward pass looks at a number, which vmap cannot."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> Tensor:
+        return slope * (1.0 if float(slope.sum()) < 1e9 else 2.0)
+
+
 def batch(rows: int = 8, seed: int = 0) -> Tensor:
     """Return a random batch, shape (rows, 4), float64."""
     return randn(rows, 4, seed=seed, dtype=torch.float64)

@@ -14,21 +14,9 @@ from mtbalance import Balancer
 from mtbalance._passes import BatchedPasses
 from mtbalance.gradient import CAGrad
 from mtbalance.weighting import Equal
-from tests._networks import TASKS, Network, batch
+from tests._networks import TASKS, Network, ReadsItsGradient, batch
 
 Losses = dict[str, Tensor]
-
-
-class ReadsItsGradient(torch.autograd.Function):
-    """An operation whose backward pass looks at a number, which vmap cannot."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> Tensor:
-        return slope * (1.0 if float(slope.sum()) < 1e9 else 2.0)
 
 
 class CallsOutside(torch.autograd.Function):

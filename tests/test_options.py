@@ -14,7 +14,15 @@ from torch.testing import assert_close
 from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import DWA, Equal, Uncertainty
-from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
+from tests._networks import (
+    TASKS,
+    Network,
+    ReadsItsGradient,
+    batch,
+    flat_grad,
+    gradients,
+    raw_rows,
+)
 
 # --- every ----------------------------------------------------------------------------------------
 
@@ -333,18 +341,6 @@ def test_batched_passes_leave_heads_to_their_tasks() -> None:
     balancer.backward(model.losses(batch()))
     uses = {row.use for row in balancer.explain(model=model).rows}
     assert uses == {"shared by all tasks", *(f"specific to {task}" for task in TASKS)}
-
-
-class ReadsItsGradient(torch.autograd.Function):
-    """An operation whose backward pass looks at a number, which vmap cannot."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> Tensor:
-        return slope * (1.0 if float(slope.sum()) < 1e9 else 2.0)
 
 
 def test_what_cannot_be_batched_runs_one_by_one_and_is_counted() -> None:

@@ -322,14 +322,7 @@ class Slide:
         """Read a rectangle as `read` does, and say which pixels of level 0 cannot be read.
 
         All others are as if those could be. Where a coarser level is damaged, a finer one has the
-        same pixels: that is for the caller to do.
-
-        Args:
-            x_um: Left edge in um.
-            y_um: Top edge in um.
-            width_um: Width in um.
-            height_um: Height in um.
-            size_px: Width and height of the result in pixels.
+        same pixels: that is for the caller to do. The arguments are those of `read`.
 
         Raises:
             LevelError: If a level other than 0 cannot be decoded, or the file not opened anew.
