@@ -72,7 +72,7 @@ class Outcome:
         error: Why it is not done, in one line.
         value: What it returned; None if it is not done.
         seconds: Time that the last attempt took, without waiting for a worker.
-        attempts: How often it was begun; more than once where a worker died.
+        attempts: 1, and one more for every worker that died while it was at it.
         ends_run: Whether no other job would fare better: nothing can be written any more.
     """
 
@@ -109,16 +109,16 @@ def _work(job: Job, run: str, threads: int, deaths: int) -> bytes:
     """Run a job in a worker and return its pickled reply; errors are part of it."""
     with _TURN:
         client = get_client()
-        attempts = client.get_metadata([run, job.key], 0) + 1
-        if attempts > deaths:
+        died = client.get_metadata([run, job.key], 0)
+        if died >= deaths:
             return pickle.dumps(_Reply(_killed(job.key, deaths)))
-        client.set_metadata([run, job.key], attempts)
+        client.set_metadata([run, job.key], died + 1)
         torch.set_num_threads(threads)
         started = time.perf_counter()
 
         def reply(status: Literal["done", "failed"], trace: str = "", **more: Any) -> bytes:
             seconds = time.perf_counter() - started
-            outcome = Outcome(job.key, status, seconds=seconds, attempts=attempts, **more)
+            outcome = Outcome(job.key, status, seconds=seconds, attempts=died + 1, **more)
             lines = tuple((record.levelno, record.getMessage()) for record in records)
             return pickle.dumps(_Reply(outcome, lines, trace))
 
@@ -130,6 +130,10 @@ def _work(job: Job, run: str, threads: int, deaths: int) -> bytes:
                 trace = "" if foreseen else "".join(traceback.format_exception(error))
                 ends_run = isinstance(error, OutputError)
                 return reply("failed", trace, error=_words(error), ends_run=ends_run)
+            finally:
+                # A worker that dies later may take this reply with it: the job is then begun
+                # again, though no worker has died of it.
+                client.set_metadata([run, job.key], died)
 
 
 def _words(error: Exception | SystemExit) -> str:

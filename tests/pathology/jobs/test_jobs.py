@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.jobs import cluster as cluster_module
+from examples.pathology.jobs import engine
 from examples.pathology.jobs.cluster import cluster
 from examples.pathology.jobs.engine import Job, run_jobs
 from examples.pathology.jobs.progress import JobProgress, time_left
@@ -216,6 +218,14 @@ def test_a_job_that_kills_its_workers_fails_and_takes_no_other_with_it(two, tmp_
     assert (tmp_path / "times").read_text().split() == ["begun"] * 2
     assert [outcome.value for outcome in outcomes.values()] == [n * n for n in range(8)]
     assert {outcome.attempts for outcome in outcomes.values()} == {1}
+
+
+def test_a_job_begun_again_because_its_reply_was_lost_has_killed_nobody(two):
+    job = Job("square", square, (3,))
+    for _ in range(2):  # the scheduler's way when the worker that held the reply dies
+        reply = two.submit(engine._work, job, "lost", threads=1, deaths=1, pure=False)
+        outcome = pickle.loads(reply.result()).outcome
+        assert (outcome.status, outcome.value, outcome.attempts) == ("done", 9, 1)
 
 
 def test_too_many_failures_end_the_run(two):
