@@ -133,7 +133,7 @@ class Balancer(nn.Module):
         check_row_dtype(dtype)
         self.tasks = check_task_names(tasks)
         self.weighting = weighting.bind(self.tasks)
-        self.gradient = gradient
+        self.gradient = gradient.bind(self.tasks)
         self.nonfinite = nonfinite
         self.process_group = process_group
         self.history: deque[Record] = deque(maxlen=0)

@@ -38,6 +38,25 @@ def check_fraction(name: str, value: float) -> float:
     return float(value)
 
 
+def check_preference(
+    preference: Mapping[str, float] | Sequence[float] | None,
+) -> dict[str, float] | list[float] | None:
+    """Return a copy of preferences if they are finite numbers above zero, by name or in order."""
+    if preference is None:
+        return None
+    if isinstance(preference, Mapping):
+        return {
+            str(task): check_positive(f"preference[{task!r}]", number)
+            for task, number in preference.items()
+        }
+    if not isinstance(preference, Sequence):
+        raise TypeError(
+            "`preference` must map task names to numbers, or be a sequence of numbers in the order "
+            f"of the tasks, but got {type(preference).__name__}."
+        )
+    return [check_positive(f"preference[{i}]", number) for i, number in enumerate(preference)]
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     choices = list(choices)

@@ -204,18 +204,19 @@ def _outcomes(
     """Return the direction of each group, whose rows are then empty."""
     unscale = 1.0 if scale is None else 1.0 / scale
     outcomes = {}
-    for number, part in table.groups.items():
-        gramian, power = table.gramian_of_group(number)
-        outcomes[number] = direction_of(
-            setting.gradient,
-            part.leaves,
-            part.rows,
-            gramian,
-            weighed.weights,
-            unscale,
-            setting.place.first,
-            power,
-        )
+    with setting.gradient.only(weighed.active):
+        for number, part in table.groups.items():
+            gramian, power = table.gramian_of_group(number)
+            outcomes[number] = direction_of(
+                setting.gradient,
+                part.leaves,
+                part.rows,
+                gramian,
+                weighed.weights,
+                unscale,
+                setting.place.first,
+                power,
+            )
     return outcomes
 
 

@@ -27,6 +27,8 @@ class Weighed(NamedTuple):
     """The weighting's own parameters, and the derivatives of the objective by them."""
     numbers: list[float]
     """The weights once more, where they have been looked at."""
+    active: Tensor
+    """The numbers of the tasks, shape (m,)."""
 
     @property
     def by_name(self) -> dict[str, Tensor]:
@@ -123,6 +125,7 @@ class Weigher:
             weights.to(stack.device),
             list(zip(learned, slopes, strict=True)),
             numbers,
+            active,
         )
 
     def _numbers_of(self, names: tuple[str, ...], device: torch.device) -> Tensor:

@@ -1,12 +1,15 @@
 """What every gradient strategy is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from mtbalance._checks import check_gradients, check_gramian
+from mtbalance._checks import check_gradients, check_gramian, check_preference
 from mtbalance._gramians import HIGHEST, LOWEST
 from mtbalance._random import RandomSource
 from mtbalance._rows import combine, gramian_of, is_finite
@@ -58,6 +61,17 @@ class GradientStrategy(nn.Module, ABC):
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the direction, of shape (p,), for ``gradients`` of shape (m, p)."""
 
+    def bind(self, tasks: Sequence[str]) -> Self:
+        """Get to know the tasks, where it matters whose rows they are; the Balancer calls this."""
+        del tasks
+        return self
+
+    @contextmanager
+    def only(self, active: Tensor) -> Iterator[None]:
+        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while."""
+        del active
+        yield
+
     def start(self) -> None:
         """Draw what all columns of one direction share, before its blocks are asked for."""
 
@@ -79,6 +93,10 @@ class GradientStrategy(nn.Module, ABC):
         for child in self.children():
             if isinstance(child, RandomSource):
                 child.reset()
+
+
+Preference = Mapping[str, float] | Sequence[float]
+"""One positive number per task, by name or in order; only their ratios count."""
 
 
 class GramianStrategy(GradientStrategy):
@@ -121,6 +139,88 @@ class GramianStrategy(GradientStrategy):
                 f"({len(gramian)},), but got shape {tuple(weights.shape)}."
             )
         return weights.to(gramian.device)
+
+
+class PreferringStrategy(GramianStrategy):
+    """A Gramian strategy that may prefer some tasks to others.
+
+    Subclasses ask :meth:`preferences` in :meth:`weights`. Preferences are scaled to a mean of 1
+    over all tasks, so that equal ones change nothing and no choice of them changes the learning
+    rate; an absent task takes its own away and leaves the others' alone.
+
+    Args:
+        preference: One positive number per task: a mapping from task name, or a sequence in the
+            order of the tasks. None for no preference.
+    """
+
+    def __init__(self, preference: Preference | None = None) -> None:
+        super().__init__()
+        self.preference = check_preference(preference)
+        self.tasks: tuple[str, ...] | None = None
+        self._active: Tensor | slice = slice(None)
+        self._numbers: list[float] = []
+
+    def bind(self, tasks: Sequence[str]) -> Self:
+        """Take the preferences of these tasks. The Balancer calls this; alone, the first call.
+
+        Raises:
+            ValueError: If there is not one preference for each task.
+            RuntimeError: If the strategy has been bound to other tasks.
+        """
+        if self.preference is None or self.tasks == tuple(tasks):
+            return self
+        if self.tasks is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} must belong to one set of tasks, as it prefers some "
+                f"of them, but it is bound to {self.tasks} and was asked for {tuple(tasks)}. Make "
+                "a new one."
+            )
+        self._numbers = _in_order(self.preference, tasks)
+        self.tasks = tuple(tasks)
+        return self
+
+    @contextmanager
+    def only(self, active: Tensor) -> Iterator[None]:
+        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while."""
+        self._active = active
+        try:
+            yield
+        finally:
+            self._active = slice(None)
+
+    def preferences(self, gramian: Tensor) -> Tensor:
+        """Return the preferences of the tasks whose rows have this Gramian, shape (m,), like it."""
+        if self.preference is None:
+            return gramian.new_ones(len(gramian))
+        if self.tasks is None:
+            self.bind([str(number) for number in range(len(gramian))])
+        numbers = gramian.new_tensor(self._numbers)
+        active = self._active
+        found = numbers[active if isinstance(active, slice) else active.to(numbers.device)]
+        if len(found) != len(gramian):
+            raise ValueError(
+                f"`gradients` must have one row for each of the {len(found)} tasks that this "
+                f"{type(self).__name__} is bound to, but got {len(gramian)}."
+            )
+        return found
+
+
+def _in_order(preference: Preference, tasks: Sequence[str]) -> list[float]:
+    """Return the preferences in the order of the tasks, with a mean of 1."""
+    if isinstance(preference, Mapping):
+        if set(preference) != set(tasks):
+            raise ValueError(
+                f"`preference` must have one number for each task ({', '.join(map(repr, tasks))}), "
+                f"but has {', '.join(map(repr, preference))}."
+            )
+        preference = [preference[task] for task in tasks]
+    if len(preference) != len(tasks):
+        raise ValueError(
+            f"`preference` must have one number for each of {len(tasks)} tasks, but has "
+            f"{len(preference)}."
+        )
+    mean = sum(preference) / len(tasks)
+    return [number / mean for number in preference]
 
 
 def _near_one(gradients: Tensor) -> Tensor:
