@@ -9,10 +9,18 @@ scale of the sum of the rows:
 tensor([0.5000, 1.5000])
 """
 
-from ._base import GradientStrategy, GramianStrategy
+from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
 from ._graddrop import GradDrop
 from ._pcgrad import PCGrad
 from ._sum import Sum
 
-__all__ = ["CAGrad", "GradDrop", "GradientStrategy", "GramianStrategy", "PCGrad", "Sum"]
+__all__ = [
+    "CAGrad",
+    "GradDrop",
+    "GradientStrategy",
+    "GramianStrategy",
+    "PCGrad",
+    "PreferringStrategy",
+    "Sum",
+]
