@@ -38,23 +38,45 @@ def check_fraction(name: str, value: float) -> float:
     return float(value)
 
 
+def check_numbers(
+    name: str,
+    numbers: Mapping[str, float] | Sequence[float],
+    check: Callable[[str, float], float],
+) -> dict[str, float] | list[float]:
+    """Return a copy of numbers, by task name or in the order of the tasks, that pass a check."""
+    if isinstance(numbers, Mapping):
+        return {str(task): check(f"{name}[{task!r}]", each) for task, each in numbers.items()}
+    if not isinstance(numbers, Sequence):
+        raise TypeError(
+            f"`{name}` must map task names to numbers, or be a sequence of numbers in the order "
+            f"of the tasks, but got {type(numbers).__name__}."
+        )
+    return [check(f"{name}[{i}]", each) for i, each in enumerate(numbers)]
+
+
+def numbers_in_order(
+    name: str, numbers: Mapping[str, float] | Sequence[float], tasks: Sequence[str]
+) -> list[float]:
+    """Return numbers, by task name or in order, in the order of the tasks, if each has one."""
+    if isinstance(numbers, Mapping):
+        if set(numbers) != set(tasks):
+            raise ValueError(
+                f"`{name}` must have one number for each task ({', '.join(map(repr, tasks))}), "
+                f"but has {', '.join(map(repr, numbers))}."
+            )
+        return [numbers[task] for task in tasks]
+    if len(numbers) != len(tasks):
+        raise ValueError(
+            f"`{name}` must have one number for each of {len(tasks)} tasks, but has {len(numbers)}."
+        )
+    return list(numbers)
+
+
 def check_preference(
     preference: Mapping[str, float] | Sequence[float] | None,
 ) -> dict[str, float] | list[float] | None:
     """Return a copy of preferences if they are finite numbers above zero, by name or in order."""
-    if preference is None:
-        return None
-    if isinstance(preference, Mapping):
-        return {
-            str(task): check_positive(f"preference[{task!r}]", number)
-            for task, number in preference.items()
-        }
-    if not isinstance(preference, Sequence):
-        raise TypeError(
-            "`preference` must map task names to numbers, or be a sequence of numbers in the order "
-            f"of the tasks, but got {type(preference).__name__}."
-        )
-    return [check_positive(f"preference[{i}]", number) for i, number in enumerate(preference)]
+    return None if preference is None else check_numbers("preference", preference, check_positive)
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -15,6 +15,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "uncert": weighting.Uncertainty,
     "dwa": weighting.DWA,
     "autol": weighting.AutoLambda,
+    "constant": weighting.Constant,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

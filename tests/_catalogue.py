@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from mtbalance.gradient import CAGrad, GradDrop, GradientStrategy, PCGrad, Sum
-from mtbalance.weighting import DWA, AutoLambda, Equal, Step, Uncertainty, Weighting
+from mtbalance.weighting import (
+    DWA,
+    AutoLambda,
+    Constant,
+    Equal,
+    Step,
+    Uncertainty,
+    Weighting,
+)
 
 
 class Claim(enum.Enum):
@@ -144,8 +152,18 @@ WEIGHTING_CASES = (
         lambda: AutoLambda(_optimizer(), lr=0.3, minimum=0.05),
         frozenset({Trait.LINEAR, Trait.STARTS_EQUAL, Trait.POSITIVE}),
     ),
+    WeightingCase(
+        "Constant",
+        lambda: Constant([0.1, 3.0, 1e-3]),
+        frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
+    ),
+    WeightingCase(
+        "Constant-zeros",
+        lambda: Constant([0.0, 2.0, 0.0]),
+        frozenset({Trait.LINEAR, Trait.STATELESS}),
+    ),
 )
-TASKS_OF_CASES = 3  # for which "Uncertainty-kinds" is made
+TASKS_OF_CASES = 3  # for which cases with something of each task are made
 
 
 def gradient_cases(*claims: Claim) -> pytest.MarkDecorator:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from mtbalance._checks import check_gradients, check_gramian, check_preference
+from mtbalance._checks import (
+    check_gradients,
+    check_gramian,
+    check_preference,
+    numbers_in_order,
+)
 from mtbalance._gramians import HIGHEST, LOWEST
 from mtbalance._random import RandomSource
 from mtbalance._rows import combine, gramian_of, is_finite
@@ -207,20 +212,9 @@ class PreferringStrategy(GramianStrategy):
 
 def _in_order(preference: Preference, tasks: Sequence[str]) -> list[float]:
     """Return the preferences in the order of the tasks, with a mean of 1."""
-    if isinstance(preference, Mapping):
-        if set(preference) != set(tasks):
-            raise ValueError(
-                f"`preference` must have one number for each task ({', '.join(map(repr, tasks))}), "
-                f"but has {', '.join(map(repr, preference))}."
-            )
-        preference = [preference[task] for task in tasks]
-    if len(preference) != len(tasks):
-        raise ValueError(
-            f"`preference` must have one number for each of {len(tasks)} tasks, but has "
-            f"{len(preference)}."
-        )
-    mean = sum(preference) / len(tasks)
-    return [number / mean for number in preference]
+    numbers = numbers_in_order("preference", preference, tasks)
+    mean = sum(numbers) / len(tasks)
+    return [number / mean for number in numbers]
 
 
 def _near_one(gradients: Tensor) -> Tensor:

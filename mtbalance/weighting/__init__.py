@@ -9,8 +9,9 @@ tensor([0.5000, 2.0000])
 
 from ._auto_lambda import AutoLambda
 from ._base import Step, Weighting
+from ._constant import Constant
 from ._dwa import DWA
 from ._equal import Equal
 from ._uncertainty import Uncertainty
 
-__all__ = ["DWA", "AutoLambda", "Equal", "Step", "Uncertainty", "Weighting"]
+__all__ = ["DWA", "AutoLambda", "Constant", "Equal", "Step", "Uncertainty", "Weighting"]
