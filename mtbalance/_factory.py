@@ -16,6 +16,8 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "dwa": weighting.DWA,
     "autol": weighting.AutoLambda,
     "constant": weighting.Constant,
+    "randomweighting": weighting.RandomWeighting,
+    "rlw": weighting.RandomWeighting,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

@@ -19,6 +19,7 @@ from mtbalance.weighting import (
     AutoLambda,
     Constant,
     Equal,
+    RandomWeighting,
     Step,
     Uncertainty,
     Weighting,
@@ -161,6 +162,11 @@ WEIGHTING_CASES = (
         "Constant-zeros",
         lambda: Constant([0.0, 2.0, 0.0]),
         frozenset({Trait.LINEAR, Trait.STATELESS}),
+    ),
+    WeightingCase(
+        "RandomWeighting",
+        RandomWeighting,
+        frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

@@ -721,9 +721,11 @@ def test_the_number_of_tasks_is_fixed(case: WeightingCase) -> None:
 
 @weighting_cases()
 def test_state_of_another_number_of_tasks_is_refused(case: WeightingCase) -> None:
-    if Trait.STATELESS in case.traits or case.name == "Uncertainty-kinds":
+    if case.name == "Uncertainty-kinds" or not case.make().bind(list("abc")).state_dict():
         return
     saved = case.make().bind(["a", "b"]).state_dict()
+    if set(saved) == {"random._extra_state"}:  # nothing of any task
+        return
     with pytest.raises(RuntimeError, match="size mismatch"):
         case.make().bind(["a", "b", "c"]).load_state_dict(saved)
 

@@ -12,6 +12,16 @@ from ._base import Step, Weighting
 from ._constant import Constant
 from ._dwa import DWA
 from ._equal import Equal
+from ._random_weighting import RandomWeighting
 from ._uncertainty import Uncertainty
 
-__all__ = ["DWA", "AutoLambda", "Constant", "Equal", "Step", "Uncertainty", "Weighting"]
+__all__ = [
+    "DWA",
+    "AutoLambda",
+    "Constant",
+    "Equal",
+    "RandomWeighting",
+    "Step",
+    "Uncertainty",
+    "Weighting",
+]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mtbalance import Balancer
-from mtbalance.gradient import GradDrop, PCGrad
-from mtbalance.weighting import AutoLambda, Equal
+from mtbalance.gradient import GradDrop, PCGrad, Sum
+from mtbalance.weighting import AutoLambda, Equal, RandomWeighting
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool
 from tests.distributed.runs import Outcome, assert_equal, same_everywhere
@@ -22,7 +22,9 @@ def draw(here: Here, strategy: type, given: str, start: int = 5) -> Outcome:
         "seed": {"seed": seed},
         "generator": {"generator": torch.Generator().manual_seed(seed)},
     }[given]
-    balancer = Balancer(Equal(), strategy(**source), tasks=TASKS, shared=network.trunk)
+    drawing = strategy(**source)
+    pair = (drawing, Sum()) if strategy is RandomWeighting else (Equal(), drawing)
+    balancer = Balancer(*pair, tasks=TASKS, shared=network.trunk)
     outcome = Outcome()
     for step in range(4):
         losses = network.losses(here.part(batch(seed=step)))
@@ -33,7 +35,7 @@ def draw(here: Here, strategy: type, given: str, start: int = 5) -> Outcome:
 
 
 @pytest.mark.parametrize("given", ["seed", "generator"])
-@pytest.mark.parametrize("strategy", [GradDrop, PCGrad])
+@pytest.mark.parametrize("strategy", [GradDrop, PCGrad, RandomWeighting])
 def test_the_first_rank_decides(two: Pool, strategy: type, given: str) -> None:
     """With the seed of rank 0, one process draws what both do."""
     ranks = two.run(draw, strategy, given)
