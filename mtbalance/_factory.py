@@ -18,6 +18,8 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "constant": weighting.Constant,
     "randomweighting": weighting.RandomWeighting,
     "rlw": weighting.RandomWeighting,
+    "geometricmean": weighting.GeometricMean,
+    "gls": weighting.GeometricMean,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

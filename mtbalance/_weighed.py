@@ -118,7 +118,7 @@ class Weigher:
         if not all(map(math.isfinite, numbers)):
             raise FloatingPointError(
                 f"{type(weighting).__name__} must give finite weights, but gives "
-                f"{numbers} for the losses {stack.tolist()}."
+                f"{numbers} for the losses {stack.tolist()}. {weighting.asks_of_losses}".rstrip()
             )
         return Weighed(
             dict(zip(losses, stack.unbind(), strict=True)),

@@ -19,6 +19,7 @@ from mtbalance.weighting import (
     AutoLambda,
     Constant,
     Equal,
+    GeometricMean,
     RandomWeighting,
     Step,
     Uncertainty,
@@ -167,6 +168,11 @@ WEIGHTING_CASES = (
         "RandomWeighting",
         RandomWeighting,
         frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
+    ),
+    WeightingCase(
+        "GeometricMean",
+        GeometricMean,
+        frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

@@ -12,6 +12,7 @@ from ._base import Step, Weighting
 from ._constant import Constant
 from ._dwa import DWA
 from ._equal import Equal
+from ._geometric_mean import GeometricMean
 from ._random_weighting import RandomWeighting
 from ._uncertainty import Uncertainty
 
@@ -20,6 +21,7 @@ __all__ = [
     "AutoLambda",
     "Constant",
     "Equal",
+    "GeometricMean",
     "RandomWeighting",
     "Step",
     "Uncertainty",

@@ -84,6 +84,8 @@ class Weighting(nn.Module, ABC):
     """Whether :meth:`before_step` reads per-task gradients."""
     needs_validation: ClassVar[bool] = False
     """Whether :meth:`before_step` reads the losses of a validation batch."""
+    asks_of_losses: ClassVar[str] = ""
+    """A sentence on what losses must be for weights to be finite; empty if any finite ones do."""
     _narrowest: ClassVar[torch.dtype] = torch.float32
     """What casts leave of the state at least, where the device has it."""
     # On the class, for objects pickled before these were counted.
@@ -219,6 +221,20 @@ def dtype_of_sums(device: torch.device | None = None) -> torch.dtype:
     """Return the widest floating-point dtype of a device, by default of the default one."""
     device = device or torch.get_default_device()
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def logarithms(losses: Tensor) -> Tensor:
+    """Return the logarithms of losses, shape (m,), in float64 where the device has it.
+
+    What is below the least normal number, 0 above all, counts as that number and has the derivative
+    0: the logarithm stays finite, and a loss that has come to its end pulls no more. A negative
+    loss has the logarithm NaN, and the derivative, too, so that nobody needs to wait and look.
+    """
+    least = torch.finfo(at_least_float32(losses.dtype)).tiny
+    wide = losses.to(dtype_of_sums(losses.device))
+    legal = torch.where(wide.detach() < 0, torch.nan, 1.0).to(wide.dtype)
+    vanished = (wide.detach() >= 0) & (wide.detach() < least)
+    return (wide * legal).masked_fill(vanished, least).log()
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor, narrowest: torch.dtype) -> Tensor:
