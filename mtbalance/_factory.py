@@ -20,6 +20,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "rlw": weighting.RandomWeighting,
     "geometricmean": weighting.GeometricMean,
     "gls": weighting.GeometricMean,
+    "logloss": weighting.LogLoss,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

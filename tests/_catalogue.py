@@ -20,6 +20,7 @@ from mtbalance.weighting import (
     Constant,
     Equal,
     GeometricMean,
+    LogLoss,
     RandomWeighting,
     Step,
     Uncertainty,
@@ -174,6 +175,7 @@ WEIGHTING_CASES = (
         GeometricMean,
         frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
     ),
+    WeightingCase("LogLoss", LogLoss, frozenset({Trait.POSITIVE, Trait.STATELESS})),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made
 

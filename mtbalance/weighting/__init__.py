@@ -13,6 +13,7 @@ from ._constant import Constant
 from ._dwa import DWA
 from ._equal import Equal
 from ._geometric_mean import GeometricMean
+from ._log_loss import LogLoss
 from ._random_weighting import RandomWeighting
 from ._uncertainty import Uncertainty
 
@@ -22,6 +23,7 @@ __all__ = [
     "Constant",
     "Equal",
     "GeometricMean",
+    "LogLoss",
     "RandomWeighting",
     "Step",
     "Uncertainty",
