@@ -21,6 +21,8 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "geometricmean": weighting.GeometricMean,
     "gls": weighting.GeometricMean,
     "logloss": weighting.LogLoss,
+    "imtll": weighting.IMTLL,
+    "imtl-l": weighting.IMTLL,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtbalance.gradient import CAGrad, GradDrop, GradientStrategy, PCGrad, Sum
 from mtbalance.weighting import (
     DWA,
+    IMTLL,
     AutoLambda,
     Constant,
     Equal,
@@ -176,6 +177,11 @@ WEIGHTING_CASES = (
         frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
     ),
     WeightingCase("LogLoss", LogLoss, frozenset({Trait.POSITIVE, Trait.STATELESS})),
+    WeightingCase(
+        "IMTLL",
+        IMTLL,
+        frozenset({Trait.POSITIVE, Trait.STARTS_EQUAL, Trait.LEARNS_BY_GRADIENT}),
+    ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made
 

@@ -13,12 +13,14 @@ from ._constant import Constant
 from ._dwa import DWA
 from ._equal import Equal
 from ._geometric_mean import GeometricMean
+from ._imtll import IMTLL
 from ._log_loss import LogLoss
 from ._random_weighting import RandomWeighting
 from ._uncertainty import Uncertainty
 
 __all__ = [
     "DWA",
+    "IMTLL",
     "AutoLambda",
     "Constant",
     "Equal",

@@ -223,6 +223,21 @@ def dtype_of_sums(device: torch.device | None = None) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def held_above(numbers: Tensor, bound: float) -> Tensor:
+    """Return learned numbers, those below a bound as that bound, with gradients that lead off it.
+
+    At the bound or below it, a gradient that descends further is 0; clamp() would also block the
+    way back.
+    """
+    held = numbers + (numbers.detach().clamp_min(bound) - numbers.detach())
+    if held.requires_grad:
+        blocked = numbers.detach() <= bound
+        held.register_hook(  # type: ignore[no-untyped-call]
+            lambda slope: slope.masked_fill(blocked & (slope > 0), 0)
+        )
+    return held
+
+
 def logarithms(losses: Tensor) -> Tensor:
     """Return the logarithms of losses, shape (m,), in float64 where the device has it.
 

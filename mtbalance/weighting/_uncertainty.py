@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mtbalance._checks import check_choice, check_finite, check_saved
 
-from ._base import Weighting, task_vector
+from ._base import Weighting, held_above, task_vector
 
 _KINDS = ("regression", "classification")
 
@@ -96,15 +96,7 @@ class Uncertainty(Weighting):
         check_saved(self, state, numbers=("log_var",))
 
     def forward(self, losses: Tensor) -> Tensor:
-        log_var = self.log_var[self.active]
-        bounded = log_var + (log_var.detach().clamp_min(self.min_log_var) - log_var.detach())
-        if bounded.requires_grad:
-            # At the bound a gradient may only lead away from it; clamp() would also block the way
-            # back.
-            blocked = log_var.detach() <= self.min_log_var
-            bounded.register_hook(  # type: ignore[no-untyped-call]
-                lambda slope: slope.masked_fill(blocked & (slope > 0), 0)
-            )
+        bounded = held_above(self.log_var[self.active], self.min_log_var)
         factor: Tensor = self.get_buffer("factor")[self.active]
         return factor * torch.exp(-bounded) * losses + bounded / 2
 
