@@ -23,6 +23,8 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "logloss": weighting.LogLoss,
     "imtll": weighting.IMTLL,
     "imtl-l": weighting.IMTLL,
+    "uncertaintysoftmax": weighting.UncertaintySoftmax,
+    "uw-so": weighting.UncertaintySoftmax,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

@@ -25,6 +25,7 @@ from mtbalance.weighting import (
     RandomWeighting,
     Step,
     Uncertainty,
+    UncertaintySoftmax,
     Weighting,
 )
 
@@ -181,6 +182,11 @@ WEIGHTING_CASES = (
         "IMTLL",
         IMTLL,
         frozenset({Trait.POSITIVE, Trait.STARTS_EQUAL, Trait.LEARNS_BY_GRADIENT}),
+    ),
+    WeightingCase(
+        "UncertaintySoftmax",
+        UncertaintySoftmax,
+        frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

@@ -17,6 +17,7 @@ from ._imtll import IMTLL
 from ._log_loss import LogLoss
 from ._random_weighting import RandomWeighting
 from ._uncertainty import Uncertainty
+from ._uncertainty_softmax import UncertaintySoftmax
 
 __all__ = [
     "DWA",
@@ -29,5 +30,6 @@ __all__ = [
     "RandomWeighting",
     "Step",
     "Uncertainty",
+    "UncertaintySoftmax",
     "Weighting",
 ]
