@@ -143,6 +143,11 @@ WEIGHTING_CASES = (
         frozenset({Trait.POSITIVE, Trait.LEARNS_BY_GRADIENT}),
     ),
     WeightingCase(
+        "Uncertainty-log1p",
+        lambda: Uncertainty(regularizer="log1p"),
+        frozenset({Trait.POSITIVE, Trait.STARTS_EQUAL, Trait.LEARNS_BY_GRADIENT}),
+    ),
+    WeightingCase(
         "DWA",
         DWA,
         frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}),

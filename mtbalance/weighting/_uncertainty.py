@@ -8,6 +8,7 @@ from mtbalance._checks import check_choice, check_finite, check_saved
 from ._base import Weighting, held_above, task_vector
 
 _KINDS = ("regression", "classification")
+_REGULARIZERS = ("log", "log1p")
 
 
 class Uncertainty(Weighting):
@@ -24,6 +25,12 @@ class Uncertainty(Weighting):
     do not sum to the number of tasks, and the objective may be negative: never stop or schedule on
     it.
 
+    With ``regularizer="log1p"``, :math:`\log(1 + \sigma_i^2) = \log(1 + e^{s_i})` stands in place
+    of :math:`\tfrac12 s_i`. The objective is then never negative if no loss is. With
+    :math:`c = \tfrac12` (regression) or 1 (classification), the weight at rest is
+    :math:`\frac{2}{L (1 + \sqrt{1 + 4 / (c L)})}`: about :math:`1 / L` for losses far above 1, and
+    :math:`\sqrt{c / L}` far below, which small losses pull up less.
+
     The log-variances are parameters. They must reach an optimizer, best with a weight decay of 0.
 
     Args:
@@ -33,6 +40,8 @@ class Uncertainty(Weighting):
         init: Log-variance at the start. Source: 0 gives the weights 1/2 and 1; published codes
             differ (-0.5, -0.7).
         min_log_var: Log-variances stop here, so that a loss of 0 does not get an endless weight.
+        regularizer: What keeps variances from growing: ``"log"``, as in the likelihood, or
+            ``"log1p"``, which is never negative. Source of the default: the paper.
 
     Note:
         In the reference code of El Nahhas et al. (2024) the log-variances never reach the
@@ -44,6 +53,9 @@ class Uncertainty(Weighting):
         Geometry and Semantics", CVPR 2018, equations (7) and (10),
         https://arxiv.org/abs/1705.07115.
 
+        Liebel and Körner, "Auxiliary Tasks in Multi-task Learning", 2018 (``"log1p"``),
+        https://arxiv.org/abs/1805.06334.
+
     Example:
         >>> import torch
         >>> weighting = Uncertainty(kind=["classification", "regression"])
@@ -52,6 +64,7 @@ class Uncertainty(Weighting):
     """
 
     log_var: nn.Parameter
+    regularizer = "log"  # on the class, too, for objects pickled before there was a choice
 
     def __init__(
         self,
@@ -59,8 +72,10 @@ class Uncertainty(Weighting):
         *,
         init: float = 0.0,
         min_log_var: float = -10.0,
+        regularizer: str = "log",
     ) -> None:
         super().__init__()
+        check_choice("regularizer", regularizer, _REGULARIZERS)
         kinds = kind.values() if isinstance(kind, Mapping) else kind
         for one in [kinds] if isinstance(kinds, str) else kinds:
             check_choice("kind", one, _KINDS)
@@ -71,6 +86,7 @@ class Uncertainty(Weighting):
         self.kind = kind
         self.init = check_finite("init", init)
         self.min_log_var = min_log_var
+        self.regularizer = regularizer
 
     def setup(self) -> None:
         tasks = self.tasks or ()
@@ -98,7 +114,15 @@ class Uncertainty(Weighting):
     def forward(self, losses: Tensor) -> Tensor:
         bounded = held_above(self.log_var[self.active], self.min_log_var)
         factor: Tensor = self.get_buffer("factor")[self.active]
-        return factor * torch.exp(-bounded) * losses + bounded / 2
+        return factor * torch.exp(-bounded) * losses + self._regularizer(bounded)
+
+    def _regularizer(self, log_var: Tensor) -> Tensor:
+        if self.regularizer == "log":
+            return log_var / 2
+        return torch.logaddexp(log_var, torch.zeros_like(log_var))  # softplus() cuts its end off
 
     def extra_repr(self) -> str:
-        return f"kind={self.kind!r}, init={self.init}, min_log_var={self.min_log_var}"
+        return (
+            f"kind={self.kind!r}, init={self.init}, min_log_var={self.min_log_var}, "
+            f"regularizer={self.regularizer!r}"
+        )

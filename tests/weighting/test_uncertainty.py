@@ -1,6 +1,7 @@
 """What is true of uncertainty weighting alone; the rest is in test_contract.py.
 
-With s the log-variance: regression 1/2 e^-s L + 1/2 s, classification e^-s L + 1/2 s.
+With s the log-variance: regression 1/2 e^-s L + 1/2 s, classification e^-s L + 1/2 s; log(1 + e^s)
+in place of 1/2 s where that is asked for.
 """
 
 import math
@@ -172,6 +173,72 @@ def test_log_variances_of_absent_tasks_get_no_gradient() -> None:
         (slope,) = torch.autograd.grad(weighting(double(3, 3)).sum(), weighting.log_var)
     assert float(slope[1]) == 0
     assert (slope[[0, 2]] != 0).all()
+
+
+@given(losses=LOSSES, log_var=LOG_VARS, kinds=KINDS)
+def test_the_default_is_the_formula_to_the_last_bit(losses, log_var, kinds) -> None:
+    """In float32, where one operation more would show."""
+    weighting = Uncertainty(kind=kinds).bind(TASKS)
+    weighting.log_var.data = s = torch.tensor(log_var, dtype=torch.float32)
+    factor = torch.tensor([0.5 if kind == "regression" else 1.0 for kind in kinds])
+    x = torch.tensor(losses, dtype=torch.float32)
+    assert torch.equal(weighting(x).detach(), factor * torch.exp(-s) * x + s / 2)
+    assert weighting.regularizer == "log"
+
+
+@given(losses=LOSSES, log_var=st.lists(st.floats(-9, 40), min_size=3, max_size=3), kinds=KINDS)
+def test_log1p_is_the_formula(losses, log_var, kinds) -> None:
+    """Against Python's own numbers: d/ds = 1 / (1 + e^-s) - f e^-s L, also where e^s is large."""
+    weighting = made(log_var, kind=kinds, regularizer="log1p")
+    weighted = weighting(double(*losses)).detach()
+    by_loss, by_log_var = slopes(weighting, double(*losses))
+    for i, (loss, s, kind) in enumerate(zip(losses, log_var, kinds, strict=True)):
+        weight = (0.5 if kind == "regression" else 1.0) * math.exp(-s)
+        value = weight * loss + math.log1p(math.exp(s))
+        assert weighted[i].item() == pytest.approx(value, rel=1e-12)
+        assert by_loss[i].item() == pytest.approx(weight, rel=1e-12)
+        slope = 1 / (1 + math.exp(-s)) - weight * loss
+        assert by_log_var[i].item() == pytest.approx(slope, rel=1e-12, abs=1e-12)
+
+
+def test_log1p_by_hand() -> None:
+    """s = 0: 1/2 L + log 2. The variance 3, s = log 3: 6 / 6 + log 4."""
+    weighting = made([0, math.log(3)], regularizer="log1p")
+    assert_close(weighting(double(4, 6)), double(2 + math.log(2), 1 + math.log(4)))
+
+
+@given(losses=st.lists(st.floats(0, 1e3), min_size=3, max_size=3), log_var=LOG_VARS)
+def test_log1p_is_never_negative(losses, log_var) -> None:
+    """Where the plain logarithm is, for small variances."""
+    assert (made(log_var, regularizer="log1p")(double(*losses)) > 0).all()
+    assert (made([-9, -9, -9])(double(0, 1e-6, 1e-9)) < 0).all()
+
+
+@given(losses=LOSSES, kinds=KINDS)
+def test_log1p_rest(losses, kinds) -> None:
+    """f L e^-s = e^s / (1 + e^s) is a quadratic in e^s, whose positive root is where s rests."""
+    factors = [0.5 if kind == "regression" else 1.0 for kind in kinds]
+    sizes = [f * loss for f, loss in zip(factors, losses, strict=True)]
+    variances = [(a + math.sqrt(a * a + 4 * a)) / 2 for a in sizes]
+    weighting = made(list(map(math.log, variances)), kind=kinds, regularizer="log1p")
+    by_loss, by_log_var = slopes(weighting, double(*losses))
+    assert_close(by_log_var, torch.zeros(3).double(), rtol=0, atol=1e-12)
+    documented = [
+        2 / (loss * (1 + math.sqrt(1 + 4 / a))) for loss, a in zip(losses, sizes, strict=True)
+    ]
+    assert_close(by_loss, double(*documented), rtol=1e-10, atol=0)
+
+
+def test_log1p_stops_at_the_bound_too() -> None:
+    """The derivative by s is above 0 with a loss of 0, and descending would never end."""
+    weighting = made([-10.0, -9.0], regularizer="log1p")
+    _, slope = slopes(weighting, double(0, 0))
+    assert_close(slope, double(0, 1 / (1 + math.exp(9))))
+
+
+def test_refuses_an_unknown_regularizer() -> None:
+    with pytest.raises(ValueError, match=r"`regularizer` must be one of 'log', 'log1p', but got"):
+        Uncertainty(regularizer="l2")
 
 
 def test_start() -> None:
