@@ -32,6 +32,8 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "graddrop": gradient.GradDrop,
     "pcgrad": gradient.PCGrad,
     "cagrad": gradient.CAGrad,
+    "alignedmtl": gradient.AlignedMTL,
+    "aligned": gradient.AlignedMTL,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

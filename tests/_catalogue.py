@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtbalance.gradient import CAGrad, GradDrop, GradientStrategy, PCGrad, Sum
+from mtbalance.gradient import AlignedMTL, CAGrad, GradDrop, GradientStrategy, PCGrad, Sum
 from mtbalance.weighting import (
     DWA,
     IMTLL,
@@ -67,6 +67,7 @@ def _gradient_case(
 
 
 _CAGRAD = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
+_ALIGNED = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _GRADDROP = {
     ORDER_FREE,
     Claim.HOMOGENEOUS,
@@ -103,6 +104,10 @@ GRADIENT_CASES = (
         identical=2.5 / 3.25,
     ),
     _gradient_case("CAGrad-no-radius", lambda: CAGrad(c=0), {*_CAGRAD, Claim.SUM_WITHOUT_CONFLICT}),
+    _gradient_case("AlignedMTL", AlignedMTL, _ALIGNED),
+    _gradient_case("AlignedMTL-median", lambda: AlignedMTL("median"), _ALIGNED),
+    _gradient_case("AlignedMTL-rmse", lambda: AlignedMTL("rmse"), _ALIGNED),
+    _gradient_case("AlignedMTL-blunt", lambda: AlignedMTL(rtol=1e-6), _ALIGNED),
 )
 
 

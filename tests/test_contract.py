@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -181,7 +181,8 @@ def test_direction_is_a_finite_vector_of_the_rows_dtype(case: GradientCase, data
     assert direction.dtype == rows.dtype
     assert direction.device == rows.device
     assert torch.isfinite(direction).all()
-    assert direction.double().norm() <= 1.01 * strategy.growth * size_of(rows)
+    if strategy.growth is not None:
+        assert direction.double().norm() <= 1.01 * strategy.growth * size_of(rows)
     assert torch.equal(rows, before), "the input was written to"
 
 
@@ -236,6 +237,7 @@ def test_equal_tasks_add_up(case: GradientCase, dtype, scale, m, p, seed) -> Non
 @given(data=st.data())
 def test_order_free(case: GradientCase, data) -> None:
     rows = data.draw(gradients(m=tasks_within(case)))
+    assume(not near_a_jump(case, rows))
     order = torch.tensor(data.draw(st.permutations(range(len(rows)))))
     first, second = case.make()(rows), case.make()(rows[order])
     assert_close(second, first, rtol=0, atol=tolerance_of(case) * size_of(rows))
@@ -245,9 +247,22 @@ def tolerance_of(case: GradientCase) -> float:
     """Return by how much two equal answers may differ, relative to the sum of the norms.
 
     CAGrad's direction is the quotient of g_w by its length, which sets of rows that nearly cancel
-    make as uncertain as that length.
+    make as uncertain as that length. AlignedMTL's is as long as the root of an eigenvalue, which is
+    known up to the root of the rounding.
     """
-    return 1e-6 if case.name.startswith("CAGrad") else 1e-13
+    return 1e-6 if case.name.startswith(("CAGrad", "AlignedMTL")) else 1e-13
+
+
+def near_a_jump(case: GradientCase, rows: Tensor) -> bool:
+    """Whether rounding decides about the direction, as the method itself says that it jumps there.
+
+    AlignedMTL takes eigenvalues of the Gramian for zero that are about its rounding.
+    """
+    if not case.name.startswith("AlignedMTL") or not rows.any():
+        return False
+    squares = torch.linalg.svdvals(rows.double() / rows.abs().max()).square()
+    ratios = squares / squares.max()
+    return bool(((ratios > 1e-16) & (ratios < 1e-13)).any())
 
 
 @gradient_cases(Claim.ROTATES)
@@ -255,6 +270,7 @@ def tolerance_of(case: GradientCase) -> float:
 def test_rotates_with_the_rows(case: GradientCase, data, seed: int) -> None:
     """Inner products of rows are all that counts, and Q leaves them as they are."""
     rows = data.draw(gradients(m=tasks_within(case)))
+    assume(not near_a_jump(case, rows))
     rotation = orthogonal(rows.shape[1], seed)
     first, second = case.make()(rows) @ rotation, case.make()(rows @ rotation)
     assert_close(second, first, rtol=0, atol=tolerance_of(case) * size_of(rows))
@@ -292,6 +308,7 @@ def test_homogeneous(case: GradientCase, m, p, seed, exponent) -> None:
 @given(data=st.data())
 def test_tasks_listed_twice_double_the_direction(case: GradientCase, data) -> None:
     rows = data.draw(gradients(m=(1, 4)))
+    assume(not near_a_jump(case, rows))
     expected = 2 * case.make()(rows)
     atol = tolerance_of(case) * size_of(rows)
     assert_close(case.make()(torch.cat([rows, rows])), expected, rtol=0, atol=atol)
@@ -302,6 +319,7 @@ def test_tasks_listed_twice_double_the_direction(case: GradientCase, data) -> No
 def test_tasks_without_gradient_change_nothing(case: GradientCase, data) -> None:
     """A task whose gradient is zero everywhere (no labels in this batch) is as good as absent."""
     rows = data.draw(gradients(m=(1, case.max_tasks - 2)))
+    assume(not near_a_jump(case, rows))
     position = data.draw(st.integers(0, len(rows)))
     zeros = torch.zeros(data.draw(st.integers(1, 2)), rows.shape[1], dtype=rows.dtype)
     padded = torch.cat([rows[:position], zeros, rows[position:]])

@@ -9,6 +9,7 @@ scale of the sum of the rows:
 tensor([0.5000, 1.5000])
 """
 
+from ._alignedmtl import AlignedMTL
 from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
 from ._graddrop import GradDrop
@@ -16,6 +17,7 @@ from ._pcgrad import PCGrad
 from ._sum import Sum
 
 __all__ = [
+    "AlignedMTL",
     "CAGrad",
     "GradDrop",
     "GradientStrategy",
