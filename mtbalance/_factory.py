@@ -34,6 +34,8 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "cagrad": gradient.CAGrad,
     "alignedmtl": gradient.AlignedMTL,
     "aligned": gradient.AlignedMTL,
+    "nashmtl": gradient.NashMTL,
+    "nash": gradient.NashMTL,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

@@ -136,3 +136,8 @@ def weights_of_pair(formula: PairFormula, gramian: Tensor) -> Tensor:
         return torch.tensor(formula(a, h, b, FLOATS), dtype=torch.float64, device="cpu")
     one, both, _, other = gramian.detach().double().flatten().unbind()
     return torch.stack(formula(one, both, other, TENSORS))
+
+
+def numbers_of_pair(vector: Tensor) -> Any:
+    """Return both entries of a vector, shape (2,), in the kind of number that the formula gets."""
+    return vector.tolist() if vector.is_cpu else vector.unbind()

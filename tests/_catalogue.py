@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtbalance.gradient import AlignedMTL, CAGrad, GradDrop, GradientStrategy, PCGrad, Sum
+from mtbalance.gradient import AlignedMTL, CAGrad, GradDrop, GradientStrategy, NashMTL, PCGrad, Sum
 from mtbalance.weighting import (
     DWA,
     IMTLL,
@@ -68,6 +68,13 @@ def _gradient_case(
 
 _CAGRAD = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _ALIGNED = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
+_BARGAINS = {
+    ORDER_FREE,
+    Claim.DOUBLES,
+    Claim.IGNORES_ZERO_ROWS,
+    Claim.NO_CONFLICT_LEFT,
+    *GEOMETRIC,
+}
 _GRADDROP = {
     ORDER_FREE,
     Claim.HOMOGENEOUS,
@@ -108,6 +115,7 @@ GRADIENT_CASES = (
     _gradient_case("AlignedMTL-median", lambda: AlignedMTL("median"), _ALIGNED),
     _gradient_case("AlignedMTL-rmse", lambda: AlignedMTL("rmse"), _ALIGNED),
     _gradient_case("AlignedMTL-blunt", lambda: AlignedMTL(rtol=1e-6), _ALIGNED),
+    _gradient_case("NashMTL", NashMTL, _BARGAINS),
 )
 
 

@@ -17,6 +17,7 @@ HELPERS = {
     "mtbalance._checks",
     "mtbalance._gramians",
     "mtbalance._names",
+    "mtbalance._newton",
     "mtbalance._pivoting",
     "mtbalance._random",
     "mtbalance._rows",

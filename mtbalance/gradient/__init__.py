@@ -13,6 +13,7 @@ from ._alignedmtl import AlignedMTL
 from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
 from ._graddrop import GradDrop
+from ._nashmtl import NashMTL
 from ._pcgrad import PCGrad
 from ._sum import Sum
 
@@ -22,6 +23,7 @@ __all__ = [
     "GradDrop",
     "GradientStrategy",
     "GramianStrategy",
+    "NashMTL",
     "PCGrad",
     "PreferringStrategy",
     "Sum",

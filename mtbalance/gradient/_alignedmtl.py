@@ -1,10 +1,15 @@
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mtbalance._checks import check_choice, check_fraction
-from mtbalance._gramians import RESOLUTION, ZERO_ROW, Arithmetic, Number, weights_of_pair
+from mtbalance._gramians import (
+    RESOLUTION,
+    ZERO_ROW,
+    Arithmetic,
+    Number,
+    numbers_of_pair,
+    weights_of_pair,
+)
 from mtbalance._rows import finite_entries
 
 from ._base import Preference, PreferringStrategy
@@ -110,10 +115,7 @@ class AlignedMTL(PreferringStrategy):
         so that :math:`\delta G^{-1/2}` is the adjugate of the root. Where :math:`\mu` counts as
         zero, B is the projector on the other eigenvector, :math:`(G - \mu I) / (\lambda - \mu)`.
         """
-        # On the CPU numbers, elsewhere tensors that nobody waits for.
-        p: Any
-        q: Any
-        p, q = preferences.tolist() if gramian.is_cpu else preferences.unbind()
+        p, q = numbers_of_pair(preferences)
         rtol, is_rmse = self._rtol(2), self.scale == "rmse"
 
         def pair(a: Number, h: Number, b: Number, of: Arithmetic[Number]) -> tuple[Number, Number]:
