@@ -14,6 +14,8 @@ from mtbalance._pivoting import RIDGES, SOLVER_TOLERANCE, pivot_to_face
 
 _SAFE_PIVOT = 1e-5
 """Factors with a smaller pivot (unit rows closer than this) go to the eigenvalue solver."""
+_MOST_PIVOTS_OF_EACH = 8
+"""How often all rows that are projected together exchange what counts; 2 or 3 times as a rule."""
 
 
 def project_on_dual_cone(gramian: Tensor, start: Tensor) -> Tensor:
@@ -46,6 +48,53 @@ def project_on_dual_cone(gramian: Tensor, start: Tensor) -> Tensor:
             if float(beyond.max()) <= tolerance:
                 return multipliers
     return _add_rows_one_by_one(gramian, linear, tolerance)
+
+
+def project_each_on_dual_cone(gramian: Tensor) -> Tensor:
+    """Project every row on the dual cone of all: :func:`project_on_dual_cone` of unit vectors.
+
+    The rows' problems are solved together, pivot by pivot; those that do not settle, one by one.
+
+    Args:
+        gramian: Shape (k, k), unit diagonal.
+
+    Returns:
+        The multipliers, shape (k, k), those of one row's projection in each row.
+    """
+    multipliers = torch.zeros_like(gramian)
+    left = (gramian < 0).any(1).nonzero()[:, 0]
+    masks = gramian[left] < 0
+    identity = torch.eye(len(gramian), dtype=gramian.dtype, device="cpu")
+    for _ in range(_MOST_PIVOTS_OF_EACH):
+        if len(left) == 0:
+            return multipliers
+        linear = gramian[left]
+        found = _solve_each(gramian, masks, -linear)
+        slope = torch.addmm(linear, found, gramian)
+        wanted = torch.where(masks, found, -slope) > SOLVER_TOLERANCE
+        found = found.clamp_min(0)
+        slope = torch.addmm(linear, found, gramian)
+        beyond = torch.where(found > 0, slope.abs(), -slope).amax(1)
+        solved = beyond <= SOLVER_TOLERANCE  # which NaN, of a singular system, is not
+        multipliers[left[solved]] = found[solved]
+        left, masks = left[~solved], wanted[~solved]
+    for number in left.tolist():
+        multipliers[number] = project_on_dual_cone(gramian, identity[number])
+    return multipliers
+
+
+def _solve_each(gramian: Tensor, masks: Tensor, right: Tensor) -> Tensor:
+    """Solve one system per mask, in the rows that it has; shape (n, k), 0 elsewhere."""
+    most = int(masks.sum(1).max())
+    index = masks.to(torch.int8).argsort(1, descending=True)[:, :most]
+    within = masks.gather(1, index)
+    both = within[:, :, None] & within[:, None, :]
+    identity = torch.eye(most, dtype=gramian.dtype, device="cpu")
+    systems = torch.where(both, gramian[index[:, :, None], index[:, None, :]], identity)
+    numbers = torch.where(within, right.gather(1, index), 0.0)
+    factor = torch.linalg.lu_factor_ex(systems)
+    solution = torch.linalg.lu_solve(factor.LU, factor.pivots, numbers[:, :, None])[:, :, 0]
+    return torch.zeros_like(right).scatter_(1, index, solution)
 
 
 def _add_rows_one_by_one(gramian: Tensor, linear: Tensor, tolerance: float) -> Tensor:

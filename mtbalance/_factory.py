@@ -36,6 +36,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "aligned": gradient.AlignedMTL,
     "nashmtl": gradient.NashMTL,
     "nash": gradient.NashMTL,
+    "upgrad": gradient.UPGrad,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtbalance.gradient import AlignedMTL, CAGrad, GradDrop, GradientStrategy, NashMTL, PCGrad, Sum
+from mtbalance.gradient import (
+    AlignedMTL,
+    CAGrad,
+    GradDrop,
+    GradientStrategy,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)
 from mtbalance.weighting import (
     DWA,
     IMTLL,
@@ -82,6 +91,14 @@ _GRADDROP = {
     Claim.IGNORES_ZERO_ROWS,
     Claim.COORDINATEWISE,
 }
+_DUAL_CONE = {
+    ORDER_FREE,
+    Claim.DOUBLES,
+    Claim.IGNORES_ZERO_ROWS,
+    Claim.SUM_WITHOUT_CONFLICT,
+    Claim.NO_CONFLICT_LEFT,
+    *GEOMETRIC,
+}
 
 GRADIENT_CASES = (
     _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT}),
@@ -116,6 +133,7 @@ GRADIENT_CASES = (
     _gradient_case("AlignedMTL-rmse", lambda: AlignedMTL("rmse"), _ALIGNED),
     _gradient_case("AlignedMTL-blunt", lambda: AlignedMTL(rtol=1e-6), _ALIGNED),
     _gradient_case("NashMTL", NashMTL, _BARGAINS),
+    _gradient_case("UPGrad", UPGrad, _DUAL_CONE),
 )
 
 

@@ -16,6 +16,7 @@ from ._graddrop import GradDrop
 from ._nashmtl import NashMTL
 from ._pcgrad import PCGrad
 from ._sum import Sum
+from ._upgrad import UPGrad
 
 __all__ = [
     "AlignedMTL",
@@ -27,4 +28,5 @@ __all__ = [
     "PCGrad",
     "PreferringStrategy",
     "Sum",
+    "UPGrad",
 ]

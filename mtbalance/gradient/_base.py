@@ -209,6 +209,25 @@ class PreferringStrategy(GramianStrategy):
             )
         return found
 
+    def pair_of_preferences(self) -> tuple[float, float]:
+        """Return the preferences of two tasks as numbers, for which no device is waited."""
+        if self.preference is None:
+            return 1.0, 1.0
+        one, other = self.preferences(torch.ones(2, dtype=torch.float64, device="cpu")).tolist()
+        return one, other
+
+    @property
+    def largest_preference(self) -> float:
+        """The largest of the preferences, whose mean is 1."""
+        if self.preference is None:
+            return 1.0
+        given = self.preference
+        numbers = list(given.values() if isinstance(given, Mapping) else given)
+        return max(numbers) * len(numbers) / sum(numbers)
+
+    def extra_repr(self) -> str:
+        return "" if self.preference is None else f"preference={self.preference}"
+
 
 def _in_order(preference: Preference, tasks: Sequence[str]) -> list[float]:
     """Return the preferences in the order of the tasks, with a mean of 1."""
