@@ -37,6 +37,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "nashmtl": gradient.NashMTL,
     "nash": gradient.NashMTL,
     "upgrad": gradient.UPGrad,
+    "dualproj": gradient.DualProj,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtbalance.gradient import (
     AlignedMTL,
     CAGrad,
+    DualProj,
     GradDrop,
     GradientStrategy,
     NashMTL,
@@ -134,6 +135,7 @@ GRADIENT_CASES = (
     _gradient_case("AlignedMTL-blunt", lambda: AlignedMTL(rtol=1e-6), _ALIGNED),
     _gradient_case("NashMTL", NashMTL, _BARGAINS),
     _gradient_case("UPGrad", UPGrad, _DUAL_CONE),
+    _gradient_case("DualProj", DualProj, _DUAL_CONE),
 )
 
 

@@ -12,6 +12,7 @@ tensor([0.5000, 1.5000])
 from ._alignedmtl import AlignedMTL
 from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
+from ._dualproj import DualProj
 from ._graddrop import GradDrop
 from ._nashmtl import NashMTL
 from ._pcgrad import PCGrad
@@ -21,6 +22,7 @@ from ._upgrad import UPGrad
 __all__ = [
     "AlignedMTL",
     "CAGrad",
+    "DualProj",
     "GradDrop",
     "GradientStrategy",
     "GramianStrategy",

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer
-from mtbalance.gradient import UPGrad
+from mtbalance.gradient import DualProj, UPGrad
 from mtbalance.gradient._base import PreferringStrategy
 from mtbalance.weighting import Equal
 from tests._device import on_device
 from tests._samplers import gradients, matrix, random_gradients
 
-KINDS = pytest.mark.parametrize("kind", [UPGrad])
+KINDS = pytest.mark.parametrize("kind", [DualProj, UPGrad])
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 Kind = type[PreferringStrategy]
 
