@@ -38,6 +38,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "nash": gradient.NashMTL,
     "upgrad": gradient.UPGrad,
     "dualproj": gradient.DualProj,
+    "mgda": gradient.MGDA,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

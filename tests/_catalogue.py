@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbalance.gradient import (
+    MGDA,
     AlignedMTL,
     CAGrad,
     DualProj,
@@ -100,6 +101,7 @@ _DUAL_CONE = {
     Claim.NO_CONFLICT_LEFT,
     *GEOMETRIC,
 }
+_MGDA = {ORDER_FREE, Claim.DOUBLES, Claim.NO_CONFLICT_LEFT, *GEOMETRIC}
 
 GRADIENT_CASES = (
     _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT}),
@@ -136,6 +138,12 @@ GRADIENT_CASES = (
     _gradient_case("NashMTL", NashMTL, _BARGAINS),
     _gradient_case("UPGrad", UPGrad, _DUAL_CONE),
     _gradient_case("DualProj", DualProj, _DUAL_CONE),
+    _gradient_case("MGDA", MGDA, _MGDA),
+    _gradient_case(
+        "MGDA-ignoring",
+        lambda: MGDA(ignore_zero_rows=True),
+        {*_MGDA, Claim.IGNORES_ZERO_ROWS},
+    ),
 )
 
 

@@ -14,12 +14,14 @@ from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
 from ._dualproj import DualProj
 from ._graddrop import GradDrop
+from ._mgda import MGDA
 from ._nashmtl import NashMTL
 from ._pcgrad import PCGrad
 from ._sum import Sum
 from ._upgrad import UPGrad
 
 __all__ = [
+    "MGDA",
     "AlignedMTL",
     "CAGrad",
     "DualProj",

@@ -219,11 +219,17 @@ class PreferringStrategy(GramianStrategy):
     @property
     def largest_preference(self) -> float:
         """The largest of the preferences, whose mean is 1."""
-        if self.preference is None:
-            return 1.0
-        given = self.preference
-        numbers = list(given.values() if isinstance(given, Mapping) else given)
-        return max(numbers) * len(numbers) / sum(numbers)
+        return max(self._given())
+
+    @property
+    def smallest_preference(self) -> float:
+        """The smallest of the preferences, whose mean is 1."""
+        return min(self._given())
+
+    def _given(self) -> list[float]:
+        """Return the preferences in the order in which they were given."""
+        given = [1.0] if self.preference is None else self.preference
+        return _scaled(list(given.values() if isinstance(given, Mapping) else given))
 
     def extra_repr(self) -> str:
         return "" if self.preference is None else f"preference={self.preference}"
@@ -234,6 +240,25 @@ def _in_order(preference: Preference, tasks: Sequence[str]) -> list[float]:
     numbers = numbers_in_order("preference", preference, tasks)
     mean = sum(numbers) / len(tasks)
     return [number / mean for number in numbers]
+    if isinstance(preference, Mapping):
+        if set(preference) != set(tasks):
+            raise ValueError(
+                f"`preference` must have one number for each task ({', '.join(map(repr, tasks))}), "
+                f"but has {', '.join(map(repr, preference))}."
+            )
+        preference = [preference[task] for task in tasks]
+    if len(preference) != len(tasks):
+        raise ValueError(
+            f"`preference` must have one number for each of {len(tasks)} tasks, but has "
+            f"{len(preference)}."
+        )
+    return _scaled(preference)
+
+
+def _scaled(preference: Sequence[float]) -> list[float]:
+    """Return the preferences with a mean of 1."""
+    mean = sum(preference) / len(preference)
+    return [number / mean for number in preference]
 
 
 def _near_one(gradients: Tensor) -> Tensor:

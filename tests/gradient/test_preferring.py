@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer
-from mtbalance.gradient import DualProj, UPGrad
+from mtbalance.gradient import MGDA, DualProj, UPGrad
 from mtbalance.gradient._base import PreferringStrategy
 from mtbalance.weighting import Equal
 from tests._device import on_device
 from tests._samplers import gradients, matrix, random_gradients
 
-KINDS = pytest.mark.parametrize("kind", [DualProj, UPGrad])
+KINDS = pytest.mark.parametrize("kind", [DualProj, MGDA, UPGrad])
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 Kind = type[PreferringStrategy]
 
@@ -140,4 +140,5 @@ def test_refuses_preferences_of_other_tasks(kind: Kind, m: int) -> None:
 
 @KINDS
 def test_repr_names_the_preferences(kind: Kind) -> None:
-    assert repr(kind(preference=[1, 2])) == f"{kind.__name__}(preference=[1.0, 2.0])"
+    assert repr(kind(preference=[1, 2])).startswith(f"{kind.__name__}(preference=[1.0, 2.0]")
+    assert "preference" not in repr(kind())
