@@ -237,22 +237,7 @@ class PreferringStrategy(GramianStrategy):
 
 def _in_order(preference: Preference, tasks: Sequence[str]) -> list[float]:
     """Return the preferences in the order of the tasks, with a mean of 1."""
-    numbers = numbers_in_order("preference", preference, tasks)
-    mean = sum(numbers) / len(tasks)
-    return [number / mean for number in numbers]
-    if isinstance(preference, Mapping):
-        if set(preference) != set(tasks):
-            raise ValueError(
-                f"`preference` must have one number for each task ({', '.join(map(repr, tasks))}), "
-                f"but has {', '.join(map(repr, preference))}."
-            )
-        preference = [preference[task] for task in tasks]
-    if len(preference) != len(tasks):
-        raise ValueError(
-            f"`preference` must have one number for each of {len(tasks)} tasks, but has "
-            f"{len(preference)}."
-        )
-    return _scaled(preference)
+    return _scaled(numbers_in_order("preference", preference, tasks))
 
 
 def _scaled(preference: Sequence[float]) -> list[float]:
