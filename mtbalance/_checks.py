@@ -257,12 +257,12 @@ def check_validation(owner: object, validation: object) -> Callable[[], Mapping[
     return validation
 
 
-def check_count(name: str, value: int) -> int:
-    """Return ``value`` if it is a whole number of at least 1."""
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Return ``value`` if it is a whole number of at least 1, or another bound."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be a whole number, but got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, but got {value}.")
     return value
 
 

@@ -25,6 +25,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "imtl-l": weighting.IMTLL,
     "uncertaintysoftmax": weighting.UncertaintySoftmax,
     "uw-so": weighting.UncertaintySoftmax,
+    "stch": weighting.STCH,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

@@ -28,6 +28,7 @@ from mtbalance.gradient import (
 from mtbalance.weighting import (
     DWA,
     IMTLL,
+    STCH,
     AutoLambda,
     Constant,
     Equal,
@@ -154,6 +155,7 @@ class Trait(enum.Enum):
     POSITIVE = "the weights are positive"
     LINEAR = "the weighted losses are the weights times the losses"
     STARTS_EQUAL = "before it has seen anything, every task has the same weight"
+    SHARED_OUT = "where a task is absent, the weights of the others keep their ratios alone"
     STATELESS = "nothing is remembered"
     LEARNS_BY_GRADIENT = "its parameters move with the optimizer of the model"
 
@@ -172,7 +174,9 @@ def _optimizer() -> torch.optim.Optimizer:
 
 
 WEIGHTING_CASES = (
-    WeightingCase("Equal", Equal, frozenset(set(Trait) - {Trait.LEARNS_BY_GRADIENT})),
+    WeightingCase(
+        "Equal", Equal, frozenset(set(Trait) - {Trait.LEARNS_BY_GRADIENT, Trait.SHARED_OUT})
+    ),
     WeightingCase(
         "Uncertainty",
         Uncertainty,
@@ -233,6 +237,17 @@ WEIGHTING_CASES = (
         "UncertaintySoftmax",
         UncertaintySoftmax,
         frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
+    ),
+    WeightingCase("STCH", STCH, frozenset({Trait.POSITIVE})),  # in the warm-up
+    WeightingCase(
+        "STCH-warm",
+        lambda: STCH(warmup_epochs=0),
+        frozenset({Trait.POSITIVE, Trait.SHARED_OUT}),
+    ),
+    WeightingCase(
+        "STCH-nadir",
+        lambda: STCH(mu=0.5, nadir=[1.0, 20.0, 1e-3]),
+        frozenset({Trait.POSITIVE, Trait.SHARED_OUT, Trait.STATELESS}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

@@ -16,12 +16,14 @@ from ._geometric_mean import GeometricMean
 from ._imtll import IMTLL
 from ._log_loss import LogLoss
 from ._random_weighting import RandomWeighting
+from ._stch import STCH
 from ._uncertainty import Uncertainty
 from ._uncertainty_softmax import UncertaintySoftmax
 
 __all__ = [
     "DWA",
     "IMTLL",
+    "STCH",
     "AutoLambda",
     "Constant",
     "Equal",

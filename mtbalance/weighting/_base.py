@@ -223,6 +223,15 @@ def dtype_of_sums(device: torch.device | None = None) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def add_to_means(means: Tensor, counts: Tensor, losses: Tensor, active: Tensor | slice) -> None:
+    """Count detached losses of active tasks in running means, in place; those not finite do not."""
+    finite = torch.isfinite(losses)  # anything else would stay in the mean for good
+    counts[active] += finite
+    mean = means[active]
+    change = (losses.to(mean.dtype) - mean) / counts[active]
+    means[active] = torch.where(finite, mean + change, mean)
+
+
 def held_above(numbers: Tensor, bound: float) -> Tensor:
     """Return learned numbers, those below a bound as that bound, with gradients that lead off it.
 

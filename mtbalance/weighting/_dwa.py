@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtbalance._checks import check_positive, check_saved
 
-from ._base import Weighting, dtype_of_sums, task_vector
+from ._base import Weighting, add_to_means, dtype_of_sums, task_vector
 
 _MAX_RATIO = 1e3
 
@@ -74,7 +74,7 @@ class DWA(Weighting):
 
     def forward(self, losses: Tensor) -> Tensor:
         if self.training:
-            self._remember(losses.detach())
+            add_to_means(self.mean, self.count, losses.detach(), self.active)
         return self._weights().to(losses.dtype) * losses
 
     def _weights(self) -> Tensor:
@@ -83,13 +83,6 @@ class DWA(Weighting):
         ratio = torch.where(self.epochs[self.active] > 1, ratio, 1.0)
         ratio = ratio.clamp(-_MAX_RATIO, _MAX_RATIO)
         return len(ratio) * torch.softmax(ratio / self.temperature, 0)
-
-    def _remember(self, losses: Tensor) -> None:
-        finite = torch.isfinite(losses)  # anything else would stay in the mean for good
-        self.count[self.active] += finite
-        mean = self.mean[self.active]
-        change = (losses.to(mean.dtype) - mean) / self.count[self.active]
-        self.mean[self.active] = torch.where(finite, mean + change, mean)
 
     def end_epoch(self) -> None:
         """Close an epoch: its means become the last ones, for every task that was active in it."""
