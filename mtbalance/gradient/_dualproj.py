@@ -39,7 +39,7 @@ class DualProj(PreferringStrategy):
 
     References:
         Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017,
-        equation (11), https://arxiv.org/abs/1706.08840. Quinton and Rey, "Jacobian Descent for
+        section 3, https://arxiv.org/abs/1706.08840. Quinton and Rey, "Jacobian Descent for
         Multi-Objective Optimization", 2024, https://arxiv.org/abs/2406.16232.
 
     Example:
