@@ -40,6 +40,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "upgrad": gradient.UPGrad,
     "dualproj": gradient.DualProj,
     "mgda": gradient.MGDA,
+    "config": gradient.ConFIG,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

@@ -19,6 +19,10 @@ ZERO_ROW = 1e-30
 RESOLUTION = 16 * torch.finfo(torch.float64).eps
 """Squared norms of combinations of unit rows are known up to a few of these."""
 
+_SAFE_PIVOT = 1e-5
+"""With a smaller pivot in their Cholesky factor (unit rows closer than this), cosines are looked at
+by their eigenvalues."""
+_LEAST_EIGENVALUE = 1e-12
 LOWEST, HIGHEST = 1e-240, 1e240
 """Within these, squared norms leave room in float64: below for the squares of all rows that do not
 count as zero next to them, above for weights and for sums."""
@@ -59,6 +63,42 @@ def vanishes(y: Tensor, gramian: Tensor) -> bool:
     """Whether the combination of unit rows cannot be told from zero by their Gramian."""
     bound = math.sqrt(RESOLUTION * len(y)) * float(y.abs().sum())
     return norm_of(y, gramian) <= bound
+
+
+class Equiangular(NamedTuple):
+    """The shortest vector x whose inner products with unit rows are as wanted, or nearest to it."""
+
+    coefficients: Tensor
+    """y, shape (k,): x is the combination of the unit rows with these."""
+    products: Tensor
+    """The inner products that it has, shape (k,): those wanted, if the rows are independent."""
+    squared_length: float
+    """|x|^2, zero where no combination comes nearer than zero does."""
+
+
+def equiangular(cosines: Tensor, wanted: Tensor) -> Equiangular:
+    """Find the combination of unit rows that has the inner products ``wanted`` with them.
+
+    Combinations whose squared length is below 1e-12 of the largest count as zero, so that rows that
+    are equal up to the rounding of float32 are one; of several solutions it is the shortest, and if
+    there is none, that of least squares: the Moore-Penrose inverse.
+
+    Args:
+        cosines: Shape (k, k), unit diagonal.
+        wanted: Shape (k,).
+    """
+    factor, info = torch.linalg.cholesky_ex(cosines)
+    if int(info) == 0 and float(factor.diagonal().min()) > _SAFE_PIVOT:
+        coefficients = torch.cholesky_solve(wanted[:, None], factor)[:, 0]
+        return Equiangular(coefficients, wanted, float(wanted @ coefficients))
+    values, vectors = torch.linalg.eigh(cosines)
+    vectors = vectors[:, values > _LEAST_EIGENVALUE * len(values) * values[-1]]
+    values = values[len(values) - vectors.shape[1] :]
+    parts = vectors.T @ wanted
+    if float(parts.norm()) <= RESOLUTION * len(wanted) * float(wanted.norm()):
+        parts = torch.zeros_like(parts)  # what the rows span is orthogonal to what is wanted
+    coefficients = vectors @ (parts / values)
+    return Equiangular(coefficients, vectors @ parts, float(parts @ (parts / values)))
 
 
 # --- rows whose squares float64 does not hold -----------------------------------------------------

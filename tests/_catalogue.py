@@ -17,6 +17,7 @@ from mtbalance.gradient import (
     MGDA,
     AlignedMTL,
     CAGrad,
+    ConFIG,
     DualProj,
     GradDrop,
     GradientStrategy,
@@ -102,6 +103,7 @@ _DUAL_CONE = {
     Claim.NO_CONFLICT_LEFT,
     *GEOMETRIC,
 }
+_EQUIANGULAR = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _MGDA = {ORDER_FREE, Claim.DOUBLES, Claim.NO_CONFLICT_LEFT, *GEOMETRIC}
 
 GRADIENT_CASES = (
@@ -139,6 +141,7 @@ GRADIENT_CASES = (
     _gradient_case("NashMTL", NashMTL, _BARGAINS),
     _gradient_case("UPGrad", UPGrad, _DUAL_CONE),
     _gradient_case("DualProj", DualProj, _DUAL_CONE),
+    _gradient_case("ConFIG", ConFIG, _EQUIANGULAR),
     _gradient_case("MGDA", MGDA, _MGDA),
     _gradient_case(
         "MGDA-ignoring",

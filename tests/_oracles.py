@@ -240,6 +240,27 @@ def cagrad_by_slsqp(rows: Array, c: float) -> Array:
     return result.x[:-1]
 
 
+# --- ConFIG, IMTL-G -------------------------------------------------------------------------------
+
+
+def equiangular_by_lstsq(rows: Array, wanted: Array) -> tuple[Array, float]:
+    """Return the shortest x with <u_i, x> as wanted, or as near as can be, for unit vectors u_i.
+
+    And how uncertain a direction is that inner products of the rows decide, relative to its length:
+    infinitely where it is not clear which combinations of the rows vanish.
+    """
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    limit = 1e-6 * len(rows) ** 0.5
+    values = np.linalg.svd(units, compute_uv=False)
+    x = np.linalg.lstsq(units, wanted, rcond=limit)[0]
+    if np.linalg.norm(units @ x) <= 1e-12 * np.linalg.norm(wanted):
+        x = np.zeros_like(x)  # what is left is rounding
+    limit *= values[0]
+    tolerance = 1e-12 + 1e-13 / values[values > limit].min() ** 2
+    unclear = ((values > limit / 3) & (values < 3 * limit)).any()
+    return x, np.inf if unclear else float(tolerance)
+
+
 # --- DWA ------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,24 @@ from mtbalance._active_set import (
     project_each_on_dual_cone,
     project_on_dual_cone,
 )
-from mtbalance._gramians import FLOATS, TENSORS, norm_of, unit_rows, vanishes, weights_of_pair
+from mtbalance._gramians import (
+    FLOATS,
+    TENSORS,
+    equiangular,
+    norm_of,
+    unit_rows,
+    vanishes,
+    weights_of_pair,
+)
 from mtbalance._pivoting import minimize_by_pivoting, minimize_for_few
 from mtbalance.gradient import CAGrad
-from tests._oracles import array, judge_cagrad, least_norm_weights, nonnegative_least_squares
+from tests._oracles import (
+    array,
+    equiangular_by_lstsq,
+    judge_cagrad,
+    least_norm_weights,
+    nonnegative_least_squares,
+)
 from tests._oracles import project_on_dual_cone as projection_by_nnls
 from tests._samplers import gradients, matrix, random_gradients
 
@@ -79,6 +93,42 @@ def test_vanishing_combinations(rows: Tensor) -> None:
     assert vanishes(one, gramian)
     one[-1] = 3.0 - 1e-4  # a length of 1e-4 among weights of 6
     assert not vanishes(one, gramian)
+
+
+@given(rows=gradients(scales=[1.0]), seed=st.integers(0, 2**16))
+@settings(max_examples=200)
+def test_combinations_with_given_products(rows: Tensor, seed: int) -> None:
+    """The Moore-Penrose inverse of the unit rows, which NumPy takes of the vectors."""
+    units = unit_matrix(rows)
+    if not len(units):
+        return
+    wanted = random_gradients(1, len(units), seed)[0].abs() + 0.1
+    found = equiangular((units @ units.T).fill_diagonal_(1), wanted)
+    expected, tolerance = equiangular_by_lstsq(array(units), array(wanted))
+    if tolerance > 1e-3 or not expected.any():
+        return
+    length = np.linalg.norm(expected)
+    assert np.linalg.norm(array(found.coefficients @ units) - expected) <= tolerance * length
+    assert np.allclose(array(found.products), array(units) @ expected, rtol=0, atol=1e-5)
+    assert found.squared_length == pytest.approx(length**2, rel=tolerance)
+
+
+def test_combinations_with_given_products_that_there_are_not() -> None:
+    """1 and -1 cannot both be 1; no combination is nearer to that than zero, which is exact."""
+    opposite = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    found = equiangular(opposite, torch.ones(2).double())
+    assert not found.coefficients.any()
+    assert found.squared_length == 0
+
+
+def test_rows_that_are_equal_up_to_the_rounding_of_float32_are_one() -> None:
+    """With (2, 0) they have the products 1 and 3 on average; exactly with (1, 2e7) only."""
+    rows = torch.tensor([[1.0, 0.0], [1.0, 1e-7]], dtype=torch.float64)
+    found = equiangular(rows @ rows.T, torch.tensor([1.0, 3.0]).double())
+    assert_close(found.coefficients @ rows, torch.tensor([2.0, 1e-7]).double())
+    rows[1, 1] = 1e-3
+    found = equiangular(rows @ rows.T, torch.tensor([1.0, 3.0]).double())
+    assert_close(found.coefficients @ rows, torch.tensor([1.0, 2e3]).double(), rtol=1e-6, atol=1e-6)
 
 
 # --- two rows -------------------------------------------------------------------------------------

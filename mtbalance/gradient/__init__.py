@@ -12,6 +12,7 @@ tensor([0.5000, 1.5000])
 from ._alignedmtl import AlignedMTL
 from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
+from ._config import ConFIG
 from ._dualproj import DualProj
 from ._graddrop import GradDrop
 from ._mgda import MGDA
@@ -24,6 +25,7 @@ __all__ = [
     "MGDA",
     "AlignedMTL",
     "CAGrad",
+    "ConFIG",
     "DualProj",
     "GradDrop",
     "GradientStrategy",

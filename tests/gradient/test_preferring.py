@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer
-from mtbalance.gradient import MGDA, DualProj, UPGrad
+from mtbalance.gradient import MGDA, ConFIG, DualProj, UPGrad
 from mtbalance.gradient._base import PreferringStrategy
 from mtbalance.weighting import Equal
 from tests._device import on_device
 from tests._samplers import gradients, matrix, random_gradients
 
-KINDS = pytest.mark.parametrize("kind", [DualProj, MGDA, UPGrad])
+KINDS = pytest.mark.parametrize("kind", [ConFIG, DualProj, MGDA, UPGrad])
 NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 Kind = type[PreferringStrategy]
 
