@@ -41,6 +41,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "dualproj": gradient.DualProj,
     "mgda": gradient.MGDA,
     "config": gradient.ConFIG,
+    "imtlg": gradient.IMTLG,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

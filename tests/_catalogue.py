@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mtbalance.gradient import (
+    IMTLG,
     MGDA,
     AlignedMTL,
     CAGrad,
@@ -142,6 +143,8 @@ GRADIENT_CASES = (
     _gradient_case("UPGrad", UPGrad, _DUAL_CONE),
     _gradient_case("DualProj", DualProj, _DUAL_CONE),
     _gradient_case("ConFIG", ConFIG, _EQUIANGULAR),
+    _gradient_case("IMTLG", IMTLG, _EQUIANGULAR),
+    _gradient_case("IMTLG-official", lambda: IMTLG(normalize="official"), _EQUIANGULAR),
     _gradient_case("MGDA", MGDA, _MGDA),
     _gradient_case(
         "MGDA-ignoring",

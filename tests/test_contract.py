@@ -38,6 +38,8 @@ from tests._samplers import BY_NAME, DTYPES, FAMILIES, SCALES, gradients, matrix
 # Of some matrices drawn here, strategies say that there is no answer, and fall back.
 pytestmark = pytest.mark.filterwarnings("ignore:.* fell back:RuntimeWarning")
 
+pytestmark = pytest.mark.filterwarnings("ignore:IMTLG fell back")
+
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 SEEDS = st.integers(0, 2**16)
 few = settings(max_examples=25)
@@ -185,6 +187,7 @@ def test_direction_is_a_finite_vector_of_the_rows_dtype(case: GradientCase, data
     assert direction.device == rows.device
     assert torch.isfinite(direction).all()
     if strategy.growth is not None:
+        if strategy.growth is not None:
         assert direction.double().norm() <= 1.01 * strategy.growth * size_of(rows)
     assert torch.equal(rows, before), "the input was written to"
 
@@ -251,36 +254,48 @@ def tolerance_of(case: GradientCase, rows: Tensor) -> float:
 
     CAGrad's direction is the quotient of g_w by its length, which sets of rows that nearly cancel
     make as uncertain as that length. AlignedMTL's is as long as the root of an eigenvalue, which is
-    known up to the root of the rounding. ConFIG inverts the cosines, whose least eigenvalues are
-    known to some eps.
+    known up to the root of the rounding. ConFIG and IMTLG invert the cosines, whose least
+    eigenvalues are known to some eps; IMTLG divides by a sum that may nearly cancel.
     """
     if case.name.startswith(("CAGrad", "AlignedMTL")):
         return 1e-6
-    if not case.name.startswith("ConFIG") or not rows.any():
+    if not case.name.startswith(("ConFIG", "IMTLG")) or not rows.any():
         return 1e-13
-    values, limit = _singular_values_of_unit_rows(rows)
-    return float(1e-13 + 1e-14 / values[values > limit].min() ** 2)
+    _, values, limit = _unit_rows_as(rows)
+    return (1e-13 + 1e-14 / values[values > limit].min() ** 2) * cancelled(case, rows) ** 2
 
 
-def _singular_values_of_unit_rows(rows: Tensor) -> tuple[np.ndarray, float]:
-    """Return them, and up to where they count as zero."""
+def cancelled(case: GradientCase, rows: Tensor) -> float:
+    """Return how many times longer than their sum the terms are that IMTLG divides by."""
+    if not case.name.startswith("IMTLG") or not rows.any():
+        return 1.0
+    left, values, limit = _unit_rows_as(rows)
+    left, values = left[:, values > limit], values[values > limit]
+    norms = np.linalg.norm(array(rows[rows.any(1)]), axis=1)
+    shares = left @ (left.sum(0) / values**2) / norms
+    return float(max(np.abs(shares).sum() / max(abs(shares.sum()), 1e-300), 1))
+
+
+def _unit_rows_as(rows: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return left vectors and singular values of the unit rows, and up to where these are zero."""
     alive = array(rows[rows.any(1)])
     norms = np.linalg.norm(alive, axis=1)
-    values = np.linalg.svd(alive / norms[:, None], compute_uv=False)
-    return values, float(np.sqrt(1e-12 * len(alive)) * values[0])
+    left, values, _ = np.linalg.svd(alive / norms[:, None], full_matrices=False)
+    return left, values, float(np.sqrt(1e-12 * len(alive)) * values[0])
 
 
 def near_a_jump(case: GradientCase, rows: Tensor) -> bool:
     """Whether rounding decides about the direction, as the method itself says that it jumps there.
 
-    AlignedMTL takes eigenvalues of the Gramian for zero that are about its rounding, ConFIG those
-    of cosines that are about the rounding of float32.
+    AlignedMTL takes eigenvalues of the Gramian for zero that are about its rounding, ConFIG and
+    IMTLG those of cosines that are about the rounding of float32; IMTLG turns the direction round.
     """
     if not rows.any():
         return False
-    if case.name.startswith("ConFIG"):
-        values, limit = _singular_values_of_unit_rows(rows)
-        return bool(((values > limit / 3) & (values < 3 * limit)).any())
+    if case.name.startswith(("ConFIG", "IMTLG")):
+        _, values, limit = _unit_rows_as(rows)
+        jumps = ((values > limit / 3) & (values < 3 * limit)).any()
+        return bool(jumps) or cancelled(case, rows) >= 1e6
     if not case.name.startswith("AlignedMTL"):
         return False
     squares = torch.linalg.svdvals(rows.double() / rows.abs().max()).square()

@@ -15,6 +15,7 @@ from ._cagrad import CAGrad
 from ._config import ConFIG
 from ._dualproj import DualProj
 from ._graddrop import GradDrop
+from ._imtlg import IMTLG
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
 from ._pcgrad import PCGrad
@@ -22,6 +23,7 @@ from ._sum import Sum
 from ._upgrad import UPGrad
 
 __all__ = [
+    "IMTLG",
     "MGDA",
     "AlignedMTL",
     "CAGrad",
