@@ -187,7 +187,6 @@ def test_direction_is_a_finite_vector_of_the_rows_dtype(case: GradientCase, data
     assert direction.device == rows.device
     assert torch.isfinite(direction).all()
     if strategy.growth is not None:
-        if strategy.growth is not None:
         assert direction.double().norm() <= 1.01 * strategy.growth * size_of(rows)
     assert torch.equal(rows, before), "the input was written to"
 
