@@ -57,6 +57,15 @@ class RandomSource(nn.Module):
         """Go back to the start of the stream."""
         self.generator.set_state(self._start)
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Return the states of the stream where it is now, and at its start."""
+        return self.get_extra_state(), self._start
+
+    def follow(self, places: tuple[Tensor, Tensor]) -> None:
+        """Go on as another source whose places these are, also after a reset."""
+        state, self._start = places
+        self.set_extra_state(state)
+
     def get_extra_state(self) -> Tensor:
         """Return the generator's state, a byte tensor of fixed shape."""
         return self.generator.get_state()

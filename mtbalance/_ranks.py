@@ -294,8 +294,9 @@ class Ranks:
         What has been tallied before does not count: a state loaded in the first rank alone may
         reach the others with the model.
 
-        The random sources in a module go on from the state of the first rank's, whatever their
-        seeds and generators were: orders and masks must be the same everywhere.
+        The random sources in a module go on as the first rank's do, and start where they start if
+        they are reset, whatever their seeds and generators were: orders, masks and weights must be
+        the same everywhere.
 
         Raises:
             ValueError: On all ranks, if their tasks have other names or another order.
@@ -303,8 +304,7 @@ class Ranks:
         if self._draws_agree:
             return
         sources = [module for module in owner.modules() if isinstance(module, RandomSource)]
-        states = [source.get_extra_state() for source in sources]
-        told = self._gather_objects((self._tasks, states))
+        told = self._gather_objects((self._tasks, [source.places() for source in sources]))
         for rank, (tasks, _) in enumerate(told):
             if tasks != told[0][0]:
                 raise ValueError(
@@ -312,6 +312,6 @@ class Ranks:
                     f"{told[0][0]} on rank 0 and {tasks} on rank {rank}. Write the names down in "
                     "one order, or sort them."
                 )
-        for source, state in zip(sources, told[0][1], strict=True):
-            source.set_extra_state(state)
+        for source, places in zip(sources, told[0][1], strict=True):
+            source.follow(places)
         self._draws_agree, self._tally = True, tally

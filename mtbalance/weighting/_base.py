@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from mtbalance._checks import check_losses
 from mtbalance._passes import products_with_gradient
+from mtbalance._random import RandomSource
 from mtbalance._rows import at_least_float32
 
 
@@ -173,6 +174,9 @@ class Weighting(nn.Module, ABC):
         """Forget everything learned and remembered."""
         if self.tasks is not None:
             self.load_state_dict(self._fresh)
+        for child in self.children():  # what is fresh may have been loaded, or be another rank's
+            if isinstance(child, RandomSource):
+                child.reset()
 
     def check_state(self, state: Mapping[str, object]) -> None:
         """Raise ValueError if what was saved, by name, is nothing to go on with."""

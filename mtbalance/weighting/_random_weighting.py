@@ -48,8 +48,3 @@ class RandomWeighting(Weighting):
         # From pageable memory, this returns once the few numbers are read.
         draws = draws.to(losses.device, non_blocking=True)[self.active]
         return (len(draws) * torch.softmax(draws, 0)).to(losses.dtype) * losses
-
-    def reset(self) -> None:
-        """Go back to the start of the stream, also where another place in it was loaded first."""
-        super().reset()
-        self.random.reset()
