@@ -201,7 +201,9 @@ WEIGHTING_CASES = (
     WeightingCase(
         "DWA",
         DWA,
-        frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}),
+        frozenset(
+            {Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}
+        ),
     ),
     WeightingCase(
         "AutoLambda",
@@ -226,12 +228,12 @@ WEIGHTING_CASES = (
     WeightingCase(
         "RandomWeighting",
         RandomWeighting,
-        frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
+        frozenset({Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
     ),
     WeightingCase(
         "GeometricMean",
         GeometricMean,
-        frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
+        frozenset({Trait.SHARED_OUT, Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
     ),
     WeightingCase("LogLoss", LogLoss, frozenset({Trait.POSITIVE, Trait.STATELESS})),
     WeightingCase(
@@ -242,7 +244,9 @@ WEIGHTING_CASES = (
     WeightingCase(
         "UncertaintySoftmax",
         UncertaintySoftmax,
-        frozenset({Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}),
+        frozenset(
+            {Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STATELESS}
+        ),
     ),
     WeightingCase("STCH", STCH, frozenset({Trait.POSITIVE})),  # in the warm-up
     WeightingCase(
