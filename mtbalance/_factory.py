@@ -42,6 +42,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "mgda": gradient.MGDA,
     "config": gradient.ConFIG,
     "imtlg": gradient.IMTLG,
+    "fairgrad": gradient.FairGrad,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtbalance._gramians import RESOLUTION
+from mtbalance._active_set import minimize_linear_plus_norm
+from mtbalance._gramians import vanishes
+from mtbalance._pivoting import minimize_by_pivoting
 
 STATIONARY = "a convex combination of the task gradients vanishes, so that none serves all tasks"
 """Why there may be no balance."""
@@ -26,8 +28,10 @@ _LAST_STEP = 1e-7
 """After a step that small, relative to x, the error is about its square."""
 _ROUNDING = 1e-2
 """Below it steps shrink at least by half each, unless they are rounding alone."""
-_VISIBLE = 1e-15
+_VISIBLE = 1e-14
 """Changes of less than this fraction of the largest part are lost in the sum."""
+_SUSPICION = 1e-6
+"""Where unit rows cancel to the root of this fraction, some combination may vanish."""
 _FAR = 2.0
 """Parts of x that are to grow by more than this factor are looked for on their own scale."""
 
@@ -44,10 +48,9 @@ class Balance(NamedTuple):
 def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | None:
     r"""Return the :math:`x > 0` with :math:`(C x)_i = c_i x_i^{-q}`.
 
-    It minimises the convex :math:`x^T C x / 2 - \sum_i c_i x_i^{1 - q} / (1 - q)` (with a logarithm
-    for q = 1), by Newton's method with a search along each step; parts that are far from their
-    scale are minimised over one by one. There is exactly one minimum where no convex combination of
-    the rows vanishes, and none otherwise.
+    It minimises the convex :math:`x^T C x / 2 - \sum_i c_i x_i^{1 - q} / (1 - q)` (a logarithm for
+    q = 1), by Newton's method with a search along each step; parts that are far from their scale
+    are minimised over one by one. Where a convex combination of the rows vanishes there is none.
 
     Args:
         gramian: C, shape (k, k), unit diagonal.
@@ -57,31 +60,48 @@ def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | None
     Returns:
         None if some convex combination cannot be told from zero by the Gramian.
     """
+    if power > 1 and _some_combination_vanishes(gramian):
+        return None  # the way to infinity is too slow to be noticed
     x = _start(gramian, logs, power)
-    previous = math.inf
+    previous, may_vanish, swept = (math.inf, math.inf), power <= 1, False
     for _ in range(_MOST_STEPS):
         x = (x / x.max()).clamp_min(_LEAST)
         point = _Point.at(gramian, logs, x, power)
-        if not float(point.gains.sum()) > RESOLUTION * len(x) * float(x.sum()) ** 2:
-            return None
+        if may_vanish and float(point.gains.sum()) < _SUSPICION * float(x.sum()) ** 2:
+            may_vanish = False
+            if _some_combination_vanishes(gramian):
+                return None
         step = _newton_step(point, power)
-        length = float(step.abs().max())
+        length, seen = float(step.abs().max()), float((x * step).abs().max())
+        settled = length > _ROUNDING and seen <= _VISIBLE
+        if not math.isfinite(length) or (settled and swept):
+            break
         if length > _ROUNDING:
-            previous = math.inf
-            settled = float((x * step).abs().max()) <= _VISIBLE
+            previous, swept = (math.inf, math.inf), settled
             if not settled:
                 x = x * (1 + _stretch(point, step, power) * step)
             if settled or float(step.max()) > _FAR:
                 x = _one_by_one(gramian, logs + point.shift, x, power)
-            if not settled:
-                continue
-        elif length <= 0.5 * previous:
-            x, previous = x * (1 + step), length
-            if length > _LAST_STEP:
-                continue
-        break
+            continue
+        if length > 0.5 * previous[0] and seen > 0.5 * previous[1]:
+            break
+        x, previous = x * (1 + step), (length, seen)
+        if length <= _LAST_STEP:
+            break
     x = x / x.max()
     return Balance(x, -_shift(gramian, logs, x, power) / (1 + power))
+
+
+def _some_combination_vanishes(gramian: Tensor) -> bool:
+    """Whether some convex combination of the unit rows cannot be told from zero."""
+    if bool((gramian >= 0).all()):
+        return False
+    ones = torch.ones_like(gramian[0])
+    y = minimize_by_pivoting(gramian, 0 * ones, 1.0, ones)
+    if y is None:
+        start = ones / len(ones)
+        y = minimize_linear_plus_norm(gramian, 0 * ones, 1.0, ones, start, may_vanish=True)
+    return y is None or vanishes(y, gramian)
 
 
 class _Point(NamedTuple):

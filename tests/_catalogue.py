@@ -20,6 +20,7 @@ from mtbalance.gradient import (
     CAGrad,
     ConFIG,
     DualProj,
+    FairGrad,
     GradDrop,
     GradientStrategy,
     NashMTL,
@@ -151,6 +152,9 @@ GRADIENT_CASES = (
         lambda: MGDA(ignore_zero_rows=True),
         {*_MGDA, Claim.IGNORES_ZERO_ROWS},
     ),
+    _gradient_case("FairGrad", FairGrad, _BARGAINS),
+    _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),
+    _gradient_case("FairGrad-throughput", lambda: FairGrad(alpha=0.5), _BARGAINS),
 )
 
 

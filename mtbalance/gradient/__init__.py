@@ -14,6 +14,7 @@ from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
 from ._cagrad import CAGrad
 from ._config import ConFIG
 from ._dualproj import DualProj
+from ._fairgrad import FairGrad
 from ._graddrop import GradDrop
 from ._imtlg import IMTLG
 from ._mgda import MGDA
@@ -29,6 +30,7 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "DualProj",
+    "FairGrad",
     "GradDrop",
     "GradientStrategy",
     "GramianStrategy",
