@@ -43,6 +43,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "config": gradient.ConFIG,
     "imtlg": gradient.IMTLG,
     "fairgrad": gradient.FairGrad,
+    "randomgradient": gradient.RandomGradient,
 }
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")

@@ -25,6 +25,7 @@ from mtbalance.gradient import (
     GradientStrategy,
     NashMTL,
     PCGrad,
+    RandomGradient,
     Sum,
     UPGrad,
 )
@@ -152,6 +153,7 @@ GRADIENT_CASES = (
         lambda: MGDA(ignore_zero_rows=True),
         {*_MGDA, Claim.IGNORES_ZERO_ROWS},
     ),
+    _gradient_case("RandomGradient", RandomGradient, GEOMETRIC),
     _gradient_case("FairGrad", FairGrad, _BARGAINS),
     _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),
     _gradient_case("FairGrad-throughput", lambda: FairGrad(alpha=0.5), _BARGAINS),

@@ -20,6 +20,7 @@ from ._imtlg import IMTLG
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
 from ._pcgrad import PCGrad
+from ._randomgradient import RandomGradient
 from ._sum import Sum
 from ._upgrad import UPGrad
 
@@ -37,6 +38,7 @@ __all__ = [
     "NashMTL",
     "PCGrad",
     "PreferringStrategy",
+    "RandomGradient",
     "Sum",
     "UPGrad",
 ]
