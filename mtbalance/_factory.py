@@ -13,8 +13,10 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "equal": weighting.Equal,
     "naive": weighting.Equal,
     "uncert": weighting.Uncertainty,
+    "uncertainty": weighting.Uncertainty,
     "dwa": weighting.DWA,
     "autol": weighting.AutoLambda,
+    "autolambda": weighting.AutoLambda,
     "constant": weighting.Constant,
     "randomweighting": weighting.RandomWeighting,
     "rlw": weighting.RandomWeighting,
@@ -46,6 +48,9 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "randomgradient": gradient.RandomGradient,
 }
 
+PAIRS = {"imtl": "imtll+imtlg"}
+"""Methods that are a weighting and a gradient strategy."""
+
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")
 _PAPER_GRADIENTS = ("graddrop", "pcgrad", "cagrad")
 PAPER_COMBINATIONS: tuple[str, ...] = (
@@ -61,9 +66,11 @@ def make_balancer(name: str, **options: Any) -> Balancer:
     """Make a Balancer from a name such as ``"dwa+cagrad"``, ``"pcgrad"`` or ``"naive"``.
 
     Args:
-        name: A weighting (``equal`` or ``naive``, ``uncert``, ``dwa``, ``autol``), a gradient
-            strategy (``sum`` or ``none``, ``graddrop``, ``pcgrad``, ``cagrad``), or one of each,
-            joined by "+". What is not named is ``equal`` or ``sum``.
+        name: A weighting, a gradient strategy, or one of each, joined by "+": the class in lower
+            case (``geometricmean``, ``cagrad``) or the short name of its paper (``gls``,
+            ``uncert``, ``dwa``, ``autol``, ``rlw``, ``imtl-l``, ``uw-so``, ``nash``, ``aligned``);
+            ``imtl`` is both of its halves. What is not named is ``equal`` (or ``naive``) or
+            ``sum`` (or ``none``).
         **options: Arguments of the Balancer (``tasks``, ``shared``, ``nonfinite``) and of the two
             strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
             ``seed``, goes to each of them; one that only other strategies take goes unused, so that
@@ -105,8 +112,8 @@ def make_balancer(name: str, **options: Any) -> Balancer:
 def _parse(name: str) -> tuple[type[Weighting], type[GradientStrategy]]:
     weightings: list[type[Weighting]] = []
     gradients: list[type[GradientStrategy]] = []
-    for part in name.lower().split("+"):
-        word = part.strip()
+    words = [part.strip() for part in name.lower().split("+")]
+    for word in "+".join(PAIRS.get(word, word) for word in words).split("+"):
         if word in WEIGHTINGS:
             weightings.append(WEIGHTINGS[word])
         elif word in GRADIENTS:
@@ -114,8 +121,8 @@ def _parse(name: str) -> tuple[type[Weighting], type[GradientStrategy]]:
         else:
             raise ValueError(
                 f"`name` must be made of weightings ({', '.join(WEIGHTINGS)}) and gradient "
-                f"strategies ({', '.join(GRADIENTS)}), but got {word!r}."
-                + nearest(word, [*WEIGHTINGS, *GRADIENTS])
+                f"strategies ({', '.join(GRADIENTS)}), or be {', '.join(PAIRS)}, but got {word!r}."
+                + nearest(word, [*WEIGHTINGS, *GRADIENTS, *PAIRS])
             )
     if len(weightings) > 1 or len(gradients) > 1:
         raise ValueError(

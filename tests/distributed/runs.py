@@ -9,11 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mtbalance import Balancer, make_balancer
+from mtbalance import PAPER_COMBINATIONS, Balancer, make_balancer
+from mtbalance._factory import GRADIENTS, WEIGHTINGS
 from tests._networks import TASKS, Network, batch, gradients
 from tests.distributed.harness import Here
 
 Losses = dict[str, Tensor]
+
+CATALOGUE = tuple(
+    dict.fromkeys(
+        kind.__name__.lower()
+        for names in (WEIGHTINGS, GRADIENTS)
+        for name, kind in names.items()
+        if kind not in {k for n, k in names.items() if n in PAPER_COMBINATIONS}
+    )
+)
+"""Names of the strategies that are in none of the paper's combinations."""
 
 
 class Whole(nn.Module):

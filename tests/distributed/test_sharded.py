@@ -13,7 +13,7 @@ from mtbalance.gradient import CAGrad, GradDrop
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool, RankError, has_fsdp2
-from tests.distributed.runs import Outcome, Whole, assert_equal, same_everywhere, train
+from tests.distributed.runs import CATALOGUE, Outcome, Whole, assert_equal, same_everywhere, train
 from tests.distributed.test_errors import message_of
 from tests.test_state import assert_equal_states
 
@@ -71,13 +71,17 @@ def train_sharded(
 
 
 def assert_all_equal(
-    pool: Pool, sharding: Sharding, names: tuple[str, ...] = PAPER_COMBINATIONS, **options: Any
+    pool: Pool,
+    sharding: Sharding,
+    names: tuple[str, ...] = PAPER_COMBINATIONS,
+    tolerance: float = 1e-12,
+    **options: Any,
 ) -> None:
     ranks = pool.run(train_sharded, names, sharding, options)
     alone = train_sharded(ALONE, names, sharding, options)
     for name in names:
         outcomes = [outcomes[name] for outcomes in ranks]
-        assert_equal(outcomes, alone[name], 1e-12, name)
+        assert_equal(outcomes, alone[name], tolerance, name)
         same_everywhere(outcomes)
 
 
@@ -89,6 +93,10 @@ FEW = ("naive", "uncert+graddrop", "dwa+cagrad", "autol+pcgrad")
 def test_every_pair_trains_as_one_process_would(two: Pool, heads: str) -> None:
     """The trunk has an odd number of rows, and a head one: shards are uneven, or empty."""
     assert_all_equal(two, Sharding(heads))
+
+
+def test_the_rest_of_the_catalogue(two: Pool) -> None:
+    assert_all_equal(two, Sharding(), CATALOGUE, 1e-11, weights=[1, 2, 3])
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -7,7 +7,15 @@ import torch
 
 from mtbalance import PAPER_COMBINATIONS
 from tests.distributed.harness import ALONE, Here, Pool
-from tests.distributed.runs import Outcome, assert_equal, ddp, plain, same_everywhere, train
+from tests.distributed.runs import (
+    CATALOGUE,
+    Outcome,
+    assert_equal,
+    ddp,
+    plain,
+    same_everywhere,
+    train,
+)
 
 PAIRS = (
     *PAPER_COMBINATIONS,
@@ -23,18 +31,22 @@ WRAPPERS: dict[str, dict[str, bool] | None] = {
 }
 
 
-def train_all(here: Here, wrapper: str, options: dict[str, Any]) -> dict[str, Outcome]:
+def train_all(
+    here: Here, wrapper: str, names: tuple[str, ...], options: dict[str, Any]
+) -> dict[str, Outcome]:
     """Train with every pair; one round trip for all of them."""
     arguments = WRAPPERS[wrapper]
     wrap = plain if arguments is None else ddp(**arguments)
     options = {"warmup_epochs": 0, **options}  # of the one that takes it
-    return {name: train(here, name, wrap=wrap, **options) for name in PAIRS}
+    return {name: train(here, name, wrap=wrap, **options) for name in names}
 
 
-def assert_all_equal(pool: Pool, wrapper: str, tolerance: float, **options: Any) -> None:
-    ranks = pool.run(train_all, wrapper, options)
-    alone = train_all(ALONE, wrapper, options)
-    for name in PAIRS:
+def assert_all_equal(
+    pool: Pool, wrapper: str, tolerance: float, names: tuple[str, ...] = PAIRS, **options: Any
+) -> None:
+    ranks = pool.run(train_all, wrapper, names, options)
+    alone = train_all(ALONE, wrapper, names, options)
+    for name in names:
         outcomes = [outcomes[name] for outcomes in ranks]
         assert_equal(outcomes, alone[name], tolerance, name)
         same_everywhere(outcomes)
@@ -44,6 +56,11 @@ def assert_all_equal(pool: Pool, wrapper: str, tolerance: float, **options: Any)
 def test_every_pair_trains_as_one_process_would(two: Pool, wrapper: str) -> None:
     """Several steps with momentum, learned weights, epochs and a look ahead, in float64."""
     assert_all_equal(two, wrapper, 1e-12)
+
+
+@pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
+def test_the_rest_of_the_catalogue(two: Pool, wrapper: str) -> None:
+    assert_all_equal(two, wrapper, 1e-11, CATALOGUE, weights=[1, 2, 3])
 
 
 @pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])

@@ -1,0 +1,52 @@
+"""Names of strategies, and every strategy at work in a Balancer."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mtbalance import Balancer, make_balancer
+from mtbalance._factory import GRADIENTS, PAIRS, WEIGHTINGS
+from mtbalance.gradient import IMTLG, CAGrad
+from mtbalance.weighting import IMTLL, Equal
+from tests._catalogue import GRADIENT_CASES, GradientCase
+from tests._networks import TASKS, Network, batch, flat_grad, raw_rows
+
+
+@pytest.mark.parametrize("names", [WEIGHTINGS, GRADIENTS])
+def test_every_strategy_goes_by_its_class_in_lower_case(names: dict[str, type]) -> None:
+    for kind in names.values():
+        assert names[kind.__name__.lower()] is kind
+
+
+@pytest.mark.parametrize("name", [*WEIGHTINGS, *GRADIENTS, *PAIRS])
+def test_every_name_makes_a_balancer(name: str) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    balancer = make_balancer(name, tasks=TASKS, optimizer=optimizer, weights=[1, 2, 3])
+    expected = {**WEIGHTINGS, **GRADIENTS}
+    for word in PAIRS.get(name, name).split("+"):
+        assert (
+            type(balancer.weighting) is expected[word] or type(balancer.gradient) is expected[word]
+        )
+
+
+def test_a_method_of_two_halves() -> None:
+    balancer = make_balancer(" IMTL ", tasks=TASKS)
+    assert (type(balancer.weighting), type(balancer.gradient)) == (IMTLL, IMTLG)
+    with pytest.raises(ValueError, match="at most one weighting and one gradient strategy, but"):
+        make_balancer("imtl+cagrad", tasks=TASKS)
+    with pytest.raises(ValueError, match=r"or be imtl, but got 'imlt'. Did you mean 'imtl"):
+        make_balancer("imlt", tasks=TASKS)
+    assert type(make_balancer("gls+cagrad", tasks=TASKS).gradient) is CAGrad
+
+
+@pytest.mark.parametrize("present", ["abc", "ca", "b"])
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: case.name)
+def test_a_balancer_does_what_the_strategy_does_alone(case: GradientCase, present: str) -> None:
+    """On the matrix of the rows of the tasks that are there, in their order."""
+    model = Network()
+    losses = {task: loss for task, loss in model.losses(batch()).items() if task in present}
+    shared = list(model.trunk.parameters())
+    expected = case.make()(raw_rows(losses, shared))
+    Balancer(Equal(), case.make(), tasks=TASKS, shared=model.trunk).backward(losses)
+    assert_close(flat_grad(shared), expected, rtol=1e-9, atol=1e-11)
