@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtbalance._active_set import minimize_linear_plus_norm
 from mtbalance._gramians import vanishes
-from mtbalance._pivoting import minimize_by_pivoting
+from mtbalance._pivoting import dot, minimize_by_pivoting
 
 STATIONARY = "a convex combination of the task gradients vanishes, so that none serves all tasks"
 """Why there may be no balance."""
@@ -62,34 +62,42 @@ def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | None
     """
     if power > 1 and _some_combination_vanishes(gramian):
         return None  # the way to infinity is too slow to be noticed
-    x = _start(gramian, logs, power)
+    problem = _Problem(gramian, logs.tolist(), power)
+    x = _start(problem)
     previous, may_vanish, swept = (math.inf, math.inf), power <= 1, False
     for _ in range(_MOST_STEPS):
-        x = (x / x.max()).clamp_min(_LEAST)
-        point = _Point.at(gramian, logs, x, power)
-        if may_vanish and float(point.gains.sum()) < _SUSPICION * float(x.sum()) ** 2:
+        point = _Point.at(problem, x)
+        if may_vanish and sum(point.gains) < _SUSPICION * sum(point.x) ** 2:
             may_vanish = False
             if _some_combination_vanishes(gramian):
                 return None
-        step = _newton_step(point, power)
-        length, seen = float(step.abs().max()), float((x * step).abs().max())
+        step = _newton_step(problem, point)
+        length = max(map(abs, step))
+        seen = max(abs(a * b) for a, b in zip(point.x, step, strict=True))
         settled = length > _ROUNDING and seen <= _VISIBLE
-        if not math.isfinite(length) or (settled and swept):
+        if not math.isfinite(sum(step)) or (settled and swept):
             break
         if length > _ROUNDING:
             previous, swept = (math.inf, math.inf), settled
-            if not settled:
-                x = x * (1 + _stretch(point, step, power) * step)
-            if settled or float(step.max()) > _FAR:
-                x = _one_by_one(gramian, logs + point.shift, x, power)
+            x = point.x if settled else point.moved(step, _stretch(problem, point, step))
+            if settled or max(step) > _FAR:
+                x = _one_by_one(problem, point.shift, x)
             continue
         if length > 0.5 * previous[0] and seen > 0.5 * previous[1]:
             break
-        x, previous = x * (1 + step), (length, seen)
+        x, previous = point.moved(step, 1.0), (length, seen)
         if length <= _LAST_STEP:
             break
-    x = x / x.max()
-    return Balance(x, -_shift(gramian, logs, x, power) / (1 + power))
+    point = _Point.at(problem, x)
+    return Balance(_tensor(point.x), -point.shift / (1 + power))
+
+
+class _Problem(NamedTuple):
+    """The arguments of :func:`balance_gains`."""
+
+    gramian: Tensor
+    logs: list[float]
+    power: float
 
 
 def _some_combination_vanishes(gramian: Tensor) -> bool:
@@ -104,72 +112,94 @@ def _some_combination_vanishes(gramian: Tensor) -> bool:
     return y is None or vanishes(y, gramian)
 
 
+# Vectors are lists of numbers from here on: where there are few, each call on tensors costs more.
+
+
 class _Point(NamedTuple):
     """What is known at some x, in units in which x is best on its own ray."""
 
-    products: Tensor
-    """x_i C_ij x_j, shape (k, k)."""
-    gains: Tensor
-    """x_i (C x)_i, shape (k,)."""
-    wanted: Tensor
+    x: list[float]
+    """Scaled to a largest part of 1."""
+    gains: list[float]
+    """x_i (C x)_i."""
+    wanted: list[float]
     """c_i x_i^(1 - q), what the gains are to become."""
     shift: float
     """What the units add to log c."""
 
     @classmethod
-    def at(cls, gramian: Tensor, logs: Tensor, x: Tensor, power: float) -> "_Point":
-        products = gramian * torch.outer(x, x)
-        gains = products.sum(1)
-        log_wanted = logs + (1 - power) * x.log()
-        total = max(float(gains.sum()), _LEAST)
-        shift = math.log(total) - float(torch.logsumexp(log_wanted, 0))
-        wanted = (log_wanted + shift).clamp_min(-2 * _LARGEST_LOG).exp()
-        return cls(products, gains, wanted, shift)
+    def at(cls, problem: _Problem, x: list[float]) -> "_Point":
+        largest = max(x)
+        x = [max(part / largest, _LEAST) for part in x]
+        gains = [a * b for a, b in zip(x, _image(problem, x), strict=True)]
+        bend = 1 - problem.power
+        logs = [log + bend * math.log(part) for log, part in zip(problem.logs, x, strict=True)]
+        most = max(logs)
+        total = most + math.log(sum(math.exp(log - most) for log in logs))
+        shift = math.log(max(sum(gains), _LEAST)) - total
+        wanted = [math.exp(max(log + shift, -2 * _LARGEST_LOG)) for log in logs]
+        return cls(x, gains, wanted, shift)
+
+    def moved(self, step: list[float], times: float) -> list[float]:
+        """Return x after a step relative to it."""
+        return [part * (1 + times * change) for part, change in zip(self.x, step, strict=True)]
 
 
-def _shift(gramian: Tensor, logs: Tensor, x: Tensor, power: float) -> float:
-    """Return what to add to log c so that x is best on its own ray."""
-    return _Point.at(gramian, logs, x, power).shift
+def _image(problem: _Problem, x: list[float]) -> list[float]:
+    """Return C x."""
+    image: list[float] = (problem.gramian @ _tensor(x)).tolist()
+    return image
 
 
-def _start(gramian: Tensor, logs: Tensor, power: float) -> Tensor:
+def _tensor(numbers: list[float] | list[list[float]]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _start(problem: _Problem) -> list[float]:
     """Return the better of the answers for orthogonal and for parallel rows."""
-    best, least = torch.ones_like(logs), math.inf
+    power, most = problem.power, max(problem.logs)
+    best, least = [1.0] * len(problem.logs), math.inf
+    if min(problem.logs) == most:
+        return best
     for exponent in (1 / (1 + power), 1 / power):
-        x = ((logs - logs.max()) * exponent).clamp_min(-_LARGEST_LOG).exp()
+        logs = [max((log - most) * exponent, -_LARGEST_LOG) for log in problem.logs]
+        x = [math.exp(log) for log in logs]
+        point = _Point.at(problem, x)
         # On the best scale the objective is (1 + q) / (2 q - 2) times the gains, or minus a sum of
         # logarithms: this grows with both.
-        shift = _shift(gramian, logs, x, power)
         if power == 1:
-            value = shift / 2 * float(logs.exp().sum()) - float(logs.exp() @ x.log())
+            weights = [math.exp(log) for log in problem.logs]
+            value = point.shift / 2 * sum(weights) - dot(weights, logs)
         else:
-            log_gains = math.log(max(float(x @ gramian @ x), _LEAST)) - 2 * shift / (1 + power)
+            log_gains = math.log(max(sum(point.gains), _LEAST)) - 2 * point.shift / (1 + power)
             value = log_gains * (power - 1)
         if value < least:
             best, least = x, value
     return best
 
 
-def _newton_step(point: _Point, power: float) -> Tensor:
+def _newton_step(problem: _Problem, point: _Point) -> list[float]:
     """Return Newton's step relative to x."""
-    roots = point.wanted.sqrt()
-    matrix = point.products / torch.outer(roots, roots)
-    matrix.diagonal().add_(power)
+    roots = [math.sqrt(part) for part in point.wanted]
+    scaled = [part / root for part, root in zip(point.x, roots, strict=True)]
+    right = [(w - g) / r for w, g, r in zip(point.wanted, point.gains, roots, strict=True)]
+    both = _tensor([scaled, right])
+    matrix = problem.gramian * torch.outer(both[0], both[0])
+    matrix.diagonal().add_(problem.power)
     factor, _ = torch.linalg.cholesky_ex(matrix)
-    right = ((point.wanted - point.gains) / roots)[:, None]
-    step: Tensor = torch.cholesky_solve(right, factor)[:, 0] / roots
-    return step
+    solution = torch.cholesky_solve(both[1, :, None], factor)[:, 0].tolist()
+    return [part / root for part, root in zip(solution, roots, strict=True)]
 
 
-def _stretch(point: _Point, step: Tensor, power: float) -> float:
+def _stretch(problem: _Problem, point: _Point, step: list[float]) -> float:
     """Return about how many steps away the objective is least along the step."""
-    curvature = float(step @ point.products @ step)
-    constant = float(step @ point.gains)
-    parts: list[tuple[float, float]]
-    parts = list(zip(step.tolist(), point.wanted.tolist(), strict=True))
+    change = [a * b for a, b in zip(point.x, step, strict=True)]
+    curvature = dot(change, _image(problem, change))
+    constant = dot(step, point.gains)
+    parts = list(zip(step, point.wanted, strict=True))
 
     def slope(t: float) -> float:
-        logs = [-power * math.log(max(1 + t * d, sys.float_info.min)) for d, _ in parts]
+        logs = [-problem.power * math.log(max(1 + t * d, sys.float_info.min)) for d, _ in parts]
         powers = [math.exp(min(log, _LARGEST_LOG)) for log in logs]
         return (
             constant
@@ -178,7 +208,7 @@ def _stretch(point: _Point, step: Tensor, power: float) -> float:
         )
 
     enough = 0.1 * abs(slope(0.0))
-    shortest = min(d for d, _ in parts)
+    shortest = min(step)
     low, high = 0.0, -1 / shortest if shortest < 0 else math.inf
     t = 1.0 if high > 1 else 0.9 * high
     for _ in range(_MOST_TRIALS):
@@ -192,13 +222,13 @@ def _stretch(point: _Point, step: Tensor, power: float) -> float:
     return t
 
 
-def _one_by_one(gramian: Tensor, logs: Tensor, x: Tensor, power: float) -> Tensor:
+def _one_by_one(problem: _Problem, shift: float, x: list[float]) -> list[float]:
     """Minimise over each part of x in turn, which finds parts of any size at once."""
-    parts = x.tolist()
-    for i, (row, log) in enumerate(zip(gramian.tolist(), logs.tolist(), strict=True)):
+    parts = list(x)
+    for i, (row, log) in enumerate(zip(problem.gramian.tolist(), problem.logs, strict=True)):
         parts[i] = 0.0
-        parts[i] = _minimum(sum(map(float.__mul__, row, parts)), log, power)
-    return torch.tensor(parts, dtype=torch.float64, device="cpu")
+        parts[i] = _minimum(dot(row, parts), log + shift, problem.power)
+    return parts
 
 
 def _minimum(others: float, log: float, power: float) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtbalance._gramians import unit_rows
-from mtbalance._newton import _minimum, _one_by_one, balance_gains
+from mtbalance._newton import _minimum, _one_by_one, _Problem, balance_gains
 from tests._oracles import array
 from tests._samplers import matrix
 
@@ -60,7 +60,7 @@ def test_one_by_one_lowers_the_objective(power: float) -> None:
             barrier = c * np.log(x) if power == 1 else c * x ** (1 - power) / (1 - power)
             return x @ cosines @ x / 2 - barrier.sum()
 
-        moved = _one_by_one(cosines, logs, x, power)
+        moved = torch.tensor(_one_by_one(_Problem(cosines, logs.tolist(), power), 0.0, x.tolist()))
         lower, before = (objective(array(y), array(cosines), c) for y in (moved, x))
         assert lower <= before + 1e-3 * abs(lower)
 
