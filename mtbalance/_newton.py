@@ -17,7 +17,7 @@ from mtbalance._pivoting import dot, minimize_by_pivoting
 STATIONARY = "a convex combination of the task gradients vanishes, so that none serves all tasks"
 """Why there may be no balance."""
 
-_MOST_STEPS = 100
+_MOST_STEPS = 60
 """Newton's method takes 4 to 15 as a rule."""
 _MOST_TRIALS = 60
 _LARGEST_LOG = 300.0

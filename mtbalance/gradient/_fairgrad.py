@@ -10,6 +10,9 @@ from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
+_LARGEST_LOG = math.log(1e38)
+"""Weights are to fit into the rows' dtype, float32 as a rule."""
+
 
 class FairGrad(GramianStrategy):
     r"""Share out what the tasks gain by alpha-fairness, as bandwidth is shared in networks.
@@ -33,10 +36,10 @@ class FairGrad(GramianStrategy):
             the learning rate stays.
 
     Note:
-        The official length grows with the power (1 - alpha) / (1 + alpha) of the gradients'; the
-        authors' trainers multiply it by m and clip it to 1. Their solver, SciPy's least squares
-        from equal weights, is off by a few percent where gradients are about 1e-3 long, and
-        altogether below 1e-6.
+        The official length grows with the power (1 - alpha) / (1 + alpha) of the gradients' (up to
+        weights of 1e38); the authors' trainers multiply it by m and clip it to 1. Their solver,
+        SciPy's least squares from equal weights, is off by a few percent where gradients are about
+        1e-3 long, and altogether below 1e-6.
 
         A task whose gradient is zero gains nothing from any direction; it is left out (of m, too)
         and gets the weight 0. Where a convex combination of the other rows vanishes, or cannot be
@@ -84,7 +87,8 @@ class FairGrad(GramianStrategy):
         largest = float(rows.norms.max())
         if self.scale == "official":
             units = -2 * self.alpha / (1 + self.alpha) * math.log(largest)
-            return math.exp(max(-700.0, min(balance.log_scale + units, 700.0)))
+            most = _LARGEST_LOG - float((balance.x * largest / rows.norms).max().log())
+            return math.exp(max(-700.0, min(balance.log_scale + units, most)))
         squared = float(balance.x @ rows.cosines @ balance.x)
         spread = float((gramian / largest**2).norm())
         return math.sqrt(len(balance.x) * spread / squared)
