@@ -1,6 +1,7 @@
 """Balancers by the names that the papers use."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from mtbalance import gradient, weighting
@@ -47,6 +48,12 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "fairgrad": gradient.FairGrad,
     "randomgradient": gradient.RandomGradient,
 }
+
+_REQUIRED = {
+    "optimizer": "it is the model's optimizer, from which {} reads learning rates.",
+    "weights": "{} has a number for each task, which nobody can choose but you.",
+}
+"""What options are that strategies have no default for."""
 
 PAIRS = {"imtl": "imtll+imtlg"}
 """Methods that are a weighting and a gradient strategy."""
@@ -99,11 +106,8 @@ def make_balancer(name: str, **options: Any) -> Balancer:
             )
     if "tasks" not in options:
         raise TypeError("`tasks` must name the tasks, but it is missing.")
-    if "optimizer" in _parameters(weighting_class) and "optimizer" not in options:
-        raise TypeError(
-            f"`optimizer` must be the model's optimizer for {name!r}, but it is missing: "
-            f"{weighting_class.__name__} reads learning rates from it."
-        )
+    _check_required(name, weighting_class, options)
+    _check_required(name, gradient_class, options)
     return Balancer(
         weighting_class(**weighting_options), gradient_class(**gradient_options), **balancer_options
     )
@@ -129,6 +133,15 @@ def _parse(name: str) -> tuple[type[Weighting], type[GradientStrategy]]:
             f"`name` must hold at most one weighting and one gradient strategy, but got {name!r}."
         )
     return (weightings or [weighting.Equal])[0], (gradients or [gradient.Sum])[0]
+
+
+def _check_required(name: str, kind: type, options: Mapping[str, Any]) -> None:
+    for option, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise TypeError(
+                f"`{option}` must be given for {name!r}, but it is missing: "
+                f"{_REQUIRED[option].format(kind.__name__)}"
+            )
 
 
 def _parameters(kind: type) -> list[str]:

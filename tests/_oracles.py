@@ -179,7 +179,7 @@ def judge_cagrad(
 
 def nonnegative_least_squares(matrix: Array, right: Array) -> Array:
     """Return x >= 0 that minimises |matrix @ x - right|."""
-    if matrix.shape[1] == 0:  # at which SciPy 1.16 crashes
+    if matrix.shape[1] == 0:  # at which SciPy 1.17.1 crashes
         return np.zeros(0)
     solution, _ = scipy.optimize.nnls(matrix, right)
     return solution

@@ -38,8 +38,6 @@ from tests._samplers import BY_NAME, DTYPES, FAMILIES, SCALES, gradients, matrix
 # Of some matrices drawn here, strategies say that there is no answer, and fall back.
 pytestmark = pytest.mark.filterwarnings("ignore:.* fell back:RuntimeWarning")
 
-pytestmark = pytest.mark.filterwarnings("ignore:IMTLG fell back")
-
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 SEEDS = st.integers(0, 2**16)
 few = settings(max_examples=25)

@@ -409,7 +409,8 @@ def test_apply_without_accumulate() -> None:
         ("dwa+autol", {"tasks": ["a"]}, ValueError, "at most one weighting and one gradient"),
         ("dwa", {"tasks": ["a"], "temprature": 1}, TypeError, "Did you mean 'temperature'?"),
         ("dwa", {}, TypeError, "`tasks` must name the tasks, but it is missing."),
-        ("autol+cagrad", {"tasks": ["a"]}, TypeError, "`optimizer` must be the model's optimizer"),
+        ("autol+cagrad", {"tasks": ["a"]}, TypeError, "`optimizer` must be given for 'autol"),
+        ("constant", {"tasks": ["a"]}, TypeError, "`weights` must be given for 'constant', but it"),
     ],
 )
 def test_make_balancer(name, options, kind, words) -> None:

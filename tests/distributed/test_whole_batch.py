@@ -17,10 +17,6 @@ from tests.distributed.runs import (
     train,
 )
 
-PAIRS = (
-    *PAPER_COMBINATIONS,
-    *("rlw+pcgrad", "gls+pcgrad", "imtl-l+cagrad", "logloss", "uw-so+cagrad", "stch+graddrop"),
-)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 WRAPPERS: dict[str, dict[str, bool] | None] = {
     "no wrapper": None,
@@ -42,7 +38,11 @@ def train_all(
 
 
 def assert_all_equal(
-    pool: Pool, wrapper: str, tolerance: float, names: tuple[str, ...] = PAIRS, **options: Any
+    pool: Pool,
+    wrapper: str,
+    tolerance: float,
+    names: tuple[str, ...] = PAPER_COMBINATIONS,
+    **options: Any,
 ) -> None:
     ranks = pool.run(train_all, wrapper, names, options)
     alone = train_all(ALONE, wrapper, names, options)
