@@ -26,6 +26,7 @@ from mtbalance._checks import (
     check_row_dtype,
     check_task_names,
     count_fallback,
+    fallbacks_of,
 )
 from mtbalance._company import Losses, TaskPasses, Validation, company_of
 from mtbalance._explanation import Explanation
@@ -358,7 +359,7 @@ class Balancer(nn.Module):
         return f"tasks={self.tasks}" + "".join(changed)
 
     def _finish(self, record: Record) -> Record:
-        fallbacks = self.fallbacks + self.weighting.fallbacks + self.gradient.fallbacks
+        fallbacks = self.fallbacks + fallbacks_of(self.weighting) + fallbacks_of(self.gradient)
         if fallbacks != self._counted:
             record = replace(record, fallbacks=fallbacks - self._counted)
             self._counted = fallbacks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_at_least(name: str, value: float, bound: float) -> float:
@@ -327,6 +327,11 @@ class HasFallbacks(Protocol):
     """Whatever counts its fallbacks."""
 
     fallbacks: int
+
+
+def fallbacks_of(owner: nn.Module) -> int:
+    """Return how often a strategy, and those that it wraps, have fallen back."""
+    return sum(getattr(module, "fallbacks", 0) for module in owner.modules())
 
 
 def count_fallback(owner: HasFallbacks, reason: str) -> None:

@@ -20,7 +20,7 @@ from mtbalance._rows import (
     sum_of,
 )
 from mtbalance._shards import is_sharded, local, offset_of, sum_over_shards
-from mtbalance.gradient._base import GradientStrategy, GramianStrategy
+from mtbalance.gradient._base import GradientStrategy
 
 
 class Outcome(NamedTuple):
@@ -61,11 +61,11 @@ def direction_of(
         power: The power of two that rows were divided by for the Gramian.
     """
     weights = weights.to(gramian)
-    if strategy.is_sum:
-        solution = torch.ones_like(weights)
-    elif isinstance(strategy, GramianStrategy):
-        solution = strategy.solve(gramian * weights * weights[:, None])
-    else:
+    weighted = gramian * weights * weights[:, None]
+    solution = strategy.coefficients(weighted)
+    if solution is None:
+        factors = strategy.row_factors(weighted)
+        weights = weights if factors is None else weights * factors
         direction, progress = _by_columns(strategy, leaves, rows, weights, first, power)
         return Outcome(direction, progress * unscale**2)
     combination = weights * solution

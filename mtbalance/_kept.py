@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from mtbalance.gradient._base import GradientStrategy, GramianStrategy
+from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting
 
 _NEVER = 2**31
@@ -106,7 +106,7 @@ def check_every(
     """Raise if weights that are kept would do nothing, or not what is promised."""
     if every == 1:
         return
-    if not isinstance(gradient, GramianStrategy) or weighting.needs_gradients:
+    if not gradient.by_gramian or weighting.needs_gradients:
         raise ValueError(
             "`every` must be 1 unless a GramianStrategy meets a weighting that needs no "
             f"per-task gradients, but got {every} with "

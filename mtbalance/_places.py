@@ -21,7 +21,7 @@ from mtbalance._seen import Seen
 from mtbalance._shards import sum_over_shards
 from mtbalance._task_gradients import Row, TaskGradients, converted
 from mtbalance._writing import write
-from mtbalance.gradient._base import GradientStrategy, GramianStrategy
+from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting
 
 Divided = tuple[dict[int, list[Tensor]], list[Tensor]]
@@ -252,7 +252,7 @@ def features_of(
     """Return the features as where to balance, or raise if they cannot be."""
     parts = [features] if isinstance(features, Tensor) else list(features)
     check_features(parts, weighting, sharded=company.sharded)
-    if company.size > 1 and not (gradient.coordinatewise or isinstance(gradient, GramianStrategy)):
+    if company.size > 1 and not (gradient.coordinatewise or gradient.by_gramian):
         raise TypeError(
             "the gradient strategy must be coordinatewise or a GramianStrategy for `features` "
             f"of several processes, but {type(gradient).__name__} needs whole rows."

@@ -24,6 +24,7 @@ from mtbalance.gradient import (
     GradDrop,
     GradientStrategy,
     NashMTL,
+    Normalized,
     PCGrad,
     RandomGradient,
     Sum,
@@ -109,6 +110,8 @@ _DUAL_CONE = {
 _EQUIANGULAR = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _MGDA = {ORDER_FREE, Claim.DOUBLES, Claim.NO_CONFLICT_LEFT, *GEOMETRIC}
 
+_NORMALIZED = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
+
 GRADIENT_CASES = (
     _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT}),
     _gradient_case("GradDrop", GradDrop, _GRADDROP),
@@ -152,6 +155,13 @@ GRADIENT_CASES = (
         "MGDA-ignoring",
         lambda: MGDA(ignore_zero_rows=True),
         {*_MGDA, Claim.IGNORES_ZERO_ROWS},
+    ),
+    _gradient_case("Normalized-Sum", lambda: Normalized(Sum()), _NORMALIZED),
+    _gradient_case("Normalized-Sum-max", lambda: Normalized(Sum(), "max"), _NORMALIZED),
+    _gradient_case(
+        "Normalized-UPGrad-min",
+        lambda: Normalized(UPGrad(), "min"),
+        {*_NORMALIZED, Claim.NO_CONFLICT_LEFT},
     ),
     _gradient_case("RandomGradient", RandomGradient, GEOMETRIC),
     _gradient_case("FairGrad", FairGrad, _BARGAINS),

@@ -19,6 +19,7 @@ from ._graddrop import GradDrop
 from ._imtlg import IMTLG
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
+from ._normalized import Normalized
 from ._pcgrad import PCGrad
 from ._randomgradient import RandomGradient
 from ._sum import Sum
@@ -36,6 +37,7 @@ __all__ = [
     "GradientStrategy",
     "GramianStrategy",
     "NashMTL",
+    "Normalized",
     "PCGrad",
     "PreferringStrategy",
     "RandomGradient",

@@ -32,9 +32,12 @@ class GradientStrategy(nn.Module, ABC):
     is_sum: ClassVar[bool] = False
     """Whether the direction is always the sum of the rows, so that one backward pass serves."""
 
-    coordinatewise: ClassVar[bool] = False
+    coordinatewise: bool = False
     """Whether each coordinate of the direction depends on its own column alone, so that the columns
     may be handed over in blocks."""
+
+    by_gramian: bool = False
+    """Whether the inner products of the rows decide by what coefficients these are combined."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +80,26 @@ class GradientStrategy(nn.Module, ABC):
         del active
         yield
 
+    def coefficients(self, gramian: Tensor) -> Tensor | None:
+        """Return by what to combine rows of which these are the inner products, or None.
+
+        Args:
+            gramian: Shape (m, m), float64.
+
+        Returns:
+            Shape (m,), float64, on the device of the Gramian; None where the rows themselves must
+            be seen.
+        """
+        return torch.ones_like(gramian[0]) if self.is_sum else None
+
+    def row_factors(self, gramian: Tensor) -> Tensor | None:
+        """Return factors of the rows, shape (m,), that come before :meth:`on_columns`, or None.
+
+        Only asked where there are no :meth:`coefficients`, which hold such factors.
+        """
+        del gramian
+        return None
+
     def start(self) -> None:
         """Draw what all columns of one direction share, before its blocks are asked for."""
 
@@ -96,7 +119,7 @@ class GradientStrategy(nn.Module, ABC):
     def reset(self) -> None:
         """Forget everything remembered from earlier steps."""
         for child in self.children():
-            if isinstance(child, RandomSource):
+            if isinstance(child, RandomSource | GradientStrategy):
                 child.reset()
 
 
@@ -110,6 +133,8 @@ class GramianStrategy(GradientStrategy):
     Subclasses write :meth:`weights`; the Gramian (accumulated in float64), the combination, devices
     and dtypes come for free.
     """
+
+    by_gramian = True
 
     @abstractmethod
     def weights(self, gramian: Tensor) -> Tensor:
@@ -126,13 +151,14 @@ class GramianStrategy(GradientStrategy):
         Rows that are not finite give a direction of NaN and leave the strategy's state alone.
         """
         rows = [[row] for row in gradients.detach()]
-        gramian = gramian_of(rows)
-        if gradients.dtype == torch.float64 and not LOWEST < gramian.diagonal().max() < HIGHEST:
-            gramian = gramian_of([[row] for row in _near_one(gradients.detach())])
+        gramian = gramian_in_range(gradients)
         if not is_finite(gramian):
             return torch.full_like(gradients[0], torch.nan)
         (direction,) = combine(rows, self.solve(gramian))
         return gradients[0] if direction is None else direction
+
+    def coefficients(self, gramian: Tensor) -> Tensor:
+        return self.solve(gramian)
 
     def solve(self, gramian: Tensor) -> Tensor:
         """Check the Gramian, and return the weights in float64 on its device."""
@@ -244,6 +270,15 @@ def _scaled(preference: Sequence[float]) -> list[float]:
     """Return the preferences with a mean of 1."""
     mean = sum(preference) / len(preference)
     return [number / mean for number in preference]
+
+
+def gramian_in_range(gradients: Tensor) -> Tensor:
+    """Return the inner products of rows, shape (m, p), over a power of two if float64 needs it."""
+    gradients = gradients.detach()
+    gramian = gramian_of([[row] for row in gradients])
+    if gradients.dtype == torch.float64 and not LOWEST < gramian.diagonal().max() < HIGHEST:
+        return gramian_of([[row] for row in _near_one(gradients)])
+    return gramian
 
 
 def _near_one(gradients: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ class GradDrop(GradientStrategy):
         (4.0, 1.0, -2.0)
     """
 
-    coordinatewise: ClassVar[bool] = True
+    coordinatewise = True
 
     def __init__(
         self,

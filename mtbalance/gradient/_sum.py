@@ -20,7 +20,7 @@ class Sum(GradientStrategy):
     """
 
     is_sum: ClassVar[bool] = True
-    coordinatewise: ClassVar[bool] = True
+    coordinatewise = True
 
     @property
     def growth(self) -> float:

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from mtbalance import PAPER_COMBINATIONS, Balancer, GradientStrategy, make_balancer
-from mtbalance.gradient import CAGrad, GradDrop
+from mtbalance.gradient import CAGrad, GradDrop, Normalized, Sum
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool, RankError, has_fsdp2
@@ -125,6 +126,21 @@ def sharded(
     model = (sharding or Sharding())(Whole(Network()))
     options.setdefault("shared", model.network.trunk)
     return model, Balancer(Equal(), strategy, tasks=TASKS, **options)
+
+
+def directions(here: Here, make: Callable[[], GradientStrategy]) -> list[Tensor]:
+    model, balancer = sharded(Normalized(make()))
+    balancer.backward(model(here.part(batch())))
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+
+
+@pytest.mark.parametrize("make", [Sum, CAGrad, GradDrop])
+def test_lengths_are_those_of_whole_rows(two: Pool, make: type[GradientStrategy]) -> None:
+    alone = directions(ALONE, make)
+    for rank in two.run(directions, make):
+        for found, expected in zip(rank, alone, strict=True):
+            assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def rows_held(here: Here, strategy: type[GradientStrategy]) -> tuple[list[int], list[int]]:
