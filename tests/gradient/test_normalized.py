@@ -144,6 +144,40 @@ def test_leaks_of_graddrop_in_a_balancer() -> None:
         assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+def linear(strategy: GradientStrategy, rows: Tensor, active: str, steps: int) -> list[Tensor]:
+    """Return the gradients of steps on losses whose gradients are these rows."""
+    balancer = Balancer(Equal(), strategy, tasks=("a", "b", "c"))
+    parameter = nn.Parameter(torch.zeros(rows.shape[1], dtype=rows.dtype))
+    found = []
+    for _ in range(steps):
+        balancer.backward(
+            {t: row @ parameter for t, row in zip("abc", rows, strict=True) if t in active}
+        )
+        found.append(parameter.grad.clone())
+        parameter.grad = None
+    return found
+
+
+def test_graddrop_draws_anew_in_each_step() -> None:
+    """Rows of one length are left as they are, so that both drop the same entries."""
+    row = matrix("generic", 1, 40)[0]
+    rows = torch.stack([row, row.flip(0), -row.roll(1)])
+    plain = linear(GradDrop(seed=3), rows, "abc", 3)
+    found = linear(Normalized(GradDrop(seed=3)), rows, "abc", 3)
+    for one, other in zip(found, plain, strict=True):
+        assert_close(one, other, rtol=1e-12, atol=0)
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_preferences_stay_with_their_tasks() -> None:
+    rows = matrix("conflicting", 3, 6)
+    (found,) = linear(Normalized(UPGrad(preference={"a": 9, "b": 1, "c": 2})), rows, "bc", 1)
+    # A mean of 1 over all three tasks: 1 / 4 and 1 / 2.
+    lengths = rows[1:].norm(dim=1)
+    factors = lengths.mean() / lengths * torch.tensor([0.25, 0.5], dtype=torch.float64)
+    assert_close(found, UPGrad()(rows[1:] * factors[:, None]), rtol=1e-12, atol=1e-14)
+
+
 def test_kept_weights_hold_the_lengths() -> None:
     """In the step that solves; later ones use what it gave."""
     every = train(Normalized(CAGrad()), steps=1, every=3)
