@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.fuzz._network import Head, Plan, Trunk
+from tests.fuzz._strategies import KEPT, OTHERS
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class _Draw:
         if "kind" in weighting[1]:
             kinds = [rng.choice(["regression", "classification"]) for _ in plan.heads]
             weighting = (weighting[0], {**weighting[1], "kind": kinds})
+        if "weights" in weighting[1]:
+            weighting = (weighting[0], {"weights": [rng.choice([0.5, 2.0]) for _ in plan.heads]})
         shared = self.shared(plan)
         options = self.options(weighting[0], gradient)
         if options.get("every", 1) > 1 and gradient[0] == "PCGrad":
@@ -94,9 +97,11 @@ class _Draw:
 
     def weighting(self) -> tuple[str, dict[str, Any]]:
         rng = self.rng
-        name = rng.choice(["Equal"] * 3 + ["DWA"] * 2 + ["Uncertainty"] * 2 + ["AutoLambda"])
+        name = rng.choice(["Equal"] * 3 + ["DWA", "Uncertainty"] * 2 + ["AutoLambda", "Constant"])
         if name == "DWA":
             return name, {"temperature": rng.choice([0.5, 2.0])}
+        if name == "Constant":
+            return name, {"weights": None}
         if name == "Uncertainty":
             return name, {"kind": None, "init": rng.choice([0.0, -0.7])}
         if name == "AutoLambda":
@@ -113,7 +118,7 @@ class _Draw:
 
     def gradient(self) -> tuple[str, dict[str, Any]]:
         rng = self.rng
-        name = rng.choice(["Sum", "Sum", "GradDrop", "PCGrad", "PCGrad", "CAGrad", "CAGrad"])
+        name = rng.choice(["Sum"] * 2 + ["GradDrop"] + ["PCGrad", "CAGrad"] * 2 + OTHERS)
         if name == "GradDrop":
             return name, {"leak": rng.choice([0.0, 0.0, 0.3, 1.0]), "seed": rng.randint(0, 99)}
         if name == "PCGrad":
@@ -122,6 +127,8 @@ class _Draw:
             )
         if name == "CAGrad":
             return name, {"c": rng.choice([0.0, 0.4, 0.4, 1.5]), "rescale": rng.randint(0, 2)}
+        if name == "Normalized":
+            return name, {"scale": rng.choice(["mean", "max", "min"])}
         return name, {}
 
     def plan(self, dtype: str, *, at_features: bool) -> Plan:
@@ -190,7 +197,7 @@ class _Draw:
         options: dict[str, Any] = {}
         if self.chance(0.6):
             options["nonfinite"] = rng.choice(["drop", "skip", "propagate", "drop"])
-        may_keep = gradient[0] in ("PCGrad", "CAGrad") and weighting != "AutoLambda"
+        may_keep = gradient[0] in KEPT and weighting != "AutoLambda"
         if may_keep and self.chance(0.35):
             options["every"] = rng.randint(2, 4)
         if self.chance(0.2):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.fuzz._cases import Call, Case
 from tests.fuzz._network import DTYPES, Network
-from tests.fuzz._strategies import Answer, Array, Strategy, Weighting
+from tests.fuzz._strategies import KEPT, Answer, Array, Strategy, Weighting
 
 LARGEST_KEPT = 10.0
 """Times the number of rows: kept weights above it are not used again."""
@@ -361,7 +361,7 @@ class Oracle:
         if reuses:
             expected.fields["reused"] = True
             self.age += 1
-        elif self.case.gradient[0] in ("PCGrad", "CAGrad") and not _at_features(rows):
+        elif self.case.gradient[0] in KEPT and not _at_features(rows):
             expected.keeps = tuple(good)
         if broken and (unsure or self.policy == "propagate"):
             expected.broken = [] if unsure else _not_finite(rows, broken)

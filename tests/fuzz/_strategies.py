@@ -15,6 +15,13 @@ _VANISHES = 1e-9
 """A combination of unit rows that is shorter is taken for zero."""
 
 
+KEPT = ("PCGrad", "CAGrad", "Normalized")
+"""Strategies whose coefficients are unique, so that steps may be told which were kept."""
+
+OTHERS = ["UPGrad", "Normalized"]
+"""Strategies that stand for all of their kind: solved for on the Gramian, or around another."""
+
+
 class Answer(NamedTuple):
     """The directions that are right."""
 
@@ -74,8 +81,34 @@ class Strategy:
             yield np.ones(m)
         elif self.name == "CAGrad":
             yield cagrad(rows, self.options["c"], self.options["rescale"])
+        elif self.name == "UPGrad":
+            yield sum(self._projected(rows, task) for task in range(m))
+        elif self.name == "Normalized":
+            yield self._to_one_length(rows)
         else:
             yield from self._pcgrad(rows)
+
+    def _projected(self, rows: Array, task: int) -> Array:
+        """Return the coefficients of a row's projection on the dual cone of all rows."""
+        norms = np.linalg.norm(rows, axis=1)
+        alive = norms > 1e-30 * norms.max()
+        found = np.eye(len(rows))[task]
+        if alive[task]:
+            units = rows[alive] / norms[alive, None]
+            added = _oracles.nonnegative_least_squares(units.T, -rows[task] / norms[task])
+            found[alive] += added * norms[task] / norms[alive]
+        return found
+
+    def _to_one_length(self, rows: Array) -> Array:
+        """Return by what each row is multiplied, on its own; the strategy within is `Sum`."""
+        norms = np.linalg.norm(rows, axis=1)
+        alive = norms > 1e-30 * norms.max(initial=0)
+        if not alive.any():
+            return np.zeros(len(rows))
+        length = {"mean": np.mean, "max": np.max, "min": np.min}[self.options["scale"]]
+        factors = np.zeros(len(rows))
+        factors[alive] = length(norms[alive]) / norms[alive]
+        return factors
 
     def _pcgrad(self, rows: Array) -> Iterator[Array]:
         """Project vectors that remember of what they are made."""
@@ -235,6 +268,9 @@ class Weighting:
             return {task: self.lambdas[task] for task in losses}, {}
         if self.name == "DWA":
             return self._dwa(losses), {}
+        if self.name == "Constant":
+            given = dict(zip(self.tasks, self.options["weights"], strict=True))
+            return {task: given[task] for task in losses}, {}
         return dict.fromkeys(losses, 1.0), {}
 
     def remember(self) -> None:

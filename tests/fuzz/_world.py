@@ -68,7 +68,7 @@ class World:
     def new_balancer(self) -> Balancer:
         case = self.case
         name, options = case.weighting
-        made = {k: v for k, v in options.items() if k in ("temperature", "kind", "init")}
+        made = {k: v for k, v in options.items() if k in ("temperature", "kind", "init", "weights")}
         if name == "AutoLambda":
             made = {k: options[k] for k in ("lr", "init", "minimum")}
             made["optimizer"] = self.optimizer
@@ -85,9 +85,10 @@ class World:
         options = dict(case.options)
         if "dtype" in options:
             options["dtype"] = DTYPES[options["dtype"]]
+        within = [gradient.Sum()] if case.gradient[0] == "Normalized" else []
         return Balancer(
             getattr(weighting, name)(**made),
-            getattr(gradient, case.gradient[0])(**case.gradient[1]),
+            getattr(gradient, case.gradient[0])(*within, **case.gradient[1]),
             tasks=case.tasks,
             shared=shared,
             **options,
