@@ -10,7 +10,7 @@ from torch import Tensor
 _ABSENT, _ACTIVE, _NONFINITE = 0, 1, 2
 BELOW = ""
 """Stands among the tasks for the features of a step, where it is balanced at these."""
-TALLIED = ("`load_state_dict` or `reset`", "`end_epoch`")
+TALLIED = ("`load_state_dict` or `reset`", "`end_epoch`", "`after_step`")
 """What changes the state of a weighting, and is not a part of any step."""
 _HEAD = 1 + len(TALLIED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,7 +48,7 @@ def message_of(
     stops: bool,
     tally: Sequence[int],
 ) -> Tensor:
-    """Return what a rank tells the others, shape (3 + 5 (K + 1),).
+    """Return what a rank tells the others, shape (4 + 5 (K + 1),).
 
     Whether it stops, and its tally; then, each for all slots: their states, their losses and the
     dtypes of these, a hash of all that they are known to reach, and whether they reach all of that
@@ -85,7 +85,7 @@ class Told:
     """What all ranks have told.
 
     Args:
-        messages: Their messages, shape (ranks, 3 + 5 (K + 1)).
+        messages: Their messages, shape (ranks, 4 + 5 (K + 1)).
         slots: All K tasks, and ``BELOW``.
     """
 

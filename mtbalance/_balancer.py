@@ -16,6 +16,7 @@ from mtbalance._accumulation import (
     check_copied_with_model,
     discard_at_loading,
 )
+from mtbalance._after_step import AfterSteps
 from mtbalance._begin import checked, look
 from mtbalance._checks import (
     check_choice,
@@ -152,6 +153,7 @@ class Balancer(nn.Module):
         self._kept = KeptWeights(self.tasks, max(1, len(parts)))
         self._steps = Steps(self.tasks, self._reach, self._kept)
         self._pending = TaskGradients()
+        self._after = AfterSteps(self.tasks)
         self._epoch = EpochCounts(self.tasks)
         self._watch = EpochWatch(self.weighting)
         self._scaled = ScaledLossWatch()
@@ -195,6 +197,7 @@ class Balancer(nn.Module):
                 nothing has been written then.
             RuntimeError: If another process has stopped with an error.
         """
+        self._after.begin(needed=self.weighting.needs_after_step)
         setting = checked(self._setting(scaler, validation), self._pending, features)
         if self._pending:
             self.accumulate(losses, scaler=scaler)
@@ -260,6 +263,7 @@ class Balancer(nn.Module):
         """
         if fn is not None:
             return super().apply(fn)
+        self._after.begin(needed=self.weighting.needs_after_step)
         setting = checked(self._setting(scaler, validation), self._pending)
         check_copied_with_model(self._pending)
         pending, self._pending = self._pending, TaskGradients()
@@ -270,6 +274,24 @@ class Balancer(nn.Module):
             )
         rows = pending.released([task for task in self.tasks if task in seen.finite_here])
         return self._finish(self._steps.take_accumulated(rows, seen, setting))
+
+    def after_step(self, losses: Losses | Validation) -> None:
+        """Show a weighting that looks back at steps (``needs_after_step``) what the last one did.
+
+        Call it after ``optimizer.step()``, once per step. With other weightings, and after a step
+        that wrote nothing, it does nothing and calls nobody.
+
+        Args:
+            losses: The losses of the same batch at the new parameters: a mapping, or a function
+                without arguments that returns one. The function is called without graphs, and
+                buffers of modules in training mode (batch norm) come back. Tasks that had no part
+                in the step do not count.
+
+        Raises:
+            RuntimeError: If there is no step to look back at, or another process has an error.
+            ValueError, TypeError: If a loss is missing or not a scalar. The call may be repeated.
+        """
+        self._after.look_back(losses, self._setting(None), self._reach.parameters)
 
     def _setting(self, scaler: GradScaler | None, validation: Validation | None = None) -> Setting:
         """Return who takes the step that begins now: processes may have joined."""
@@ -311,6 +333,7 @@ class Balancer(nn.Module):
         self.weighting.reset()
         self.gradient.reset()
         self.discard()
+        self._after.due = None
         self._epoch = EpochCounts(self.tasks)
         self._kept.reset()
 
@@ -342,7 +365,8 @@ class Balancer(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return names of tasks, counts of the epoch, kept weights, and an inferred split."""
         counts, split = self._epoch.as_tensor().double(), self._reach.split()
-        return state_of(self.tasks, Saved(counts, self._kept.as_tensor(), split), self.gradient)
+        saved = Saved(counts, self._kept.as_tensor(), split, self._after.due or ())
+        return state_of(self.tasks, saved, self.gradient)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Continue with a saved state, which must belong to the same tasks in the same order."""
@@ -350,6 +374,7 @@ class Balancer(nn.Module):
         self._kept.load(saved.kept)
         self._epoch = EpochCounts.from_tensor(self.tasks, saved.counts.long())
         self._reach.load(saved.split)
+        self._after.due = saved.due or None
 
     def extra_repr(self) -> str:
         options = {"nonfinite": "raise", "every": 1, "dtype": None, "chunk": None}
@@ -363,6 +388,7 @@ class Balancer(nn.Module):
         if fallbacks != self._counted:
             record = replace(record, fallbacks=fallbacks - self._counted)
             self._counted = fallbacks
+        self._after.end(record)
         self._epoch.add(record)
         self._watch.step(record, self._epoch.steps)
         self.history.append(record)

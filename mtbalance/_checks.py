@@ -198,7 +198,7 @@ def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_losses_by_task(
-    losses: object, tasks: Sequence[str], *, may_be_empty: bool = False
+    losses: object, tasks: Sequence[str], *, may_be_empty: bool = False, with_graph: bool = True
 ) -> dict[str, Tensor]:
     """Return the losses in the order of the tasks, if each is named and fit to be balanced."""
     if not isinstance(losses, Mapping):
@@ -209,7 +209,8 @@ def check_losses_by_task(
     if not losses and not may_be_empty:
         raise ValueError("`losses` must hold at least one task's loss, but got none.")
     check_known_tasks("losses", losses, tasks)
-    return {name: _checked_loss(name, losses[name]) for name in tasks if name in losses}
+    named = [name for name in tasks if name in losses]
+    return {name: _checked_loss(name, losses[name], with_graph=with_graph) for name in named}
 
 
 def check_known_tasks(name: str, given: Iterable[object], tasks: Sequence[str]) -> None:
@@ -222,7 +223,7 @@ def check_known_tasks(name: str, given: Iterable[object], tasks: Sequence[str]) 
             )
 
 
-def _checked_loss(task: str, loss: object) -> Tensor:
+def _checked_loss(task: str, loss: object, *, with_graph: bool) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the loss of task {task!r} must be a tensor, but got {loss!r}. "
@@ -237,7 +238,7 @@ def _checked_loss(task: str, loss: object) -> Tensor:
         raise TypeError(
             f"the loss of task {task!r} must be real and floating-point, but got {loss.dtype}."
         )
-    if not loss.requires_grad:
+    if with_graph and not loss.requires_grad:
         raise ValueError(
             f"the loss of task {task!r} must have a graph, but it does not require a gradient. "
             "Was it detached, computed under torch.no_grad(), or are all its parameters frozen?"

@@ -118,6 +118,14 @@ class Company(Protocol):
     def sum_over_parts(self, tensor: Tensor) -> Tensor:
         """Return the sum over those that hold parts of the rows."""
 
+    def means(self, losses: Losses, error: Exception | None = None) -> Losses:
+        """Return the mean of each task's loss over the processes that have it, or raise in all.
+
+        Args:
+            losses: Detached losses of this process.
+            error: What keeps it from having any.
+        """
+
     def everywhere(self, answer: bool) -> bool:  # noqa: FBT001
         """Return whether the answer is yes in all of them."""
 
@@ -217,6 +225,11 @@ class Alone:
     def sum_over_parts(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def means(self, losses: Losses, error: Exception | None = None) -> Losses:
+        if error is not None:
+            raise error
+        return losses
+
     def everywhere(self, answer: bool) -> bool:  # noqa: FBT001
         return answer
 
@@ -258,9 +271,14 @@ class Replicas:
         return seen._replace(losses=agreed.losses, nonfinite=agreed.nonfinite, agreement=agreed)
 
     def _tell(self, seen: Seen, error: Exception | None) -> Agreement:
+        tally = self._begin()
+        return self._ranks.agree(seen.here, seen.nonfinite, seen.reached, error, tally)
+
+    def _begin(self) -> tuple[int, ...]:
+        """Let all begin alike if that has not happened, and return what is tallied here."""
         tally = next(m.tally() for m in self._owner.children() if isinstance(m, Weighting))
         self._ranks.begin_alike(self._owner, tally)
-        return self._ranks.agree(seen.here, seen.nonfinite, seen.reached, error, tally)
+        return tally
 
     def reach(self, losses: Losses, graphs: Graphs) -> Reach:
         return graphs.reach(list(losses.values()))
@@ -335,6 +353,9 @@ class Replicas:
 
     def sum_over_parts(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def means(self, losses: Losses, error: Exception | None = None) -> Losses:
+        return self._ranks.means(losses, error, self._begin())
 
     def everywhere(self, answer: bool) -> bool:  # noqa: FBT001
         return float(self._ranks.sum(torch.tensor(float(not answer), device="cpu"))) == 0

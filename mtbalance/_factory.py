@@ -29,6 +29,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "uncertaintysoftmax": weighting.UncertaintySoftmax,
     "uw-so": weighting.UncertaintySoftmax,
     "stch": weighting.STCH,
+    "famo": weighting.FAMO,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,
@@ -75,9 +76,9 @@ def make_balancer(name: str, **options: Any) -> Balancer:
     Args:
         name: A weighting, a gradient strategy, or one of each, joined by "+": the class in lower
             case (``geometricmean``, ``cagrad``) or the short name of its paper (``gls``,
-            ``uncert``, ``dwa``, ``autol``, ``rlw``, ``imtl-l``, ``uw-so``, ``nash``, ``aligned``);
-            ``imtl`` is both of its halves. What is not named is ``equal`` (or ``naive``) or
-            ``sum`` (or ``none``).
+            ``uncert``, ``dwa``, ``autol``, ``rlw``, ``imtl-l``, ``uw-so``, ``famo``, ``nash``,
+            ``aligned``); ``imtl`` is both of its halves. What is not named is ``equal`` (or
+            ``naive``) or ``sum`` (or ``none``).
         **options: Arguments of the Balancer (``tasks``, ``shared``, ``nonfinite``) and of the two
             strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
             ``seed``, goes to each of them; one that only other strategies take goes unused, so that

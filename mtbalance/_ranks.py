@@ -153,7 +153,7 @@ class Ranks:
             self._layouts,
             self._device(losses.values()),
             stops=error is not None,
-            tally=[now - then for now, then in zip(tally, self._tally, strict=True)],
+            tally=self._since_the_start(tally),
         )
         told = Told(self._gather(message), self._slots)
         self._stop_together(told.stops, error)
@@ -165,6 +165,35 @@ class Ranks:
             found = self._layout_of_step(task, actual, complete=told.reaches_all(task))
             layouts[task] = [self._known_names().by_name[name] for name in found]
         return told.agreement(losses, layouts)
+
+    def means(
+        self, losses: Mapping[str, Tensor], error: Exception | None, tally: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return the mean losses over the ranks that have them, as :meth:`agree` does.
+
+        Args:
+            losses: This rank's, which need no graph.
+            error: What keeps this rank from having any; all ranks stop then.
+            tally: As in :meth:`agree`.
+        """
+        nothing: dict[str, list[str]] = {task: [] for task in losses}
+        message = message_of(
+            self._slots,
+            losses,
+            (),
+            nothing,
+            nothing,
+            self._device(losses.values()),
+            stops=error is not None,
+            tally=self._since_the_start(tally),
+        )
+        told = Told(self._gather(message), self._slots)
+        self._stop_together(told.stops, error)
+        told.check_tallies()
+        return told.agreement(losses, {}).losses
+
+    def _since_the_start(self, tally: Sequence[int]) -> list[int]:
+        return [now - then for now, then in zip(tally, self._tally, strict=True)]
 
     def _named(
         self, tasks: Iterable[str], reached: Mapping[str, Sequence[Tensor]]

@@ -2,7 +2,8 @@
 
 A saved state is the text of a JSON object in UTF-8, a byte tensor that every safe loader takes:
 ``version`` (2), ``tasks`` (their names, in order), ``draws`` (the name of a gradient strategy with
-a random stream), ``split`` (see ``_split``; null where what is shared was given) and ``numbers``,
+a random stream), ``split`` (see ``_split``; null where what is shared was given), ``due`` (a digit
+per task: 1 if it has a part in a step that is to be looked back at) and ``numbers``,
 the running epoch's counts and the kept weights as hexadecimal digits of little-endian float64. A
 fresh Balancer's state has the shape of a trained one's, which some loaders insist on: behind an
 inferred split there are blanks. States of version 1 are the numbers alone, float64, after the
@@ -33,6 +34,8 @@ class Saved(NamedTuple):
     """Kept weights, as in ``KeptWeights.as_tensor``, float64."""
     split: list[Known] | None
     """What tasks have reached; None where that was not saved."""
+    due: tuple[str, ...] = ()
+    """The tasks of the step that is to be looked back at, if there is one."""
 
 
 def state_of(tasks: tuple[str, ...], saved: Saved, strategy: nn.Module) -> Tensor:
@@ -43,6 +46,7 @@ def state_of(tasks: tuple[str, ...], saved: Saved, strategy: nn.Module) -> Tenso
         "tasks": tasks,
         "draws": _drawing(strategy),
         "split": saved.split,
+        "due": "".join(str(int(task in saved.due)) for task in tasks),
         "numbers": struct.pack(f"<{len(numbers)}d", *numbers).hex(),
     }
     text = json.dumps(content)
@@ -66,9 +70,9 @@ def saved_in(state: object, tasks: tuple[str, ...], strategy: nn.Module) -> Save
         got = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
         raise _not_a_state(got)
     state = state.detach().cpu()
-    split = None
+    split, due = None, ""
     if state.dtype == torch.uint8:
-        numbers, split = _second(state, tasks, _drawing(strategy))
+        numbers, split, due = _second(state, tasks, _drawing(strategy))
     else:
         numbers = _first(state, tasks)
     counts = 2 + 2 * len(tasks)
@@ -79,11 +83,14 @@ def saved_in(state: object, tasks: tuple[str, ...], strategy: nn.Module) -> Save
             "the saved state must have counts of steps of at least 0, but got "
             f"{numbers[:counts].tolist()}. It was damaged."
         )
-    return Saved(numbers[:counts], numbers[counts:], split)
+    waiting = tuple(task for task, digit in zip(tasks, due, strict=False) if digit == "1")
+    return Saved(numbers[:counts], numbers[counts:], split, waiting)
 
 
-def _second(state: Tensor, tasks: tuple[str, ...], draws: str) -> tuple[Tensor, list[Known] | None]:
-    """Return the numbers and the split in a state of the second version, which names its tasks."""
+def _second(
+    state: Tensor, tasks: tuple[str, ...], draws: str
+) -> tuple[Tensor, list[Known] | None, str]:
+    """Return numbers, split and what is due in a state of the second version, which has names."""
     content = _object_in(bytes(state.tolist()))
     version = content.get("version")
     if version != VERSION:
@@ -111,7 +118,8 @@ def _second(state: Tensor, tasks: tuple[str, ...], draws: str) -> tuple[Tensor, 
     split = content.get("split")
     if not _is_split(split, tasks):
         raise _not_a_state("something else for what tasks reach")
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu"), split
+    due = str(content.get("due", ""))  # there since weightings look back
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu"), split, due
 
 
 def _drawing(strategy: nn.Module) -> str:

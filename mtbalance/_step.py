@@ -53,8 +53,12 @@ class Setting(NamedTuple):
     def one_pass_serves(self) -> bool:
         """Whether one ordinary pass of the weighted sum is all that a step needs."""
         # To drop a task, its own gradient must be known.
-        plain = self.gradient.is_sum and not self.weighting.needs_gradients
-        return plain and not self.policy.drops
+        return self.gradient.is_sum and not self.looks_ahead and not self.policy.drops
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the weighting is to look at per-task gradients in this step."""
+        return self.weighting.needs_gradients and not self.weighting.rests
 
     @property
     def keeps_weights(self) -> bool:
@@ -174,7 +178,7 @@ class Steps:
             if ended is not None:
                 return ended
         step = None
-        if setting.weighting.needs_gradients:
+        if setting.looks_ahead:
             leaves, everything = table.everything()
             step = company.step(leaves, everything, scale or 1.0, setting.validation)
             del everything  # rows go one by one as directions are made of them

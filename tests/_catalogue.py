@@ -32,6 +32,7 @@ from mtbalance.gradient import (
 )
 from mtbalance.weighting import (
     DWA,
+    FAMO,
     IMTLL,
     STCH,
     AutoLambda,
@@ -275,6 +276,16 @@ WEIGHTING_CASES = (
         lambda: STCH(mu=0.5, nadir=[1.0, 20.0, 1e-3]),
         frozenset({Trait.POSITIVE, Trait.SHARED_OUT, Trait.STATELESS}),
     ),
+    WeightingCase(
+        "FAMO",
+        FAMO,
+        frozenset({Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
+    ),
+    WeightingCase(
+        "FAMO-fast",
+        lambda: FAMO(gamma=0.5, lr=1.0),
+        frozenset({Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
+    ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made
 
@@ -294,9 +305,10 @@ def weighting_cases(*traits: Trait) -> pytest.MarkDecorator:
 def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> Tensor:
     """Take one training step with a weighting on its own, and return the weighted losses.
 
-    Whatever a weighting may do in a step happens: it looks ahead if it can, weighs, and its
-    parameters take a gradient step. The looking ahead is at two parameters (x, y) whose gradient
-    for task i is losses[i] * (1, i), and at a validation loss x + 2y of every task.
+    Whatever a weighting may do in a step happens: it looks ahead if it can, weighs, its parameters
+    take a gradient step, and it looks back if it can. The looking ahead is at two parameters (x, y)
+    whose gradient for task i is losses[i] * (1, i), and at a validation loss x + 2y of every task;
+    the step takes a loss i to (i + 1) / 4 of it.
     """
     numbers = torch.arange(TASKS_OF_CASES) if active is None else active
     if isinstance(weighting, AutoLambda):
@@ -321,4 +333,6 @@ def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> 
         with torch.no_grad():
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.sub_(0.1 * slope)
+    if weighting.needs_after_step:
+        weighting.after_step(losses.detach() * (numbers.to(losses) + 1) / 4)
     return weighted.detach()

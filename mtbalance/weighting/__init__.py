@@ -12,6 +12,7 @@ from ._base import Step, Weighting
 from ._constant import Constant
 from ._dwa import DWA
 from ._equal import Equal
+from ._famo import FAMO
 from ._geometric_mean import GeometricMean
 from ._imtll import IMTLL
 from ._log_loss import LogLoss
@@ -22,6 +23,7 @@ from ._uncertainty_softmax import UncertaintySoftmax
 
 __all__ = [
     "DWA",
+    "FAMO",
     "IMTLL",
     "STCH",
     "AutoLambda",

@@ -21,10 +21,7 @@ from mtbalance._random import RandomSource
 from mtbalance._rows import stacked
 from mtbalance._shards import local
 
-from ._base import Step, Weighting, task_vector
-
-_BETAS = (0.9, 0.999)
-_EPS = 1e-8
+from ._base import Step, Weighting, adam, task_vector
 
 
 class AutoLambda(Weighting):
@@ -231,15 +228,9 @@ class AutoLambda(Weighting):
 
     def _adam(self, slope: Tensor) -> None:
         slope = slope.to(self.lambdas.dtype)
-        active = self.active
-        self.steps[active] += 1
-        self.exp_avg[active] = torch.lerp(slope, self.exp_avg[active], _BETAS[0])
-        self.exp_avg_sq[active] = torch.lerp(slope.square(), self.exp_avg_sq[active], _BETAS[1])
-        # The powers are close to 1 in the first steps, where float32 would lose half their digits.
-        steps = self.steps[active].double()
-        first = self.exp_avg[active] / (1 - _BETAS[0] ** steps)
-        second = self.exp_avg_sq[active] / (1 - _BETAS[1] ** steps)
-        self.lambdas[active] -= (self.lr * first / (second.sqrt() + _EPS)).to(slope.dtype)
+        moments = self.exp_avg, self.exp_avg_sq, self.steps
+        change = adam(self.lr, slope, *moments, self.active)
+        self.lambdas[self.active] -= change.to(slope.dtype)
         if self.minimum is not None:
             self.lambdas.clamp_(min=self.minimum)
 

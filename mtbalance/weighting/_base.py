@@ -15,6 +15,10 @@ from mtbalance._passes import products_with_gradient
 from mtbalance._random import RandomSource
 from mtbalance._rows import at_least_float32
 
+# Adam's, and the defaults of torch.optim.Adam.
+_BETAS = (0.9, 0.999)
+_EPS = 1e-8
+
 
 @dataclass(frozen=True)
 class Step:
@@ -85,6 +89,8 @@ class Weighting(nn.Module, ABC):
     """Whether :meth:`before_step` reads per-task gradients."""
     needs_validation: ClassVar[bool] = False
     """Whether :meth:`before_step` reads the losses of a validation batch."""
+    needs_after_step: ClassVar[bool] = False
+    """Whether :meth:`after_step` reads the losses that a step leads to."""
     asks_of_losses: ClassVar[str] = ""
     """A sentence on what losses must be for weights to be finite; empty if any finite ones do."""
     _narrowest: ClassVar[torch.dtype] = torch.float32
@@ -92,6 +98,7 @@ class Weighting(nn.Module, ABC):
     # On the class, for objects pickled before these were counted.
     _loads = 0
     _epochs_closed = 0
+    _steps_looked_back_at = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +165,18 @@ class Weighting(nn.Module, ABC):
     def before_step(self, step: Step) -> None:
         """Look at gradients or validation losses before :meth:`forward` is called in a step."""
 
+    @property
+    def rests(self) -> bool:
+        """Whether, for now, it needs nothing of what its class says it needs."""
+        return False
+
+    def after_step(self, losses: Tensor) -> None:
+        """Look at what the last step made of the losses of its batch.
+
+        Args:
+            losses: The losses at the new parameters, shape (m,), of the tasks of that step.
+        """
+
     def end_epoch(self) -> None:
         """Close an epoch."""
 
@@ -166,9 +185,16 @@ class Weighting(nn.Module, ABC):
         self._epochs_closed += type(self).end_epoch is not Weighting.end_epoch
         self.end_epoch()
 
-    def tally(self) -> tuple[int, int]:
-        """Return what several processes must have done equally often: loads, and ends of epochs."""
-        return self._loads, self._epochs_closed
+    def count_after_step(self) -> None:
+        """Count a step that a Balancer is to look back at, before processes tell each other."""
+        self._steps_looked_back_at += 1
+
+    def tally(self) -> tuple[int, int, int]:
+        """Return what several processes must have done equally often.
+
+        Loads, ends of epochs, and steps that were looked back at.
+        """
+        return self._loads, self._epochs_closed, self._steps_looked_back_at
 
     def reset(self) -> None:
         """Forget everything learned and remembered."""
@@ -234,6 +260,34 @@ def add_to_means(means: Tensor, counts: Tensor, losses: Tensor, active: Tensor |
     mean = means[active]
     change = (losses.to(mean.dtype) - mean) / counts[active]
     means[active] = torch.where(finite, mean + change, mean)
+
+
+def adam(
+    lr: float,
+    slope: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    active: Tensor | slice,
+) -> Tensor:
+    """Return what a step of Adam takes off the numbers of active tasks, shape (m,).
+
+    Args:
+        lr: The learning rate.
+        slope: The derivatives by these numbers, shape (m,).
+        exp_avg: Running means of derivatives, per task, which move on in place.
+        exp_avg_sq: Those of their squares.
+        steps: Steps behind each task.
+        active: The tasks.
+    """
+    steps[active] += 1
+    exp_avg[active] = torch.lerp(slope, exp_avg[active], _BETAS[0])
+    exp_avg_sq[active] = torch.lerp(slope.square(), exp_avg_sq[active], _BETAS[1])
+    # The powers are close to 1 in the first steps, where float32 would lose half their digits.
+    taken = steps[active].to(dtype_of_sums(steps.device))
+    first = exp_avg[active] / (1 - _BETAS[0] ** taken)
+    second = exp_avg_sq[active] / (1 - _BETAS[1] ** taken)
+    return lr * first / (second.sqrt() + _EPS)
 
 
 def held_above(numbers: Tensor, bound: float) -> Tensor:

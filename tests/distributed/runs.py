@@ -157,6 +157,7 @@ def train(
             record = balancer.apply(validation=validation)
         outcome.records.append(record.as_dict())
         optimizer.step()
+        balancer.after_step(lambda rows=rows: wrapped(rows))
         if step != 1:
             balancer.end_epoch()
     return outcome.add(model, balancer)
