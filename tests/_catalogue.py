@@ -44,6 +44,7 @@ from mtbalance.weighting import (
     Step,
     Uncertainty,
     UncertaintySoftmax,
+    WarmUp,
     Weighting,
 )
 
@@ -286,6 +287,36 @@ WEIGHTING_CASES = (
         lambda: FAMO(gamma=0.5, lr=1.0),
         frozenset({Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
     ),
+    WeightingCase(
+        "WarmUp-over",
+        lambda: WarmUp(RandomWeighting(seed=3), epochs=0),
+        frozenset({Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR}),
+    ),
+    # Two epochs in most tests, so that both halves are seen, and the turn in mid-run.
+    WeightingCase(
+        "WarmUp-DWA",
+        lambda: WarmUp(DWA(), epochs=2),
+        frozenset(
+            {Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}
+        ),
+    ),
+    WeightingCase(
+        "WarmUp-FAMO",
+        lambda: WarmUp(FAMO(), epochs=1),
+        frozenset(
+            {Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}
+        ),
+    ),
+    WeightingCase(
+        "WarmUp-Uncertainty",
+        lambda: WarmUp(Uncertainty(), epochs=2),
+        frozenset({Trait.POSITIVE, Trait.STARTS_EQUAL, Trait.LEARNS_BY_GRADIENT}),
+    ),
+    WeightingCase(
+        "WarmUp-AutoLambda",
+        lambda: WarmUp(AutoLambda(_optimizer(), lr=0.05), epochs=1),
+        frozenset({Trait.LINEAR, Trait.STARTS_EQUAL}),
+    ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made
 
@@ -311,9 +342,10 @@ def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> 
     the step takes a loss i to (i + 1) / 4 of it.
     """
     numbers = torch.arange(TASKS_OF_CASES) if active is None else active
-    if isinstance(weighting, AutoLambda):
+    wrapped = getattr(weighting, "weighting", weighting)
+    if isinstance(wrapped, AutoLambda):
         weighting.bind([str(i) for i in range(TASKS_OF_CASES)])
-        (parameter,) = weighting.optimizer.param_groups[0]["params"]
+        (parameter,) = wrapped.optimizer.param_groups[0]["params"]
         rows = [
             [loss.detach() * torch.tensor([1.0, i])]
             for i, loss in zip(numbers, losses, strict=True)

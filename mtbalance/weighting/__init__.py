@@ -20,6 +20,7 @@ from ._random_weighting import RandomWeighting
 from ._stch import STCH
 from ._uncertainty import Uncertainty
 from ._uncertainty_softmax import UncertaintySoftmax
+from ._warm_up import WarmUp
 
 __all__ = [
     "DWA",
@@ -35,5 +36,6 @@ __all__ = [
     "Step",
     "Uncertainty",
     "UncertaintySoftmax",
+    "WarmUp",
     "Weighting",
 ]
