@@ -30,6 +30,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "uw-so": weighting.UncertaintySoftmax,
     "stch": weighting.STCH,
     "famo": weighting.FAMO,
+    "cosmos": weighting.COSMOS,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

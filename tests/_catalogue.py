@@ -31,6 +31,7 @@ from mtbalance.gradient import (
     UPGrad,
 )
 from mtbalance.weighting import (
+    COSMOS,
     DWA,
     FAMO,
     IMTLL,
@@ -180,6 +181,7 @@ class Trait(enum.Enum):
     LINEAR = "the weighted losses are the weights times the losses"
     STARTS_EQUAL = "before it has seen anything, every task has the same weight"
     SHARED_OUT = "where a task is absent, the weights of the others keep their ratios alone"
+    COUPLED = "a task's weight depends on which others are there, and on their losses"
     STATELESS = "nothing is remembered"
     LEARNS_BY_GRADIENT = "its parameters move with the optimizer of the model"
 
@@ -199,7 +201,9 @@ def _optimizer() -> torch.optim.Optimizer:
 
 WEIGHTING_CASES = (
     WeightingCase(
-        "Equal", Equal, frozenset(set(Trait) - {Trait.LEARNS_BY_GRADIENT, Trait.SHARED_OUT})
+        "Equal",
+        Equal,
+        frozenset(set(Trait) - {Trait.LEARNS_BY_GRADIENT, Trait.SHARED_OUT, Trait.COUPLED}),
     ),
     WeightingCase(
         "Uncertainty",
@@ -316,6 +320,11 @@ WEIGHTING_CASES = (
         "WarmUp-AutoLambda",
         lambda: WarmUp(AutoLambda(_optimizer(), lr=0.05), epochs=1),
         frozenset({Trait.LINEAR, Trait.STARTS_EQUAL}),
+    WeightingCase("COSMOS", COSMOS, frozenset({Trait.COUPLED, Trait.STATELESS})),
+    WeightingCase(
+        "COSMOS-preference",
+        lambda: COSMOS(3.0, preference=[0.2, 5.0, 1.0]),
+        frozenset({Trait.COUPLED, Trait.STATELESS}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

@@ -702,11 +702,18 @@ def test_absent_tasks_are_left_as_they_were(case: WeightingCase) -> None:
 def test_numbers_of_absent_tasks_pick_the_right_weights(case: WeightingCase) -> None:
     """With state that differs by task, tasks (2, 0) get the weights of tasks 2 and 0.
 
-    Weights that are normalised over the active tasks keep their ratio.
+    Weights that are normalised over the active tasks keep their ratio. Those that depend on all
+    losses are looked at in another order.
     """
     weighting = case.make()
     run(weighting, 5)
     weighting.eval()
+    if Trait.COUPLED in case.traits:
+        losses, order = losses_of(0.5, 2.0, 3.0), torch.tensor([2, 0, 1])
+        everyone = weights_of(weighting, losses)
+        with weighting.only(order):
+            assert_close(weights_of(weighting, losses[order]), everyone[order])
+        return
     everyone = weights_of(weighting, torch.ones(TASKS_OF_CASES))
     with weighting.only(torch.tensor([2, 0])):
         two = weights_of(weighting, torch.ones(2))

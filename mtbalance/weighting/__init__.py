@@ -10,6 +10,7 @@ tensor([0.5000, 2.0000])
 from ._auto_lambda import AutoLambda
 from ._base import Step, Weighting
 from ._constant import Constant
+from ._cosmos import COSMOS
 from ._dwa import DWA
 from ._equal import Equal
 from ._famo import FAMO
@@ -23,6 +24,7 @@ from ._uncertainty_softmax import UncertaintySoftmax
 from ._warm_up import WarmUp
 
 __all__ = [
+    "COSMOS",
     "DWA",
     "FAMO",
     "IMTLL",

@@ -319,6 +319,14 @@ def logarithms(losses: Tensor) -> Tensor:
     return (wide * legal).masked_fill(vanished, least).log()
 
 
+def across(vector: Tensor, unit: Tensor) -> Tensor:
+    """Return the part of a vector at right angles to a unit vector: 0 if rounding hides it."""
+    part = vector - (vector @ unit) * unit
+    part = part - (part @ unit) * unit  # what rounding has left along it, or brought
+    noise = 8 * len(vector) * torch.finfo(vector.dtype).eps * torch.linalg.vector_norm(vector)
+    return part.masked_fill(torch.linalg.vector_norm(part) <= noise, 0.0)
+
+
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor, narrowest: torch.dtype) -> Tensor:
     """Move or cast a tensor as ``fn`` does, but to no narrower floating-point dtype than that."""
     try:
