@@ -31,6 +31,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "stch": weighting.STCH,
     "famo": weighting.FAMO,
     "cosmos": weighting.COSMOS,
+    "pbi": weighting.PBI,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

@@ -35,6 +35,7 @@ from mtbalance.weighting import (
     DWA,
     FAMO,
     IMTLL,
+    PBI,
     STCH,
     AutoLambda,
     Constant,
@@ -325,6 +326,19 @@ WEIGHTING_CASES = (
         "COSMOS-preference",
         lambda: COSMOS(3.0, preference=[0.2, 5.0, 1.0]),
         frozenset({Trait.COUPLED, Trait.STATELESS}),
+    ),
+    WeightingCase(
+        "PBI", PBI, frozenset({Trait.COUPLED, Trait.SUMS_TO_M, Trait.LINEAR, Trait.STATELESS})
+    ),
+    WeightingCase(
+        "PBI-preference",
+        lambda: PBI(0.5, preference=[0.2, 5.0, 1.0]),
+        frozenset({Trait.COUPLED, Trait.LINEAR, Trait.STATELESS}),
+    ),
+    WeightingCase(
+        "PBI-ideal",
+        lambda: PBI(2.0, ideal=[-1.0, 0.1, 0.3]),
+        frozenset({Trait.COUPLED, Trait.SUMS_TO_M, Trait.STATELESS}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

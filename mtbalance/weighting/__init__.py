@@ -17,6 +17,7 @@ from ._famo import FAMO
 from ._geometric_mean import GeometricMean
 from ._imtll import IMTLL
 from ._log_loss import LogLoss
+from ._pbi import PBI
 from ._random_weighting import RandomWeighting
 from ._stch import STCH
 from ._uncertainty import Uncertainty
@@ -28,6 +29,7 @@ __all__ = [
     "DWA",
     "FAMO",
     "IMTLL",
+    "PBI",
     "STCH",
     "AutoLambda",
     "Constant",
