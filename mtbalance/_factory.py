@@ -32,6 +32,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "famo": weighting.FAMO,
     "cosmos": weighting.COSMOS,
     "pbi": weighting.PBI,
+    "go4align": weighting.GO4Align,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

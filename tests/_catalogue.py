@@ -41,6 +41,7 @@ from mtbalance.weighting import (
     Constant,
     Equal,
     GeometricMean,
+    GO4Align,
     LogLoss,
     RandomWeighting,
     Step,
@@ -339,6 +340,21 @@ WEIGHTING_CASES = (
         "PBI-ideal",
         lambda: PBI(2.0, ideal=[-1.0, 0.1, 0.3]),
         frozenset({Trait.COUPLED, Trait.SUMS_TO_M, Trait.STATELESS}),
+    ),
+    WeightingCase(
+        "GO4Align",
+        lambda: GO4Align(eta=0.1),
+        frozenset({Trait.COUPLED, Trait.POSITIVE, Trait.LINEAR}),
+    ),
+    WeightingCase(
+        "GO4Align-together",
+        lambda: GO4Align(groups=1),
+        frozenset({Trait.COUPLED, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}),
+    ),
+    WeightingCase(
+        "GO4Align-alone",
+        lambda: GO4Align(groups=8, eta=0.1),
+        frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.SHARED_OUT}),
     ),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made

@@ -15,6 +15,7 @@ from ._dwa import DWA
 from ._equal import Equal
 from ._famo import FAMO
 from ._geometric_mean import GeometricMean
+from ._go4align import GO4Align
 from ._imtll import IMTLL
 from ._log_loss import LogLoss
 from ._pbi import PBI
@@ -34,6 +35,7 @@ __all__ = [
     "AutoLambda",
     "Constant",
     "Equal",
+    "GO4Align",
     "GeometricMean",
     "LogLoss",
     "RandomWeighting",
