@@ -322,6 +322,7 @@ WEIGHTING_CASES = (
         "WarmUp-AutoLambda",
         lambda: WarmUp(AutoLambda(_optimizer(), lr=0.05), epochs=1),
         frozenset({Trait.LINEAR, Trait.STARTS_EQUAL}),
+    ),
     WeightingCase("COSMOS", COSMOS, frozenset({Trait.COUPLED, Trait.STATELESS})),
     WeightingCase(
         "COSMOS-preference",

@@ -102,12 +102,10 @@ class WarmUp(Weighting):
         """Let the wrapped weighting look ahead, unless its weights have no effect yet."""
         if not self.warms_up:
             self.weighting.before_step(step)
-            self.fallbacks = self.weighting.fallbacks
 
     def forward(self, losses: Tensor) -> Tensor:
         warms_up = self.warms_up
         weighted: Tensor = self.weighting(losses.detach() if warms_up else losses)
-        self.fallbacks = self.weighting.fallbacks
         if not warms_up:
             return weighted
         if not any(parameter.requires_grad for parameter in self.weighting.parameters()):
@@ -118,7 +116,6 @@ class WarmUp(Weighting):
         """Let the wrapped weighting look back, unless its weights have no effect yet."""
         if not self.warms_up:
             self.weighting.after_step(losses)
-            self.fallbacks = self.weighting.fallbacks
 
     def end_epoch(self) -> None:
         """Close an epoch, also for the wrapped weighting."""
