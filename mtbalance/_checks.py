@@ -79,6 +79,34 @@ def check_preference(
     return None if preference is None else check_numbers("preference", preference, check_positive)
 
 
+def check_primary(primary: object) -> str | int | None:
+    """Return a primary task if it is a name, a number of at least 0, or None."""
+    if primary is None or (isinstance(primary, str) and primary):
+        return primary
+    if isinstance(primary, bool) or not isinstance(primary, int):
+        raise TypeError(
+            "`primary` must be one task's name, or its number in the order of the tasks, but got "
+            f"{primary!r}."
+        )
+    return check_count("primary", primary, 0)
+
+
+def number_of_task(name: str, task: str | int, tasks: Sequence[str]) -> int:
+    """Return the number of a task, given by name or by number, among the tasks."""
+    if isinstance(task, str):
+        if task not in tasks:
+            raise ValueError(
+                f"`{name}` must be one of the tasks {', '.join(map(repr, tasks))}, "
+                f"but got {task!r}.{nearest(task, tasks)}"
+            )
+        return list(tasks).index(task)
+    if task >= len(tasks):
+        raise ValueError(
+            f"`{name}` must be below the number of tasks, {len(tasks)}, but got {task}."
+        )
+    return task
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     choices = list(choices)

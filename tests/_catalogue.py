@@ -134,6 +134,9 @@ GRADIENT_CASES = (
         {*GEOMETRIC, ORDER_FREE, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
         max_tasks=6,
     ),
+    _gradient_case(
+        "PCGrad-primary", lambda: PCGrad(primary=0), {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT}
+    ),
     # m equal rows g: g_w = g0 = g for every w, so d = m (1 + c) g over the divisor.
     _gradient_case("CAGrad", CAGrad, _CAGRAD, identical=1.4 / 1.16),
     _gradient_case("CAGrad-raw", lambda: CAGrad(c=0.9, rescale=0), _CAGRAD, identical=1.9),

@@ -10,7 +10,7 @@ tensor([0.5000, 1.5000])
 """
 
 from ._alignedmtl import AlignedMTL
-from ._base import GradientStrategy, GramianStrategy, PreferringStrategy
+from ._base import GradientStrategy, GramianStrategy, PreferringStrategy, PrimaryStrategy
 from ._cagrad import CAGrad
 from ._config import ConFIG
 from ._dualproj import DualProj
@@ -40,6 +40,7 @@ __all__ = [
     "Normalized",
     "PCGrad",
     "PreferringStrategy",
+    "PrimaryStrategy",
     "RandomGradient",
     "Sum",
     "UPGrad",

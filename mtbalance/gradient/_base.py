@@ -13,6 +13,8 @@ from mtbalance._checks import (
     check_gradients,
     check_gramian,
     check_preference,
+    check_primary,
+    number_of_task,
     numbers_in_order,
 )
 from mtbalance._gramians import HIGHEST, LOWEST
@@ -172,7 +174,74 @@ class GramianStrategy(GradientStrategy):
         return weights.to(gramian.device)
 
 
-class PreferringStrategy(GramianStrategy):
+class BoundStrategy(GramianStrategy):
+    """A Gramian strategy to which it may matter whose rows they are.
+
+    Subclasses say whether it does, :attr:`is_of_tasks`, and get to know the tasks, once, in
+    :meth:`take`. Such a strategy belongs to one set of tasks; others belong to nobody.
+    """
+
+    because: ClassVar[str]
+    """Why it belongs to its tasks, in words that follow "as it"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: tuple[str, ...] | None = None
+        self._active: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def is_of_tasks(self) -> bool:
+        """Whether it matters whose rows they are."""
+
+    @abstractmethod
+    def take(self, tasks: Sequence[str]) -> None:
+        """Take what this strategy was told of these tasks, or raise ValueError."""
+
+    def bind(self, tasks: Sequence[str]) -> Self:
+        """Get to know the tasks. The Balancer calls this; alone, the first call.
+
+        Raises:
+            ValueError: If what the strategy was told is not about these tasks.
+            RuntimeError: If the strategy has been bound to other tasks.
+        """
+        if not self.is_of_tasks or self.tasks == tuple(tasks):
+            return self
+        if self.tasks is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} must belong to one set of tasks, as it "
+                f"{self.because}, but it is bound to {self.tasks} and was asked for "
+                f"{tuple(tasks)}. Make a new one."
+            )
+        self.take(tasks)
+        self.tasks = tuple(tasks)
+        return self
+
+    @contextmanager
+    def only(self, active: Tensor) -> Iterator[None]:
+        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while."""
+        self._active = active
+        try:
+            yield
+        finally:
+            self._active = None
+
+    def numbers_of_rows(self, gramian: Tensor) -> Tensor:
+        """Return the numbers of the tasks whose rows have this Gramian, shape (m,), beside it."""
+        if self.tasks is None:
+            self.bind([str(number) for number in range(len(gramian))])
+        active = self._active
+        if active is None:
+            active = torch.arange(len(self.tasks or ()), device=gramian.device)
+        if len(active) != len(gramian):
+            raise ValueError(
+                f"`gradients` must have one row for each of the {len(active)} tasks that this "
+                f"{type(self).__name__} is bound to, but got {len(gramian)}."
+            )
+        return active.to(gramian.device)
+
+
+class PreferringStrategy(BoundStrategy):
     """A Gramian strategy that may prefer some tasks to others.
 
     Subclasses ask :meth:`preferences` in :meth:`weights`. Preferences are scaled to a mean of 1
@@ -184,56 +253,27 @@ class PreferringStrategy(GramianStrategy):
             order of the tasks. None for no preference.
     """
 
+    because: ClassVar[str] = "prefers some of them"
+
     def __init__(self, preference: Preference | None = None) -> None:
         super().__init__()
         self.preference = check_preference(preference)
-        self.tasks: tuple[str, ...] | None = None
-        self._active: Tensor | slice = slice(None)
         self._numbers: list[float] = []
 
-    def bind(self, tasks: Sequence[str]) -> Self:
-        """Take the preferences of these tasks. The Balancer calls this; alone, the first call.
+    @property
+    def is_of_tasks(self) -> bool:
+        return self.preference is not None
 
-        Raises:
-            ValueError: If there is not one preference for each task.
-            RuntimeError: If the strategy has been bound to other tasks.
-        """
-        if self.preference is None or self.tasks == tuple(tasks):
-            return self
-        if self.tasks is not None:
-            raise RuntimeError(
-                f"this {type(self).__name__} must belong to one set of tasks, as it prefers some "
-                f"of them, but it is bound to {self.tasks} and was asked for {tuple(tasks)}. Make "
-                "a new one."
-            )
-        self._numbers = _in_order(self.preference, tasks)
-        self.tasks = tuple(tasks)
-        return self
-
-    @contextmanager
-    def only(self, active: Tensor) -> Iterator[None]:
-        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while."""
-        self._active = active
-        try:
-            yield
-        finally:
-            self._active = slice(None)
+    def take(self, tasks: Sequence[str]) -> None:
+        if self.preference is not None:
+            self._numbers = _in_order(self.preference, tasks)
 
     def preferences(self, gramian: Tensor) -> Tensor:
         """Return the preferences of the tasks whose rows have this Gramian, shape (m,), like it."""
         if self.preference is None:
             return gramian.new_ones(len(gramian))
-        if self.tasks is None:
-            self.bind([str(number) for number in range(len(gramian))])
-        numbers = gramian.new_tensor(self._numbers)
-        active = self._active
-        found = numbers[active if isinstance(active, slice) else active.to(numbers.device)]
-        if len(found) != len(gramian):
-            raise ValueError(
-                f"`gradients` must have one row for each of the {len(found)} tasks that this "
-                f"{type(self).__name__} is bound to, but got {len(gramian)}."
-            )
-        return found
+        rows = self.numbers_of_rows(gramian)
+        return gramian.new_tensor(self._numbers)[rows]
 
     def pair_of_preferences(self) -> tuple[float, float]:
         """Return the preferences of two tasks as numbers, for which no device is waited."""
@@ -259,6 +299,49 @@ class PreferringStrategy(GramianStrategy):
 
     def extra_repr(self) -> str:
         return "" if self.preference is None else f"preference={self.preference}"
+
+
+class PrimaryStrategy(BoundStrategy):
+    """A Gramian strategy that may favour one task, the primary, over the others, its auxiliaries.
+
+    Subclasses ask :meth:`is_primary` in :meth:`weights`. Where the primary task is absent, all rows
+    are those of auxiliaries.
+
+    Args:
+        primary: The task's name, or its number in the order of the tasks. None for no primary task.
+    """
+
+    because: ClassVar[str] = "favours one of them"
+
+    def __init__(self, primary: str | int | None = None) -> None:
+        super().__init__()
+        self.primary = check_primary(primary)
+        self._number = -1
+
+    @property
+    def is_of_tasks(self) -> bool:
+        return self.primary is not None
+
+    def take(self, tasks: Sequence[str]) -> None:
+        if self.primary is not None:
+            self._number = number_of_task("primary", self.primary, tasks)
+
+    def is_primary(self, gramian: Tensor) -> Tensor:
+        """Return whether each row of this Gramian is the primary task's, shape (m,), beside it.
+
+        At most one is. Waits for no device.
+        """
+        if self.primary is None:
+            return torch.zeros(len(gramian), dtype=torch.bool, device=gramian.device)
+        if self.tasks is None and isinstance(self.primary, str):
+            raise ValueError(
+                "`primary` must be a number while the strategy does not know the tasks' names, but "
+                f"got {self.primary!r}. Give it to a Balancer, or call bind(tasks) first."
+            )
+        return self.numbers_of_rows(gramian) == self._number
+
+    def extra_repr(self) -> str:
+        return "" if self.primary is None else f"primary={self.primary!r}"
 
 
 def _in_order(preference: Preference, tasks: Sequence[str]) -> list[float]:

@@ -8,7 +8,7 @@ from mtbalance._checks import check_choice
 from mtbalance._gramians import ZERO_ROW, Arithmetic, Number, weights_of_pair
 from mtbalance._random import RandomSource
 
-from ._base import GramianStrategy
+from ._base import PrimaryStrategy
 
 _MAX_TASKS_OF_EXPECTATION = 6
 _ENTRIES = 2**16
@@ -27,7 +27,7 @@ def _weights_of_pair(
     )
 
 
-class PCGrad(GramianStrategy):
+class PCGrad(PrimaryStrategy):
     r"""Project each task's gradient off those that it conflicts with, then add what is left.
 
     For each task i, starting from :math:`g_i^{PC} = g_i` and visiting the other tasks j in random
@@ -44,10 +44,18 @@ class PCGrad(GramianStrategy):
         order: ``"random"`` as in the paper, or ``"fixed"`` to visit tasks by their number.
         expectation: Average over all orders instead of drawing one (at most 6 tasks), which makes
             the method deterministic and blind to how the tasks are numbered.
+        primary: The name of a task, or its number in the order of the tasks, whose gradient is not
+            projected: :math:`g_i^{PC} = g_i` for it. The others, its auxiliaries, are projected as
+            ever: off the primary task and off each other. None, as in the paper, projects all.
         seed: Start of the random stream.
         generator: A CPU generator to draw from instead.
 
     Note:
+        ``primary`` is an addition to the paper. With one auxiliary task the direction is no worse
+        for the primary one than its own gradient: :math:`\langle g_p, d \rangle \ge |g_p|^2`. With
+        more, one that is projected off another after the primary may conflict with it again. Where
+        the primary task is absent, the others are projected as in the paper.
+
         A task is not projected off itself, as in the paper's Algorithm 1; the authors' TensorFlow
         code and several others include it, which matters from three tasks on. The authors' code
         discards its shuffle, so that its order is fixed. Zero rows are skipped; no epsilon enters
@@ -68,10 +76,11 @@ class PCGrad(GramianStrategy):
         order: str = "random",
         *,
         expectation: bool = False,
+        primary: str | int | None = None,
         seed: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(primary)
         check_choice("order", order, ["random", "fixed"])
         if expectation and order == "fixed":
             raise ValueError(
@@ -88,10 +97,20 @@ class PCGrad(GramianStrategy):
 
     def weights(self, gramian: Tensor) -> Tensor:
         m = len(gramian)
+        if m == 1:
+            return torch.ones_like(gramian[0])
         if m == 2:  # the order is free, and nothing is drawn
-            return weights_of_pair(_weights_of_pair, gramian)
+            weights = weights_of_pair(_weights_of_pair, gramian)
+            if self.primary is None:
+                return weights
+            # What a weight has over 1 is what the other row was projected off this one.
+            return torch.where(self.is_primary(gramian).flip(0), 1.0, weights)
         gramian = gramian.detach().cpu()
         tasks, orders = self._walks(m)
+        share = m / len(tasks)
+        if self.primary is not None:
+            projected = ~self.is_primary(gramian)[tasks]
+            tasks, orders = tasks[projected], orders[projected]
         squared_norms = gramian.diagonal()
         is_zero = squared_norms <= ZERO_ROW**2 * squared_norms.max()
         divisors = torch.where(is_zero, math.inf, squared_norms)
@@ -107,11 +126,9 @@ class PCGrad(GramianStrategy):
                 conflict = products.gather(1, visited).clamp_max_(0)
                 products.addcmul_(conflict, step, value=-1)
                 conflicts.append(conflict)
+        lost = torch.cat(conflicts, 1) / divisors[orders]
         weights = torch.ones_like(divisors)
-        if conflicts:  # none for a single task
-            lost = torch.cat(conflicts, 1) / divisors[orders]
-            weights.index_add_(0, orders.flatten(), lost.flatten(), alpha=-m / len(tasks))
-        return weights
+        return weights.index_add_(0, orders.flatten(), lost.flatten(), alpha=-share)
 
     def _walks(self, m: int) -> tuple[Tensor, Tensor]:
         """Return which task each walk starts from, (walks,), and whom it visits, (walks, m - 1)."""
@@ -133,4 +150,5 @@ class PCGrad(GramianStrategy):
         return tasks, positions + (positions >= tasks[:, None])
 
     def extra_repr(self) -> str:
-        return f"order={self.order!r}, expectation={self.expectation}"
+        options = f"order={self.order!r}, expectation={self.expectation}"
+        return ", ".join(filter(None, [options, super().extra_repr()]))

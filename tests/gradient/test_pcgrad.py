@@ -17,7 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtbalance._gramians import TENSORS
 from mtbalance.gradient import PCGrad, _pcgrad
 from tests._device import on_device
-from tests._oracles import array, pcgrad_expectation, pcgrad_fixed, pcgrad_outcomes, pcgrad_row
+from tests._oracles import (
+    array,
+    pcgrad_expectation,
+    pcgrad_fixed,
+    pcgrad_outcomes,
+    pcgrad_row,
+    pcgrad_rows,
+)
 from tests._samplers import gradients, matrix
 
 # Vector and Gramian arithmetic part where a projected gradient all but vanishes, and then decide
@@ -95,6 +102,71 @@ def test_expectation_is_the_average_over_all_orders(rows: Tensor) -> None:
     alive = rows[(rows != 0).any(1)]
     expected = pcgrad_expectation(array(alive)) if len(alive) else np.zeros(rows.shape[1])
     assert near(PCGrad(expectation=True)(rows), expected, rows)
+
+
+@pytest.mark.parametrize(
+    ("primary", "expected"), [(0, [1.0, 1.0]), (1, [-0.5, 1.5]), (None, [0.5, 1.5])]
+)
+def test_two_tasks_of_which_one_is_primary_by_hand(primary, expected: list[float]) -> None:
+    """As above, (1, 0) becomes (1/2, 1/2) and (-1, 1) becomes (0, 1), but the primary one stays."""
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    assert torch.equal(PCGrad(primary=primary)(rows), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("primary", "expected"), [(0, [0.5, -0.5]), (1, [-1.0, 0.5]), (2, [0.5, -1.0])]
+)
+def test_three_tasks_of_which_one_is_primary_by_hand(primary: int, expected: list[float]) -> None:
+    """Above, (1, 0), (-1, 1), (0, -1) become (1/2, 0), (0, 0), (-1/2, -1/2); one of them stays."""
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]])
+    assert_close(PCGrad(order="fixed", primary=primary)(rows), torch.tensor(expected))
+
+
+@given(rows=gradients(), data=st.data())
+@settings(max_examples=150)
+def test_the_primary_row_stays_and_the_others_are_the_loop(rows: Tensor, data) -> None:
+    """In fixed and in all orders: the loop's sum, with the primary row in place of its projection.
+
+    Zero rows are skipped, whichever is primary.
+    """
+    alive = [i for i, row in enumerate(rows) if row.any()]
+    primary = data.draw(st.integers(0, len(rows) - 1))
+    expected = np.zeros(rows.shape[1])
+    mean = np.zeros(rows.shape[1])
+    for task in range(len(alive)):
+        others = [j for j in range(len(alive)) if j != task]
+        stays = alive[task] == primary
+        vectors = array(rows[alive])
+        expected += vectors[task] if stays else pcgrad_row(vectors, task, others)
+        if len(alive) <= 5:
+            mean += vectors[task] if stays else np.mean(pcgrad_rows(vectors, task), axis=0)
+    assert near(PCGrad(order="fixed", primary=primary)(rows), expected, rows)
+    if len(rows) <= 5:
+        assert near(PCGrad(expectation=True, primary=primary)(rows), mean, rows)
+
+
+@given(rows=gradients(m=(3, 5)), seed=st.integers(0, 2**16), data=st.data())
+def test_who_is_primary_changes_no_draw(rows: Tensor, seed: int, data) -> None:
+    """The parts that are left out are those of the same walks: over all primaries they add up.
+
+    Each direction is the plain one plus what its primary row has lost, so that those of all m
+    primaries sum to (m - 1) times the plain direction plus the sum of the rows.
+    """
+    m = len(rows)
+    total = torch.stack([PCGrad(seed=seed, primary=i)(rows) for i in range(m)]).sum(0)
+    assert near(total, array((m - 1) * PCGrad(seed=seed)(rows) + rows.sum(0)), m * rows)
+    one, other = PCGrad(seed=seed), PCGrad(seed=seed, primary=data.draw(st.integers(0, m - 1)))
+    one(rows)
+    other(rows)
+    assert torch.equal(one.random.generator.get_state(), other.random.generator.get_state())
+
+
+@given(rows=gradients(m=(2, 2)), primary=st.integers(0, 1))
+def test_an_auxiliary_takes_nothing_from_the_primary(rows: Tensor, primary: int) -> None:
+    """<g_p, d> >= |g_p|^2, as what is left of the only other row does not conflict with it."""
+    own = rows[primary]
+    gain = own @ PCGrad(primary=primary)(rows)
+    assert gain >= own @ own - 1e-12 * own.norm() * rows.norm(dim=1).sum()
 
 
 def test_every_order_is_drawn_equally_often() -> None:
@@ -246,7 +318,10 @@ def test_two_tasks_on_a_device_get_the_same_weights(rows: Tensor) -> None:
     assert_close(on_device, PCGrad().weights(gramian), rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("strategy", [PCGrad(), PCGrad("fixed"), PCGrad(expectation=True)])
+@pytest.mark.parametrize(
+    "strategy",
+    [PCGrad(), PCGrad("fixed"), PCGrad(expectation=True), PCGrad(primary=0), PCGrad(primary=1)],
+)
 def test_two_tasks_on_a_device_wait_for_nothing(strategy: PCGrad) -> None:
     """On the meta device, reading a number or copying it to the host raises."""
     weights = strategy.weights(torch.empty(2, 2, dtype=torch.float64, device="meta"))
