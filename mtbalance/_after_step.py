@@ -13,6 +13,7 @@ from mtbalance._company import Losses
 from mtbalance._record import Record
 from mtbalance._rows import stacked
 from mtbalance._step import Setting
+from mtbalance.weighting._base import Weighting
 
 
 class AfterSteps:
@@ -29,17 +30,13 @@ class AfterSteps:
         self.due: tuple[str, ...] | None = None
         """The tasks of the step to look back at, none if it wrote nothing; None without a step."""
 
-    def begin(self, *, needed: bool) -> None:
-        """Begin a step, after which none before it can be looked back at.
-
-        Args:
-            needed: Whether the weighting looks back at steps.
-        """
-        if needed and self.due and not self._told:
+    def begin(self, weighting: Weighting) -> None:
+        """Begin a step, after which none before it can be looked back at."""
+        if weighting.needs_after_step and self.due and not self._told:
             self._told = True
             warnings.warn(
-                "the weighting must see the losses that a step leads to, but backward was called "
-                "twice without it in between: its weights follow nothing. Call "
+                f"{type(weighting).__name__} must see the losses that each step leads to, but two "
+                "steps were taken without after_step() in between, so that it learns nothing. Call "
                 "balancer.after_step(losses) after optimizer.step(), with a function that returns "
                 "the losses of the same batch.",
                 RuntimeWarning,
@@ -103,9 +100,9 @@ class AfterSteps:
         *,
         may_lack: bool,
     ) -> Losses:
-        """Return the detached losses of the tasks of the step that this process has."""
+        """Return the detached losses that this process has."""
         if callable(losses):
             with torch.no_grad(), self._buffers.restored(parameters):
                 losses = losses()
         named = check_losses_by_task(losses, self._tasks, may_be_empty=may_lack, with_graph=False)
-        return {task: named[task].detach() for task in self.due or () if task in named}
+        return {task: loss.detach() for task, loss in named.items()}

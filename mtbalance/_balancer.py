@@ -197,7 +197,7 @@ class Balancer(nn.Module):
                 nothing has been written then.
             RuntimeError: If another process has stopped with an error.
         """
-        self._after.begin(needed=self.weighting.needs_after_step)
+        self._after.begin(self.weighting)
         setting = checked(self._setting(scaler, validation), self._pending, features)
         if self._pending:
             self.accumulate(losses, scaler=scaler)
@@ -263,7 +263,7 @@ class Balancer(nn.Module):
         """
         if fn is not None:
             return super().apply(fn)
-        self._after.begin(needed=self.weighting.needs_after_step)
+        self._after.begin(self.weighting)
         setting = checked(self._setting(scaler, validation), self._pending)
         check_copied_with_model(self._pending)
         pending, self._pending = self._pending, TaskGradients()

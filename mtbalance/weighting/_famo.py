@@ -38,8 +38,7 @@ class FAMO(Weighting):
         gamma: Decay of the logits towards 0, at least 0, as the weight decay of
             ``torch.optim.Adam``. Source: 0.01 in the authors' code; the paper's Algorithm 2 has
             0.001.
-        lr: Learning rate of Adam on the logits, at least 0. Source: 0.025 in the paper and the
-            authors' code.
+        lr: Learning rate of Adam on the logits, at least 0. Source: the authors' code.
 
     Note:
         The authors' weights sum to 1. Their objective, :math:`c \sum_i z_i \log L_i` with
