@@ -5,6 +5,7 @@ network with the primary target's token alone, under the same protocol.
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -129,6 +130,8 @@ class Learner:
                 where = f"{self.name}, epoch {epoch}, patient {step[0].name}"
                 raise RunError(f"{where}: {error}") from error
             self.optimizer.step()
+            if self.balancer is not None:
+                self.balancer.after_step(functools.partial(self._losses, *patient))
             if self.scheduler is not None and self.config.schedule == "cosine-per-step":
                 self.scheduler.step()
         if self.balancer is not None:

@@ -246,6 +246,23 @@ def test_auto_lambda_looks_ahead_on_its_own_patients(cohort, small, monkeypatch,
     assert set(ahead) == {p.name for p in cohort.patients[9:12]}
 
 
+def test_famo_looks_back_at_the_patient_of_the_step(cohort, small, monkeypatch):
+    seen = []
+    original = Learner._losses
+
+    def spy(learner, patient, tiles):
+        if learner.model.training:
+            seen.append((patient.name, torch.is_grad_enabled()))
+        return original(learner, patient, tiles)
+
+    monkeypatch.setattr(Learner, "_losses", spy)
+    fit(cohort, balancer="famo", epochs=1)
+    steps, looks = seen[::2], seen[1::2]
+    assert [name for name, _ in looks] == [name for name, _ in steps]
+    assert {graph for _, graph in steps} == {True}
+    assert {graph for _, graph in looks} == {False}
+
+
 def test_auto_lambda_without_patients_to_look_ahead_on_is_told(cohort, small):
     with pytest.raises(ValueError, match="`lookahead` must hold patients for autol"):
         fit_fold(cohort, cohort.patients[:6], cohort.patients[6:9], training(balancer="autol"))
