@@ -39,6 +39,7 @@ from mtbalance._random import RandomSource
 from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
 from mtbalance._record import EpochCounts, EpochSummary, Record
+from mtbalance._remembered import TaskState, own_state
 from mtbalance._seen import Seen
 from mtbalance._shared import Shared, SharedParts
 from mtbalance._state import Saved, saved_in, state_of
@@ -46,7 +47,7 @@ from mtbalance._step import Setting, Steps
 from mtbalance._task_gradients import TaskGradients
 from mtbalance._watch import EpochWatch, ScaledLossWatch, look_at_groups
 from mtbalance.gradient._base import GradientStrategy
-from mtbalance.weighting._base import Weighting, own_state
+from mtbalance.weighting._base import Weighting
 
 
 class Balancer(nn.Module):
@@ -135,7 +136,6 @@ class Balancer(nn.Module):
         check_row_dtype(dtype)
         self.tasks = check_task_names(tasks)
         self.weighting = weighting.bind(self.tasks)
-        self.gradient = gradient.bind(self.tasks)
         self.nonfinite = nonfinite
         self.process_group = process_group
         self.history: deque[Record] = deque(maxlen=0)
@@ -146,6 +146,7 @@ class Balancer(nn.Module):
         """How often batched backward passes (``chunk``) ran one by one instead."""
         look_at_groups(shared)
         parts = SharedParts(shared)
+        self.gradient = gradient.bind(self.tasks, max(1, len(parts)))
         self._reach = ReachLog(self.tasks, parts, balances=not gradient.is_sum)
         self._ranks = Ranks(process_group, self.tasks, parts)
         looks = nonfinite != "propagate"
@@ -357,7 +358,9 @@ class Balancer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
-            if isinstance(module, Weighting | RandomSource):  # all of them before any is loaded
+            if isinstance(
+                module, Weighting | RandomSource | TaskState
+            ):  # all of them before any is loaded
                 module.check_state(own_state(state_dict, f"{name}."))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         discard_at_loading(self._pending)

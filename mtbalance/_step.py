@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._company import Company, Validation
@@ -61,6 +61,12 @@ class Setting(NamedTuple):
         return self.weighting.needs_gradients and not self.weighting.rests
 
     @property
+    def remembering(self) -> tuple[nn.Module, ...]:
+        """The strategies that may remember something of a step."""
+        gradient = self.gradient
+        return (self.weighting, gradient) if gradient.remembers else (self.weighting,)
+
+    @property
     def keeps_weights(self) -> bool:
         """Whether Gramian weights are kept: those at features go with the features of one step."""
         return isinstance(self.place, AtParameters)
@@ -88,7 +94,7 @@ class Steps:
         ended = policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
-        attempt = functools.partial(unless_written, setting.weighting)
+        attempt = functools.partial(unless_written, setting.remembering)
         if setting.one_pass_serves:
             leaves = self._leaves(seen, setting.company)
             return attempt(lambda: self._with_known(seen, setting, {}, leaves))
@@ -108,7 +114,7 @@ class Steps:
         ended = setting.policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
-        return unless_written(setting.weighting, lambda: self._with_rows(rows, seen, setting))
+        return unless_written(setting.remembering, lambda: self._with_rows(rows, seen, setting))
 
     def _divided(self, seen: Seen, company: Company) -> Divided:
         """Divide what the losses reach today, which need not be what they have reached before."""
@@ -208,9 +214,9 @@ def _outcomes(
     """Return the direction of each group, whose rows are then empty."""
     unscale = 1.0 if scale is None else 1.0 / scale
     outcomes = {}
-    with setting.gradient.only(weighed.active):
-        for number, part in table.groups.items():
-            gramian, power = table.gramian_of_group(number)
+    for number, part in table.groups.items():
+        gramian, power = table.gramian_of_group(number)
+        with setting.gradient.only(weighed.active, number):
             outcomes[number] = direction_of(
                 setting.gradient,
                 part.leaves,

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtbalance._record import Record
 from mtbalance._rows import stacked
@@ -51,17 +51,21 @@ def write_nothing(weighting: Weighting) -> None:
     add_to_grad(learned, [torch.zeros_like(parameter) for parameter in learned])
 
 
-def unless_written(weighting: Weighting, step: Callable[[], Record]) -> Record:
-    """Take a step; if it writes nothing, the weighting remembers what it did before.
+def unless_written(strategies: Sequence[nn.Module], step: Callable[[], Record]) -> Record:
+    """Take a step; if it writes nothing, strategies remember what they did before.
 
     Args:
-        weighting: The weighting.
+        strategies: The strategies that remember.
         step: Takes the step.
 
     Returns:
         What the step did. It writes nothing if it is skipped, if a scaler skips it or if it raises.
     """
-    before = {name: buffer.clone() for name, buffer in weighting.named_buffers()}
+    before = [
+        (strategy, name, buffer.clone())
+        for strategy in strategies
+        for name, buffer in strategy.named_buffers()
+    ]
     written = False
     try:
         record = step()
@@ -69,8 +73,8 @@ def unless_written(weighting: Weighting, step: Callable[[], Record]) -> Record:
     finally:
         if not written:
             with torch.no_grad():
-                for name, value in before.items():
-                    weighting.get_buffer(name).copy_(value)
+                for strategy, name, value in before:
+                    strategy.get_buffer(name).copy_(value)
     return record
 
 

@@ -20,6 +20,7 @@ HELPERS = {
     "mtbalance._newton",
     "mtbalance._pivoting",
     "mtbalance._random",
+    "mtbalance._remembered",
     "mtbalance._rows",
     "mtbalance._shards",
 }

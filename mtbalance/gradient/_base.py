@@ -12,6 +12,7 @@ from typing_extensions import Self
 from mtbalance._checks import (
     check_gradients,
     check_gramian,
+    check_kind,
     check_preference,
     check_primary,
     number_of_task,
@@ -19,6 +20,7 @@ from mtbalance._checks import (
 )
 from mtbalance._gramians import HIGHEST, LOWEST
 from mtbalance._random import RandomSource
+from mtbalance._remembered import TaskState
 from mtbalance._rows import combine, gramian_of, is_finite
 
 
@@ -29,6 +31,12 @@ class GradientStrategy(nn.Module, ABC):
     equal rows ``g`` give ``m * g`` unless the method's own formula says otherwise, so that changing
     the strategy leaves the learning rate alone. Input of low precision (bfloat16, float16) arrives
     as it is; the result is cast to the rows' dtype.
+
+    What a method remembers of each task, or pair of tasks, from step to step is made in
+    ``__init__`` with :meth:`per_task`. A Balancer then says in which of its groups of parameters
+    the rows are, and of which tasks, so that each group has a state of its own and absent tasks
+    keep theirs; after a step that writes nothing (skipped, an error, an overflow under a gradient
+    scaler) it puts the state back. Not to be touched by rows that are not finite.
     """
 
     is_sum: ClassVar[bool] = False
@@ -40,6 +48,8 @@ class GradientStrategy(nn.Module, ABC):
 
     by_gramian: bool = False
     """Whether the inner products of the rows decide by what coefficients these are combined."""
+
+    _states: tuple[TaskState, ...] = ()  # on the class, for objects pickled before there were any
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,16 +81,51 @@ class GradientStrategy(nn.Module, ABC):
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the direction, of shape (p,), for ``gradients`` of shape (m, p)."""
 
-    def bind(self, tasks: Sequence[str]) -> Self:
-        """Get to know the tasks, where it matters whose rows they are; the Balancer calls this."""
-        del tasks
+    def per_task(self, start: float = 0.0, *, pairs: bool = False) -> TaskState:
+        """Return a new state to be assigned to an attribute: a number per task and group.
+
+        Args:
+            start: The number before anything has been remembered.
+            pairs: Whether there is one for each ordered pair of tasks instead.
+        """
+        state = TaskState(axes=2 if pairs else 1, start=start)
+        self._states = (*self._states, state)
+        return state
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there are buffers to be put back after a step that writes nothing."""
+        return bool(self._states or self._buffers)
+
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
+        """Get to know the tasks, where it matters whose rows they are; the Balancer calls this.
+
+        Args:
+            tasks: All tasks.
+            groups: In how many groups the shared parameters are.
+        """
+        for state in self._states:
+            state.bind(tasks, groups)
         return self
 
     @contextmanager
-    def only(self, active: Tensor) -> Iterator[None]:
-        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while."""
-        del active
-        yield
+    def only(self, active: Tensor, group: int = 0) -> Iterator[None]:
+        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while.
+
+        Args:
+            active: The numbers.
+            group: The number of the group of parameters that the rows are of.
+        """
+        self.take(active, group)
+        try:
+            yield
+        finally:
+            self.take(slice(None), 0)
+
+    def take(self, active: Tensor | slice, group: int) -> None:
+        """Let rows belong to these tasks and this group from now on; see :meth:`only`."""
+        for state in self._states:
+            state.take(active, group)
 
     def coefficients(self, gramian: Tensor) -> Tensor | None:
         """Return by what to combine rows of which these are the inner products, or None.
@@ -121,7 +166,7 @@ class GradientStrategy(nn.Module, ABC):
     def reset(self) -> None:
         """Forget everything remembered from earlier steps."""
         for child in self.children():
-            if isinstance(child, RandomSource | GradientStrategy):
+            if isinstance(child, RandomSource | TaskState | GradientStrategy):
                 child.reset()
 
 
@@ -174,11 +219,39 @@ class GramianStrategy(GradientStrategy):
         return weights.to(gramian.device)
 
 
+class WrappingStrategy(GradientStrategy):
+    """A gradient strategy around another, which gets to know all that this one does.
+
+    Args:
+        strategy: The strategy within.
+    """
+
+    def __init__(self, strategy: GradientStrategy) -> None:
+        super().__init__()
+        check_kind("strategy", strategy, GradientStrategy)
+        self.strategy = strategy
+
+    @property
+    def remembers(self) -> bool:
+        return super().remembers or self.strategy.remembers
+
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
+        self.strategy.bind(tasks, groups)
+        return super().bind(tasks, groups)
+
+    def take(self, active: Tensor | slice, group: int) -> None:
+        self.strategy.take(active, group)
+        super().take(active, group)
+
+    def start(self) -> None:
+        self.strategy.start()
+
+
 class BoundStrategy(GramianStrategy):
     """A Gramian strategy to which it may matter whose rows they are.
 
     Subclasses say whether it does, :attr:`is_of_tasks`, and get to know the tasks, once, in
-    :meth:`take`. Such a strategy belongs to one set of tasks; others belong to nobody.
+    :meth:`learn`. Such a strategy belongs to one set of tasks; others belong to nobody.
     """
 
     because: ClassVar[str]
@@ -195,16 +268,17 @@ class BoundStrategy(GramianStrategy):
         """Whether it matters whose rows they are."""
 
     @abstractmethod
-    def take(self, tasks: Sequence[str]) -> None:
+    def learn(self, tasks: Sequence[str]) -> None:
         """Take what this strategy was told of these tasks, or raise ValueError."""
 
-    def bind(self, tasks: Sequence[str]) -> Self:
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
         """Get to know the tasks. The Balancer calls this; alone, the first call.
 
         Raises:
             ValueError: If what the strategy was told is not about these tasks.
             RuntimeError: If the strategy has been bound to other tasks.
         """
+        super().bind(tasks, groups)
         if not self.is_of_tasks or self.tasks == tuple(tasks):
             return self
         if self.tasks is not None:
@@ -213,18 +287,14 @@ class BoundStrategy(GramianStrategy):
                 f"{self.because}, but it is bound to {self.tasks} and was asked for "
                 f"{tuple(tasks)}. Make a new one."
             )
-        self.take(tasks)
+        self.learn(tasks)
         self.tasks = tuple(tasks)
         return self
 
-    @contextmanager
-    def only(self, active: Tensor) -> Iterator[None]:
-        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while."""
-        self._active = active
-        try:
-            yield
-        finally:
-            self._active = None
+    def take(self, active: Tensor | slice, group: int) -> None:
+        """Let rows belong to these tasks and this group from now on."""
+        super().take(active, group)
+        self._active = None if isinstance(active, slice) else active
 
     def numbers_of_rows(self, gramian: Tensor) -> Tensor:
         """Return the numbers of the tasks whose rows have this Gramian, shape (m,), beside it."""
@@ -264,7 +334,7 @@ class PreferringStrategy(BoundStrategy):
     def is_of_tasks(self) -> bool:
         return self.preference is not None
 
-    def take(self, tasks: Sequence[str]) -> None:
+    def learn(self, tasks: Sequence[str]) -> None:
         if self.preference is not None:
             self._numbers = _in_order(self.preference, tasks)
 
@@ -322,7 +392,7 @@ class PrimaryStrategy(BoundStrategy):
     def is_of_tasks(self) -> bool:
         return self.primary is not None
 
-    def take(self, tasks: Sequence[str]) -> None:
+    def learn(self, tasks: Sequence[str]) -> None:
         if self.primary is not None:
             self._number = number_of_task("primary", self.primary, tasks)
 

@@ -1,18 +1,14 @@
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from mtbalance._checks import check_choice, check_kind
+from mtbalance._checks import check_choice
 from mtbalance._gramians import ZERO_ROW
 from mtbalance._rows import at_least_float32, combine, is_finite
 
-from ._base import GradientStrategy, gramian_in_range
+from ._base import GradientStrategy, WrappingStrategy, gramian_in_range
 
 
-class Normalized(GradientStrategy):
+class Normalized(WrappingStrategy):
     r"""Bring all task gradients to one length before a strategy gets them.
 
     .. math:: d = \text{strategy}(t\, u_1, \dots, t\, u_m), \qquad u_i = \frac{g_i}{|g_i|}
@@ -46,10 +42,8 @@ class Normalized(GradientStrategy):
     """
 
     def __init__(self, strategy: GradientStrategy, scale: str = "mean") -> None:
-        super().__init__()
-        check_kind("strategy", strategy, GradientStrategy)
+        super().__init__(strategy)
         check_choice("scale", scale, ["mean", "max", "min"])
-        self.strategy = strategy
         self.scale = scale
         self.by_gramian = strategy.by_gramian or strategy.is_sum
         self.coordinatewise = strategy.coordinatewise and not self.by_gramian
@@ -58,18 +52,6 @@ class Normalized(GradientStrategy):
     def growth(self) -> float | None:
         # Of the "max", the sum of the lengths may grow as many times as there are rows.
         return None if self.scale == "max" else self.strategy.growth
-
-    def bind(self, tasks: Sequence[str]) -> Self:
-        self.strategy.bind(tasks)
-        return self
-
-    @contextmanager
-    def only(self, active: Tensor) -> Iterator[None]:
-        with self.strategy.only(active):
-            yield
-
-    def start(self) -> None:
-        self.strategy.start()
 
     def _factors(self, gramian: Tensor) -> Tensor:
         """Return what brings each row to the common length; 0 for those without a direction."""

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from mtbalance._checks import check_losses
 from mtbalance._passes import products_with_gradient
 from mtbalance._random import RandomSource
+from mtbalance._remembered import dtype_of_sums, moved, own_state
 from mtbalance._rows import at_least_float32
 
 # Adam's, and the defaults of torch.optim.Adam.
@@ -210,10 +211,10 @@ class Weighting(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
         # A model that is cast takes its weighting with it, whose small steps and means of many
         # losses would be lost in rounding: it moves along, but keeps its numbers.
-        def moved(tensor: Tensor) -> Tensor:
-            return _moved(fn, tensor, self._narrowest)
+        def kept(tensor: Tensor) -> Tensor:
+            return moved(fn, tensor, self._narrowest)
 
-        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A weighting on its own may be loaded before it has seen a loss: bind it to what was saved.
@@ -233,24 +234,12 @@ class Weighting(nn.Module, ABC):
         self._loads += 1
 
 
-def own_state(state_dict: Mapping[str, object], prefix: str) -> dict[str, object]:
-    """Return what a module saved under a prefix, that of the modules in it left out."""
-    named = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
-    return {name: value for name, value in named.items() if "." not in name}
-
-
 def task_vector(
     values: Sequence[float] | float, count: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return one number per task, shape (count,), in PyTorch's default dtype, at least float32."""
     dtype = dtype or at_least_float32(torch.get_default_dtype())
     return torch.as_tensor(values, dtype=dtype).expand(count).clone()
-
-
-def dtype_of_sums(device: torch.device | None = None) -> torch.dtype:
-    """Return the widest floating-point dtype of a device, by default of the default one."""
-    device = device or torch.get_default_device()
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def add_to_means(means: Tensor, counts: Tensor, losses: Tensor, active: Tensor | slice) -> None:
@@ -325,19 +314,3 @@ def across(vector: Tensor, unit: Tensor) -> Tensor:
     part = part - (part @ unit) * unit  # what rounding has left along it, or brought
     noise = 8 * len(vector) * torch.finfo(vector.dtype).eps * torch.linalg.vector_norm(vector)
     return part.masked_fill(torch.linalg.vector_norm(part) <= noise, 0.0)
-
-
-def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor, narrowest: torch.dtype) -> Tensor:
-    """Move or cast a tensor as ``fn`` does, but to no narrower floating-point dtype than that."""
-    try:
-        new = fn(tensor)
-    except TypeError:
-        if tensor.dtype != torch.float64:
-            raise
-        return fn(tensor.float())  # to a device that has no float64
-    if new.dtype == tensor.dtype or not new.is_floating_point():
-        return new
-    dtype = torch.promote_types(new.dtype, narrowest)
-    if dtype == torch.float64:
-        dtype = dtype_of_sums(new.device)
-    return new if dtype == new.dtype else tensor.to(new.device, dtype)

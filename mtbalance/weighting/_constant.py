@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_numbers, numbers_in_order
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Weighting, dtype_of_sums, task_vector
+from ._base import Weighting, task_vector
 
 
 class Constant(Weighting):

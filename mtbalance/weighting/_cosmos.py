@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_preference, numbers_in_order
+from mtbalance._remembered import dtype_of_sums
 from mtbalance._rows import at_least_float32
 
-from ._base import Weighting, across, dtype_of_sums, task_vector
+from ._base import Weighting, across, task_vector
 
 
 class COSMOS(Weighting):

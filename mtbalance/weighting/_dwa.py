@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_positive, check_saved
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Weighting, add_to_means, dtype_of_sums, task_vector
+from ._base import Weighting, add_to_means, task_vector
 
 _MAX_RATIO = 1e3
 

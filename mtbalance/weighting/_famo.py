@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_saved, count_fallback
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Weighting, adam, dtype_of_sums, logarithms, task_vector
+from ._base import Weighting, adam, logarithms, task_vector
 
 
 class FAMO(Weighting):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_count, check_saved
+from mtbalance._remembered import dtype_of_sums
 from mtbalance._rows import at_least_float32
 
-from ._base import Weighting, dtype_of_sums, task_vector
+from ._base import Weighting, task_vector
 
 
 class GO4Align(Weighting):

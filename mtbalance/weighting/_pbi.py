@@ -11,8 +11,9 @@ from mtbalance._checks import (
     check_preference,
     numbers_in_order,
 )
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Weighting, across, dtype_of_sums, task_vector
+from ._base import Weighting, across, task_vector
 
 
 class PBI(Weighting):

@@ -11,8 +11,9 @@ from mtbalance._checks import (
     check_saved,
     numbers_in_order,
 )
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Weighting, add_to_means, dtype_of_sums, logarithms, task_vector
+from ._base import Weighting, add_to_means, logarithms, task_vector
 
 
 class STCH(Weighting):

@@ -2,8 +2,9 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_positive
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Weighting, dtype_of_sums
+from ._base import Weighting
 
 
 class UncertaintySoftmax(Weighting):
