@@ -40,6 +40,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "graddrop": gradient.GradDrop,
     "pcgrad": gradient.PCGrad,
     "cagrad": gradient.CAGrad,
+    "gradvac": gradient.GradVac,
     "alignedmtl": gradient.AlignedMTL,
     "aligned": gradient.AlignedMTL,
     "nashmtl": gradient.NashMTL,

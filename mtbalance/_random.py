@@ -99,6 +99,20 @@ class RandomSource(nn.Module):
         super().__setstate__({**state, "generator": generator})  # type: ignore[no-untyped-call]
 
 
+def visiting_orders(m: int, generator: torch.Generator | None) -> Tensor:
+    """Return whom each of m tasks visits, all others in a row, shape (m, m - 1), on the CPU.
+
+    Args:
+        m: The number of tasks.
+        generator: What to draw an order for each from; None for the order of their numbers.
+    """
+    if generator is None:
+        positions = torch.arange(m - 1, device="cpu").repeat(m, 1)
+    else:
+        positions = torch.rand(m, m - 1, generator=generator, device="cpu").argsort(1)
+    return positions + (positions >= torch.arange(m, device="cpu")[:, None])
+
+
 def numbered_draws(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     """Return uniform draws in (-1, 1) for the columns ``first`` to ``first + count - 1``.
 

@@ -23,6 +23,7 @@ from mtbalance.gradient import (
     FairGrad,
     GradDrop,
     GradientStrategy,
+    GradVac,
     NashMTL,
     Normalized,
     PCGrad,
@@ -136,6 +137,13 @@ GRADIENT_CASES = (
     ),
     _gradient_case(
         "PCGrad-primary", lambda: PCGrad(primary=0), {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT}
+    ),
+    # In the first step, which is PCGrad's; test_gradvac.py takes more.
+    _gradient_case("GradVac", GradVac, {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT}),
+    _gradient_case(
+        "GradVac-fixed",
+        lambda: GradVac(0.5, order="fixed"),
+        {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
     ),
     # m equal rows g: g_w = g0 = g for every w, so d = m (1 + c) g over the divisor.
     _gradient_case("CAGrad", CAGrad, _CAGRAD, identical=1.4 / 1.16),

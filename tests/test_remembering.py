@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from mtbalance import Balancer
-from mtbalance.gradient import GradientStrategy, GramianStrategy, UPGrad
+from mtbalance.gradient import GradientStrategy, GradVac, GramianStrategy, UPGrad
 from mtbalance.weighting import Equal
 from tests._catalogue import GradientCase, gradient_cases
 from tests._device import on_device
 
 TASKS = ("a", "b", "c")
 Cast = Callable[[nn.Module], object]
+IN_CATALOGUE = (GradVac,)
 
 
 class Counting(GramianStrategy):
@@ -135,7 +136,7 @@ def test_only_steps_that_solve_count() -> None:
 # --- steps that write nothing ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [Counting])
+@pytest.mark.parametrize("make", [Counting, *IN_CATALOGUE])
 @pytest.mark.parametrize("policy", ["skip", "raise"])
 def test_a_direction_that_is_not_written_leaves_no_trace(make: Any, policy: str) -> None:
     """Two rows of 3e38 are finite, and their sum is not."""
@@ -179,11 +180,34 @@ def test_an_error_leaves_no_trace() -> None:
     assert strategy.counts.group == 0
 
 
+@pytest.mark.parametrize("make", IN_CATALOGUE)
+@pytest.mark.parametrize("m", [2, 3])
+def test_what_is_not_finite_is_not_remembered(make: Any, m: int) -> None:
+    """Nor where nobody looks, and it comes out as NaN."""
+    x = nn.Parameter(on_device(torch.ones(3, dtype=torch.float64)))
+    strategy = make()
+    balancer = Balancer(Equal(), strategy, tasks=TASKS, shared=[x], nonfinite="propagate")
+
+    def losses() -> dict[str, Tensor]:
+        return {task: x[i] + 2 * x[0] for i, task in enumerate(TASKS[:m])}
+
+    balancer.backward(losses())
+    before = {name: buffer.clone() for name, buffer in strategy.named_buffers()}
+    for bad in (torch.nan, torch.inf):
+        x.grad = None
+        balancer.backward({**losses(), "a": x[0] * bad})
+        assert x.grad is not None
+        assert not torch.isfinite(x.grad[0])
+        for name, buffer in strategy.named_buffers():
+            assert torch.equal(buffer.nan_to_num(-7), before[name].nan_to_num(-7))
+
+
 @gradient_cases()
 def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     """Buffers are copied in each step where there are any."""
     strategy = case.make()
     assert strategy.remembers == bool(list(strategy.buffers()))
+    assert strategy.remembers == case.name.startswith("GradVac")
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -210,7 +234,7 @@ def test_copies_are_independent(copied: Callable[[Any], Any]) -> None:
     assert twin.gradient.counts.values.tolist() == [[2, 1, 2], [2, 2, 2]]
 
 
-@pytest.mark.parametrize("make", [Counting])
+@pytest.mark.parametrize("make", [Counting, *IN_CATALOGUE])
 @pytest.mark.parametrize(
     "cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16), nn.Module.float]
 )

@@ -18,7 +18,7 @@ from tests._device import random_state, set_random_state
 from tests._networks import TASKS, Network, batch
 
 STEPS = 5
-PAIRS = (*PAPER_COMBINATIONS, "rlw+pcgrad", "imtl-l+cagrad", "stch+graddrop")
+PAIRS = (*PAPER_COMBINATIONS, "rlw+pcgrad", "imtl-l+cagrad", "stch+graddrop", "dwa+gradvac")
 """Each weighting that remembers or draws, and each gradient strategy, at least once."""
 
 

@@ -16,6 +16,7 @@ from ._config import ConFIG
 from ._dualproj import DualProj
 from ._fairgrad import FairGrad
 from ._graddrop import GradDrop
+from ._gradvac import GradVac
 from ._imtlg import IMTLG
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
@@ -34,6 +35,7 @@ __all__ = [
     "DualProj",
     "FairGrad",
     "GradDrop",
+    "GradVac",
     "GradientStrategy",
     "GramianStrategy",
     "NashMTL",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtbalance._checks import check_choice
 from mtbalance._gramians import ZERO_ROW, Arithmetic, Number, weights_of_pair
-from mtbalance._random import RandomSource
+from mtbalance._random import RandomSource, visiting_orders
 
 from ._base import PrimaryStrategy
 
@@ -132,21 +132,19 @@ class PCGrad(PrimaryStrategy):
 
     def _walks(self, m: int) -> tuple[Tensor, Tensor]:
         """Return which task each walk starts from, (walks,), and whom it visits, (walks, m - 1)."""
-        if self.expectation:
-            if m > _MAX_TASKS_OF_EXPECTATION:
-                raise ValueError(
-                    f"`expectation` must be False with more than {_MAX_TASKS_OF_EXPECTATION} "
-                    f"tasks, but got True with {m}. The number of orders grows as the factorial."
-                )
-            positions = torch.tensor(list(itertools.permutations(range(m - 1))), device="cpu")
-            positions = positions.repeat(m, 1).long()
-        elif self.order == "fixed":
-            positions = torch.arange(m - 1, device="cpu").repeat(m, 1)
-        else:
-            positions = torch.rand(m, m - 1, generator=self.random.generator, device="cpu").argsort(
-                1
+        tasks = torch.arange(m, device="cpu")
+        if not self.expectation:
+            return tasks, visiting_orders(
+                m, self.random.generator if self.order == "random" else None
             )
-        tasks = torch.arange(m, device="cpu").repeat_interleave(len(positions) // m)
+        if m > _MAX_TASKS_OF_EXPECTATION:
+            raise ValueError(
+                f"`expectation` must be False with more than {_MAX_TASKS_OF_EXPECTATION} "
+                f"tasks, but got True with {m}. The number of orders grows as the factorial."
+            )
+        positions = torch.tensor(list(itertools.permutations(range(m - 1))), device="cpu")
+        tasks = tasks.repeat_interleave(len(positions))
+        positions = positions.repeat(m, 1).long()
         return tasks, positions + (positions >= tasks[:, None])
 
     def extra_repr(self) -> str:
