@@ -28,6 +28,7 @@ from mtbalance.gradient import (
     Normalized,
     PCGrad,
     RandomGradient,
+    Smoothed,
     Sum,
     UPGrad,
 )
@@ -180,6 +181,13 @@ GRADIENT_CASES = (
         {*_NORMALIZED, Claim.NO_CONFLICT_LEFT},
     ),
     _gradient_case("RandomGradient", RandomGradient, GEOMETRIC),
+    # In the first step, which is that of the strategy.
+    _gradient_case("Smoothed", lambda: Smoothed(UPGrad(), alpha=0.9), _DUAL_CONE),
+    _gradient_case(
+        "Smoothed-gradvac",
+        lambda: Smoothed(GradVac(order="fixed"), alpha=0.5),
+        {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
+    ),
     _gradient_case("FairGrad", FairGrad, _BARGAINS),
     _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),
     _gradient_case("FairGrad-throughput", lambda: FairGrad(alpha=0.5), _BARGAINS),

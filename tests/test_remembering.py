@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from mtbalance import Balancer
-from mtbalance.gradient import GradientStrategy, GradVac, GramianStrategy, UPGrad
+from mtbalance.gradient import GradientStrategy, GradVac, GramianStrategy, Smoothed, UPGrad
 from mtbalance.weighting import Equal
 from tests._catalogue import GradientCase, gradient_cases
 from tests._device import on_device
 
 TASKS = ("a", "b", "c")
 Cast = Callable[[nn.Module], object]
-IN_CATALOGUE = (GradVac,)
+IN_CATALOGUE = (GradVac, lambda: Smoothed(UPGrad(), 0.5), lambda: Smoothed(GradVac(), 0.5))
 
 
 class Counting(GramianStrategy):
@@ -207,7 +207,7 @@ def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     """Buffers are copied in each step where there are any."""
     strategy = case.make()
     assert strategy.remembers == bool(list(strategy.buffers()))
-    assert strategy.remembers == case.name.startswith("GradVac")
+    assert strategy.remembers == case.name.startswith(("GradVac", "Smoothed"))
 
 
 # --- state ----------------------------------------------------------------------------------------

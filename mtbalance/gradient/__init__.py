@@ -23,6 +23,7 @@ from ._nashmtl import NashMTL
 from ._normalized import Normalized
 from ._pcgrad import PCGrad
 from ._randomgradient import RandomGradient
+from ._smoothed import Smoothed
 from ._sum import Sum
 from ._upgrad import UPGrad
 
@@ -44,6 +45,7 @@ __all__ = [
     "PreferringStrategy",
     "PrimaryStrategy",
     "RandomGradient",
+    "Smoothed",
     "Sum",
     "UPGrad",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtbalance import Balancer
-from mtbalance.gradient import GradientStrategy, GradVac
+from mtbalance.gradient import GradientStrategy, GradVac, PCGrad, Smoothed
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool
@@ -19,6 +19,8 @@ from tests.test_state import assert_equal_states
 def strategy_of(name: str, seed: int) -> GradientStrategy:
     return {
         "gradvac": lambda: GradVac(0.3, seed=seed),
+        "smoothed": lambda: Smoothed(PCGrad(seed=seed), alpha=0.7),
+        "smoothed gradvac": lambda: Smoothed(GradVac(0.3, seed=seed), alpha=0.7),
     }[name]()
 
 
@@ -45,7 +47,7 @@ def take(here: Here, name: str) -> tuple[Outcome, dict[str, Tensor]]:
     return outcome.add(network, balancer), dict(balancer.gradient.named_buffers())
 
 
-@pytest.mark.parametrize("name", ["gradvac"])
+@pytest.mark.parametrize("name", ["gradvac", "smoothed", "smoothed gradvac"])
 def test_two_processes_remember_what_one_does(two: Pool, name: str) -> None:
     ranks: list[Any] = two.run(take, name)
     same_everywhere([outcome for outcome, _ in ranks])
@@ -78,6 +80,6 @@ def resume(here: Here, name: str) -> None:
     assert_equal_states(*states)
 
 
-@pytest.mark.parametrize("name", ["gradvac"])
+@pytest.mark.parametrize("name", ["gradvac", "smoothed", "smoothed gradvac"])
 def test_resume_is_bit_for_bit(two: Pool, name: str) -> None:
     two.run(resume, name)

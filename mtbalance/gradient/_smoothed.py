@@ -1,0 +1,90 @@
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from mtbalance._checks import check_at_least, check_kind
+from mtbalance._gramians import ZERO_ROW
+
+from ._base import GramianStrategy
+
+
+class Smoothed(GramianStrategy):
+    r"""Average the weights of another strategy over the steps.
+
+    With the weights :math:`\hat\lambda_t` that the strategy gives to the rows of step t,
+
+    .. math::
+        \lambda_t = \alpha \lambda_{t-1} + (1 - \alpha) \hat\lambda_t, \qquad
+        \lambda_1 = \hat\lambda_1, \qquad d_t = \sum_i \lambda_{t,i} \, g_i.
+
+    Weights that follow every mini-batch are correlated with its gradients, which biases the
+    direction; an average over many steps nearly is not.
+
+    Args:
+        strategy: The strategy, which the Gramian decides.
+        alpha: How much of the last average stays, at least 0 (the strategy itself) and below 1. The
+            average reaches about 1 / (1 - alpha) steps back. No default: the paper's convergence
+            needs it to approach 1 as the steps of the optimizer become smaller.
+
+    Note:
+        Called CR-MOGM in the paper, around MGDA, PCGrad, CAGrad and others. An average begins
+        with its task's first step. A task that is absent, or whose gradient is zero, keeps its
+        average: the weight of such a row means nothing. What holds of every single direction of the
+        strategy, such as that no task is in conflict with it, need not hold of averages.
+
+    References:
+        Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
+        Beyond", NeurIPS 2022, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from mtbalance.gradient import ConFIG
+        >>> strategy = Smoothed(ConFIG(), alpha=0.75)
+        >>> strategy(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # weights (1, 1)
+        tensor([1., 1.])
+        >>> strategy(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))  # (2, 2/3): averages (5/4, 11/12)
+        tensor([1.2500, 2.7500])
+    """
+
+    def __init__(self, strategy: GramianStrategy, alpha: float) -> None:
+        super().__init__()
+        check_kind("strategy", strategy, GramianStrategy)
+        self.strategy = strategy
+        self.alpha = check_at_least("alpha", alpha, 0)
+        if alpha >= 1:
+            raise ValueError(f"`alpha` must be below 1, but got {alpha}: it would never move.")
+        self.averages = self.per_task(start=torch.nan)
+
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
+        self.strategy.bind(tasks, groups)
+        return super().bind(tasks, groups)
+
+    def take(self, active: Tensor | slice, group: int) -> None:
+        self.strategy.take(active, group)
+        super().take(active, group)
+
+    def start(self) -> None:
+        self.strategy.start()
+
+    def reset(self) -> None:
+        self.strategy.reset()
+        super().reset()
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        counted = self.strategy.fallbacks
+        weights = self.strategy.solve(gramian)
+        self.fallbacks += self.strategy.fallbacks - counted
+        before = self.averages.read(gramian)
+        gramian, weights = gramian.detach().to(before.device), weights.detach().to(before)
+        # In this form an alpha of 0 and weights that stay are exact.
+        new = weights + self.alpha * (before - weights)
+        new = torch.where(before.isnan(), weights, new)
+        squares = gramian.diagonal()
+        counts = (squares > ZERO_ROW**2 * squares.max()) & new.isfinite().all()
+        self.averages.write(torch.where(counts, new, before))
+        return new.double()
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
