@@ -1,16 +1,13 @@
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from mtbalance._checks import check_at_least, check_kind
+from mtbalance._checks import check_at_least
 from mtbalance._gramians import ZERO_ROW
 
-from ._base import GramianStrategy
+from ._base import GradientStrategy, GramianStrategy, WrappingStrategy
 
 
-class Smoothed(GramianStrategy):
+class Smoothed(WrappingStrategy, GramianStrategy):
     r"""Average the weights of another strategy over the steps.
 
     With the weights :math:`\hat\lambda_t` that the strategy gives to the rows of step t,
@@ -23,7 +20,7 @@ class Smoothed(GramianStrategy):
     direction; an average over many steps nearly is not.
 
     Args:
-        strategy: The strategy, which the Gramian decides.
+        strategy: The strategy, which the Gramian decides; so does it about ``Normalized(Sum())``.
         alpha: How much of the last average stays, at least 0 (the strategy itself) and below 1. The
             average reaches about 1 / (1 - alpha) steps back. No default: the paper's convergence
             needs it to approach 1 as the steps of the optimizer become smaller.
@@ -48,34 +45,25 @@ class Smoothed(GramianStrategy):
         tensor([1.2500, 2.7500])
     """
 
-    def __init__(self, strategy: GramianStrategy, alpha: float) -> None:
-        super().__init__()
-        check_kind("strategy", strategy, GramianStrategy)
-        self.strategy = strategy
+    def __init__(self, strategy: GradientStrategy, alpha: float) -> None:
+        super().__init__(strategy)
+        if not strategy.by_gramian:
+            raise TypeError(
+                "`strategy` must be a GramianStrategy, or Normalized around one or around Sum, but "
+                f"got {type(strategy).__name__}."
+            )
         self.alpha = check_at_least("alpha", alpha, 0)
         if alpha >= 1:
             raise ValueError(f"`alpha` must be below 1, but got {alpha}: it would never move.")
         self.averages = self.per_task(start=torch.nan)
 
-    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
-        self.strategy.bind(tasks, groups)
-        return super().bind(tasks, groups)
-
-    def take(self, active: Tensor | slice, group: int) -> None:
-        self.strategy.take(active, group)
-        super().take(active, group)
-
-    def start(self) -> None:
-        self.strategy.start()
-
-    def reset(self) -> None:
-        self.strategy.reset()
-        super().reset()
-
     def weights(self, gramian: Tensor) -> Tensor:
-        counted = self.strategy.fallbacks
-        weights = self.strategy.solve(gramian)
-        self.fallbacks += self.strategy.fallbacks - counted
+        weights = self.strategy.coefficients(gramian)
+        if weights is None:
+            raise TypeError(
+                f"{type(self.strategy).__name__}.coefficients must return one number per row, as "
+                "`by_gramian` says, but got None."
+            )
         before = self.averages.read(gramian)
         gramian, weights = gramian.detach().to(before.device), weights.detach().to(before)
         # In this form an alpha of 0 and weights that stay are exact.

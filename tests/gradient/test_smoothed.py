@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer
+from mtbalance._checks import fallbacks_of
 from mtbalance.gradient import (
     MGDA,
     CAGrad,
@@ -192,14 +193,14 @@ def test_fallbacks_of_the_strategy_are_counted() -> None:
     balancer = Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x])
     for _ in range(3):
         assert balancer.backward({"a": x[0], "b": x[1]}).fallbacks == 1
-    assert strategy.fallbacks == 3
+    assert fallbacks_of(strategy) == 3
 
 
 @pytest.mark.parametrize(
     ("strategy", "alpha", "error", "words"),
     [
-        (Sum(), 0.5, TypeError, "`strategy` must be a GramianStrategy, but got Sum."),
-        (UPGrad, 0.5, TypeError, "must be a GramianStrategy, but got the class UPGrad."),
+        (Sum(), 0.5, TypeError, "`strategy` must be a GramianStrategy, or Normalized"),
+        (UPGrad, 0.5, TypeError, "must be a GradientStrategy, but got the class UPGrad."),
         (UPGrad(), -0.1, ValueError, "`alpha` must be at least 0, but got -0.1."),
         (UPGrad(), 1.0, ValueError, "`alpha` must be below 1, but got 1.0"),
         (UPGrad(), float("nan"), ValueError, "`alpha` must be at least 0, but got nan."),
