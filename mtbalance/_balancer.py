@@ -357,10 +357,9 @@ class Balancer(nn.Module):
         return self._reach.explain(model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # All of them before any is loaded.
         for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
-            if isinstance(
-                module, Weighting | RandomSource | TaskState
-            ):  # all of them before any is loaded
+            if isinstance(module, Weighting | RandomSource | TaskState):
                 module.check_state(own_state(state_dict, f"{name}."))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         discard_at_loading(self._pending)

@@ -182,6 +182,26 @@ def test_a_reset_and_a_loaded_state_reach_the_strategy(make: Make) -> None:
         assert torch.equal(resumed(each), expected)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_come_out_and_are_forgotten(bad: float) -> None:
+    class Sometimes(GramianStrategy):
+        weight = 2.0
+
+        def weights(self, gramian: Tensor) -> Tensor:
+            weights = torch.ones_like(gramian[0])
+            weights[0] = self.weight
+            return weights
+
+    inner = Sometimes()
+    strategy = Smoothed(inner, 0.5)
+    eye = on_device(torch.eye(3).double())
+    strategy(eye)
+    inner.weight = bad
+    assert not torch.isfinite(strategy(eye)[0])
+    inner.weight = 4.0
+    assert strategy(eye).tolist() == [3, 1, 1]
+
+
 def test_fallbacks_of_the_strategy_are_counted() -> None:
     class Falls(GramianStrategy):
         def weights(self, gramian: Tensor) -> Tensor:
