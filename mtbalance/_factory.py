@@ -52,10 +52,12 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "imtlg": gradient.IMTLG,
     "fairgrad": gradient.FairGrad,
     "randomgradient": gradient.RandomGradient,
+    "gradientcosine": gradient.GradientCosine,
 }
 
 _REQUIRED = {
     "optimizer": "it is the model's optimizer, from which {} reads learning rates.",
+    "primary": "it is the task that {} favours, which nobody can choose but you.",
     "weights": "{} has a number for each task, which nobody can choose but you.",
 }
 """What options are that strategies have no default for."""

@@ -22,6 +22,7 @@ from mtbalance.gradient import (
     DualProj,
     FairGrad,
     GradDrop,
+    GradientCosine,
     GradientStrategy,
     GradVac,
     NashMTL,
@@ -191,6 +192,16 @@ GRADIENT_CASES = (
     _gradient_case("FairGrad", FairGrad, _BARGAINS),
     _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),
     _gradient_case("FairGrad-throughput", lambda: FairGrad(alpha=0.5), _BARGAINS),
+    _gradient_case(
+        "GradientCosine",
+        lambda: GradientCosine(primary=0),
+        {*GEOMETRIC, Claim.DOUBLES, Claim.SUM_WITHOUT_CONFLICT},
+    ),
+    _gradient_case(
+        "GradientCosine-weighted",
+        lambda: GradientCosine(primary=0, weighted=True),
+        {*GEOMETRIC, Claim.DOUBLES},
+    ),
 )
 
 

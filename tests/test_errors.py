@@ -411,6 +411,7 @@ def test_apply_without_accumulate() -> None:
         ("dwa", {}, TypeError, "`tasks` must name the tasks, but it is missing."),
         ("autol+cagrad", {"tasks": ["a"]}, TypeError, "`optimizer` must be given for 'autol"),
         ("constant", {"tasks": ["a"]}, TypeError, "`weights` must be given for 'constant', but it"),
+        ("gradientcosine", {"tasks": ["a"]}, TypeError, "it is the task that GradientCosine fav"),
     ],
 )
 def test_make_balancer(name, options, kind, words) -> None:

@@ -12,6 +12,9 @@ from mtbalance.weighting import IMTLL, Equal
 from tests._catalogue import GRADIENT_CASES, GradientCase
 from tests._networks import TASKS, Network, batch, flat_grad, raw_rows
 
+CHOICES: dict[str, object] = {"weights": [1, 2, 3]}
+"""Options that nobody can choose but the user."""
+
 
 @pytest.mark.parametrize("names", [WEIGHTINGS, GRADIENTS])
 def test_every_strategy_goes_by_its_class_in_lower_case(names: dict[str, type]) -> None:
@@ -22,7 +25,10 @@ def test_every_strategy_goes_by_its_class_in_lower_case(names: dict[str, type]) 
 @pytest.mark.parametrize("name", [*WEIGHTINGS, *GRADIENTS, *PAIRS])
 def test_every_name_makes_a_balancer(name: str) -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    balancer = make_balancer(name, tasks=TASKS, optimizer=optimizer, weights=[1, 2, 3])
+    choices = dict(CHOICES)
+    if name in GRADIENTS:  # of a weighting, several tasks may be primary
+        choices["primary"] = TASKS[0]
+    balancer = make_balancer(name, tasks=TASKS, optimizer=optimizer, **choices)
     expected = {**WEIGHTINGS, **GRADIENTS}
     for word in PAIRS.get(name, name).split("+"):
         assert (

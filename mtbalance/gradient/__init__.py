@@ -16,7 +16,8 @@ from ._config import ConFIG
 from ._dualproj import DualProj
 from ._fairgrad import FairGrad
 from ._graddrop import GradDrop
-from ._gradvac import GradVac
+from ._gradvac import (GradVac)
+from ._gradientcosine import (GradientCosine)
 from ._imtlg import IMTLG
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
@@ -37,6 +38,7 @@ __all__ = [
     "FairGrad",
     "GradDrop",
     "GradVac",
+    "GradientCosine",
     "GradientStrategy",
     "GramianStrategy",
     "NashMTL",

@@ -25,6 +25,8 @@ CATALOGUE = tuple(
     )
 )
 """Names of the strategies that are in none of the paper's combinations."""
+CHOICES = {"weights": [1, 2, 3], "primary": TASKS[0]}
+"""Their options that have no default, and who is favoured where one may be."""
 
 
 class Whole(nn.Module):

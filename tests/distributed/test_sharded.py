@@ -14,7 +14,15 @@ from mtbalance.gradient import CAGrad, GradDrop, Normalized, Sum
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool, RankError, has_fsdp2
-from tests.distributed.runs import CATALOGUE, Outcome, Whole, assert_equal, same_everywhere, train
+from tests.distributed.runs import (
+    CATALOGUE,
+    CHOICES,
+    Outcome,
+    Whole,
+    assert_equal,
+    same_everywhere,
+    train,
+)
 from tests.distributed.test_errors import message_of
 from tests.test_state import assert_equal_states
 
@@ -97,7 +105,7 @@ def test_every_pair_trains_as_one_process_would(two: Pool, heads: str) -> None:
 
 
 def test_the_rest_of_the_catalogue(two: Pool) -> None:
-    assert_all_equal(two, Sharding(), CATALOGUE, 1e-11, weights=[1, 2, 3])
+    assert_all_equal(two, Sharding(), CATALOGUE, 1e-11, **CHOICES)
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -9,6 +9,7 @@ from mtbalance import PAPER_COMBINATIONS
 from tests.distributed.harness import ALONE, Here, Pool
 from tests.distributed.runs import (
     CATALOGUE,
+    CHOICES,
     Outcome,
     assert_equal,
     ddp,
@@ -60,7 +61,7 @@ def test_every_pair_trains_as_one_process_would(two: Pool, wrapper: str) -> None
 
 @pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
 def test_the_rest_of_the_catalogue(two: Pool, wrapper: str) -> None:
-    assert_all_equal(two, wrapper, 1e-11, CATALOGUE, weights=[1, 2, 3])
+    assert_all_equal(two, wrapper, 1e-11, CATALOGUE, **CHOICES)
 
 
 @pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
