@@ -53,11 +53,13 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "fairgrad": gradient.FairGrad,
     "randomgradient": gradient.RandomGradient,
     "gradientcosine": gradient.GradientCosine,
+    "krum": gradient.Krum,
 }
 
 _REQUIRED = {
     "optimizer": "it is the model's optimizer, from which {} reads learning rates.",
     "primary": "it is the task that {} favours, which nobody can choose but you.",
+    "byzantine": "it is how many gradients {} takes for outliers.",
     "weights": "{} has a number for each task, which nobody can choose but you.",
 }
 """What options are that strategies have no default for."""

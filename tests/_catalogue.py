@@ -25,6 +25,7 @@ from mtbalance.gradient import (
     GradientCosine,
     GradientStrategy,
     GradVac,
+    Krum,
     NashMTL,
     Normalized,
     PCGrad,
@@ -202,6 +203,8 @@ GRADIENT_CASES = (
         lambda: GradientCosine(primary=0, weighted=True),
         {*GEOMETRIC, Claim.DOUBLES},
     ),
+    _gradient_case("Krum", lambda: Krum(byzantine=0), GEOMETRIC),
+    _gradient_case("Krum-some", lambda: Krum(byzantine=0, selected=2), GEOMETRIC),
 )
 
 

@@ -412,6 +412,7 @@ def test_apply_without_accumulate() -> None:
         ("autol+cagrad", {"tasks": ["a"]}, TypeError, "`optimizer` must be given for 'autol"),
         ("constant", {"tasks": ["a"]}, TypeError, "`weights` must be given for 'constant', but it"),
         ("gradientcosine", {"tasks": ["a"]}, TypeError, "it is the task that GradientCosine fav"),
+        ("krum", {"tasks": ["a"]}, TypeError, "it is how many gradients Krum takes for outliers."),
     ],
 )
 def test_make_balancer(name, options, kind, words) -> None:

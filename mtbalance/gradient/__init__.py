@@ -19,6 +19,7 @@ from ._graddrop import GradDrop
 from ._gradvac import (GradVac)
 from ._gradientcosine import (GradientCosine)
 from ._imtlg import IMTLG
+from ._krum import Krum
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
 from ._normalized import Normalized
@@ -41,6 +42,7 @@ __all__ = [
     "GradientCosine",
     "GradientStrategy",
     "GramianStrategy",
+    "Krum",
     "NashMTL",
     "Normalized",
     "PCGrad",
