@@ -54,12 +54,14 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "randomgradient": gradient.RandomGradient,
     "gradientcosine": gradient.GradientCosine,
     "krum": gradient.Krum,
+    "trimmedmean": gradient.TrimmedMean,
 }
 
 _REQUIRED = {
     "optimizer": "it is the model's optimizer, from which {} reads learning rates.",
     "primary": "it is the task that {} favours, which nobody can choose but you.",
     "byzantine": "it is how many gradients {} takes for outliers.",
+    "trim": "it is how many entries {} leaves out at each end.",
     "weights": "{} has a number for each task, which nobody can choose but you.",
 }
 """What options are that strategies have no default for."""

@@ -32,6 +32,7 @@ from mtbalance.gradient import (
     RandomGradient,
     Smoothed,
     Sum,
+    TrimmedMean,
     UPGrad,
 )
 from mtbalance.weighting import (
@@ -120,6 +121,7 @@ _EQUIANGULAR = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _MGDA = {ORDER_FREE, Claim.DOUBLES, Claim.NO_CONFLICT_LEFT, *GEOMETRIC}
 
 _NORMALIZED = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
+_TRIMMED = {ORDER_FREE, Claim.ODD, Claim.HOMOGENEOUS, Claim.COORDINATEWISE}
 
 GRADIENT_CASES = (
     _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT}),
@@ -205,6 +207,10 @@ GRADIENT_CASES = (
     ),
     _gradient_case("Krum", lambda: Krum(byzantine=0), GEOMETRIC),
     _gradient_case("Krum-some", lambda: Krum(byzantine=0, selected=2), GEOMETRIC),
+    _gradient_case("TrimmedMean", lambda: TrimmedMean(trim=1), _TRIMMED),
+    _gradient_case(
+        "TrimmedMean-none", lambda: TrimmedMean(trim=0), set(Claim) - {Claim.NO_CONFLICT_LEFT}
+    ),
 )
 
 

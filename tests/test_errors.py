@@ -413,6 +413,7 @@ def test_apply_without_accumulate() -> None:
         ("constant", {"tasks": ["a"]}, TypeError, "`weights` must be given for 'constant', but it"),
         ("gradientcosine", {"tasks": ["a"]}, TypeError, "it is the task that GradientCosine fav"),
         ("krum", {"tasks": ["a"]}, TypeError, "it is how many gradients Krum takes for outliers."),
+        ("trimmedmean", {"tasks": ["a"]}, TypeError, "it is how many entries TrimmedMean leaves"),
     ],
 )
 def test_make_balancer(name, options, kind, words) -> None:

@@ -12,7 +12,7 @@ from mtbalance.weighting import IMTLL, Equal
 from tests._catalogue import GRADIENT_CASES, GradientCase
 from tests._networks import TASKS, Network, batch, flat_grad, raw_rows
 
-CHOICES: dict[str, object] = {"weights": [1, 2, 3], "byzantine": 0}
+CHOICES: dict[str, object] = {"weights": [1, 2, 3], "byzantine": 0, "trim": 1}
 """Options that nobody can choose but the user."""
 
 

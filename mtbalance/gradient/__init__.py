@@ -27,6 +27,7 @@ from ._pcgrad import PCGrad
 from ._randomgradient import RandomGradient
 from ._smoothed import Smoothed
 from ._sum import Sum
+from ._trimmedmean import TrimmedMean
 from ._upgrad import UPGrad
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "RandomGradient",
     "Smoothed",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
 ]

@@ -25,7 +25,7 @@ CATALOGUE = tuple(
     )
 )
 """Names of the strategies that are in none of the paper's combinations."""
-CHOICES = {"weights": [1, 2, 3], "primary": TASKS[0], "byzantine": 0}
+CHOICES = {"weights": [1, 2, 3], "primary": TASKS[0], "byzantine": 0, "trim": 1}
 """Their options that have no default, and who is favoured where one may be."""
 
 
