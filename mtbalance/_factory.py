@@ -92,7 +92,8 @@ def make_balancer(name: str, **options: Any) -> Balancer:
         **options: Arguments of the Balancer (``tasks``, ``shared``, ``nonfinite``) and of the two
             strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
             ``seed``, goes to each of them; one that only other strategies take goes unused, so that
-            one call serves every name.
+            one call serves every name. ``primary`` is several tasks for ``autol`` and one for
+            gradient strategies: make a pair that differs in it from the classes.
 
     Raises:
         ValueError: If a part of the name is unknown, or there are two of one kind.
