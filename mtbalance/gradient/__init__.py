@@ -16,8 +16,8 @@ from ._config import ConFIG
 from ._dualproj import DualProj
 from ._fairgrad import FairGrad
 from ._graddrop import GradDrop
-from ._gradvac import (GradVac)
-from ._gradientcosine import (GradientCosine)
+from ._gradientcosine import GradientCosine
+from ._gradvac import GradVac
 from ._imtlg import IMTLG
 from ._krum import Krum
 from ._mgda import MGDA
