@@ -19,7 +19,6 @@ from mtbalance._passes import gradient_of, sharded_task_gradients
 from mtbalance._rank_step import RankStep, ShardedStep
 from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
-from mtbalance._rows import Rows
 from mtbalance._seen import Seen
 from mtbalance._task_gradients import Row, TaskGradients
 from mtbalance._writing import add_to_grad, fresh_grad, write
@@ -107,10 +106,8 @@ class Company(Protocol):
             Whether that has been accepted; nothing has been written otherwise.
         """
 
-    def step(
-        self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None
-    ) -> Step:
-        """Return what a weighting that looks ahead may look at."""
+    def step(self, step: Step) -> Step:
+        """Return what a weighting that looks ahead may look at, as these processes take it."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a small tensor over the processes."""
@@ -214,10 +211,8 @@ class Alone:
             fresh.kept = accepts([leaf.grad for leaf in below])
         return fresh.kept
 
-    def step(
-        self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None
-    ) -> Step:
-        return Step(leaves, rows, scale, validation)
+    def step(self, step: Step) -> Step:
+        return step
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -343,10 +338,8 @@ class Replicas:
         write(below, sums)
         return True
 
-    def step(
-        self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None
-    ) -> Step:
-        return RankStep(leaves, rows, scale, validation, self._ranks)
+    def step(self, step: Step) -> Step:
+        return RankStep(**vars(step), ranks=self._ranks)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum(tensor)
@@ -417,10 +410,8 @@ class Sharded(Replicas):
         for leaf, mean in zip(plain, means, strict=True):
             leaf.grad = mean
 
-    def step(
-        self, leaves: list[Tensor], rows: Rows, scale: float, validation: Validation | None
-    ) -> Step:
-        return ShardedStep(leaves, rows, scale, validation, self._ranks)
+    def step(self, step: Step) -> Step:
+        return ShardedStep(**vars(step), ranks=self._ranks)
 
     def sum_over_parts(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum(tensor)

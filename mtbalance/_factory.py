@@ -33,6 +33,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "cosmos": weighting.COSMOS,
     "pbi": weighting.PBI,
     "go4align": weighting.GO4Align,
+    "gradnorm": weighting.GradNorm,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

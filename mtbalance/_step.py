@@ -23,7 +23,7 @@ from mtbalance._known import Pass, in_passes
 from mtbalance._places import AtParameters, Divided, Place
 from mtbalance._reach import ReachLog
 from mtbalance._record import Record
-from mtbalance._rows import combine
+from mtbalance._rows import combine, stacked
 from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
@@ -185,11 +185,9 @@ class Steps:
                 return ended
         step = None
         if setting.looks_ahead:
-            leaves, everything = table.everything()
-            step = company.step(leaves, everything, scale or 1.0, setting.validation)
-            del everything  # rows go one by one as directions are made of them
+            step = company.step(_ahead(table, setting, scale))
         weighed = self._weigh(table.losses, setting, step)
-        del step
+        del step  # rows go one by one as directions are made of them
         outcomes = _outcomes(table, weighed, setting, scale)
         bad_now = _write(outcomes, table, lengths, weighed, seen, setting, scale)
         if bad_now is not None and scale is not None:
@@ -206,6 +204,13 @@ class Steps:
     ) -> Weighed:
         weighting, looks = setting.weighting, setting.policy.looks
         return self._weigher.weigh(weighting, losses, self._log.parameters, step, looks=looks)
+
+
+def _ahead(table: Table, setting: Setting, scale: float | None) -> Step:
+    """Return what there is to look at before the losses are weighed."""
+    leaves, rows = table.everything()
+    losses = stacked(list(table.losses.values()))
+    return Step(leaves, rows, scale or 1.0, setting.validation, losses, table.norms)
 
 
 def _outcomes(

@@ -68,6 +68,13 @@ class Table(NamedTuple):
         ]
         return sum_of(parts, shape), largest
 
+    @property
+    def norms(self) -> Tensor:
+        """The lengths of the rows over all that is balanced, without the loss scale, (m,)."""
+        products, exponents = self.scaled_gramian
+        lengths = products.diagonal().clamp_min(0).sqrt()
+        return shifted(lengths, exponents) if exponents else lengths
+
     def sum_of_progress(self, progress: Mapping[int, Tensor]) -> tuple[Tensor, Scaled | None]:
         """Return the sum of what each group's Gramian gave, and what float64 holds if not that.
 

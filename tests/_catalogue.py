@@ -47,6 +47,7 @@ from mtbalance.weighting import (
     Equal,
     GeometricMean,
     GO4Align,
+    GradNorm,
     LogLoss,
     RandomWeighting,
     Step,
@@ -240,6 +241,10 @@ def _optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.tensor([1.0, -1.0]))], lr=0.1)
 
 
+_GRADNORM = frozenset(
+    {Trait.SHARED_OUT, Trait.SUMS_TO_M, Trait.POSITIVE, Trait.LINEAR, Trait.STARTS_EQUAL}
+)
+
 WEIGHTING_CASES = (
     WeightingCase(
         "Equal",
@@ -396,6 +401,8 @@ WEIGHTING_CASES = (
         lambda: GO4Align(groups=8, eta=0.1),
         frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.SHARED_OUT}),
     ),
+    WeightingCase("GradNorm", GradNorm, _GRADNORM),
+    WeightingCase("GradNorm-fast", lambda: GradNorm(alpha=0.12, lr=2.0), _GRADNORM),
 )
 TASKS_OF_CASES = 3  # for which cases with something of each task are made
 
@@ -422,9 +429,11 @@ def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> 
     """
     numbers = torch.arange(TASKS_OF_CASES) if active is None else active
     wrapped = getattr(weighting, "weighting", weighting)
-    if isinstance(wrapped, AutoLambda):
+    if weighting.needs_gradients:
         weighting.bind([str(i) for i in range(TASKS_OF_CASES)])
-        (parameter,) = wrapped.optimizer.param_groups[0]["params"]
+        parameter = nn.Parameter(torch.tensor([1.0, -1.0]))
+        if isinstance(wrapped, AutoLambda):
+            (parameter,) = wrapped.optimizer.param_groups[0]["params"]
         rows = [
             [loss.detach() * torch.tensor([1.0, i])]
             for i, loss in zip(numbers, losses, strict=True)
@@ -435,6 +444,8 @@ def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> 
             gradients=rows,
             loss_scale=1.0,
             validation=lambda: dict.fromkeys(names, parameter[0] + 2 * parameter[1]),
+            losses=losses.detach(),
+            norms=torch.stack([row.double().norm() for (row,) in rows]),
         )
         weighting.before_step(step)
     weighted = weighting(losses)

@@ -16,6 +16,7 @@ from ._equal import Equal
 from ._famo import FAMO
 from ._geometric_mean import GeometricMean
 from ._go4align import GO4Align
+from ._gradnorm import GradNorm
 from ._imtll import IMTLL
 from ._log_loss import LogLoss
 from ._pbi import PBI
@@ -37,6 +38,7 @@ __all__ = [
     "Equal",
     "GO4Align",
     "GeometricMean",
+    "GradNorm",
     "LogLoss",
     "RandomWeighting",
     "Step",

@@ -34,6 +34,11 @@ class Step:
     """The factor that a gradient scaler has put on the losses; 1 without one."""
     validation: Callable[[], Mapping[str, Tensor]] | None
     """Returns the losses of a validation batch at the parameters of that moment."""
+    losses: Tensor
+    """The raw losses of the active tasks, shape (m,), the same in all processes."""
+    norms: Tensor
+    """Per active task, the length of its raw loss's gradient over all that is balanced, shape (m,),
+    float64: without ``loss_scale``, over whole parameters, and the same in all processes."""
 
     def shares(self, tasks: Collection[str], error: Exception | None = None) -> dict[str, float]:
         """Return, per task, the factor by which a validation loss of this process counts.

@@ -95,6 +95,7 @@ def count_collectives(here: Here, name: str, options: dict[str, Any]) -> Counter
         ("cagrad", {}, {}),
         ("graddrop", {}, {}),
         ("dwa+pcgrad", {"nonfinite": "skip"}, {}),
+        ("gradnorm+pcgrad", {}, {}),
         ("naive", {"nonfinite": "propagate"}, {}),
         ("naive", {}, {"all_reduce": 1}),  # whether the sum is finite
         # who has which validation loss, and the products with it

@@ -74,6 +74,9 @@ def rows_of(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> list:
     ]
 
 
+NOT_LOOKED_AT = {"losses": torch.empty(0), "norms": torch.empty(0)}
+
+
 def step_of(
     model: nn.Module,
     *,
@@ -91,6 +94,7 @@ def step_of(
         gradients=[[row[i] for i in reached] for row in rows],
         loss_scale=loss_scale,
         validation=validation or (lambda: model(batch_of(VALIDATE))),
+        **NOT_LOOKED_AT,
     )
 
 
@@ -272,6 +276,7 @@ def test_derivative_by_hand() -> None:
         gradients=[[torch.tensor([3.0])], [torch.tensor([-1.0])]],
         loss_scale=1.0,
         validation=lambda: {"a": theta.square().sum()},
+        **NOT_LOOKED_AT,
     )
     assert_close(weighting.derivative(step), torch.tensor([-1.134, 0.378]))
 
@@ -358,6 +363,7 @@ def test_orthogonal_gradients_give_zero() -> None:
         gradients=[[torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 1.0])]],
         loss_scale=1.0,
         validation=lambda: {"a": 3 * theta[1]},
+        **NOT_LOOKED_AT,
     )
     assert_close(weighting.derivative(step), torch.tensor([0.0, -0.3]))
 
@@ -600,7 +606,7 @@ def feed(weighting: AutoLambda, slopes: Sequence[Tensor], monkeypatch) -> list[T
     after = []
     for slope in slopes:
         monkeypatch.setattr(weighting, "derivative", lambda step, slope=slope: slope)
-        weighting.before_step(Step([], [], 1.0, None))
+        weighting.before_step(Step([], [], 1.0, None, **NOT_LOOKED_AT))
         after.append(weighting.lambdas.clone())
     return after
 
@@ -702,7 +708,13 @@ def test_learns_to_ignore_noise_and_to_follow_help() -> None:
     for _ in range(20):
         g = theta.detach() * 2
         weighting.before_step(
-            Step([theta], [[g], [g], [-g]], 1.0, lambda: {"a": theta.square().sum()})
+            Step(
+                parameters=[theta],
+                gradients=[[g], [g], [-g]],
+                loss_scale=1.0,
+                validation=lambda: {"a": theta.square().sum()},
+                **NOT_LOOKED_AT,
+            )
         )
     a, b, c = weighting.lambdas.tolist()
     assert a == b > 0.1 > c
