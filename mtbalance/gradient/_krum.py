@@ -56,7 +56,7 @@ class Krum(GramianStrategy):
         self.byzantine = check_count("byzantine", byzantine, 0)
         self.selected = check_count("selected", selected)
 
-    def bind(self, tasks: Sequence[str]) -> Self:
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
         """Check that there are tasks enough.
 
         Raises:
@@ -72,7 +72,7 @@ class Krum(GramianStrategy):
                 f"`selected` must be at most the number of tasks, {len(tasks)}, but got "
                 f"{self.selected}."
             )
-        return self
+        return super().bind(tasks, groups)
 
     def weights(self, gramian: Tensor) -> Tensor:
         m = len(gramian)

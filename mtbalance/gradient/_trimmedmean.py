@@ -1,6 +1,5 @@
 import functools
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class TrimmedMean(GradientStrategy):
         tensor([6., 8.])
     """
 
-    coordinatewise: ClassVar[bool] = True
+    coordinatewise = True
 
     def __init__(self, trim: int) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class TrimmedMean(GradientStrategy):
         # which is largest for the fewest tasks, 2 t + 1.
         return (2 * self.trim + 1) / (self.trim + 1)
 
-    def bind(self, tasks: Sequence[str]) -> Self:
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
         """Check that there are tasks enough.
 
         Raises:
@@ -67,7 +66,7 @@ class TrimmedMean(GradientStrategy):
                 f"`trim` must be less than half the number of tasks, {len(tasks)}, but got "
                 f"{self.trim}."
             )
-        return self
+        return super().bind(tasks, groups)
 
     def forward(self, gradients: Tensor) -> Tensor:
         m = len(gradients)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_positive, check_saved, count_fallback
+from mtbalance._remembered import dtype_of_sums
 
-from ._base import Step, Weighting, dtype_of_sums, task_vector
+from ._base import Step, Weighting, task_vector
 
 _BETAS = (0.9, 0.999)
 
