@@ -115,6 +115,10 @@ FLOORS = (
 )
 """The packages of the example: each may import from floors below its own, and none above."""
 
+TOY = ROOT / "examples" / "toy"
+TOY_FLOORS = (("cli",), ("figure",), ("trails",), ("problem",))
+"""The modules of the toy, as the packages of the example above."""
+
 ROOMS = {
     "matplotlib": {"figures"},
     "typer": {"cli", "settings"},
@@ -130,7 +134,7 @@ def imported_files(path: Path) -> set[Path]:
 
     The packages that a module is in are left out, as every module's import runs them first.
     """
-    package = EXAMPLE if EXAMPLE in path.parents else PACKAGE
+    package = next(each for each in (EXAMPLE, TOY, PACKAGE) if each in path.parents)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -150,9 +154,9 @@ def imported_files(path: Path) -> set[Path]:
     return found
 
 
-def room_of(path: Path) -> str:
+def room_of(path: Path, example: Path = EXAMPLE) -> str:
     """Return the package of the example that a file belongs to, or its own name at the top."""
-    return path.relative_to(EXAMPLE).with_suffix("").parts[0]
+    return path.relative_to(example).with_suffix("").parts[0]
 
 
 def test_the_example_uses_public_names_only() -> None:
@@ -168,16 +172,33 @@ def test_every_room_of_the_example_has_a_floor() -> None:
         assert len(list((EXAMPLE / room).glob("*.py"))) <= 13, room  # a dozen, and __init__
 
 
-def test_imports_of_the_example_never_rise() -> None:
-    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-    for path in EXAMPLE.rglob("*.py"):
-        if (room := room_of(path)) in floor_of:
+@pytest.mark.parametrize(
+    ("example", "floors"), [(EXAMPLE, FLOORS), (TOY, TOY_FLOORS)], ids=["pathology", "toy"]
+)
+def test_imports_of_the_example_never_rise(
+    example: Path, floors: tuple[tuple[str, ...], ...]
+) -> None:
+    floor_of = {room: number for number, floor in enumerate(floors) for room in floor}
+    for path in example.rglob("*.py"):
+        if (room := room_of(path, example)) in floor_of:
             for other in imported_files(path):
-                same = room_of(other) == room
-                assert same or floor_of[room_of(other)] > floor_of[room], (path, other)
+                same = room_of(other, example) == room
+                assert same or floor_of[room_of(other, example)] > floor_of[room], (path, other)
 
 
-@pytest.mark.parametrize("folder", [PACKAGE, EXAMPLE], ids=["library", "example"])
+def test_the_toy_stands_alone() -> None:
+    files = {path.stem: imports(path) for path in TOY.rglob("*.py")}
+    assert files.keys() == {"__init__", "__main__"} | {
+        name for floor in TOY_FLOORS for name in floor
+    }
+    for name, modules in files.items():
+        assert not any(module.startswith("examples.pathology") for module in modules), name
+        outside = {module.partition(".")[0] for module in modules}
+        assert ("matplotlib" in outside) == (name == "figure")
+        assert ("typer" in outside) == (name == "cli")
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, EXAMPLE, TOY], ids=["library", "pathology", "toy"])
 def test_files_import_each_other_in_no_circle(folder: Path) -> None:
     graph = {path: imported_files(path) for path in folder.rglob("*.py")}
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
