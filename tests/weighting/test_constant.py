@@ -10,13 +10,10 @@ from torch.testing import assert_close
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import Constant
+from tests.weighting._helpers import double
 
 TASKS = ("a", "b", "c")
 NUMBERS = st.lists(st.floats(1e-8, 1e4), min_size=3, max_size=3)
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def weights_of(weighting: Constant, losses: Tensor) -> Tensor:

@@ -10,27 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import COSMOS
+from tests.weighting._helpers import double, weighed
 
 SIZES = st.lists(st.floats(1e-8, 1e4), min_size=3, max_size=3)
 NEAR = st.lists(st.floats(0.1, 10.0), min_size=3, max_size=3)
 PENALTIES = st.sampled_from([0.0, 0.01, 1.0, 8.0])
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def weighed(weighting: COSMOS, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses and the weights of a step."""
-    losses = losses.clone().requires_grad_()
-    weighted = weighting(losses)
-    return weighted.detach(), torch.autograd.grad(weighted.sum(), losses)[0]
 
 
 def slow(losses, preference, penalty: float) -> tuple[float, list[float], float]:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from mtbalance.weighting import DWA
 from tests._oracles import dwa_weights
+from tests.weighting._helpers import double
 
 MEANS = st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3)
 
@@ -36,10 +37,6 @@ def weights(weighting: DWA, active: list[int] | None = None, count: int = 3) -> 
         found = weighting(torch.ones(len(tasks), dtype=torch.float64))
     weighting.train()
     return found
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -19,13 +19,10 @@ from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import PCGrad, Sum
 from mtbalance.weighting import FAMO
 from tests._networks import TASKS, Network, batch
+from tests.weighting._helpers import double
 
 LOSSES = st.floats(1e-8, 1e4)
 CHANGES = st.lists(st.tuples(LOSSES, LOSSES), min_size=3, max_size=3)
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -17,19 +17,14 @@ from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import GeometricMean
 from tests._device import on_device
+from tests.weighting import _helpers
+from tests.weighting._helpers import double
 
 LOSSES = st.lists(st.floats(1e-8, 1e4), min_size=1, max_size=8)
 
 
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def weighed(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses and the weights."""
-    losses = losses.clone().requires_grad_()
-    weighted = GeometricMean()(losses)
-    return weighted.detach(), torch.autograd.grad(weighted.sum(), losses)[0]
+    return _helpers.weighed(GeometricMean(), losses)
 
 
 def test_by_hand() -> None:

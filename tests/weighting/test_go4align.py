@@ -13,30 +13,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import GO4Align
 from mtbalance.weighting._go4align import _grouped
+from tests.weighting._helpers import double, weighed
 
 TASKS = ("a", "b", "c")
 STEPS = st.lists(
     st.dictionaries(st.integers(0, 3), st.floats(1e-2, 1e2), min_size=1), min_size=1, max_size=8
 )
 """Losses by the number of the task, of which some may be absent."""
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def weighed(weighting: GO4Align, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses and the weights of a step."""
-    losses = losses.clone().requires_grad_()
-    weighted = weighting(losses)
-    return weighted.detach(), torch.autograd.grad(weighted.sum(), losses)[0]
 
 
 def partitions(items: Sequence[int], groups: int) -> Iterator[list[list[int]]]:

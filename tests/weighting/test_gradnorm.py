@@ -20,14 +20,11 @@ from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradientStrategy, PCGrad, Sum
 from mtbalance.weighting import GradNorm, Step
 from tests._networks import TASKS, Network, batch, flat_grad
+from tests.weighting._helpers import double
 
 POSITIVE = st.lists(st.floats(1e-2, 1e2), min_size=3, max_size=3)
 STEPS = st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=6)
 """Losses and norms."""
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def step_of(losses: Sequence[float], norms: Sequence[float]) -> Step:

@@ -15,14 +15,11 @@ from torch.testing import assert_close
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import IMTLL, Uncertainty
+from tests.weighting._helpers import double
 
 LOSSES = st.lists(st.floats(1e-8, 1e4), min_size=3, max_size=3)
 LOGS = st.lists(st.floats(-20, 9), min_size=3, max_size=3)
 TASKS = ("a", "b", "c")
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def made(log_weight: list[float], **settings: float) -> IMTLL:

@@ -15,20 +15,15 @@ from torch.testing import assert_close
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import GeometricMean, LogLoss, Weighting
+from tests.weighting import _helpers
+from tests.weighting._helpers import double
 
 LOSSES = st.lists(st.floats(1e-8, 1e4), min_size=1, max_size=8)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def weighed(losses: Tensor, weighting: Weighting | None = None) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses and the weights."""
-    losses = losses.clone().requires_grad_()
-    weighted = (weighting or LogLoss())(losses)
-    return weighted.detach(), torch.autograd.grad(weighted.sum(), losses)[0]
+    return _helpers.weighed(weighting or LogLoss(), losses)
 
 
 def test_by_hand() -> None:

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import STCH, LogLoss
+from tests.weighting._helpers import double, weighed
 
 TASKS = ("a", "b", "c")
 SIZES = st.lists(st.floats(1e-8, 1e4), min_size=3, max_size=3)
@@ -25,23 +26,12 @@ STEPS = st.dictionaries(st.integers(0, 2), st.floats(1e-2, 1e2), min_size=1)
 """Losses by the number of the task, of which some may be absent."""
 
 
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 @pytest.fixture(autouse=True)
 def _float64() -> Iterator[None]:
     """Losses in these tests are float64, and compared to 1e-10."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def weighed(weighting: STCH, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses and the weights of a step."""
-    losses = losses.clone().requires_grad_()
-    weighted = weighting(losses)
-    return weighted.detach(), torch.autograd.grad(weighted.sum(), losses)[0]
 
 
 def weights(weighting: STCH, *losses: float) -> Tensor:

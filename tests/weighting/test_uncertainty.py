@@ -14,15 +14,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance.weighting import Uncertainty
+from tests.weighting._helpers import double
 
 LOSSES = st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3)
 LOG_VARS = st.lists(st.floats(-9, 5), min_size=3, max_size=3)
 KINDS = st.lists(st.sampled_from(["regression", "classification"]), min_size=3, max_size=3)
 TASKS = ("a", "b", "c")
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def made(log_var: list[float], **settings: object) -> Uncertainty:

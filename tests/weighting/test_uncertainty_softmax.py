@@ -17,15 +17,12 @@ from torch.testing import assert_close
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import Sum
 from mtbalance.weighting import UncertaintySoftmax
+from tests.weighting._helpers import double
 
 LOSSES = st.lists(st.floats(1e-8, 1e4), min_size=1, max_size=6)
 TEMPERATURES = st.sampled_from([1e-3, 0.3, 1.0, 20.0, 1e5])
 WIDE = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 """Sixty digits, and powers such as e^(10^11)."""
-
-
-def double(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def weights_of(losses: Tensor, temperature: float = 1.0) -> Tensor:
