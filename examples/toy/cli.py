@@ -46,7 +46,7 @@ def draw(
     try:
         headings = [title(name) for name in names]
         trails = follow_all(names, Setting(steps, lr, scale), processes)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, FloatingPointError) as error:  # the last: of negative losses
         raise UserError(str(error)) from error
     draw_figure(dict(zip(headings, trails, strict=True)), out, steps=steps)
     for heading, several in zip(headings, trails, strict=True):

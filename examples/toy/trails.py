@@ -99,6 +99,7 @@ def follow(strategy: str, start: tuple[float, float], setting: Setting) -> Trail
         optimizer.zero_grad()
         balancer.backward(model())
         optimizer.step()
+        balancer.after_step(model)
         if step % stride == 0 or step == steps:
             points.append(model.point.detach().clone())
             walked.append(step)

@@ -150,13 +150,20 @@ def test_the_command_draws_a_panel_per_strategy(ending, tmp_path, monkeypatch, c
     [
         (["--strategies", "sum,cagard"], "cagard"),
         (["--strategies", "autol"], "`optimizer` must be given"),
+        (["--strategies", "sum,logloss"], "LogLoss must give finite weights"),  # the toy's are not
         (["--out", "toy.jpeg"], "`out` must end in .png or .svg"),
         (["--out", "nowhere/toy.png"], "`out` must be in a folder that exists"),
     ],
 )
 def test_wrong_use_is_told(arguments, message, capsys):
-    assert run(*arguments, "--steps", 1) == 2
+    assert run(*arguments, "--steps", 3) == 2
     assert message in capsys.readouterr().err
+
+
+def test_weightings_that_look_back_at_steps_do() -> None:
+    """Without it, the second step warns: see `Balancer.after_step`."""
+    upper = max(STARTS, key=sum)
+    assert follow("famo", upper, Setting(3, 1e-3)).steps[-1] == 3
 
 
 def test_help_imports_no_heavy_package():
