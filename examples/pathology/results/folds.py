@@ -218,9 +218,7 @@ def read_fold(folder: Path) -> FoldResult:
         threshold = math.nan if threshold is None else float(threshold)
     embeddings = read_embeddings(folder / "embeddings.npy", remedy)
     predictions = read_predictions(folder / "predictions.csv", remedy, rows=len(embeddings))
-    read_table_of_ours(folder / "history.csv", remedy, rows=epochs)
-    with whole(folder / "history.csv", remedy):
-        history = pd.read_csv(folder / "history.csv")  # with numbers as such
+    history = read_table_of_ours(folder / "history.csv", remedy, rows=epochs, text=False)
     return FoldResult(predictions, embeddings, best_epoch, epochs, seconds, threshold, history)
 
 

@@ -61,5 +61,7 @@ def run_settings(run: Path) -> dict[str, Any]:
     path = run / "config.toml"
     with whole(path, "Put it back, or run `crossval` into a new folder."):
         settings: dict[str, Any] = read_toml(path)["crossval"]
-        settings["folds"], settings["balancer"] = int(settings["folds"]), settings["balancer"]
+        settings["folds"] = int(settings["folds"])
+        if "balancer" not in settings:
+            raise ValueError("it does not say which `balancer` it was made with")
     return settings

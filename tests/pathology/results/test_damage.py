@@ -90,7 +90,10 @@ def test_crossval_and_report_say_so_too(finished, run):
     assert len(read_fold(finished.out / "fold-2").predictions) == 6
 
 
-@pytest.mark.parametrize("text", ["", "[crossval]\nfolds = 'x'", "[crossval", "crossval = 1", None])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[crossval]\nfolds = 'x'", "[crossval]\nfolds = 2", "[crossval", "crossval = 1", None],
+)
 def test_damaged_settings_are_named(text, run):
     path = run / "config.toml"
     path.unlink() if text is None else path.write_text(text, encoding="utf-8")
