@@ -26,7 +26,7 @@ def draw(
     strategies: Annotated[
         str, typer.Option(help="Names for make_balancer, separated by commas: a panel each.")
     ] = STRATEGIES,
-    steps: Annotated[int, typer.Option(help="Steps from each start, at most.", min=1)] = 24_000,
+    steps: Annotated[int, typer.Option(help="Steps from each start, at most.", min=1)] = 40_000,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.", min=1e-9)] = 0.0025,
     scale: Annotated[
         float, typer.Option(help="Factor of the first loss; Navon et al. take 0.1.", min=1e-9)

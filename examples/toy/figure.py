@@ -143,6 +143,6 @@ def _trail(axes: Axes, trail: Trail, steps: int) -> None:
 def _endings(trails: Sequence[Trail]) -> str:
     """Return how many trails have reached what."""
     endings = [trail.ending for trail in trails]
-    words = {"minimum": "at the minimum", "pareto": "Pareto", "elsewhere": "on the way"}
+    words = {"minimum": "at the minimum", "pareto": "Pareto", "elsewhere": "elsewhere"}
     found = [f"{endings.count(key)} {word}" for key, word in words.items() if key in endings]
     return ", ".join(found)

@@ -139,7 +139,7 @@ def test_the_command_draws_a_panel_per_strategy(ending, tmp_path, monkeypatch, c
     assert out.stat().st_size > 0
     panels = [axes for axes in figures[0].axes if axes.get_visible() and axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["Sum", "CAGrad", "MGDA", "RandomWeighting"]
-    assert panels[0].texts[0].get_text() == "5 on the way"
+    assert panels[0].texts[0].get_text() == "5 elsewhere"
     names = ["Pareto set", "minimum of the mean", "start", "end"]
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == names
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
