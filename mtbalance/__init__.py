@@ -17,6 +17,7 @@ Weightings live in ``mtbalance.weighting``, gradient strategies in ``mtbalance.g
 from mtbalance._balancer import Balancer
 from mtbalance._explanation import Explanation
 from mtbalance._factory import PAPER_COMBINATIONS, make_balancer
+from mtbalance._log import Log, RecordWriter, read_log
 from mtbalance._record import EpochSummary, Record
 from mtbalance.gradient import GradientStrategy, GramianStrategy
 from mtbalance.weighting import Weighting
@@ -28,8 +29,11 @@ __all__ = [
     "Explanation",
     "GradientStrategy",
     "GramianStrategy",
+    "Log",
     "Record",
+    "RecordWriter",
     "Weighting",
     "make_balancer",
+    "read_log",
 ]
 __version__ = "0.1.0"

@@ -42,7 +42,7 @@ class NonFinite:
         self.raises = policy == "raise"
         self.drops = policy == "drop"
         self._skips = policy == "skip"
-        self._tasks = tasks
+        self.tasks = tasks
 
     def losses(self, losses: Mapping[str, Tensor]) -> list[str]:
         """Name the tasks whose loss, in this process, is not finite."""
@@ -136,7 +136,14 @@ class NonFinite:
             return self._skipped(losses, bad)
         if losses:
             return None
-        return Record((), {}, absent=self.absent(bad), nonfinite=bad, dropped=bad)
+        return Record(
+            (),
+            {},
+            absent=self.absent(bad),
+            nonfinite=bad,
+            dropped=bad,
+            all_tasks=self.tasks,
+        )
 
     def ended_by_sum(self, losses: Mapping[str, Tensor]) -> Record:
         """Return the record of a step whose sum of gradients is not finite, or raise."""
@@ -184,6 +191,7 @@ class NonFinite:
             nonfinite=self.ordered({*found, *earlier}),
             dropped=self.ordered(earlier),
             overflow=True,
+            all_tasks=self.tasks,
         )
 
     def _skipped(self, losses: Mapping[str, Tensor], nonfinite: tuple[str, ...]) -> Record:
@@ -194,15 +202,16 @@ class NonFinite:
             absent=self.absent([*names, *nonfinite]),
             nonfinite=nonfinite,
             skipped=True,
+            all_tasks=self.tasks,
         )
 
     def absent(self, present: Collection[str]) -> tuple[str, ...]:
         """Return the tasks that are not present."""
-        return tuple(task for task in self._tasks if task not in present)
+        return tuple(task for task in self.tasks if task not in present)
 
     def ordered(self, tasks: Collection[str]) -> tuple[str, ...]:
         """Return the tasks in the order of the Balancer."""
-        return tuple(task for task in self._tasks if task in tasks)
+        return tuple(task for task in self.tasks if task in tasks)
 
 
 def _numbers_of(

@@ -1,6 +1,7 @@
 """What one balanced step did."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,6 +48,7 @@ class Record:
         fallbacks: How often strategies answered with their documented substitute in this step.
         reused: Whether weights of an earlier step served (``every`` above 1).
         scaled: Where float64 does not hold squares of the gradients, what it does hold.
+        all_tasks: All tasks of the Balancer, in its order.
     """
 
     tasks: tuple[str, ...]
@@ -63,6 +65,7 @@ class Record:
     fallbacks: int = 0
     reused: bool = False
     scaled: Scaled | None = field(default=None, repr=False)
+    all_tasks: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def gradient_norms(self) -> dict[str, Tensor]:
@@ -117,19 +120,29 @@ class Record:
         return dict(zip(self.tasks, torch.where(total != 0, parts / total, 0.0), strict=True))
 
     def as_dict(self) -> dict[str, float]:
-        """Return everything as plain floats under flat names ("loss/msi"), for any logger."""
-        figures: dict[str, float] = {}
-        for name, values in (
-            ("loss", self.losses),
-            ("weight", self.weights),
-            ("gradient_norm", self.gradient_norms),
-            ("share", self.shares),
-        ):
-            figures.update({f"{name}/{task}": float(value) for task, value in values.items()})
-        figures.update({f"cosine/{a}/{b}": float(value) for (a, b), value in self.cosines.items()})
-        if self.conflicts is not None:
-            figures["conflicts"] = float(self.conflicts)
+        """Return everything as plain floats under flat names ("loss/msi"), for any logger.
+
+        All records of a Balancer have the same names in the same order. What a step does not know
+        is NaN: figures of absent tasks, and those of gradients where one ordinary backward pass
+        did.
+        """
+        names = self.all_tasks or self.tasks
+        figures = {
+            f"{name}/{task}": float(values.get(task, math.nan))
+            for name, values in (
+                ("loss", self.losses),
+                ("weight", self.weights),
+                ("gradient_norm", self.gradient_norms),
+                ("share", self.shares),
+            )
+            for task in names
+        }
+        cosines = self.cosines
+        for a, b in itertools.combinations(names, 2):
+            figures[f"cosine/{a}/{b}"] = float(cosines.get((a, b), math.nan))
+        conflicts = self.conflicts
         figures.update(
+            conflicts=math.nan if conflicts is None else float(conflicts),
             active=float(len(self.tasks)),
             absent=float(len(self.absent)),
             nonfinite=float(len(self.nonfinite)),

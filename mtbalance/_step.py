@@ -154,6 +154,7 @@ class Steps:
                 dict(seen.losses),
                 weighed.by_name,
                 absent=policy.absent(seen.losses),
+                all_tasks=policy.tasks,
             )
         elif scale is not None:
             write_nothing(setting.weighting)
@@ -303,6 +304,7 @@ def _record(
         absent=policy.absent([*table.losses, *dropped]),
         nonfinite=dropped,
         dropped=dropped,
+        all_tasks=policy.tasks,
     )
 
 

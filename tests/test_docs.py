@@ -32,8 +32,9 @@ def python_blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages(page: Path) -> None:
-    """The Python blocks of a page run one after the other, in one namespace."""
+def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of a page run one after the other, in one namespace and an empty folder."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in python_blocks(page):
         exec(compile(block, str(page), "exec"), namespace)  # noqa: S102

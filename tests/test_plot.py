@@ -1,0 +1,144 @@
+"""Figures of a training hold the numbers of its records."""
+
+import math
+import subprocess
+import sys
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mtbalance import RecordWriter, make_balancer, plot
+from mtbalance._log import log_of
+
+TASKS = ("a", "b", "c")
+
+
+def train(steps, name="pcgrad", path=None):
+    """Return the records of a training in which task c is there in every other step."""
+    generator = torch.Generator().manual_seed(0)
+    x = nn.Parameter(torch.randn(4, generator=generator))
+    balancer = make_balancer(name, tasks=TASKS, shared=[x])
+    balancer.history = deque(maxlen=steps)
+    writer = RecordWriter(path) if path else None
+    for step in range(steps):
+        losses = {t: (torch.randn(4, generator=generator) * x).sum().square() for t in TASKS}
+        if step % 2:
+            losses.pop("c")
+        record = balancer.backward(losses)
+        if writer:
+            writer.write(record)
+    if writer:
+        writer.close()
+    return balancer.history
+
+
+def lines(figure):
+    """Return the lines with a label by it."""
+    (axes,) = figure.axes
+    return {line.get_label(): line for line in axes.lines if line.get_label()[:1] != "_"}
+
+
+@pytest.mark.parametrize(
+    ("draw", "kind"), [(plot.weights, "weight"), (plot.losses, "loss"), (plot.shares, "share")]
+)
+def test_a_line_per_task_holds_means_of_windows(draw, kind):
+    history = train(10)
+    drawn = lines(draw(history, window=4))
+    assert set(drawn) == set(TASKS)
+    rows = [record.as_dict() for record in history]
+    for task, line in drawn.items():
+        values = np.array([row[f"{kind}/{task}"] for row in rows])
+        expected = [np.nanmean(values[start : start + 4]) for start in (0, 4, 8)]
+        np.testing.assert_allclose(line.get_ydata(), expected)
+        np.testing.assert_allclose(line.get_xdata(), [1.5, 5.5, 8.5])
+
+
+def test_losses_are_logarithmic_where_all_are_positive():
+    history = train(4)
+    assert plot.losses(history).axes[0].get_yscale() == "log"
+    rows = [{**record.as_dict(), "loss/a": -1.0} for record in history]
+    assert plot.losses(rows).axes[0].get_yscale() == "linear"
+
+
+def test_conflicts_are_a_rate_of_the_pairs_that_were_there():
+    history = train(40)
+    (line,) = plot.conflicts(history, window=1).axes[0].lines
+    pairs = [3, 1] * 20
+    expected = [record.conflicts / m for record, m in zip(history, pairs, strict=True)]
+    np.testing.assert_allclose(line.get_ydata(), expected)
+    assert 0 < sum(expected) < 40
+
+
+def test_cosines_are_a_row_per_pair_over_the_steps():
+    history = train(6)
+    figure = plot.cosines(history)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a, b", "a, c", "b, c"]
+    (image,) = axes.images
+    shown = image.get_array().filled(math.nan)
+    for row, (a, b) in enumerate((("a", "b"), ("a", "c"), ("b", "c"))):
+        expected = [float(record.cosines.get((a, b), math.nan)) for record in history]
+        np.testing.assert_allclose(shown[row], expected)
+    assert list(image.get_extent()) == [-0.5, 5.5, 2.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    "name", ["weights", "losses", "shares", "conflicts", "cosines", "overview"]
+)
+@pytest.mark.parametrize("kind", ["pcgrad", "equal"])
+def test_a_log_file_gives_the_same_picture_as_its_records(name, kind, tmp_path):
+    history = train(7, kind, tmp_path / "log.csv")
+    draw = getattr(plot, name)
+    pictures = []
+    for source in (history, tmp_path / "log.csv", str(tmp_path / "log.csv"), log_of(history)):
+        figure = draw(source)
+        figure.savefig(tmp_path / "figure.png", dpi=50)
+        pictures.append((tmp_path / "figure.png").read_bytes())
+    assert len(set(pictures)) == 1
+
+
+def test_without_gradients_the_figure_says_so():
+    for draw in (plot.conflicts, plot.cosines):
+        (text,) = draw(train(3, "equal")).axes[0].texts
+        assert text.get_text() == "no step had gradients of two tasks"
+    assert plot.shares(train(3, "equal")).axes[0].texts[0].get_text() == "no step knows a share"
+
+
+def test_many_steps_become_a_hundred_points():
+    rows = [{"step": step, "loss/a": 1.0 + step} for step in range(12_345)]
+    line = lines(plot.losses(rows))["a"]
+    assert len(line.get_xdata()) == 100
+    np.testing.assert_allclose(line.get_ydata(), line.get_xdata() + 1)
+
+
+@pytest.mark.parametrize("source", [[], deque()])
+def test_a_source_without_steps_names_the_remedy(source):
+    with pytest.raises(ValueError, match=r"`source` must hold steps.*history = deque"):
+        plot.weights(source)
+
+
+def test_a_landscape_holds_the_mean_and_the_paths():
+    def losses(points):
+        return torch.stack([points.square().sum(-1), (points - 2).square().sum(-1)], -1)
+
+    path = torch.stack([torch.linspace(3, 1, 5), torch.linspace(-1, 1, 5)], 1)
+    figure = plot.landscape(losses, {"plain": path, "other": path + 0.5})
+    axes = figure.axes[0]
+    named = {line.get_label(): line for line in axes.lines if line.get_label()[:1] != "_"}
+    np.testing.assert_allclose(named["plain"].get_xydata(), path.numpy())
+    assert set(named) == {"plain", "other"}
+    np.testing.assert_allclose(axes.get_xlim(), (0.75, 3.75), atol=1e-6)
+    np.testing.assert_allclose(axes.get_ylim(), (-1.25, 1.75), atol=1e-6)
+    assert plot.landscape(losses, {"a": path}, extent=(0, 1, 2, 3)).axes[0].get_ylim() == (2, 3)
+    for wrong in ({}, {"a": path[0]}, {"a": path[:0]}, {"a": torch.zeros(3, 3)}):
+        with pytest.raises(ValueError, match=r"must (hold a path|have shape \(steps, 2\))"):
+            plot.landscape(losses, wrong)
+
+
+def test_without_matplotlib_its_command_is_named():
+    code = "import sys; sys.modules['matplotlib'] = None\nimport mtbalance\nimport mtbalance.plot"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.rstrip().endswith('Run `pip install "mtbalance[plot]"`.')
