@@ -49,6 +49,14 @@ def test_every_figure_comes_back_as_it_was(ending, name, tmp_path):
     assert set(log.columns) <= {*written[0].as_dict(), "lr"}
 
 
+def test_columns_are_in_the_order_of_steps(tmp_path):
+    with RecordWriter(tmp_path / "log.csv") as writer:
+        for step in (4, 2, 3):
+            writer.write(records(1)[0], step=step, twice=2.0 * step)
+    log = read_log(tmp_path / "log.csv")
+    assert (log.steps, log.columns["twice"]) == ([2, 3, 4], [4.0, 6.0, 8.0])
+
+
 def test_infinity_is_written_as_json_and_comes_back(tmp_path):
     with RecordWriter(tmp_path / "log.jsonl") as writer:
         writer.write(records(1)[0], largest=math.inf, least=-math.inf)
