@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtbalance._gramians import RESOLUTION, norm_of
+from mtbalance._gramians import RESOLUTION, norm_of, vanishes
 from mtbalance._pivoting import RIDGES, SOLVER_TOLERANCE, pivot_to_face
 
 _SAFE_PIVOT = 1e-5
@@ -48,6 +48,46 @@ def project_on_dual_cone(gramian: Tensor, start: Tensor) -> Tensor:
             if float(beyond.max()) <= tolerance:
                 return multipliers
     return _add_rows_one_by_one(gramian, linear, tolerance)
+
+
+def shortest_with_products(gramian: Tensor, wanted: Tensor) -> Tensor | None:
+    r"""Return the combination of unit rows that is the shortest with at least these products.
+
+    Wanted is :math:`\min |x|` subject to :math:`\langle u_i, x \rangle \ge h_i`. With each row
+    longer by what is wanted of it, :math:`(u_i, h_i)`, the projection of :math:`(0, -1)` on the
+    dual cone of these is :math:`(x, -1) / (|x|^2 + 1)`, and 0 if there is no such x: the
+    multipliers then combine the rows to zero and what is wanted of them to more than that, which
+    proves it ("Least Distance Programming" in Lawson and Hanson, chapter 23).
+
+    Args:
+        gramian: C = U U^T, shape (k, k), unit diagonal.
+        wanted: h, shape (k,).
+
+    Returns:
+        The coefficients, shape (k,), which are not negative; None if there is no such combination.
+        That is said of projections which cannot be told from zero by the Gramian: of an x some 1e7
+        times longer than what is wanted.
+    """
+    largest = float(wanted.max())
+    if largest <= 0:
+        return torch.zeros_like(wanted)
+    count = len(wanted)
+    # What is longer than any x that is found asks for nothing.
+    heights = (wanted / largest).clamp_min(-1 / RESOLUTION)
+    sizes = torch.hypot(heights, torch.ones_like(heights))
+    lifted = torch.ones(count + 1, count + 1, dtype=gramian.dtype, device="cpu")
+    lifted[:count, :count] = (gramian + torch.outer(heights, heights)) / torch.outer(sizes, sizes)
+    lifted[count, :count] = lifted[:count, count] = -heights / sizes
+    lifted.clamp_(-1, 1).fill_diagonal_(1)
+    # The last row is what is projected. As a constraint it changes nothing: no projection conflicts
+    # with its original.
+    start = torch.zeros_like(lifted[0])
+    start[count] = 1
+    multipliers = project_on_dual_cone(lifted, start)
+    if vanishes(start + multipliers, lifted):
+        return None
+    found = multipliers[:count] / sizes
+    return found * (largest / (1 - float(found @ heights)))
 
 
 def project_each_on_dual_cone(gramian: Tensor) -> Tensor:

@@ -91,6 +91,15 @@ def check_primary(primary: object) -> str | int | None:
     return check_count("primary", primary, 0)
 
 
+def check_named_primary(primary: object, remedy: str) -> None:
+    """Raise if a strategy that is nothing without a primary task was given None."""
+    if primary is None:
+        raise TypeError(
+            "`primary` must be one task's name, or its number in the order of the tasks, but got "
+            f"None. {remedy}"
+        )
+
+
 def number_of_task(name: str, task: str | int, tasks: Sequence[str]) -> int:
     """Return the number of a task, given by name or by number, among the tasks."""
     if isinstance(task, str):

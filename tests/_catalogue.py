@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtbalance.gradient import (
     IMTLG,
     MGDA,
+    PCD,
     AlignedMTL,
     CAGrad,
     ConFIG,
@@ -205,6 +206,12 @@ GRADIENT_CASES = (
         "GradientCosine-weighted",
         lambda: GradientCosine(primary=0, weighted=True),
         {*GEOMETRIC, Claim.DOUBLES},
+    ),
+    # In the first step, in which each length is the usual one.
+    _gradient_case("PCD", lambda: PCD(primary=0), GEOMETRIC),
+    _gradient_case("PCD-much", lambda: PCD(primary=0, tau=0.9, beta=0.5), GEOMETRIC),
+    _gradient_case(
+        "PCD-none-set-back", lambda: PCD(primary=0, tau=0.0), {*GEOMETRIC, Claim.NO_CONFLICT_LEFT}
     ),
     _gradient_case("Krum", lambda: Krum(byzantine=0), GEOMETRIC),
     _gradient_case("Krum-some", lambda: Krum(byzantine=0, selected=2), GEOMETRIC),

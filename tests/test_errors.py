@@ -412,6 +412,7 @@ def test_apply_without_accumulate() -> None:
         ("autol+cagrad", {"tasks": ["a"]}, TypeError, "`optimizer` must be given for 'autol"),
         ("constant", {"tasks": ["a"]}, TypeError, "`weights` must be given for 'constant', but it"),
         ("gradientcosine", {"tasks": ["a"]}, TypeError, "it is the task that GradientCosine fav"),
+        ("pcd", {"tasks": ["a"]}, TypeError, "`primary` must be given for 'pcd', but it is missin"),
         ("krum", {"tasks": ["a"]}, TypeError, "it is how many gradients Krum takes for outliers."),
         ("trimmedmean", {"tasks": ["a"]}, TypeError, "it is how many entries TrimmedMean leaves"),
     ],

@@ -16,6 +16,7 @@ from mtbalance._active_set import (
     minimize_linear_plus_norm,
     project_each_on_dual_cone,
     project_on_dual_cone,
+    shortest_with_products,
 )
 from mtbalance._gramians import (
     FLOATS,
@@ -433,6 +434,54 @@ def test_without_a_linear_term_it_is_the_point_of_least_norm(m, extra, seed) -> 
     expected = least_norm_weights(array(units), array(sizes)) @ array(units)
     if np.linalg.norm(expected) > 1e-3:
         assert np.allclose(array(y) @ array(units), expected, rtol=0, atol=1e-9)
+
+
+@given(rows=gradients(scales=[1.0]), seed=st.integers(0, 2**16), decades=st.integers(-9, 9))
+@settings(max_examples=150)
+def test_shortest_with_given_products(rows: Tensor, seed: int, decades: int) -> None:
+    """First-order conditions; or the multipliers that prove that there is none, by SciPy's NNLS."""
+    units = unit_matrix(rows)
+    if not len(units):
+        return
+    wanted = (
+        torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, len(units))) * 10.0**decades
+    )
+    found = shortest_with_products(units @ units.T, wanted)
+    if found is None:  # a combination of the rows vanishes while what is wanted of it is positive
+        beside = np.column_stack([array(units), array(wanted) / float(wanted.max())])
+        target = np.r_[np.zeros(units.shape[1]), 1.0]
+        multipliers = nonnegative_least_squares(beside.T, target)
+        assert np.linalg.norm(multipliers @ beside - target) <= 1e-6 * multipliers.sum()
+        return
+    slack = units @ (found @ units) - wanted
+    tolerance = 1e-11 * float(wanted.max().clamp_min(0) + found.sum())
+    assert (found >= 0).all()
+    assert (slack >= -tolerance).all()
+    assert (slack[found > 0] <= tolerance).all()
+
+
+def test_shortest_with_given_products_by_hand() -> None:
+    """Of (x, y) with x >= 1 and (-3x + 4y) / 5 >= 1 it is (1, 2), of x >= 1 and -x >= -2 (1, 0).
+
+    Nothing has x >= 1 and -x >= -1/2; zero has x >= -1.
+    """
+    one, other, opposite = (
+        torch.tensor([[1, c], [c, 1]], dtype=torch.float64) for c in (0.0, -0.6, -1.0)
+    )
+    for gramian, wanted, expected in [
+        (other, [1, 1], [2.5, 2.5]),  # (2.5 - 1.5, 2)
+        (opposite, [1, -2], [1, 0]),
+        (opposite, [1, -1], [1, 0]),  # of many
+        (opposite, [1, -1 / 2], None),
+        (one, [3e-9, -1e200], [3e-9, 0]),
+        (one, [-1, 0], [0, 0]),
+    ]:
+        found = shortest_with_products(gramian, torch.tensor(wanted, dtype=torch.float64))
+        assert (found is None) == (expected is None)
+        if found is not None:
+            difference = found[0] - found[1] if gramian is opposite else found
+            right = expected[0] - expected[1] if gramian is opposite else expected
+            assert_close(difference, torch.tensor(right, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 @given(rows=gradients(m=(1, 6), scales=[1.0]), seed=st.integers(0, 99))

@@ -11,14 +11,26 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from mtbalance import Balancer
-from mtbalance.gradient import GradientStrategy, GradVac, GramianStrategy, Smoothed, UPGrad
+from mtbalance.gradient import (
+    PCD,
+    GradientStrategy,
+    GradVac,
+    GramianStrategy,
+    Smoothed,
+    UPGrad,
+)
 from mtbalance.weighting import Equal
 from tests._catalogue import GradientCase, gradient_cases
 from tests._device import on_device
 
 TASKS = ("a", "b", "c")
 Cast = Callable[[nn.Module], object]
-IN_CATALOGUE = (GradVac, lambda: Smoothed(UPGrad(), 0.5), lambda: Smoothed(GradVac(), 0.5))
+IN_CATALOGUE = (
+    GradVac,
+    lambda: PCD(0, beta=0.5),
+    lambda: Smoothed(UPGrad(), 0.5),
+    lambda: Smoothed(GradVac(), 0.5),
+)
 
 
 class Counting(GramianStrategy):
@@ -207,7 +219,7 @@ def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     """Buffers are copied in each step where there are any."""
     strategy = case.make()
     assert strategy.remembers == bool(list(strategy.buffers()))
-    assert strategy.remembers == case.name.startswith(("GradVac", "Smoothed"))
+    assert strategy.remembers == case.name.startswith(("GradVac", "PCD", "Smoothed"))
 
 
 # --- state ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from ._krum import Krum
 from ._mgda import MGDA
 from ._nashmtl import NashMTL
 from ._normalized import Normalized
+from ._pcd import PCD
 from ._pcgrad import PCGrad
 from ._randomgradient import RandomGradient
 from ._smoothed import Smoothed
@@ -33,6 +34,7 @@ from ._upgrad import UPGrad
 __all__ = [
     "IMTLG",
     "MGDA",
+    "PCD",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",

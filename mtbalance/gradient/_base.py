@@ -299,6 +299,8 @@ class BoundStrategy(GramianStrategy):
     def numbers_of_rows(self, gramian: Tensor) -> Tensor:
         """Return the numbers of the tasks whose rows have this Gramian, shape (m,), beside it."""
         if self.tasks is None:
+            for state in self._states:
+                state.read(gramian)  # binds it to these rows, where they are
             self.bind([str(number) for number in range(len(gramian))])
         active = self._active
         if active is None:

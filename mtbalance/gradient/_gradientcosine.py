@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from mtbalance._checks import check_named_primary
 from mtbalance._gramians import RESOLUTION, ZERO_ROW
 
 from ._base import PrimaryStrategy
@@ -47,11 +48,7 @@ class GradientCosine(PrimaryStrategy):
 
     def __init__(self, primary: str | int, *, weighted: bool = False) -> None:
         super().__init__(primary)
-        if primary is None:
-            raise TypeError(
-                "`primary` must be one task's name, or its number in the order of the tasks, but "
-                "got None. Without one, use Sum."
-            )
+        check_named_primary(primary, "Without one, use Sum.")
         self.weighted = weighted
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer
-from mtbalance.gradient import GradientCosine, PCGrad, PrimaryStrategy
+from mtbalance.gradient import PCD, GradientCosine, PCGrad, PrimaryStrategy
 from mtbalance.weighting import DWA, Equal
 from tests._device import on_device
 from tests._samplers import matrix
@@ -113,7 +113,7 @@ def test_a_strategy_that_favours_nobody_belongs_to_nobody() -> None:
     assert strategy.tasks is None
 
 
-@pytest.mark.parametrize("kind", [Favoured, GradientCosine, PCGrad])
+@pytest.mark.parametrize("kind", [Favoured, GradientCosine, PCD, PCGrad])
 @pytest.mark.parametrize(
     ("primary", "error", "words"),
     [
