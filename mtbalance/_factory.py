@@ -54,6 +54,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "fairgrad": gradient.FairGrad,
     "randomgradient": gradient.RandomGradient,
     "gradientcosine": gradient.GradientCosine,
+    "gradops": gradient.GradOPS,
     "pcd": gradient.PCD,
     "krum": gradient.Krum,
     "trimmedmean": gradient.TrimmedMean,

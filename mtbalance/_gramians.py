@@ -101,6 +101,39 @@ def equiangular(cosines: Tensor, wanted: Tensor) -> Equiangular:
     return Equiangular(coefficients, vectors @ parts, float(parts @ (parts / values)))
 
 
+class Remainders(NamedTuple):
+    """What is left of each unit row off the span of the others."""
+
+    coefficients: Tensor
+    """Of the unit rows, shape (k, k): those of one remainder in each row; 0 if nothing is left."""
+    squared_lengths: Tensor
+    """Shape (k,): at most 1, and also the inner products with the row itself."""
+
+
+def off_the_others(cosines: Tensor) -> Remainders:
+    """Project each unit row off the span of all others.
+
+    What is left is orthogonal to the others, as the row of the inverse of the cosines is; of rows
+    that depend on each other, that of the Moore-Penrose inverse. Nothing is left of a row that such
+    a dependence has in it: a combination of length 1e-6 (times the root of k), as in
+    :func:`equiangular`, of coefficients whose squares sum to 1, with one above 1e-6 for this row.
+
+    Args:
+        cosines: Shape (k, k), unit diagonal.
+    """
+    factor, info = torch.linalg.cholesky_ex(cosines)
+    if int(info) == 0 and float(factor.diagonal().min()) > _SAFE_PIVOT:
+        inverse = torch.cholesky_inverse(factor)
+        squared_lengths = 1 / inverse.diagonal()
+    else:
+        values, vectors = torch.linalg.eigh(cosines)
+        kept = values > _LEAST_EIGENVALUE * len(values) * values[-1]
+        inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+        stays = vectors[:, ~kept].square().sum(1) <= _LEAST_EIGENVALUE
+        squared_lengths = torch.where(stays, 1 / inverse.diagonal(), 0.0)
+    return Remainders(inverse * squared_lengths[:, None], squared_lengths.clamp_max(1))
+
+
 # --- rows whose squares float64 does not hold -----------------------------------------------------
 
 

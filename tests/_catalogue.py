@@ -25,6 +25,7 @@ from mtbalance.gradient import (
     GradDrop,
     GradientCosine,
     GradientStrategy,
+    GradOPS,
     GradVac,
     Krum,
     NashMTL,
@@ -119,6 +120,7 @@ _DUAL_CONE = {
     Claim.NO_CONFLICT_LEFT,
     *GEOMETRIC,
 }
+_OFF_THE_OTHERS = {ORDER_FREE, Claim.IGNORES_ZERO_ROWS, Claim.NO_CONFLICT_LEFT, *GEOMETRIC}
 _EQUIANGULAR = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _MGDA = {ORDER_FREE, Claim.DOUBLES, Claim.NO_CONFLICT_LEFT, *GEOMETRIC}
 
@@ -152,6 +154,13 @@ GRADIENT_CASES = (
         lambda: GradVac(0.5, order="fixed"),
         {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
     ),
+    _gradient_case(
+        "GradOPS",
+        GradOPS,
+        {*_OFF_THE_OTHERS, Claim.SUM_WITHOUT_CONFLICT},
+    ),
+    _gradient_case("GradOPS-behind", lambda: GradOPS(alpha=-1.5), _OFF_THE_OTHERS),
+    _gradient_case("GradOPS-ahead", lambda: GradOPS(alpha=0.5), _OFF_THE_OTHERS),
     # m equal rows g: g_w = g0 = g for every w, so d = m (1 + c) g over the divisor.
     _gradient_case("CAGrad", CAGrad, _CAGRAD, identical=1.4 / 1.16),
     _gradient_case("CAGrad-raw", lambda: CAGrad(c=0.9, rescale=0), _CAGRAD, identical=1.9),

@@ -251,12 +251,12 @@ def tolerance_of(case: GradientCase, rows: Tensor) -> float:
 
     CAGrad's direction is the quotient of g_w by its length, which sets of rows that nearly cancel
     make as uncertain as that length. AlignedMTL's is as long as the root of an eigenvalue, which is
-    known up to the root of the rounding. ConFIG and IMTLG invert the cosines, whose least
+    known up to the root of the rounding. ConFIG, GradOPS and IMTLG invert the cosines, whose least
     eigenvalues are known to some eps; IMTLG divides by a sum that may nearly cancel.
     """
     if case.name.startswith(("CAGrad", "AlignedMTL")):
         return 1e-6
-    if not case.name.startswith(("ConFIG", "IMTLG")) or not rows.any():
+    if not case.name.startswith(("ConFIG", "GradOPS", "IMTLG")) or not rows.any():
         return 1e-13
     _, values, limit = _unit_rows_as(rows)
     return (1e-13 + 1e-14 / values[values > limit].min() ** 2) * cancelled(case, rows) ** 2
@@ -284,12 +284,13 @@ def _unit_rows_as(rows: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
 def near_a_jump(case: GradientCase, rows: Tensor) -> bool:
     """Whether rounding decides about the direction, as the method itself says that it jumps there.
 
-    AlignedMTL takes eigenvalues of the Gramian for zero that are about its rounding, ConFIG and
-    IMTLG those of cosines that are about the rounding of float32; IMTLG turns the direction round.
+    AlignedMTL takes eigenvalues of the Gramian for zero that are about its rounding, ConFIG,
+    GradOPS and IMTLG those of cosines that are about the rounding of float32; IMTLG turns the
+    direction round.
     """
     if not rows.any():
         return False
-    if case.name.startswith(("ConFIG", "IMTLG")):
+    if case.name.startswith(("ConFIG", "GradOPS", "IMTLG")):
         _, values, limit = _unit_rows_as(rows)
         jumps = ((values > limit / 3) & (values < 3 * limit)).any()
         return bool(jumps) or cancelled(case, rows) >= 1e6

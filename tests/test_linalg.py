@@ -23,6 +23,7 @@ from mtbalance._gramians import (
     TENSORS,
     equiangular,
     norm_of,
+    off_the_others,
     unit_rows,
     vanishes,
     weights_of_pair,
@@ -130,6 +131,23 @@ def test_rows_that_are_equal_up_to_the_rounding_of_float32_are_one() -> None:
     rows[1, 1] = 1e-3
     found = equiangular(rows @ rows.T, torch.tensor([1.0, 3.0]).double())
     assert_close(found.coefficients @ rows, torch.tensor([1.0, 2e3]).double(), rtol=1e-6, atol=1e-6)
+
+
+@given(rows=gradients(m=(1, 6), scales=[1.0]))
+def test_remainders_off_the_span_of_the_others(rows: Tensor) -> None:
+    """Orthogonal to all others, what they are off by is in their span, or they are zero."""
+    units = unit_matrix(rows)
+    values = np.linalg.svd(array(units), compute_uv=False) if len(units) else np.ones(1)
+    if not len(units) or ((values > 1e-9) & (values < 1e-4)).any():
+        return
+    found = off_the_others(units @ units.T)
+    left = found.coefficients @ units
+    assert_close((left * left).sum(1), found.squared_lengths, rtol=1e-6, atol=1e-13)
+    for i, remainder in enumerate(left):
+        others = array(units)[np.arange(len(units)) != i]
+        assert np.abs(others @ array(remainder)).max(initial=0) <= 1e-7
+        nearest = np.linalg.lstsq(others.T, array(units[i]), rcond=1e-6)[0] @ others
+        assert np.allclose(array(remainder), array(units[i]) - nearest, rtol=0, atol=1e-7)
 
 
 # --- two rows -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ._dualproj import DualProj
 from ._fairgrad import FairGrad
 from ._graddrop import GradDrop
 from ._gradientcosine import GradientCosine
+from ._gradops import GradOPS
 from ._gradvac import GradVac
 from ._imtlg import IMTLG
 from ._krum import Krum
@@ -41,6 +42,7 @@ __all__ = [
     "DualProj",
     "FairGrad",
     "GradDrop",
+    "GradOPS",
     "GradVac",
     "GradientCosine",
     "GradientStrategy",
