@@ -23,6 +23,7 @@ HELPERS = {
     "mtbalance._remembered",
     "mtbalance._rows",
     "mtbalance._shards",
+    "mtbalance._simplex",
 }
 THIRD_PARTY = {"torch", "typing_extensions"}  # the second is a dependency of the first
 EXTRAS = {"plot.py": {"matplotlib"}}

@@ -1,0 +1,26 @@
+"""The probability simplex: weights that are not negative and add up to 1."""
+
+import torch
+from torch import Tensor
+
+
+def project_onto_simplex(vector: Tensor) -> Tensor:
+    r"""Return the weights, not negative and of sum 1, that are nearest to a vector.
+
+    The nearest point is :math:`\max(v - \tau, 0)`. The threshold :math:`\tau` is found by sorting
+    (Held, Wolfe and Crowder, "Validation of subgradient optimization", 1974): it is the largest of
+    :math:`(\sum_{j \le k} u_j - 1)/k`, with the entries u in falling order. Exact but for rounding,
+    whatever the size of the entries; waits for no device.
+
+    Args:
+        vector: Shape (m,), m at least 1, floating point. What is not finite gives NaN.
+
+    Returns:
+        Shape (m,), like the vector.
+    """
+    # Distances from the largest entry: none of them rounds the small differences of large entries.
+    falling = torch.sort(vector - vector.max(), descending=True).values
+    counts = torch.arange(1, len(vector) + 1, device=vector.device, dtype=vector.dtype)
+    threshold = ((falling.cumsum(0) - 1) / counts).max()
+    weights = (vector - vector.max() - threshold).clamp_min(0)
+    return weights / weights.sum()
