@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mtbalance._begin import look
-from mtbalance._company import Losses
+from mtbalance._company import Company, Losses
 from mtbalance._names import outermost_modules
+from mtbalance._seen import Seen
 from mtbalance._step import Setting
 from mtbalance._task_gradients import TaskGradients
 
@@ -36,6 +37,14 @@ def add_micro_batch(
         pending.mark_nonfinite(seen.nonfinite)
         while rows:
             pending.add(rows.pop(0))
+
+
+def seen_of(pending: TaskGradients, company: Company) -> Seen:
+    """Return what all processes know of what has been accumulated, or raise if nothing has."""
+    seen = company.agree(Seen.of_accumulated(pending))
+    if not (seen.losses or seen.nonfinite):
+        raise RuntimeError("apply() must follow accumulate(), but nothing has been accumulated.")
+    return seen
 
 
 @contextmanager

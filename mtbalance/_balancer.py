@@ -15,6 +15,7 @@ from mtbalance._accumulation import (
     add_micro_batch,
     check_copied_with_model,
     discard_at_loading,
+    seen_of,
 )
 from mtbalance._after_step import AfterSteps
 from mtbalance._begin import checked, look
@@ -40,7 +41,6 @@ from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
 from mtbalance._record import EpochCounts, EpochSummary, Record
 from mtbalance._remembered import TaskState, own_state
-from mtbalance._seen import Seen
 from mtbalance._shared import Shared, SharedParts
 from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
@@ -149,8 +149,7 @@ class Balancer(nn.Module):
         self.gradient = gradient.bind(self.tasks, max(1, len(parts)))
         self._reach = ReachLog(self.tasks, parts, balances=not gradient.is_sum)
         self._ranks = Ranks(process_group, self.tasks, parts)
-        looks = nonfinite != "propagate"
-        self._batched = BatchedPasses(self.chunk, looks=looks) if self.chunk else None
+        self._batched = BatchedPasses(chunk, looks=nonfinite != "propagate") if chunk else None
         self._kept = KeptWeights(self.tasks, max(1, len(parts)))
         self._steps = Steps(self.tasks, self._reach, self._kept)
         self._pending = TaskGradients()
@@ -168,6 +167,7 @@ class Balancer(nn.Module):
         losses: Losses,
         *,
         validation: Validation | None = None,
+        batches: Sequence[Validation] = (),
         scaler: GradScaler | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
     ) -> Record:
@@ -179,30 +179,32 @@ class Balancer(nn.Module):
             validation: For weightings that look ahead (``needs_validation``): a function without
                 arguments that returns the losses of a validation batch at the parameters as they
                 are when called.
+            batches: For gradient strategies that learn from independent batches
+                (``further_batches``): functions that return the losses of further training batches,
+                of every task in ``losses`` at least.
             scaler: The gradient scaler of mixed-precision training with float16. ``.grad`` is then
                 scaled, as after ``scaler.scale(loss).backward()``.
             features: The output of the shared part of the network, through which all losses reach
                 it (one tensor or several). Tasks are then balanced by their gradients of the
                 *features*, and one backward pass goes through the shared part, whatever the number
                 of tasks. This is an approximation: gradients that conflict at the features need not
-                do so at the parameters, and the other way round. ``dtype`` and ``chunk`` do not
-                apply: rows of features are small, and so are the passes down to them.
+                do so at the parameters, and vice versa. ``dtype`` and ``chunk`` do not apply.
 
         Returns:
             What the step did.
 
         Raises:
             ValueError: If a loss is not a scalar with a graph, a name is unknown, a loss reaches no
-                shared parameter, or ``validation`` is missing.
+                shared parameter, or ``validation`` or ``batches`` are missing.
             FloatingPointError: If a loss or gradient is not finite and ``nonfinite="raise"``;
                 nothing has been written then.
             RuntimeError: If another process has stopped with an error.
         """
         self._after.begin(self.weighting)
-        setting = checked(self._setting(scaler, validation), self._pending, features)
+        setting = checked(self._setting(scaler, validation), self._pending, batches, features)
         if self._pending:
             self.accumulate(losses, scaler=scaler)
-            return self.apply(validation=validation, scaler=scaler)
+            return self.apply(validation=validation, batches=batches, scaler=scaler)
         return self._finish(self._steps.take(look(losses, self.tasks, setting), setting))
 
     def accumulate(self, losses: Losses, *, scaler: GradScaler | None = None) -> None:
@@ -237,7 +239,11 @@ class Balancer(nn.Module):
 
     @overload
     def apply(
-        self, *, validation: Validation | None = None, scaler: GradScaler | None = None
+        self,
+        *,
+        validation: Validation | None = None,
+        batches: Sequence[Validation] = (),
+        scaler: GradScaler | None = None,
     ) -> Record: ...
 
     def apply(
@@ -245,6 +251,7 @@ class Balancer(nn.Module):
         fn: Callable[[nn.Module], None] | None = None,
         *,
         validation: Validation | None = None,
+        batches: Sequence[Validation] = (),
         scaler: GradScaler | None = None,
     ) -> "Record | Self":
         """Balance what has been accumulated, and accumulate the result into ``.grad``.
@@ -253,6 +260,7 @@ class Balancer(nn.Module):
             fn: With a function, this is ``torch.nn.Module.apply`` and balances nothing, so that
                 initialising a model that holds a Balancer still works.
             validation: As in :meth:`backward`.
+            batches: As in :meth:`backward`.
             scaler: As in :meth:`backward`.
 
         Returns:
@@ -265,16 +273,11 @@ class Balancer(nn.Module):
         if fn is not None:
             return super().apply(fn)
         self._after.begin(self.weighting)
-        setting = checked(self._setting(scaler, validation), self._pending)
+        setting = checked(self._setting(scaler, validation), self._pending, batches)
         check_copied_with_model(self._pending)
         pending, self._pending = self._pending, TaskGradients()
-        seen = setting.company.agree(Seen.of_accumulated(pending))
-        if not (seen.losses or seen.nonfinite):
-            raise RuntimeError(
-                "apply() must follow accumulate(), but nothing has been accumulated."
-            )
-        rows = pending.released([task for task in self.tasks if task in seen.finite_here])
-        return self._finish(self._steps.take_accumulated(rows, seen, setting))
+        seen = seen_of(pending, setting.company)
+        return self._finish(self._steps.take_accumulated(pending, seen, setting))
 
     def after_step(self, losses: Losses | Validation) -> None:
         """Show a weighting that looks back at steps (``needs_after_step``) what the last one did.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtbalance._checks import check_losses_by_task, check_validation
-from mtbalance._company import Losses
+from mtbalance._checks import check_batches, check_losses_by_task, check_validation
+from mtbalance._company import Losses, Validation
 from mtbalance._places import features_of
 from mtbalance._seen import Seen
 from mtbalance._step import Setting
@@ -16,22 +16,27 @@ from mtbalance._task_gradients import TaskGradients
 def checked(
     setting: Setting,
     pending: TaskGradients,
+    batches: Sequence[Validation] = (),
     features: Tensor | Sequence[Tensor] | None = None,
 ) -> Setting:
-    """Return the setting, at the features if that is where tasks are to be balanced.
+    """Return the setting, with further batches, at the features if tasks are balanced there.
 
     Args:
         setting: Who takes the step, and with what.
         pending: What has been accumulated; of several processes, an error ends the step for all.
+        batches: Return the losses of further batches.
         features: The features, if any.
     """
-    if setting.weighting.needs_validation:
+    if setting.weighting.needs_validation or batches or setting.gradient.further_batches:
         try:
-            check_validation(setting.weighting, setting.validation)
-        except ValueError as error:
+            if setting.weighting.needs_validation:
+                check_validation(setting.weighting, setting.validation)
+            check_batches(setting.gradient, batches)
+        except (TypeError, ValueError) as error:
             if setting.company.size > 1:
                 pending.clear()
             setting.company.agree(Seen(), error)
+        setting = setting._replace(batches=tuple(batches))
     if features is None:
         return setting
     if pending:

@@ -295,6 +295,39 @@ def check_validation(owner: object, validation: object) -> Callable[[], Mapping[
     return validation
 
 
+class TakesBatches(Protocol):
+    """Whatever says how many further batches it needs."""
+
+    further_batches: tuple[int, ...]
+
+
+def check_batches(owner: TakesBatches, batches: object) -> None:
+    """Raise unless ``batches`` are as many functions as a gradient strategy needs."""
+    if isinstance(batches, str | Mapping) or not isinstance(batches, Sequence):
+        raise TypeError(
+            "`batches` must be a sequence of functions without arguments that return the losses of "
+            f"further batches, but got {type(batches).__name__}. For one, give (function,)."
+        )
+    for number, each in enumerate(batches):
+        if not callable(each):
+            raise TypeError(
+                f"`batches[{number}]` must be a function without arguments that returns the losses "
+                f"of a further batch, but got {type(each).__name__}."
+            )
+    name, wanted = type(owner).__name__, owner.further_batches
+    if not wanted and batches:
+        raise ValueError(
+            f"`batches` must be left out with {name}, which needs no further batches, but got "
+            f"{len(batches)}."
+        )
+    if wanted and len(batches) not in wanted:
+        raise ValueError(
+            f"`batches` must be {' or '.join(map(str, wanted))} functions with {name}, each of "
+            f"which returns the losses of a further, independent batch, but got {len(batches)}. "
+            "Call backward(losses, batches=(function,))."
+        )
+
+
 def check_count(name: str, value: int, least: int = 1) -> int:
     """Return ``value`` if it is a whole number of at least 1, or another bound."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -326,8 +359,15 @@ def check_process_group(group: object) -> None:
         )
 
 
-def check_features(features: Sequence[object], weighting: object, *, sharded: bool) -> None:
-    """Raise unless the features are tensors with a graph that this weighting can do with."""
+def check_features(
+    features: Sequence[object], weighting: object, gradient: object, *, sharded: bool
+) -> None:
+    """Raise unless the features are tensors with a graph that these strategies can do with."""
+    if getattr(gradient, "further_batches", ()):
+        raise ValueError(
+            f"`features` must be None with {type(gradient).__name__}, but got tensors. It "
+            "multiplies gradients of several batches, whose features have nothing in common."
+        )
     if getattr(weighting, "needs_gradients", False):
         raise ValueError(
             f"`features` must be None with {type(weighting).__name__}, but got tensors. It reads "

@@ -46,6 +46,7 @@ def direction_of(
     unscale: float,
     first: int = 0,
     power: int = 0,
+    across: Tensor | None = None,
 ) -> Outcome:
     """Ask the gradient strategy for the direction of one group.
 
@@ -59,10 +60,15 @@ def direction_of(
         unscale: One over the loss scale.
         first: The number of the rows' first column here, counted over all processes.
         power: The power of two that rows were divided by for the Gramian.
+        across: Inner products of the raw rows of two batches, where the strategy is told these.
     """
     weights = weights.to(gramian)
     weighted = gramian * weights * weights[:, None]
-    solution = strategy.coefficients(weighted)
+    if across is None:
+        solution = strategy.coefficients(weighted)
+    else:
+        between = across.to(gramian) * weights * weights[:, None]
+        solution = strategy.coefficients(weighted, between)
     if solution is None:
         factors = strategy.row_factors(weighted)
         weights = weights if factors is None else weights * factors

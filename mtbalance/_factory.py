@@ -58,6 +58,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "pcd": gradient.PCD,
     "krum": gradient.Krum,
     "trimmedmean": gradient.TrimmedMean,
+    "modo": gradient.MoDo,
 }
 
 _REQUIRED = {

@@ -12,6 +12,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from mtbalance._rows import gramian_of
+
 Number = TypeVar("Number", float, Tensor)
 
 ZERO_ROW = 1e-30
@@ -163,6 +165,24 @@ def shifted(values: Tensor, exponents: Sequence[Any]) -> Tensor:
     half = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent // 2)
     half = half.to(values.device)  # 2 ** exponent is itself out of range
     return values * half * half
+
+
+def gramian_in_range(gradients: Tensor) -> Tensor:
+    """Return the inner products of rows, shape (m, p), over a power of two if float64 needs it."""
+    gradients = gradients.detach()
+    gramian = gramian_of([[row] for row in gradients])
+    if gradients.dtype == torch.float64 and not LOWEST < gramian.diagonal().max() < HIGHEST:
+        return gramian_of([[row] for row in _near_one(gradients)])
+    return gramian
+
+
+def _near_one(gradients: Tensor) -> Tensor:
+    """Return the gradients times a power of two, which changes no angle and no ratio of lengths."""
+    if gradients.numel() == 0:
+        return gradients
+    _, exponent = torch.frexp(gradients.abs().max())
+    half = exponent // 2  # twice half: a power of two that large is itself out of range
+    return torch.ldexp(torch.ldexp(gradients, -half), half - exponent)
 
 
 # --- two rows -------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ def check_every(
             f"per-task gradients, but got {every} with "
             f"{type(weighting).__name__} and {type(gradient).__name__}."
         )
+    if gradient.further_batches:
+        raise ValueError(
+            f"`every` must be 1 with {type(gradient).__name__}, which learns from the further "
+            f"batches of every step, but got {every}."
+        )
     if sharded:
         raise ValueError(
             f"`every` must be 1 with sharded parameters, but got {every}. Their "

@@ -251,7 +251,7 @@ def features_of(
 ) -> AtFeatures:
     """Return the features as where to balance, or raise if they cannot be."""
     parts = [features] if isinstance(features, Tensor) else list(features)
-    check_features(parts, weighting, sharded=company.sharded)
+    check_features(parts, weighting, gradient, sharded=company.sharded)
     if company.size > 1 and not (gradient.coordinatewise or gradient.by_gramian):
         raise TypeError(
             "the gradient strategy must be coordinatewise or a GramianStrategy for `features` "

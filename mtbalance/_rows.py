@@ -198,6 +198,23 @@ def gramian_of(rows: Rows, exponents: Sequence[int] = ()) -> Tensor:
     return torch.tril(total) + torch.tril(total, -1).T
 
 
+def products_between(rows: Rows, exponent: int = 0) -> Tensor:
+    """Return the inner products of the first m of 2 m rows with the others, shape (m, m).
+
+    Accumulated in float64, as those of :func:`gramian_of`.
+
+    Args:
+        rows: The rows, 2 m of them.
+        exponent: What power of two to divide all of them by first; see :func:`gramian_of`.
+    """
+    m = len(rows) // 2
+    total = torch.zeros(m, m, dtype=torch.float64, device="cpu")
+    for block in column_blocks(rows, torch.float64):
+        matrix = block.matrix.mul_(2.0**-exponent) if exponent else block.matrix
+        total = total.to(matrix.device) + matrix[:m] @ matrix[m:].T
+    return total
+
+
 def _inner_products_within(matrix: Tensor) -> Tensor:
     """Return matrix @ matrix.T, of which only the lower triangle counts."""
     m = len(matrix)

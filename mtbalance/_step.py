@@ -7,6 +7,7 @@ written before everything is known: an error in a strategy leaves no trace.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from mtbalance._batches import Across, FurtherBatches
 from mtbalance._company import Company, Validation
 from mtbalance._direction import Outcome, direction_of
 from mtbalance._finite import Length, NonFinite, may_overflow
@@ -27,7 +29,7 @@ from mtbalance._rows import combine, stacked
 from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
-from mtbalance._task_gradients import Row
+from mtbalance._task_gradients import Row, TaskGradients
 from mtbalance._watch import ScaledLossWatch
 from mtbalance._weighed import Weighed, Weigher, unless_written, write_nothing
 from mtbalance._writing import hooks_when_written, write
@@ -48,6 +50,7 @@ class Setting(NamedTuple):
     validation: Validation | None
     scaler: GradScaler | None
     watch: ScaledLossWatch
+    batches: Sequence[Validation] = ()
 
     @property
     def one_pass_serves(self) -> bool:
@@ -109,8 +112,9 @@ class Steps:
         return attempt(lambda: self._with_rows(rows, seen, setting))
 
     @hooks_when_written()
-    def take_accumulated(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
-        """Take the step of losses whose backward passes have been made."""
+    def take_accumulated(self, pending: TaskGradients, seen: Seen, setting: Setting) -> Record:
+        """Take the step of losses whose backward passes have been made; what is pending empties."""
+        rows = pending.released([task for task in self._tasks if task in seen.finite_here])
         ended = setting.policy.ended("loss", seen.finite, seen.nonfinite)
         if ended is not None:
             return ended
@@ -170,6 +174,10 @@ class Steps:
     def _with_rows(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
         """Weigh and balance the gradients of single tasks."""
         company, place, policy = setting.company, setting.place, setting.policy
+        further = self._further(setting) if setting.batches else None
+        across: Across | None = None
+        if further is not None and len(setting.batches) > 1:
+            across = further.with_each_other(list(seen.finite))  # gone before the rows are made
         gradients = company.gather(seen, rows, place.dtype)
         scale = scale_of(setting.scaler)
         table = table_of(gradients, self._tasks, place, scale)
@@ -184,6 +192,12 @@ class Steps:
             ended = policy.ended("gradient", table.losses, table.nonfinite)
             if ended is not None:
                 return ended
+        if further is not None:
+            across = across or further.with_rows(table.groups, list(table.losses))
+            found = _with_across(table, across, seen, setting, scale)
+            if isinstance(found, Record):
+                return found
+            table = found
         step = None
         if setting.looks_ahead:
             step = company.step(_ahead(table, setting, scale))
@@ -200,11 +214,37 @@ class Steps:
             self._kept.keep(tuple(table.losses), solutions)
         return _record(outcomes, table, weighed, setting)
 
+    def _further(self, setting: Setting) -> FurtherBatches:
+        company, place, policy = setting.company, setting.place, setting.policy
+        return FurtherBatches(setting.batches, self._tasks, company, place, policy, setting.scaler)
+
     def _weigh(
         self, losses: Mapping[str, Tensor], setting: Setting, step: Step | None = None
     ) -> Weighed:
         weighting, looks = setting.weighting, setting.policy.looks
         return self._weigher.weigh(weighting, losses, self._log.parameters, step, looks=looks)
+
+
+def _with_across(
+    table: Table, across: Across, seen: Seen, setting: Setting, scale: float | None
+) -> Table | Record:
+    """Return the table with products of two batches, of the tasks that are finite in all of them.
+
+    Or the record of the step, if it ends here.
+    """
+    policy = setting.policy
+    for what, bad in (("loss", across.bad_losses), ("gradient", across.bad_gradients)):
+        found = [task for task in table.losses if task in bad]
+        if found and what == "gradient" and scale is not None:
+            _pass_on(table, setting.place, seen, math.nan)
+            write_nothing(setting.weighting)
+            return policy.overflow(table.losses, tuple(found), table.nonfinite)
+        if found:
+            table = table.without(found)
+            ended = policy.ended(f"{what} in `batches`", table.losses, table.nonfinite)
+            if ended is not None:
+                return ended
+    return table._replace(across=across.of(table.losses, table.groups))
 
 
 def _ahead(table: Table, setting: Setting, scale: float | None) -> Step:
@@ -232,6 +272,7 @@ def _outcomes(
                 unscale,
                 setting.place.first,
                 power,
+                table.across.get(number),
             )
     return outcomes
 
@@ -308,9 +349,9 @@ def _record(
     )
 
 
-def _pass_on(table: Table, place: Place, seen: Seen) -> None:
-    """Accumulate the plain sum of the rows, not finite as it is."""
-    ones = torch.ones(len(table.losses), device="cpu")
+def _pass_on(table: Table, place: Place, seen: Seen, factor: float = 1.0) -> None:
+    """Accumulate the plain sum of the rows, not finite as it is, or times a factor that is not."""
+    ones = torch.full((len(table.losses),), factor, device="cpu")
     for leaves, rows in table.groups.values():
         place.write(leaves, combine(rows, ones, leaves), seen, lambda _: True)
     write(table.rest.leaves, combine(table.rest.rows, ones, table.rest.leaves))

@@ -46,6 +46,9 @@ class Table(NamedTuple):
     exponents: Mapping[int, Sequence[int]] = {}
     """Per group, what powers of two the rows are divided by in ``gramians``; empty unless float64
     does not hold their squares."""
+    across: Mapping[int, Tensor] = {}
+    """Per group, the inner products of the rows of two independent batches, shape (m, m), as a
+    strategy with further batches wants them; set when it is known which rows go on."""
 
     @property
     def gramian(self) -> Tensor:

@@ -28,6 +28,7 @@ from mtbalance.gradient import (
     GradOPS,
     GradVac,
     Krum,
+    MoDo,
     NashMTL,
     Normalized,
     PCGrad,
@@ -196,6 +197,8 @@ GRADIENT_CASES = (
         {*_NORMALIZED, Claim.NO_CONFLICT_LEFT},
     ),
     _gradient_case("RandomGradient", RandomGradient, GEOMETRIC),
+    # In the first step; the products of the rows with themselves stand for those of two batches.
+    _gradient_case("MoDo", MoDo, {ORDER_FREE, Claim.ROTATES, Claim.ODD}),
     # In the first step, which is that of the strategy.
     _gradient_case("Smoothed", lambda: Smoothed(UPGrad(), alpha=0.9), _DUAL_CONE),
     _gradient_case(

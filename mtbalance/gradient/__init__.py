@@ -22,6 +22,7 @@ from ._gradvac import GradVac
 from ._imtlg import IMTLG
 from ._krum import Krum
 from ._mgda import MGDA
+from ._modo import MoDo
 from ._nashmtl import NashMTL
 from ._normalized import Normalized
 from ._pcd import PCD
@@ -48,6 +49,7 @@ __all__ = [
     "GradientStrategy",
     "GramianStrategy",
     "Krum",
+    "MoDo",
     "NashMTL",
     "Normalized",
     "PCGrad",

@@ -18,10 +18,10 @@ from mtbalance._checks import (
     number_of_task,
     numbers_in_order,
 )
-from mtbalance._gramians import HIGHEST, LOWEST
+from mtbalance._gramians import gramian_in_range
 from mtbalance._random import RandomSource
 from mtbalance._remembered import TaskState
-from mtbalance._rows import combine, gramian_of, is_finite
+from mtbalance._rows import combine, is_finite
 
 
 class GradientStrategy(nn.Module, ABC):
@@ -48,6 +48,10 @@ class GradientStrategy(nn.Module, ABC):
 
     by_gramian: bool = False
     """Whether the inner products of the rows decide by what coefficients these are combined."""
+
+    further_batches: tuple[int, ...] = ()
+    """By how many further, independent batches the method may be told :meth:`coefficients`; empty
+    if it needs none."""
 
     _states: tuple[TaskState, ...] = ()  # on the class, for objects pickled before there were any
 
@@ -127,16 +131,19 @@ class GradientStrategy(nn.Module, ABC):
         for state in self._states:
             state.take(active, group)
 
-    def coefficients(self, gramian: Tensor) -> Tensor | None:
+    def coefficients(self, gramian: Tensor, across: Tensor | None = None) -> Tensor | None:
         """Return by what to combine rows of which these are the inner products, or None.
 
         Args:
             gramian: Shape (m, m), float64.
+            across: Only with :attr:`further_batches`: the same between the rows of two independent
+                batches, which is not symmetric. Row i is of task i in one, column j in the other.
 
         Returns:
             Shape (m,), float64, on the device of the Gramian; None where the rows themselves must
             be seen.
         """
+        del across
         return torch.ones_like(gramian[0]) if self.is_sum else None
 
     def row_factors(self, gramian: Tensor) -> Tensor | None:
@@ -192,6 +199,11 @@ class GramianStrategy(GradientStrategy):
                 gradients of tasks i and j.
         """
 
+    def weights_across(self, gramian: Tensor, across: Tensor) -> Tensor:
+        """Return the weights by further batches, as :meth:`weights`; see :meth:`coefficients`."""
+        del across
+        return self.weights(gramian)
+
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the combination of the rows of ``gradients``, of shape (p,).
 
@@ -204,13 +216,14 @@ class GramianStrategy(GradientStrategy):
         (direction,) = combine(rows, self.solve(gramian))
         return gradients[0] if direction is None else direction
 
-    def coefficients(self, gramian: Tensor) -> Tensor:
-        return self.solve(gramian)
+    def coefficients(self, gramian: Tensor, across: Tensor | None = None) -> Tensor:
+        return self.solve(gramian, across)
 
-    def solve(self, gramian: Tensor) -> Tensor:
+    def solve(self, gramian: Tensor, across: Tensor | None = None) -> Tensor:
         """Check the Gramian, and return the weights in float64 on its device."""
         check_gramian(gramian)
-        weights = self.weights(gramian.double())
+        wide = gramian.double()
+        weights = self.weights(wide) if across is None else self.weights_across(wide, across)
         if weights.shape != (len(gramian),):
             raise ValueError(
                 f"{type(self).__name__}.weights must return one weight per row, shape "
@@ -230,6 +243,7 @@ class WrappingStrategy(GradientStrategy):
         super().__init__()
         check_kind("strategy", strategy, GradientStrategy)
         self.strategy = strategy
+        self.further_batches = strategy.further_batches
 
     @property
     def remembers(self) -> bool:
@@ -425,21 +439,3 @@ def _scaled(preference: Sequence[float]) -> list[float]:
     """Return the preferences with a mean of 1."""
     mean = sum(preference) / len(preference)
     return [number / mean for number in preference]
-
-
-def gramian_in_range(gradients: Tensor) -> Tensor:
-    """Return the inner products of rows, shape (m, p), over a power of two if float64 needs it."""
-    gradients = gradients.detach()
-    gramian = gramian_of([[row] for row in gradients])
-    if gradients.dtype == torch.float64 and not LOWEST < gramian.diagonal().max() < HIGHEST:
-        return gramian_of([[row] for row in _near_one(gradients)])
-    return gramian
-
-
-def _near_one(gradients: Tensor) -> Tensor:
-    """Return the gradients times a power of two, which changes no angle and no ratio of lengths."""
-    if gradients.numel() == 0:
-        return gradients
-    _, exponent = torch.frexp(gradients.abs().max())
-    half = exponent // 2  # twice half: a power of two that large is itself out of range
-    return torch.ldexp(torch.ldexp(gradients, -half), half - exponent)

@@ -2,10 +2,10 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_choice
-from mtbalance._gramians import ZERO_ROW
+from mtbalance._gramians import ZERO_ROW, gramian_in_range
 from mtbalance._rows import at_least_float32, combine, is_finite
 
-from ._base import GradientStrategy, WrappingStrategy, gramian_in_range
+from ._base import GradientStrategy, WrappingStrategy
 
 
 class Normalized(WrappingStrategy):
@@ -72,11 +72,12 @@ class Normalized(WrappingStrategy):
         inner = self.strategy.row_factors(gramian * factors * factors[:, None])
         return factors if inner is None else factors * inner
 
-    def coefficients(self, gramian: Tensor) -> Tensor | None:
+    def coefficients(self, gramian: Tensor, across: Tensor | None = None) -> Tensor | None:
         if not self.by_gramian:
             return None
         factors = self._factors(gramian)
-        solution = self.strategy.coefficients(gramian * factors * factors[:, None])
+        products = [p * factors * factors[:, None] for p in (gramian, across) if p is not None]
+        solution = self.strategy.coefficients(*products)
         return None if solution is None else factors * solution
 
     def on_columns(self, gradients: Tensor, first: int) -> Tensor:

@@ -58,7 +58,13 @@ class Smoothed(WrappingStrategy, GramianStrategy):
         self.averages = self.per_task(start=torch.nan)
 
     def weights(self, gramian: Tensor) -> Tensor:
-        weights = self.strategy.coefficients(gramian)
+        return self._averaged(self.strategy.coefficients(gramian), gramian)
+
+    def weights_across(self, gramian: Tensor, across: Tensor) -> Tensor:
+        return self._averaged(self.strategy.coefficients(gramian, across), gramian)
+
+    def _averaged(self, weights: Tensor | None, gramian: Tensor) -> Tensor:
+        """Return the new average of weights, which is remembered."""
         if weights is None:
             raise TypeError(
                 f"{type(self.strategy).__name__}.coefficients must return one number per row, as "

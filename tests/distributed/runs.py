@@ -1,5 +1,6 @@
 """Training runs that several ranks and one process do alike, and how to compare them."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,9 +131,10 @@ def train(
     precision: torch.dtype = torch.float64,
     steps: int = 3,
     micro: int = 1,
+    further: int | None = None,
     **options: Any,
 ) -> Outcome:
-    """Train for some steps on this process's part of each batch."""
+    """Train for some steps on this process's part of each batch, and of further ones if needed."""
     torch.manual_seed(0)
     model = Whole(Network().to(precision))
     wrapped = wrap(model)
@@ -141,6 +143,8 @@ def train(
     balancer = make_balancer(name, tasks=TASKS, optimizer=optimizer, lr=0.01, **options)
     if learned := list(balancer.parameters()):
         optimizer.add_param_group({"params": learned, "lr": 0.01})
+    if further is None:
+        further = max(balancer.gradient.further_batches, default=0)
     outcome = Outcome()
     for step in range(steps):
         optimizer.zero_grad()
@@ -151,12 +155,16 @@ def train(
             losses: Losses = wrapped(rows)
             return losses
 
+        batches = [
+            functools.partial(wrapped, here.part(batch(8, seed=seed + 3 * step).to(precision)))
+            for seed in range(200, 200 + further)
+        ]
         if micro == 1:
-            record = balancer.backward(wrapped(rows), validation=validation)
+            record = balancer.backward(wrapped(rows), validation=validation, batches=batches)
         else:
             for part in rows.chunk(micro):
                 balancer.accumulate({t: loss / micro for t, loss in wrapped(part).items()})
-            record = balancer.apply(validation=validation)
+            record = balancer.apply(validation=validation, batches=batches)
         outcome.records.append(record.as_dict())
         optimizer.step()
         balancer.after_step(lambda rows=rows: wrapped(rows))
