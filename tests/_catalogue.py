@@ -1,17 +1,14 @@
 """Every public strategy: how to build it, and what it claims.
 
-``test_contract.py`` crosses this table with the matrices of ``_samplers.py`` and holds every entry
-to its claims; it fails when a strategy that the package exports is not listed here. To add a
+``test_contract.py`` crosses this table with the matrices of ``mtbalance.testing`` and holds every
+entry to its claims; it fails when a strategy that the package exports is not listed here. To add a
 strategy, add an entry per setting that behaves differently.
 """
 
-import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from mtbalance.gradient import (
     IMTLG,
@@ -38,6 +35,8 @@ from mtbalance.gradient import (
     TrimmedMean,
     UPGrad,
 )
+from mtbalance.testing import Claim, Trait
+from mtbalance.testing._weighting import optimizer_of_a_point
 from mtbalance.weighting import (
     COSMOS,
     DWA,
@@ -53,27 +52,11 @@ from mtbalance.weighting import (
     GradNorm,
     LogLoss,
     RandomWeighting,
-    Step,
     Uncertainty,
     UncertaintySoftmax,
     WarmUp,
     Weighting,
 )
-
-
-class Claim(enum.Enum):
-    """What may be true of a gradient strategy d(J); random ones with their draws held fixed."""
-
-    ORDER_FREE = "d(PJ) = d(J) for every permutation P of the tasks"
-    ROTATES = "d(JQ) = d(J) Q for every orthogonal Q"
-    ODD = "d(-J) = -d(J)"
-    HOMOGENEOUS = "d(sJ) = s d(J) for s > 0"
-    DOUBLES = "listing every task twice doubles d"
-    IGNORES_ZERO_ROWS = "a task whose gradient is zero changes nothing"
-    SUM_WITHOUT_CONFLICT = "d is the plain sum where no pair of rows conflicts"
-    NO_CONFLICT_LEFT = "<g_i, d> >= 0 for every task"
-    COORDINATEWISE = "each coordinate of d depends on its own column alone"
-
 
 ORDER_FREE = Claim.ORDER_FREE
 GEOMETRIC = {Claim.ROTATES, Claim.ODD, Claim.HOMOGENEOUS}
@@ -113,6 +96,8 @@ _GRADDROP = {
     Claim.IGNORES_ZERO_ROWS,
     Claim.COORDINATEWISE,
 }
+# Each projected row is a multiple of its own, and the others' directions are all that it sees.
+_PROJECTED = {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.LINEAR_IN_SCALES}
 _DUAL_CONE = {
     ORDER_FREE,
     Claim.DOUBLES,
@@ -129,20 +114,22 @@ _NORMALIZED = {ORDER_FREE, Claim.DOUBLES, Claim.IGNORES_ZERO_ROWS, *GEOMETRIC}
 _TRIMMED = {ORDER_FREE, Claim.ODD, Claim.HOMOGENEOUS, Claim.COORDINATEWISE}
 
 GRADIENT_CASES = (
-    _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT}),
+    _gradient_case("Sum", Sum, set(Claim) - {Claim.NO_CONFLICT_LEFT, Claim.SCALE_FREE}),
     _gradient_case("GradDrop", GradDrop, _GRADDROP),
     _gradient_case("GradDrop-leak", lambda: GradDrop(leak=0.3, seed=3), _GRADDROP),
-    _gradient_case("GradDrop-all-leaks", lambda: GradDrop(leak=1.0), _GRADDROP),
-    _gradient_case("PCGrad", PCGrad, {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT}),
+    _gradient_case(
+        "GradDrop-all-leaks", lambda: GradDrop(leak=1.0), {*_GRADDROP, Claim.LINEAR_IN_SCALES}
+    ),
+    _gradient_case("PCGrad", PCGrad, _PROJECTED),
     _gradient_case(
         "PCGrad-fixed",
         lambda: PCGrad(order="fixed"),
-        {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
+        {*_PROJECTED, Claim.IGNORES_ZERO_ROWS},
     ),
     _gradient_case(
         "PCGrad-expectation",
         lambda: PCGrad(expectation=True),
-        {*GEOMETRIC, ORDER_FREE, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
+        {*_PROJECTED, ORDER_FREE, Claim.IGNORES_ZERO_ROWS},
         max_tasks=6,
     ),
     _gradient_case(
@@ -172,16 +159,20 @@ GRADIENT_CASES = (
         {*_CAGRAD, Claim.NO_CONFLICT_LEFT},
         identical=2.5 / 3.25,
     ),
-    _gradient_case("CAGrad-no-radius", lambda: CAGrad(c=0), {*_CAGRAD, Claim.SUM_WITHOUT_CONFLICT}),
+    _gradient_case(
+        "CAGrad-no-radius",
+        lambda: CAGrad(c=0),
+        {*_CAGRAD, Claim.SUM_WITHOUT_CONFLICT, Claim.LINEAR_IN_SCALES},
+    ),
     _gradient_case("AlignedMTL", AlignedMTL, _ALIGNED),
     _gradient_case("AlignedMTL-median", lambda: AlignedMTL("median"), _ALIGNED),
     _gradient_case("AlignedMTL-rmse", lambda: AlignedMTL("rmse"), _ALIGNED),
     _gradient_case("AlignedMTL-blunt", lambda: AlignedMTL(rtol=1e-6), _ALIGNED),
-    _gradient_case("NashMTL", NashMTL, _BARGAINS),
-    _gradient_case("UPGrad", UPGrad, _DUAL_CONE),
+    _gradient_case("NashMTL", NashMTL, {*_BARGAINS, Claim.SCALE_FREE}),
+    _gradient_case("UPGrad", UPGrad, {*_DUAL_CONE, Claim.LINEAR_IN_SCALES}),
     _gradient_case("DualProj", DualProj, _DUAL_CONE),
-    _gradient_case("ConFIG", ConFIG, _EQUIANGULAR),
-    _gradient_case("IMTLG", IMTLG, _EQUIANGULAR),
+    _gradient_case("ConFIG", ConFIG, {*_EQUIANGULAR, Claim.SCALE_FREE, Claim.LINEAR_IN_SCALES}),
+    _gradient_case("IMTLG", IMTLG, {*_EQUIANGULAR, Claim.SCALE_FREE}),
     _gradient_case("IMTLG-official", lambda: IMTLG(normalize="official"), _EQUIANGULAR),
     _gradient_case("MGDA", MGDA, _MGDA),
     _gradient_case(
@@ -196,7 +187,7 @@ GRADIENT_CASES = (
         lambda: Normalized(UPGrad(), "min"),
         {*_NORMALIZED, Claim.NO_CONFLICT_LEFT},
     ),
-    _gradient_case("RandomGradient", RandomGradient, GEOMETRIC),
+    _gradient_case("RandomGradient", RandomGradient, {*GEOMETRIC, Claim.LINEAR_IN_SCALES}),
     # In the first step; the products of the rows with themselves stand for those of two batches.
     _gradient_case("MoDo", MoDo, {ORDER_FREE, Claim.ROTATES, Claim.ODD}),
     # In the first step, which is that of the strategy.
@@ -206,7 +197,7 @@ GRADIENT_CASES = (
         lambda: Smoothed(GradVac(order="fixed"), alpha=0.5),
         {*GEOMETRIC, Claim.SUM_WITHOUT_CONFLICT, Claim.IGNORES_ZERO_ROWS},
     ),
-    _gradient_case("FairGrad", FairGrad, _BARGAINS),
+    _gradient_case("FairGrad", FairGrad, {*_BARGAINS, Claim.SCALE_FREE}),
     _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),
     _gradient_case("FairGrad-throughput", lambda: FairGrad(alpha=0.5), _BARGAINS),
     _gradient_case(
@@ -229,22 +220,11 @@ GRADIENT_CASES = (
     _gradient_case("Krum-some", lambda: Krum(byzantine=0, selected=2), GEOMETRIC),
     _gradient_case("TrimmedMean", lambda: TrimmedMean(trim=1), _TRIMMED),
     _gradient_case(
-        "TrimmedMean-none", lambda: TrimmedMean(trim=0), set(Claim) - {Claim.NO_CONFLICT_LEFT}
+        "TrimmedMean-none",
+        lambda: TrimmedMean(trim=0),
+        set(Claim) - {Claim.NO_CONFLICT_LEFT, Claim.SCALE_FREE},
     ),
 )
-
-
-class Trait(enum.Enum):
-    """What may be true of a weighting."""
-
-    SUMS_TO_M = "the weights sum to the number of active tasks"
-    POSITIVE = "the weights are positive"
-    LINEAR = "the weighted losses are the weights times the losses"
-    STARTS_EQUAL = "before it has seen anything, every task has the same weight"
-    SHARED_OUT = "where a task is absent, the weights of the others keep their ratios alone"
-    COUPLED = "a task's weight depends on which others are there, and on their losses"
-    STATELESS = "nothing is remembered"
-    LEARNS_BY_GRADIENT = "its parameters move with the optimizer of the model"
 
 
 @dataclass(frozen=True)
@@ -254,10 +234,6 @@ class WeightingCase:
     name: str
     make: Callable[[], Weighting]
     traits: frozenset[Trait]
-
-
-def _optimizer() -> torch.optim.Optimizer:
-    return torch.optim.SGD([nn.Parameter(torch.tensor([1.0, -1.0]))], lr=0.1)
 
 
 _GRADNORM = frozenset(
@@ -294,12 +270,12 @@ WEIGHTING_CASES = (
     ),
     WeightingCase(
         "AutoLambda",
-        lambda: AutoLambda(_optimizer(), lr=0.05),
+        lambda: AutoLambda(optimizer_of_a_point(), lr=0.05),
         frozenset({Trait.LINEAR, Trait.STARTS_EQUAL}),
     ),
     WeightingCase(
         "AutoLambda-bounded",
-        lambda: AutoLambda(_optimizer(), lr=0.3, minimum=0.05),
+        lambda: AutoLambda(optimizer_of_a_point(), lr=0.3, minimum=0.05),
         frozenset({Trait.LINEAR, Trait.STARTS_EQUAL, Trait.POSITIVE}),
     ),
     WeightingCase(
@@ -383,7 +359,7 @@ WEIGHTING_CASES = (
     ),
     WeightingCase(
         "WarmUp-AutoLambda",
-        lambda: WarmUp(AutoLambda(_optimizer(), lr=0.05), epochs=1),
+        lambda: WarmUp(AutoLambda(optimizer_of_a_point(), lr=0.05), epochs=1),
         frozenset({Trait.LINEAR, Trait.STARTS_EQUAL}),
     ),
     WeightingCase("COSMOS", COSMOS, frozenset({Trait.COUPLED, Trait.STATELESS})),
@@ -423,7 +399,6 @@ WEIGHTING_CASES = (
     WeightingCase("GradNorm", GradNorm, _GRADNORM),
     WeightingCase("GradNorm-fast", lambda: GradNorm(alpha=0.12, lr=2.0), _GRADNORM),
 )
-TASKS_OF_CASES = 3  # for which cases with something of each task are made
 
 
 def gradient_cases(*claims: Claim) -> pytest.MarkDecorator:
@@ -436,44 +411,3 @@ def weighting_cases(*traits: Trait) -> pytest.MarkDecorator:
     """Parametrize a test by the weighting cases that have all of these traits."""
     chosen = [case for case in WEIGHTING_CASES if case.traits.issuperset(traits)]
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
-
-
-def live(weighting: Weighting, losses: Tensor, active: Tensor | None = None) -> Tensor:
-    """Take one training step with a weighting on its own, and return the weighted losses.
-
-    Whatever a weighting may do in a step happens: it looks ahead if it can, weighs, its parameters
-    take a gradient step, and it looks back if it can. The looking ahead is at two parameters (x, y)
-    whose gradient for task i is losses[i] * (1, i), and at a validation loss x + 2y of every task;
-    the step takes a loss i to (i + 1) / 4 of it.
-    """
-    numbers = torch.arange(TASKS_OF_CASES) if active is None else active
-    wrapped = getattr(weighting, "weighting", weighting)
-    if weighting.needs_gradients:
-        weighting.bind([str(i) for i in range(TASKS_OF_CASES)])
-        parameter = nn.Parameter(torch.tensor([1.0, -1.0]))
-        if isinstance(wrapped, AutoLambda):
-            (parameter,) = wrapped.optimizer.param_groups[0]["params"]
-        rows = [
-            [loss.detach() * torch.tensor([1.0, i])]
-            for i, loss in zip(numbers, losses, strict=True)
-        ]
-        names = weighting.tasks or ()
-        step = Step(
-            parameters=[parameter],
-            gradients=rows,
-            loss_scale=1.0,
-            validation=lambda: dict.fromkeys(names, parameter[0] + 2 * parameter[1]),
-            losses=losses.detach(),
-            norms=torch.stack([row.double().norm() for (row,) in rows]),
-        )
-        weighting.before_step(step)
-    weighted = weighting(losses)
-    parameters = list(weighting.parameters())
-    if parameters:
-        slopes = torch.autograd.grad(weighted.sum(), parameters)
-        with torch.no_grad():
-            for parameter, slope in zip(parameters, slopes, strict=True):
-                parameter.sub_(0.1 * slope)
-    if weighting.needs_after_step:
-        weighting.after_step(losses.detach() * (numbers.to(losses) + 1) / 4)
-    return weighted.detach()

@@ -84,6 +84,18 @@ def test_helpers_do_not_import_strategies() -> None:
         assert own <= HELPERS
 
 
+def test_only_the_kit_knows_the_kit() -> None:
+    """It needs the public names, and is never imported by ``import mtbalance``."""
+    kit = PACKAGE / "testing"
+    for path in PACKAGE.rglob("*.py"):
+        own = {name for name in imports(path) if name.startswith("mtbalance")}
+        if kit in path.parents:
+            private = {name for name in own if "._" in name and ".testing" not in name}
+            assert private <= {"mtbalance._checks"}, path
+        else:
+            assert not any(name.startswith("mtbalance.testing") for name in own), path
+
+
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_THE_BALANCER = 400
 MOST_LINES_OF_A_FUNCTION = 45
@@ -215,7 +227,9 @@ def test_what_only_some_rooms_may_import(package: str) -> None:
             assert room_of(path) in ROOMS[package], path
 
 
-@pytest.mark.parametrize("name", ["mtbalance", "mtbalance.weighting", "mtbalance.gradient"])
+@pytest.mark.parametrize(
+    "name", ["mtbalance", "mtbalance.weighting", "mtbalance.gradient", "mtbalance.testing"]
+)
 def test_public_names_exist_and_are_documented(name: str) -> None:
     module = importlib.import_module(name)
     assert len(set(module.__all__)) == len(module.__all__)
