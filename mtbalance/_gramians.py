@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mtbalance._rows import gramian_of
+from mtbalance._rows import finite_entries, gramian_of
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -134,6 +134,17 @@ def off_the_others(cosines: Tensor) -> Remainders:
         stays = vectors[:, ~kept].square().sum(1) <= _LEAST_EIGENVALUE
         squared_lengths = torch.where(stays, 1 / inverse.diagonal(), 0.0)
     return Remainders(inverse * squared_lengths[:, None], squared_lengths.clamp_max(1))
+
+
+def weights_on_cpu(solver: Callable[[Tensor], Tensor], gramian: Tensor) -> Tensor:
+    """Return a solver's weights, shape (m,), for the Gramian on the CPU; NaN if it is not finite.
+
+    Solvers compare, and comparisons pass NaN by.
+    """
+    gramian = gramian.detach().cpu()
+    if not all(finite_entries(gramian.diagonal())):
+        return torch.full_like(gramian[0], torch.nan)
+    return solver(gramian)
 
 
 # --- rows whose squares float64 does not hold -----------------------------------------------------

@@ -9,8 +9,8 @@ from mtbalance._gramians import (
     Number,
     numbers_of_pair,
     weights_of_pair,
+    weights_on_cpu,
 )
-from mtbalance._rows import finite_entries
 
 from ._base import Preference, PreferringStrategy
 
@@ -76,13 +76,13 @@ class AlignedMTL(PreferringStrategy):
         return max(numbers) * len(numbers) / sum(numbers)
 
     def weights(self, gramian: Tensor) -> Tensor:
-        preferences = self.preferences(gramian)
         if len(gramian) == 2:
-            return self._weights_of_pair(gramian, preferences)
-        gramian, preferences = gramian.detach().cpu(), preferences.cpu()
+            return self._weights_of_pair(gramian, self.preferences(gramian))
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
+        preferences = self.preferences(gramian)
         squared_norms = gramian.diagonal()
-        if not all(finite_entries(squared_norms)):
-            return torch.full_like(preferences, torch.nan)
         alive = squared_norms > ZERO_ROW**2 * squared_norms.max()
         if not alive.any():
             return preferences

@@ -15,9 +15,9 @@ from mtbalance._gramians import (
     unit_rows,
     vanishes,
     weights_of_pair,
+    weights_on_cpu,
 )
 from mtbalance._pivoting import FEW, dot, minimize_by_pivoting, minimize_for_few
-from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
@@ -84,9 +84,9 @@ class CAGrad(GramianStrategy):
     def weights(self, gramian: Tensor) -> Tensor:
         if len(gramian) == 2:
             return weights_of_pair(self._weights_of_pair, gramian)
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
         if len(gramian) <= FEW:
             weights = self._weights_of_few(gramian.tolist())
             if weights is not None:

@@ -8,8 +8,8 @@ from mtbalance._gramians import (
     equiangular,
     unit_rows,
     weights_of_pair,
+    weights_on_cpu,
 )
-from mtbalance._rows import finite_entries
 
 from ._base import PreferringStrategy
 
@@ -64,9 +64,9 @@ class ConFIG(PreferringStrategy):
     def weights(self, gramian: Tensor) -> Tensor:
         if len(gramian) == 2 and self.preference is None:
             return weights_of_pair(_weights_of_pair, gramian)
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
         preferences = self.preferences(gramian)
         rows = unit_rows(gramian)
         weights = torch.ones_like(preferences)

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_choice, check_positive, count_fallback
-from mtbalance._gramians import UnitRows, unit_rows
+from mtbalance._gramians import UnitRows, unit_rows, weights_on_cpu
 from mtbalance._newton import STATIONARY, Balance, balance_gains
-from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
@@ -65,9 +64,9 @@ class FairGrad(GramianStrategy):
         self.scale = scale
 
     def weights(self, gramian: Tensor) -> Tensor:
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._solve, gramian)
+
+    def _solve(self, gramian: Tensor) -> Tensor:
         rows = unit_rows(gramian)
         if len(rows.numbers) == 0:
             return torch.ones_like(gramian[0])

@@ -10,8 +10,8 @@ from mtbalance._gramians import (
     off_the_others,
     unit_rows,
     weights_of_pair,
+    weights_on_cpu,
 )
-from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
@@ -80,9 +80,9 @@ class GradOPS(GramianStrategy):
     def weights(self, gramian: Tensor) -> Tensor:
         if len(gramian) == 2 and self.alpha == 0:
             return weights_of_pair(_weights_of_pair, gramian)
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
         weights = torch.ones_like(gramian[0])
         rows = unit_rows(gramian)
         conflicts = (rows.cosines < -RESOLUTION).any(1)

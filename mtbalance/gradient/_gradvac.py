@@ -2,9 +2,8 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_choice, check_fraction
-from mtbalance._gramians import FLOATS, TENSORS, ZERO_ROW, Arithmetic, Number
+from mtbalance._gramians import FLOATS, TENSORS, ZERO_ROW, Arithmetic, Number, weights_on_cpu
 from mtbalance._random import RandomSource, visiting_orders
-from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
@@ -92,9 +91,9 @@ class GradVac(GramianStrategy):
         gramian = gramian.detach()
         if len(gramian) == 2:
             return self._weights_of_pair(gramian)
-        gramian = gramian.cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
         means = self.cosines.read(gramian).to(gramian)
         orders = visiting_orders(
             len(means), self.random.generator if self.order == "random" else None

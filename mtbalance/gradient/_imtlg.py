@@ -9,8 +9,8 @@ from mtbalance._gramians import (
     equiangular,
     unit_rows,
     weights_of_pair,
+    weights_on_cpu,
 )
-from mtbalance._rows import finite_entries
 
 from ._base import GramianStrategy
 
@@ -70,9 +70,9 @@ class IMTLG(GramianStrategy):
     def weights(self, gramian: Tensor) -> Tensor:
         if len(gramian) == 2:
             return weights_of_pair(_weights_of_pair, gramian)
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
         weights = torch.ones(len(gramian), dtype=torch.float64, device="cpu")
         rows = unit_rows(gramian)
         if len(rows.numbers) == 0:

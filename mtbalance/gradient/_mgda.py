@@ -10,9 +10,9 @@ from mtbalance._gramians import (
     unit_rows,
     vanishes,
     weights_of_pair,
+    weights_on_cpu,
 )
 from mtbalance._pivoting import FEW, minimize_by_pivoting, minimize_for_few
-from mtbalance._rows import finite_entries
 
 from ._base import Preference, PreferringStrategy
 
@@ -80,12 +80,12 @@ class MGDA(PreferringStrategy):
         return self.largest_preference / self.smallest_preference
 
     def weights(self, gramian: Tensor) -> Tensor:
-        m = len(gramian)
-        if m == 2:
+        if len(gramian) == 2:
             return weights_of_pair(self._weights_of_pair, gramian)
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
+        m = len(gramian)
         rows = unit_rows(gramian)
         found = rows.numbers
         weights = torch.zeros(m, dtype=torch.float64, device="cpu")

@@ -12,9 +12,9 @@ from mtbalance._gramians import (
     numbers_of_pair,
     unit_rows,
     weights_of_pair,
+    weights_on_cpu,
 )
 from mtbalance._newton import STATIONARY, balance_gains
-from mtbalance._rows import finite_entries
 
 from ._base import Preference, PreferringStrategy
 
@@ -73,14 +73,14 @@ class NashMTL(PreferringStrategy):
         self.scale = scale
 
     def weights(self, gramian: Tensor) -> Tensor:
-        preferences = self.preferences(gramian)
         if len(gramian) == 2:
             if gramian.is_cpu:
                 self._count_opposite(gramian.tolist())
-            return self._weights_of_pair(gramian, preferences)
-        gramian, preferences = gramian.detach().cpu(), preferences.cpu()
-        if not all(finite_entries(gramian.diagonal())):
-            return torch.full_like(preferences, torch.nan)
+            return self._weights_of_pair(gramian, self.preferences(gramian))
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
+        preferences = self.preferences(gramian)
         rows = unit_rows(gramian)
         if len(rows.numbers) == 0:
             return preferences

@@ -22,8 +22,8 @@ from mtbalance._gramians import (
     unit_rows,
     vanishes,
     weights_of_pair,
+    weights_on_cpu,
 )
-from mtbalance._rows import finite_entries
 
 from ._base import PrimaryStrategy
 
@@ -140,16 +140,14 @@ class PCD(PrimaryStrategy):
         asked = ratios * self._shares(gramian)
         if len(gramian) == 2:
             return self._weights_of_two(gramian, is_primary, ratios, asked)
-        gramian, is_primary = gramian.cpu(), is_primary.cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
-        if not is_primary.any():
-            return torch.ones_like(gramian[0])
-        return self._weights_of_more(gramian, is_primary, ratios.cpu(), asked.cpu())
+        beside = is_primary.cpu(), ratios.cpu(), asked.cpu()
+        return weights_on_cpu(partial(self._weights_of_more, *beside), gramian)
 
     def _weights_of_more(
-        self, gramian: Tensor, is_primary: Tensor, ratios: Tensor, asked: Tensor
+        self, is_primary: Tensor, ratios: Tensor, asked: Tensor, gramian: Tensor
     ) -> Tensor:
+        if not is_primary.any():
+            return torch.ones_like(ratios)
         weights = torch.zeros_like(ratios)
         rows = unit_rows(gramian)
         found, cosines = rows.numbers, rows.cosines

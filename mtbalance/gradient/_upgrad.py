@@ -1,11 +1,16 @@
 import math
 
-import torch
 from torch import Tensor
 
 from mtbalance._active_set import project_each_on_dual_cone
-from mtbalance._gramians import ZERO_ROW, Arithmetic, Number, unit_rows, weights_of_pair
-from mtbalance._rows import finite_entries
+from mtbalance._gramians import (
+    ZERO_ROW,
+    Arithmetic,
+    Number,
+    unit_rows,
+    weights_of_pair,
+    weights_on_cpu,
+)
 
 from ._base import PreferringStrategy
 
@@ -58,9 +63,9 @@ class UPGrad(PreferringStrategy):
     def weights(self, gramian: Tensor) -> Tensor:
         if len(gramian) == 2:
             return weights_of_pair(self._weights_of_pair, gramian)
-        gramian = gramian.detach().cpu()
-        if not all(finite_entries(gramian.diagonal())):  # comparisons would pass NaN by
-            return torch.full_like(gramian[0], torch.nan)
+        return weights_on_cpu(self._weights_of_more, gramian)
+
+    def _weights_of_more(self, gramian: Tensor) -> Tensor:
         weights = self.preferences(gramian)
         rows = unit_rows(gramian)
         lengths = weights[rows.numbers] * rows.norms

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mtbalance import Balancer
+from mtbalance._gramians import TENSORS
 from mtbalance.gradient import MGDA, ConFIG, DualProj, UPGrad
 from mtbalance.gradient._base import PreferringStrategy
 from mtbalance.weighting import Equal
@@ -136,6 +137,37 @@ def test_refuses_preferences_of_other_tasks(kind: Kind, m: int) -> None:
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=re.escape("`preference[1]` must be")):
             kind(preference=[1.0, bad])
+
+
+# --- two tasks, in a formula that takes preferences -----------------------------------------------
+
+FORMULAS = pytest.mark.parametrize("kind", [DualProj, UPGrad])
+
+
+@FORMULAS
+@given(rows=gradients(m=(2, 2)), p=st.floats(0.05, 20))
+@settings(max_examples=150)
+def test_two_tasks_on_a_device_get_the_same_weights(kind: Kind, rows: Tensor, p: float) -> None:
+    """The formula carried by tensors, as on a GPU, and by Python's floats, as on the CPU."""
+    strategy = kind(preference=[p, 1.0])
+    gramian = rows @ rows.T
+    a, h, _, b = gramian.flatten().unbind()
+    of_tensors = torch.stack(strategy._weights_of_pair(a, h, b, TENSORS))  # type: ignore[attr-defined]
+    assert_close(of_tensors, strategy.weights(gramian), rtol=1e-14, atol=0)
+
+
+@FORMULAS
+@pytest.mark.parametrize("preference", [None, [1.0, 2.0]])
+def test_two_tasks_on_a_device_wait_for_nothing(kind: Kind, preference) -> None:
+    """On the meta device, reading a number or copying it to the host raises."""
+    gramian = torch.empty(2, 2, dtype=torch.float64, device="meta")
+    weights = kind(preference=preference).weights(gramian)
+    assert (weights.device.type, weights.shape) == ("meta", (2,))
+    with pytest.raises(NotImplementedError):  # so the test can fail
+        kind().weights(torch.empty(3, 3, dtype=torch.float64, device="meta"))
+
+
+# --- what they say --------------------------------------------------------------------------------
 
 
 @KINDS

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from mtbalance._gramians import TENSORS
 from mtbalance.gradient import PCGrad, UPGrad
 from tests._oracles import array, project_on_dual_cone
 from tests._samplers import gradients, matrix, random_gradients
@@ -117,27 +116,6 @@ PAIRS = gradients(m=(2, 2))
 @given(rows=PAIRS)
 def test_two_tasks_are_those_of_pcgrad(rows: Tensor) -> None:
     assert torch.equal(UPGrad()(rows), PCGrad()(rows))
-
-
-@given(rows=PAIRS, p=st.floats(0.05, 20))
-@settings(max_examples=150)
-def test_two_tasks_on_a_device_get_the_same_weights(rows: Tensor, p: float) -> None:
-    """The formula carried by tensors, as on a GPU, and by Python's floats, as on the CPU."""
-    strategy = UPGrad(preference=[p, 1.0])
-    gramian = rows @ rows.T
-    a, h, _, b = gramian.flatten().unbind()
-    on_device = torch.stack(strategy._weights_of_pair(a, h, b, TENSORS))
-    assert_close(on_device, strategy.weights(gramian), rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("preference", [None, [1.0, 2.0]])
-def test_two_tasks_on_a_device_wait_for_nothing(preference: list[float] | None) -> None:
-    """On the meta device, reading a number or copying it to the host raises."""
-    gramian = torch.empty(2, 2, dtype=torch.float64, device="meta")
-    weights = UPGrad(preference=preference).weights(gramian)
-    assert (weights.device.type, weights.shape) == ("meta", (2,))
-    with pytest.raises(NotImplementedError):  # so the test can fail
-        UPGrad().weights(torch.empty(3, 3, dtype=torch.float64, device="meta"))
 
 
 # --- what is left of the settings -----------------------------------------------------------------

@@ -8,7 +8,7 @@ step itself is held against a real step of ``torch.optim.SGD``.
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -22,19 +22,13 @@ from mtbalance.gradient import Sum
 from mtbalance.weighting import AutoLambda, Step
 from tests._device import on_device, randn
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 # Derivatives are on the CPU, wherever the model is.
 assert_close = functools.partial(torch.testing.assert_close, check_device=False)
 TASKS = ("a", "b", "c")
 WEIGHTS = [0.3, -0.2, 0.5]
 Validation = Callable[[], Mapping[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    """Everything, the weights included, is compared in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Network(nn.Module):

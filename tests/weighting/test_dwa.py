@@ -4,7 +4,6 @@ w_i = m softmax_i(r_i / T), r_i the mean loss of the last epoch over that of the
 """
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from torch.testing import assert_close
 from mtbalance.weighting import DWA
 from tests._oracles import dwa_weights
 from tests.weighting._helpers import double
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 MEANS = st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3)
 
@@ -37,14 +38,6 @@ def weights(weighting: DWA, active: list[int] | None = None, count: int = 3) -> 
         found = weighting(torch.ones(len(tasks), dtype=torch.float64))
     weighting.train()
     return found
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    """State is made in the default dtype; these tests compare to 1e-12."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def test_by_hand() -> None:

@@ -6,7 +6,7 @@ with a graph through their softmax, and ``torch.optim.Adam``.
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -21,15 +21,10 @@ from mtbalance.weighting import FAMO
 from tests._networks import TASKS, Network, batch
 from tests.weighting._helpers import double
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 LOSSES = st.floats(1e-8, 1e4)
 CHANGES = st.lists(st.tuples(LOSSES, LOSSES), min_size=3, max_size=3)
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def weights(weighting: FAMO, losses: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Warm-up: sum log L. Then m mu log sum (L / z)^(1 / mu), z the mean losses of one
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -19,19 +19,13 @@ from mtbalance.gradient import Sum
 from mtbalance.weighting import STCH, LogLoss
 from tests.weighting._helpers import double, weighed
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 TASKS = ("a", "b", "c")
 SIZES = st.lists(st.floats(1e-8, 1e4), min_size=3, max_size=3)
 NEAR = st.lists(st.floats(1e-2, 1e2), min_size=3, max_size=3)
 STEPS = st.dictionaries(st.integers(0, 2), st.floats(1e-2, 1e2), min_size=1)
 """Losses by the number of the task, of which some may be absent."""
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    """Losses in these tests are float64, and compared to 1e-10."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def weights(weighting: STCH, *losses: float) -> Tensor:

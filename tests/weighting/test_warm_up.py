@@ -1,7 +1,6 @@
 """What is true of WarmUp alone; what holds for every weighting is in test_contract.py."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,12 +24,7 @@ from mtbalance.weighting import (
 )
 from tests._networks import TASKS, Network, batch, gradients
 
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def weights(weighting: Weighting, *losses: float) -> Tensor:
