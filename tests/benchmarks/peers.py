@@ -7,9 +7,11 @@ pass and everything up to filled ``.grad``.
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tests.benchmarks.workloads import Workload
@@ -38,6 +40,16 @@ def strategy_of(name: str) -> str:
     return name.split()[1]
 
 
+def byzantine_of(m: int) -> int:
+    """Return how many of m gradients Krum takes for outliers: as many as it can, here and there."""
+    return max(m - 3, 0)
+
+
+def trim_of(m: int) -> int:
+    """Return how many entries TrimmedMean leaves out at each end."""
+    return min(1, (m - 1) // 2)
+
+
 # --- TorchJD --------------------------------------------------------------------------------------
 
 
@@ -49,30 +61,48 @@ def _torchjd_steps(workload: Workload) -> dict[str, Step]:
     """
     steps = {}
     for strategy in STRATEGIES:
-        steps[f"torchjd {strategy} vmap"] = _torchjd_step(workload, strategy, None)
-        steps[f"torchjd {strategy} seq"] = _torchjd_step(workload, strategy, 1)
+        make = functools.partial(_aggregator, strategy, workload)
+        steps[f"torchjd {strategy} vmap"] = _torchjd_step(workload, make, None)
+        steps[f"torchjd {strategy} seq"] = _torchjd_step(workload, make, 1)
         if strategy != "graddrop":
             steps[f"torchjd {strategy} seq gram"] = _torchjd_step(
-                workload, strategy, 1, optimize_gramian_computation=True
+                workload, make, 1, optimize_gramian_computation=True
             )
     return steps
 
 
-def _torchjd_step(workload: Workload, strategy: str, chunk: int | None, **options: bool) -> Step:
+def _aggregators() -> dict[str, type]:
+    """Return TorchJD's aggregators by the names that strategies have here."""
     from torchjd import aggregation
+
+    kinds = {name.lower(): getattr(aggregation, name) for name in aggregation.__all__}
+    return {**kinds, "randomgradient": kinds["random"]}
+
+
+def _aggregator(strategy: str, workload: Workload) -> Any:
+    m = len(workload.tasks)
+    options = {
+        "cagrad": {"c": C},
+        "fairgrad": {"alpha": 1.0},
+        "krum": {"n_byzantine": byzantine_of(m)},
+        "nashmtl": {"n_tasks": m},
+        "trimmedmean": {"trim_number": trim_of(m)},
+    }
+    return _aggregators()[strategy](**options.get(strategy, {}))
+
+
+def _torchjd_step(
+    workload: Workload, make: Callable[[], Any], chunk: int | None, **options: bool
+) -> Step:
     from torchjd.autojac import jac_to_grad, mtl_backward
 
-    makers = {
-        "pcgrad": aggregation.PCGrad,
-        "cagrad": lambda: aggregation.CAGrad(c=C),
-        "graddrop": aggregation.GradDrop,
-    }
+    make = functools.cache(make)  # one, as some remember
     of_heads = {id(p) for p in workload.heads.parameters()}
     below = [p for p in workload.model.parameters() if id(p) not in of_heads]
 
     def step() -> None:
         # First, and in the step: where a solver is not installed, this raises, and leaves nothing.
-        aggregator = makers[strategy]()
+        aggregator = make()
         features = workload.features(workload.training.inputs)
         losses = workload.losses_of(features, workload.training)
         mtl_backward(list(losses.values()), features=features, parallel_chunk_size=chunk)
@@ -118,6 +148,8 @@ class _LibMTLModel:
         self.share_params = workload.parameters
         self.rep: dict[str, Tensor] = {}
         self.rep_tasks: dict[str, Tensor] = {}
+        self.epoch = 2  # some methods begin when they have seen two
+        self.train_loss_buffer = np.ones((self.task_num, 3))
 
     def get_share_params(self) -> list[Tensor]:
         return self.share_params
@@ -133,16 +165,17 @@ class _LibMTLModel:
 def _libmtl_model(workload: Workload, name: str, *, rep_grad: bool) -> Any:
     model = type(name, (_LibMTLModel, _libmtl_weighting(name)), {})()
     model.prepare(workload, rep_grad=rep_grad)
+    model.init_param()
     return model
 
 
-def _libmtl_step(workload: Workload, name: str, **options: float) -> Step:
-    """Return a step of a strategy on the gradients of the shared parameters."""
+def _libmtl_step(workload: Workload, name: str, **options: Any) -> Step:
+    """Return a step of a strategy on the gradients of the shared parameters, if it needs these."""
     make = functools.cache(lambda: _libmtl_model(workload, name, rep_grad=False))
 
     def step() -> None:
         weighting = make()  # in the first step, so that an error of the import belongs to it
-        weighting.backward(list(workload.losses().values()), **options)
+        weighting.backward(torch.stack(list(workload.losses().values())), **options)
 
     return step
 
@@ -163,3 +196,93 @@ def _libmtl_graddrop_step(workload: Workload, **options: float) -> Step:
         weighting.rep.clear()  # with it goes the graph, which LibMTL retains
 
     return step
+
+
+# --- the whole catalogue --------------------------------------------------------------------------
+
+LIBMTL: dict[str, tuple[str, dict[str, Any]]] = {
+    "equal+sum": ("EW", {}),
+    "equal+cagrad": ("CAGrad", {"calpha": C, "rescale": 1}),
+    "equal+gradvac": ("GradVac", {"beta": 0.01}),
+    "equal+mgda": ("MGDA", {"mgda_gn": "none"}),
+    "equal+pcgrad": ("PCGrad", {}),
+    "dwa+sum": ("DWA", {"T": 2.0}),
+    "geometricmean+sum": ("GLS", {}),
+    "gradnorm+sum": ("GradNorm", {"alpha": 1.5}),
+    "randomweighting+sum": ("RLW", {"dist": "Normal"}),
+    "uncertainty+sum": ("UW", {}),
+}
+"""What LibMTL calls a weighting and a gradient strategy that are one class there."""
+
+SCALARIZERS: dict[str, Callable[[Any, int], Any]] = {
+    "constant": lambda jd, m: jd.Constant(torch.ones(m)),
+    "cosmos": lambda jd, m: jd.COSMOS(1.0, torch.ones(m)),
+    "dwa": lambda jd, m: jd.DWA(),
+    "equal": lambda jd, m: jd.Sum(),
+    "famo": lambda jd, m: jd.FAMO(m),
+    "geometricmean": lambda jd, m: jd.GeometricMean(),
+    "imtll": lambda jd, m: jd.IMTLL(m),
+    "pbi": lambda jd, m: jd.PBI(5.0, torch.ones(m)),
+    "randomweighting": lambda jd, m: jd.Random(),
+    "stch": lambda jd, m: jd.STCH(1.0),
+    "uncertainty": lambda jd, m: jd.UW(m),
+}
+"""TorchJD's weightings, by the names that they have here."""
+
+
+def peers_of_catalogue(
+    workload: Workload, variants: Iterable[str]
+) -> tuple[dict[str, dict[str, Step]], list[str]]:
+    """Return steps by library and by variant, where a library has it, and lines as ``peers``.
+
+    Variants are names for ``make_balancer``. Of TorchJD's modes it is the one that takes the least
+    memory, task by task, and where it exists, the faster way to the Gramian.
+    """
+    steps: dict[str, dict[str, Step]] = {}
+    missing = []
+    for library, make in (("torchjd", _torchjd_of), ("LibMTL", _libmtl_of)):
+        if importlib.util.find_spec(library) is None:
+            missing.append(f"{library} is not installed, and is left out.")
+            continue
+        made = {variant: make(workload, variant) for variant in variants}
+        steps[library] = {variant: step for variant, step in made.items() if step is not None}
+    return steps, missing
+
+
+def _torchjd_of(workload: Workload, variant: str) -> Step | None:
+    weighting, gradient = variant.split("+")
+    if gradient == "sum":
+        return _scalarized_step(workload, weighting) if weighting in SCALARIZERS else None
+    kind = _aggregators().get(gradient)
+    if weighting != "equal" or kind is None:
+        return None
+    from torchjd.aggregation import GramianWeightedAggregator
+
+    make = functools.partial(_aggregator, gradient, workload)
+    return _torchjd_step(
+        workload,
+        make,
+        1,
+        optimize_gramian_computation=issubclass(kind, GramianWeightedAggregator),
+    )
+
+
+def _scalarized_step(workload: Workload, weighting: str) -> Step:
+    from torchjd import scalarization
+
+    scalarizer = SCALARIZERS[weighting](scalarization, len(workload.tasks))
+    scalarizer.to(workload.training.inputs.device)
+
+    def step() -> None:
+        scalarizer(torch.stack(list(workload.losses().values()))).backward()
+        if weighting == "famo":
+            scalarizer.update(torch.stack(list(workload.losses().values())))
+
+    return step
+
+
+def _libmtl_of(workload: Workload, variant: str) -> Step | None:
+    if variant not in LIBMTL:
+        return None
+    name, options = LIBMTL[variant]
+    return _libmtl_step(workload, name, **options)

@@ -280,7 +280,7 @@ def measure(
     for k, median in medians.items():
         rows[k] = {
             "median": median,
-            "quartiles": _quartiles(times[k]),
+            "quartiles": quartiles(times[k]),
             "ratios": {floor: median / medians[floor] for floor in FLOORS},
         }
         rival = f"equal+{strategy_of(k)}" if k in theirs else None
@@ -299,7 +299,7 @@ def measure(
     }
 
 
-def _quartiles(values: Sequence[float]) -> list[float]:
+def quartiles(values: Sequence[float]) -> list[float]:
     """Return the first and the third."""
     if len(values) < 2:
         return [values[0], values[0]]

@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 
-from tests.benchmarks import memory, solvers, step_cost, tiny_step
-from tests.benchmarks.peers import peers
+from mtbalance._factory import GRADIENTS, WEIGHTINGS
+from tests.benchmarks import catalogue, memory, solvers, step_cost, tiny_step
+from tests.benchmarks.peers import LIBMTL, SCALARIZERS, peers, peers_of_catalogue
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
 CPU = torch.device("cpu")
@@ -87,6 +88,85 @@ def test_peers_fill_every_grad(library: str) -> None:
         for parameter in workload.model.parameters():
             assert parameter.grad is not None
             assert parameter.grad.isfinite().all()
+
+
+def test_catalogue_measures_every_strategy(capsys, tmp_path) -> None:
+    path = tmp_path / "today.json"
+    arguments = ("--workload", "tiny-mlp", "--rounds", "1", "--no-peers", "--to", str(path))
+    out = report(catalogue, capsys, *arguments)
+    assert json.loads(path.read_text()) == out
+    rows = out["workloads"]["tiny-mlp"]["variants"]
+    for kind in GRADIENTS.values():
+        assert f"equal+{kind.__name__.lower()}" in rows
+    for kind in WEIGHTINGS.values():
+        assert {f"{kind.__name__.lower()}+sum", f"{kind.__name__.lower()}+cagrad"} <= set(rows)
+    assert len(rows) == 3 + len(catalogue.variants(3))
+    for row in rows.values():
+        first, third = row["quartiles"]
+        assert 0 < first <= row["median"] <= third
+        assert row["ratios"]["floor 2"] == row["median"] / rows["floor 2"]["median"]
+        assert row["peers"] == {}
+
+
+def test_catalogue_prints_one_table(capsys) -> None:
+    catalogue.main(["--workload", "tiny-mlp", "--rounds", "1", "--no-peers"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {6}
+    assert len(lines) == 2 + 3 + len(catalogue.variants(3))
+
+
+def test_catalogue_tables_say_who_is_missing_or_fails() -> None:
+    def row(seconds: float, **peers: dict) -> dict:
+        return {"median": seconds, "ratios": {"floor 2": seconds / 2}, "peers": peers}
+
+    results = {
+        "small": {"tasks": 2, "missing": ["nobody is not installed."]}
+        | {"variants": {"equal+sum": row(1.0, LibMTL={"fails": "no kernel"})}},
+        "large": {"tasks": 3, "missing": []}
+        | {"variants": {"equal+sum": row(2.0, torchjd={"to_ours": 1.5}), "equal+krum": row(3.0)}},
+    }
+    lines = catalogue.table(results).splitlines()
+    assert lines[2] == "| equal+sum | 1000.0 | 0.50 | - | fails | 2000.0 | 1.00 | 1.50 | - |"
+    assert lines[3] == "| equal+krum | - | - | - | - | 3000.0 | 1.50 | - | - |"
+    assert lines[5:] == ["LibMTL equal+sum, small: no kernel", "nobody is not installed."]
+
+
+@pytest.mark.parametrize("variant", ["autolambda+cagrad", "famo+sum", "equal+modo"])
+def test_catalogue_gives_strategies_what_they_need(variant: str) -> None:
+    """A validation batch, a look back (or it would be told once), further batches."""
+    workload = TINY["tiny-mlp"](CPU)
+    step = catalogue.step_of(workload, catalogue.balancer_of(workload, variant))
+    for _ in range(3):
+        workload.model.zero_grad()
+        step()
+        for parameter in workload.model.parameters():
+            assert parameter.grad is not None
+
+
+@pytest.mark.parametrize("library", catalogue.LIBRARIES)
+def test_namesakes_fill_every_grad(library: str) -> None:
+    workload = TINY["tiny-mlp"](CPU)
+    known = catalogue.variants(3)
+    assert set(LIBMTL) <= set(known)
+    assert {f"{name}+sum" for name in SCALARIZERS} <= set(known)
+    steps, missing = peers_of_catalogue(workload, known)
+    if library not in steps:
+        assert any(line.startswith(library) for line in missing)
+        pytest.skip(f"{library} is not installed")
+    done = 0
+    for variant, step in steps[library].items():
+        workload.model.zero_grad()
+        with warnings.catch_warnings():  # theirs
+            warnings.simplefilter("ignore")
+            try:
+                step()
+            except ImportError:  # of a solver
+                continue
+        done += 1
+        for parameter in workload.model.parameters():
+            assert parameter.grad is not None, variant
+            assert parameter.grad.isfinite().all(), variant
+    assert done >= 10
 
 
 @pytest.mark.parametrize("name", TINY)
