@@ -59,6 +59,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "krum": gradient.Krum,
     "trimmedmean": gradient.TrimmedMean,
     "modo": gradient.MoDo,
+    "sdmgrad": gradient.SDMGrad,
 }
 
 _REQUIRED = {

@@ -30,6 +30,7 @@ from mtbalance.gradient import (
     Normalized,
     PCGrad,
     RandomGradient,
+    SDMGrad,
     Smoothed,
     Sum,
     TrimmedMean,
@@ -190,6 +191,10 @@ GRADIENT_CASES = (
     _gradient_case("RandomGradient", RandomGradient, {*GEOMETRIC, Claim.LINEAR_IN_SCALES}),
     # In the first step; the products of the rows with themselves stand for those of two batches.
     _gradient_case("MoDo", MoDo, {ORDER_FREE, Claim.ROTATES, Claim.ODD}),
+    # Steps as large as the authors' may magnify rounding: what is no symmetry of each digit is only
+    # true of smaller ones.
+    _gradient_case("SDMGrad", SDMGrad, {Claim.ODD}),
+    _gradient_case("SDMGrad-small", lambda: SDMGrad(lr=0.05), {ORDER_FREE, *GEOMETRIC}),
     # In the first step, which is that of the strategy.
     _gradient_case("Smoothed", lambda: Smoothed(UPGrad(), alpha=0.9), _DUAL_CONE),
     _gradient_case(

@@ -219,7 +219,8 @@ def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     """Buffers are copied in each step where there are any."""
     strategy = case.make()
     assert strategy.remembers == bool(list(strategy.buffers()))
-    assert strategy.remembers == case.name.startswith(("GradVac", "MoDo", "PCD", "Smoothed"))
+    remembers = ("GradVac", "MoDo", "PCD", "SDMGrad", "Smoothed")
+    assert strategy.remembers == case.name.startswith(remembers)
 
 
 # --- state ----------------------------------------------------------------------------------------

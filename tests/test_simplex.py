@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from mtbalance._simplex import project_onto_simplex
+from mtbalance._simplex import nearest_weights, project_onto_simplex
 
 
 def slow_projection(vector: list[float]) -> list[Fraction]:
@@ -40,6 +40,7 @@ def slow_projection(vector: list[float]) -> list[Fraction]:
 )
 def test_by_hand(vector: list[float], nearest: list[float]) -> None:
     assert project_onto_simplex(torch.tensor(vector)).tolist() == nearest
+    assert nearest_weights(vector) == nearest
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, 1e8])
@@ -48,21 +49,26 @@ def test_against_enumeration_in_exact_arithmetic(count: int, size: float) -> Non
     torch.manual_seed(count)
     for _ in range(20):
         vector = (torch.randn(count, dtype=torch.float64) * size).tolist()
-        found = project_onto_simplex(torch.tensor(vector, dtype=torch.float64)).tolist()
         expected = [float(x) for x in slow_projection(vector)]
-        assert found == pytest.approx(expected, abs=1e-15 * (1 + size), rel=0)
-        assert sum(found) == pytest.approx(1, abs=1e-15)
-        assert min(found) >= 0
+        for found in (
+            project_onto_simplex(torch.tensor(vector, dtype=torch.float64)).tolist(),
+            nearest_weights(vector),
+        ):
+            assert found == pytest.approx(expected, abs=1e-15 * (1 + size), rel=0)
+            assert sum(found) == pytest.approx(1, abs=1e-15)
+            assert min(found) >= 0
 
 
 def test_differences_of_large_entries_count() -> None:
     vector = torch.tensor([1e9 + 0.25, 1e9, -1e300], dtype=torch.float64)
     assert project_onto_simplex(vector).tolist() == [0.625, 0.375, 0.0]
+    assert nearest_weights(vector.tolist()) == [0.625, 0.375, 0.0]
 
 
 def test_entries_near_the_end_of_the_range_are_held() -> None:
     vector = torch.tensor([1e308, -1e308, 1e308], dtype=torch.float64)
     assert project_onto_simplex(vector).tolist() == [0.5, 0.0, 0.5]
+    assert nearest_weights([1e308, -math.inf, 1e308]) == [0.5, 0.0, 0.5]
 
 
 def test_a_point_of_the_simplex_stays() -> None:
@@ -74,3 +80,14 @@ def test_a_point_of_the_simplex_stays() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_is_not_finite_gives_nan(number: float) -> None:
     assert project_onto_simplex(torch.tensor([0.5, number])).isnan().all()
+
+
+def test_no_digit_depends_on_the_order() -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        numbers = (0.3 * torch.randn(9, dtype=torch.float64)).tolist()
+        weights = dict(zip(numbers, nearest_weights(numbers), strict=True))
+        assert 1 < sum(weight > 0 for weight in weights.values()) < 9
+        for shift in range(1, 9):
+            turned = numbers[shift:] + numbers[:shift]
+            assert nearest_weights(turned) == [weights[number] for number in turned]

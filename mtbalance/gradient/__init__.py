@@ -28,6 +28,7 @@ from ._normalized import Normalized
 from ._pcd import PCD
 from ._pcgrad import PCGrad
 from ._randomgradient import RandomGradient
+from ._sdmgrad import SDMGrad
 from ._smoothed import Smoothed
 from ._sum import Sum
 from ._trimmedmean import TrimmedMean
@@ -56,6 +57,7 @@ __all__ = [
     "PreferringStrategy",
     "PrimaryStrategy",
     "RandomGradient",
+    "SDMGrad",
     "Smoothed",
     "Sum",
     "TrimmedMean",
