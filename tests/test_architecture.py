@@ -135,6 +135,19 @@ TOY = ROOT / "examples" / "toy"
 TOY_FLOORS = (("cli",), ("figure",), ("trails",), ("problem",))
 """The modules of the toy, as the packages of the example above."""
 
+DIGITS = ROOT / "examples" / "digits"
+DIGITS_FLOORS = (
+    ("cli",),
+    ("figure",),
+    ("page",),
+    ("results",),
+    ("study", "costs"),
+    ("training",),
+    ("methods", "data"),
+    ("setting",),
+)
+"""Likewise, of the digits."""
+
 ROOMS = {
     "matplotlib": {"figures"},
     "typer": {"cli", "settings"},
@@ -150,7 +163,7 @@ def imported_files(path: Path) -> set[Path]:
 
     The packages that a module is in are left out, as every module's import runs them first.
     """
-    package = next(each for each in (EXAMPLE, TOY, PACKAGE) if each in path.parents)
+    package = next(each for each in (EXAMPLE, TOY, DIGITS, PACKAGE) if each in path.parents)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -189,7 +202,9 @@ def test_every_room_of_the_example_has_a_floor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("example", "floors"), [(EXAMPLE, FLOORS), (TOY, TOY_FLOORS)], ids=["pathology", "toy"]
+    ("example", "floors"),
+    [(EXAMPLE, FLOORS), (TOY, TOY_FLOORS), (DIGITS, DIGITS_FLOORS)],
+    ids=["pathology", "toy", "digits"],
 )
 def test_imports_of_the_example_never_rise(
     example: Path, floors: tuple[tuple[str, ...], ...]
@@ -202,19 +217,23 @@ def test_imports_of_the_example_never_rise(
                 assert same or floor_of[room_of(other, example)] > floor_of[room], (path, other)
 
 
-def test_the_toy_stands_alone() -> None:
-    files = {path.stem: imports(path) for path in TOY.rglob("*.py")}
-    assert files.keys() == {"__init__", "__main__"} | {
-        name for floor in TOY_FLOORS for name in floor
-    }
+@pytest.mark.parametrize(
+    ("example", "floors"), [(TOY, TOY_FLOORS), (DIGITS, DIGITS_FLOORS)], ids=["toy", "digits"]
+)
+def test_a_small_example_stands_alone(example: Path, floors: tuple[tuple[str, ...], ...]) -> None:
+    files = {path.stem: imports(path) for path in example.rglob("*.py")}
+    assert files.keys() == {"__init__", "__main__"} | {name for floor in floors for name in floor}
     for name, modules in files.items():
-        assert not any(module.startswith("examples.pathology") for module in modules), name
+        examples = {module for module in modules if module.startswith("examples.")}
+        assert all(module.startswith(f"examples.{example.name}") for module in examples), name
         outside = {module.partition(".")[0] for module in modules}
         assert ("matplotlib" in outside) == (name == "figure")
         assert ("typer" in outside) == (name == "cli")
 
 
-@pytest.mark.parametrize("folder", [PACKAGE, EXAMPLE, TOY], ids=["library", "pathology", "toy"])
+@pytest.mark.parametrize(
+    "folder", [PACKAGE, EXAMPLE, TOY, DIGITS], ids=["library", "pathology", "toy", "digits"]
+)
 def test_files_import_each_other_in_no_circle(folder: Path) -> None:
     graph = {path: imported_files(path) for path in folder.rglob("*.py")}
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
