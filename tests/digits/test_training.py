@@ -101,14 +101,32 @@ def test_all_methods_see_the_same():
     first, *others = (
         Training(name, 5, 0.01, TINY) for name in ("sum", "rlw", "autolambda", "pcgrad")
     )
-    batches = [batch.sources for batch in first.epoch()]
-    assert len(batches) == 3
+    batches = [batch.sources for _ in range(2) for batch in first.epoch()]
+    assert len(batches) == 6
     for other in others:
         for a, b in zip(first.network.parameters(), other.network.parameters(), strict=True):
             assert torch.equal(a, b)
-        for batch, sources in zip(other.epoch(), batches, strict=True):
-            assert torch.equal(batch.sources, sources)
-            other.step(batch)  # drawing more does not change the batches
+        seen = []
+        for _ in range(2):
+            for batch in other.epoch():
+                seen.append(batch.sources)
+                other.step(batch)  # drawing more does not change the batches
+            other.end_epoch()
+        assert all(torch.equal(a, b) for a, b in zip(seen, batches, strict=True))
+
+
+def test_every_epoch_is_ended_after_its_steps(monkeypatch):
+    told = []
+    for name in ("backward", "after_step", "end_epoch"):
+        original = getattr(mtbalance.Balancer, name)
+
+        def spy(self, *arguments, _name=name, _original=original, **options):
+            told.append(_name)
+            return _original(self, *arguments, **options)
+
+        monkeypatch.setattr(mtbalance.Balancer, name, spy)
+    train("dwa", 0, 0.01, TINY)
+    assert told == [*["backward", "after_step"] * 3, "end_epoch"] * 2
 
 
 def test_further_batches_are_training_pictures():
