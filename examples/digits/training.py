@@ -129,8 +129,8 @@ class Training:
             return {}
         if self.balancer.weighting.needs_validation:
             return {"validation": self._losses_of_another}
-        if getattr(self.balancer.gradient, "needs_batches", False):
-            return {"batches": (self._losses_of_another, self._losses_of_another)}
+        if counts := self.balancer.gradient.further_batches:
+            return {"batches": [self._losses_of_another] * max(counts)}
         return {}
 
     def _losses_of_another(self) -> dict[str, Tensor]:

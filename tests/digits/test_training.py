@@ -99,7 +99,7 @@ def test_a_network_per_task_learns_its_task_alone():
 
 def test_all_methods_see_the_same():
     first, *others = (
-        Training(name, 5, 0.01, TINY) for name in ("sum", "rlw", "autolambda", "pcgrad")
+        Training(name, 5, 0.01, TINY) for name in ("sum", "rlw", "autolambda", "modo")
     )
     batches = [batch.sources for _ in range(2) for batch in first.epoch()]
     assert len(batches) == 6
@@ -129,17 +129,20 @@ def test_every_epoch_is_ended_after_its_steps(monkeypatch):
     assert told == [*["backward", "after_step"] * 3, "end_epoch"] * 2
 
 
-def test_further_batches_are_training_pictures():
-    training = Training("autolambda", 0, 0.01, TINY)
+@pytest.mark.parametrize(("method", "further"), [("autolambda", 1), ("modo", 2)])
+def test_further_batches_are_training_pictures(method, further):
+    training = Training(method, 0, 0.01, TINY)
     seen = []
     original = training.losses
     training.losses = lambda batch: (seen.append(batch), original(batch))[1]
     batch = next(training.epoch())
     training.step(batch)
-    assert len(seen) == 2
+    assert seen[0] is batch
+    assert len(seen) == 1 + further
     known = {tuple(pair) for pair in training.data.train.sources.tolist()}
-    assert {tuple(pair) for pair in seen[1].sources.tolist()} <= known
-    assert not torch.equal(seen[1].sources, batch.sources)
+    for number, other in enumerate(seen[1:], 1):
+        assert {tuple(pair) for pair in other.sources.tolist()} <= known
+        assert not any(torch.equal(other.sources, one.sources) for one in seen[:number])
 
 
 def test_the_same_training_twice_is_the_same_and_touches_no_global_state():
