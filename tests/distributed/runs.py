@@ -78,7 +78,7 @@ def assert_equal(ranks: Iterable[Outcome], alone: Outcome, tolerance: float, why
         _assert_close(numbered[0], numbered[1], tolerance, where)
         assert len(outcome.records) == len(alone.records)
         for step, (record, expected) in enumerate(zip(outcome.records, alone.records, strict=True)):
-            close = pytest.approx(expected, rel=10 * tolerance, abs=10 * tolerance)
+            close = pytest.approx(expected, rel=10 * tolerance, abs=10 * tolerance, nan_ok=True)
             assert record == close, f"{where} step {step}"
 
 
