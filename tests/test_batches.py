@@ -146,6 +146,19 @@ def test_accumulated_rows(count: int) -> None:
     assert_close(spy.told[1][1], expected, rtol=1e-12, atol=1e-13)
 
 
+def test_sums_of_micro_batches_are_wider_than_the_rows_of_a_further_batch() -> None:
+    model, spy = Network(), Spy()
+    shared = list(model.trunk.parameters())
+    options = {"shared": model.trunk, "dtype": torch.bfloat16}
+    balancer = Balancer(Equal(), spy, tasks=TASKS, **options)
+    for seed in (0, 1):
+        balancer.accumulate(of(model, seed)())
+    balancer.apply(batches=[of(model, 2)])
+    kept = [rows_of(model, seed, shared).bfloat16().float() for seed in range(3)]
+    expected = (kept[0] + kept[1]).double() @ kept[2].double().T
+    assert_close(spy.told[0][1], expected, rtol=1e-13, atol=1e-13)
+
+
 def test_the_wider_options_reach_further_batches() -> None:
     """Rows are kept in bfloat16, or come in vectorised passes; what is shared may be inferred."""
     model = Network()

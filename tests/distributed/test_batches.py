@@ -12,9 +12,10 @@ from mtbalance.gradient import MoDo
 from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch
 from tests.distributed.harness import ALONE, Here, Pool, has_fsdp2
-from tests.distributed.runs import Losses, Outcome, assert_equal, same_everywhere, train
+from tests.distributed.runs import Losses, Outcome, assert_equal, ddp, same_everywhere, train
 from tests.distributed.test_errors import message_of, spoiled
 from tests.distributed.test_sharded import Sharding
+from tests.distributed.test_whole_batch import WRAPPERS
 
 COUNTS = pytest.mark.parametrize("count", [1, 2])
 
@@ -63,6 +64,22 @@ def test_two_processes_do_what_one_does(two: Pool, count: int) -> None:
     torch.testing.assert_close(ranks[0][1], shares, rtol=1e-11, atol=1e-12)
 
 
+def train_wrapped(here: Here, options: dict[str, Any], ddp_options: dict[str, bool]) -> Outcome:
+    return train(here, "modo", wrap=ddp(**ddp_options), gamma=0.01, **options)
+
+
+@pytest.mark.parametrize("options", [{"further": 1}, {"further": 2}, {"further": 2, "micro": 2}])
+@pytest.mark.parametrize("name", ["DDP", "DDP, finding unused parameters", "DDP, static graph"])
+def test_models_that_go_forward_several_times_in_a_step(
+    two: Pool, name: str, options: dict[str, Any]
+) -> None:
+    """The graph of the losses is there while others are made and gone back through."""
+    wrapper = WRAPPERS[name] or {}
+    ranks = two.run(train_wrapped, options, wrapper)
+    same_everywhere(ranks)
+    assert_equal(ranks, train_wrapped(ALONE, options, wrapper), 1e-11)
+
+
 def take_absent(here: Here, count: int) -> Outcome:
     """Rank 0 lacks a task in each further batch, rank 1 another one in the losses."""
     network, step, balancer = setting(count)
@@ -91,6 +108,27 @@ def test_tasks_that_some_rank_lacks_in_some_batch(two: Pool, count: int) -> None
         else:
             found["c"] = first["c"]
         return found
+
+    balancer.backward(losses(0), batches=[lambda n=n: losses(n) for n in range(1, count + 1)])
+    assert_equal(ranks, Outcome().add(network, balancer), 1e-12)
+
+
+def take_from_one(here: Here, count: int) -> Outcome:
+    """Rank 1 has no part of the further batches."""
+    network, step, balancer = setting(count)
+    step(here, lambda number, losses: {} if number and here.rank else losses)
+    return Outcome().add(network, balancer)
+
+
+@COUNTS
+def test_a_rank_without_any_loss_of_a_batch(two: Pool, count: int) -> None:
+    ranks = two.run(take_from_one, count)
+    same_everywhere(ranks)
+    network, _, balancer = setting(count)
+
+    def losses(number: int) -> Losses:
+        rows = batch(seed=number)
+        return network.losses(Here(0, 2).part(rows) if number else rows)
 
     balancer.backward(losses(0), batches=[lambda n=n: losses(n) for n in range(1, count + 1)])
     assert_equal(ranks, Outcome().add(network, balancer), 1e-12)
@@ -159,13 +197,15 @@ def test_functions_missing_on_one_rank(two: Pool) -> None:
     assert first[1] == second[1] == "no error"
 
 
-def not_finite(here: Here, count: int, policy: str, what: str) -> tuple[str, Outcome]:
+def not_finite(
+    here: Here, count: int, policy: str, what: str, where: str = "last"
+) -> tuple[str, Outcome]:
     network, step, balancer = setting(count, nonfinite=policy)
     outcome = Outcome()
 
     def change(number: int, losses: Losses) -> Losses:
-        last = here.rank == here.size - 1
-        return spoiled(losses, network, what) if number == count and last else losses
+        here_too = where == "everywhere" or here.rank == here.size - 1
+        return spoiled(losses, network, what) if number == count and here_too else losses
 
     message = message_of(lambda: outcome.records.append(step(here, change).as_dict()))
     return message, outcome.add(network, balancer)
@@ -174,8 +214,11 @@ def not_finite(here: Here, count: int, policy: str, what: str) -> tuple[str, Out
 @COUNTS
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("policy", ["raise", "drop", "skip"])
-def test_ranks_agree_on_what_is_not_finite(two: Pool, count: int, policy: str, what: str) -> None:
-    ranks = two.run(not_finite, count, policy, what)
+@pytest.mark.parametrize("where", ["last", "everywhere"])
+def test_ranks_agree_on_what_is_not_finite(
+    two: Pool, count: int, policy: str, what: str, where: str
+) -> None:
+    ranks = two.run(not_finite, count, policy, what, where)
     alone = not_finite(ALONE, count, policy, what)
     assert_equal([outcome for _, outcome in ranks], alone[1], 1e-12)
     for message, _ in ranks:

@@ -97,6 +97,21 @@ def test_training_against_three_batches_of_autograd(count: int) -> None:
     assert 0 < float(weights.min()) < 0.3  # or little of the formula has been seen
 
 
+def test_the_step_of_the_paper_for_two_batches() -> None:
+    """Equation (2.9b): the mean of both, given as losses, next to each of them as a function."""
+    model = Network()
+    shared = list(model.trunk.parameters())
+    one, other = (raw_rows(model.losses(batch(seed=seed)), shared) for seed in (1, 2))
+    first, second = (model.losses(batch(seed=seed)) for seed in (1, 2))
+    losses = {task: (first[task] + second[task]) / 2 for task in TASKS}
+    functions = [lambda seed=seed: model.losses(batch(seed=seed)) for seed in (1, 2)]
+    balancer = Balancer(Equal(), MoDo(gamma=0.003), tasks=TASKS, shared=model.trunk)
+    balancer.backward(losses, batches=functions)
+    weights = longdouble_step(array(one @ other.T), np.full(3, 1 / np.longdouble(3)), 0.003, 0.1)
+    expected = 3 * weights @ (array(one) + array(other)) / 2
+    assert_close(array(flat_grad(shared)), expected.astype(float), rtol=1e-12, atol=1e-12)
+
+
 def test_it_finds_the_weights_of_mgda_without_noise() -> None:
     rows = randn(3, 6, seed=4, dtype=torch.float64)
     strategy = MoDo(gamma=0.05, rho=0.0)
