@@ -181,7 +181,7 @@ class Balancer(nn.Module):
                 are when called.
             batches: For gradient strategies that learn from independent batches
                 (``further_batches``): functions that return the losses of further training batches,
-                of every task in ``losses`` at least.
+                of every task in ``losses`` at least. Others call none.
             scaler: The gradient scaler of mixed-precision training with float16. ``.grad`` is then
                 scaled, as after ``scaler.scale(loss).backward()``.
             features: The output of the shared part of the network, through which all losses reach

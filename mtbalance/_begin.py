@@ -36,7 +36,8 @@ def checked(
             if setting.company.size > 1:
                 pending.clear()
             setting.company.agree(Seen(), error)
-        setting = setting._replace(batches=tuple(batches))
+        if setting.gradient.further_batches:  # else one loop serves every strategy
+            setting = setting._replace(batches=tuple(batches))
     if features is None:
         return setting
     if pending:

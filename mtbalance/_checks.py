@@ -302,7 +302,7 @@ class TakesBatches(Protocol):
 
 
 def check_batches(owner: TakesBatches, batches: object) -> None:
-    """Raise unless ``batches`` are as many functions as a gradient strategy needs."""
+    """Raise unless ``batches`` are functions, and as many as a gradient strategy needs if any."""
     if isinstance(batches, str | Mapping) or not isinstance(batches, Sequence):
         raise TypeError(
             "`batches` must be a sequence of functions without arguments that return the losses of "
@@ -315,11 +315,6 @@ def check_batches(owner: TakesBatches, batches: object) -> None:
                 f"of a further batch, but got {type(each).__name__}."
             )
     name, wanted = type(owner).__name__, owner.further_batches
-    if not wanted and batches:
-        raise ValueError(
-            f"`batches` must be left out with {name}, which needs no further batches, but got "
-            f"{len(batches)}."
-        )
     if wanted and len(batches) not in wanted:
         raise ValueError(
             f"`batches` must be {' or '.join(map(str, wanted))} functions with {name}, each of "

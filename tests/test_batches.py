@@ -296,6 +296,20 @@ def test_other_strategies_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- together with all else -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("strategy", [Sum, PCGrad])
+def test_one_loop_serves_every_strategy(strategy: type[GradientStrategy]) -> None:
+    """Where nobody needs them, functions are not called."""
+    with_them = Network()
+    without = copy.deepcopy(with_them)
+    for model, batches in ((with_them, (failing,) * 3), (without, ())):
+        balancer = Balancer(Equal(), strategy(), tasks=TASKS, shared=model.trunk)
+        balancer.backward(of(model, 0)(), batches=batches)
+        balancer.accumulate(of(model, 1)())
+        balancer.apply(batches=batches)
+    for one, other in zip(with_them.parameters(), without.parameters(), strict=True):
+        assert_close(one.grad, other.grad, rtol=0, atol=0)
+
+
 def test_weightings_that_look_at_gradients_or_back() -> None:
     """They see the losses of the step alone, and the products have their weights on both sides."""
     model = Network()
@@ -532,9 +546,12 @@ def identity() -> dict[str, Tensor]:
         (lambda: Smoothed(MoDo(), 0.5), (), ValueError, ONE_OR_TWO.format(0)),
         (
             PCGrad,
-            [identity],
-            ValueError,
-            "`batches` must be left out with PCGrad, which needs no further batches, but got 1.",
+            [identity, 3],
+            TypeError,
+            (
+                "`batches[1]` must be a function without arguments that returns the losses of a "
+                "further batch, but got int."
+            ),
         ),
         (
             MoDo,
