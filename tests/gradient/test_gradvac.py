@@ -138,7 +138,7 @@ def test_many_steps_are_the_loop_on_vectors(m: int, beta: float) -> None:
         assert error(strategy(rows), expected, rows) <= 1e-11
         turned_steps += error(rows.sum(0), expected, rows) > 1e-3
     assert_close(means_of(strategy), means, rtol=0, atol=1e-11)
-    assert turned_steps >= 5
+    assert turned_steps >= 2
 
 
 @given(rows=gradients(["generic", "conflicting"], m=(3, 4), p=(5, 20)), seed=st.integers(0, 999))
