@@ -36,11 +36,11 @@ from mtbalance._finite import NonFinite
 from mtbalance._kept import KeptWeights, check_every
 from mtbalance._passes import BatchedPasses, task_gradients
 from mtbalance._places import AtParameters
-from mtbalance._random import RandomSource
 from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
 from mtbalance._record import EpochCounts, EpochSummary, Record
-from mtbalance._remembered import TaskState, own_state
+from mtbalance._remembered import check_states
+from mtbalance._row_state import name_rows
 from mtbalance._shared import Shared, SharedParts
 from mtbalance._state import Saved, saved_in, state_of
 from mtbalance._step import Setting, Steps
@@ -159,6 +159,7 @@ class Balancer(nn.Module):
         self._scaled = ScaledLossWatch()
         self._counted = 0
         check_every(self.every, self.weighting, gradient, sharded=self._ranks.sharded)
+        name_rows(self, self._reach, len(self.tasks))
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -360,10 +361,7 @@ class Balancer(nn.Module):
         return self._reach.explain(model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # All of them before any is loaded.
-        for name, module in self.named_modules(prefix=prefix.removesuffix(".")):
-            if isinstance(module, Weighting | RandomSource | TaskState):
-                module.check_state(own_state(state_dict, f"{name}."))
+        check_states(self, state_dict, prefix)  # all of them before any is loaded
         super()._load_from_state_dict(state_dict, prefix, *rest)
         discard_at_loading(self._pending)
 

@@ -385,6 +385,14 @@ def check_features(
             )
 
 
+def averages_rows(must: str, got: str, strategy: object) -> ValueError:
+    """Return the error of an option that does not go with means of rows over steps."""
+    return ValueError(
+        f"{must} with {type(strategy).__name__}, but got {got}. It averages the gradients of "
+        "parameters over steps, and needs those of each."
+    )
+
+
 def check_generator(generator: object) -> None:
     """Raise unless ``generator`` is None or a generator on the CPU."""
     if generator is None:

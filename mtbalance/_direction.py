@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -72,28 +72,62 @@ def direction_of(
     if solution is None:
         factors = strategy.row_factors(weighted)
         weights = weights if factors is None else weights * factors
-        direction, progress = _by_columns(strategy, leaves, rows, weights, first, power)
+        weighted_rows = Weighted(weights)
+        direction, progress = by_columns(strategy, leaves, rows, weighted_rows, first, power)
         return Outcome(direction, progress * unscale**2)
     combination = weights * solution
     direction = combine(rows, combination, leaves, release=True)
     return Outcome(direction, gramian @ combination, combination, solution)
 
 
-def _by_columns(
+class Prepares(Protocol):
+    """Makes what a strategy gets of a block of columns, which it may write to."""
+
+    @property
+    def raw_rows(self) -> int:
+        """The number m of raw rows."""
+
+    def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the strategy gets, and the raw rows, shape (m, n)."""
+
+
+class Weighted:
+    """Lets a strategy get the raw rows times weights.
+
+    Args:
+        weights: Shape (m,).
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._none = weights.device.type == "cpu" and bool((weights == 1).all())
+        self.raw_rows = len(weights)
+
+    def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if self._none:
+            return matrix, matrix
+        return matrix * self._weights.to(matrix)[:, None], matrix
+
+
+def by_columns(
     strategy: GradientStrategy,
     leaves: Sequence[Tensor],
     rows: Rows,
-    weights: Tensor,
+    prepared: Prepares,
     first: int,
     power: int,
 ) -> tuple[list[Tensor | None], Tensor]:
+    """Return the direction of a strategy that sees columns, and the products with raw rows.
+
+    The rows are lists that are emptied on the way; all else is as for :func:`direct_by_columns`.
+    """
     strategy.start()
     held = [local(leaf.detach()) for leaf in leaves]
     if not any(map(is_sharded, leaves)):
         return direct_by_columns(
             strategy.on_columns,
             rows,
-            weights,
+            prepared,
             held,
             in_blocks=strategy.coordinatewise,
             first=first,
@@ -111,7 +145,7 @@ def _by_columns(
         (piece,), products = direct_by_columns(
             strategy.on_columns,
             [[row[place]] for row in rows],
-            weights,
+            prepared,
             [held[place]],
             first=first + offset_of(leaf),
             power=power,
@@ -119,25 +153,25 @@ def _by_columns(
         direction.append(piece)
         progress.append(sum_over_shards([leaf], [[products]], lambda rows: rows[0][0]))  # type: ignore[arg-type, return-value]
         first += columns_of(leaf)
-    return direction, sum_of(progress, (len(weights),))
+    return direction, sum_of(progress, (prepared.raw_rows,))
 
 
 def direct_by_columns(
     strategy: Callable[[Tensor, int], Tensor],
     rows: Rows,
-    weights: Tensor,
+    prepared: Prepares,
     like: Sequence[Tensor],
     *,
     in_blocks: bool = True,
     first: int = 0,
     power: int = 0,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Apply a strategy to the weighted rows as a matrix, or block by block of its columns.
+    """Apply a strategy to the prepared rows as a matrix, or block by block of its columns.
 
     Args:
         strategy: Maps a matrix (m, n) and the number of its first column to a direction (n,).
-        rows: The raw rows, m of them, lists that are emptied on the way.
-        weights: Their weights, shape (m,).
+        rows: The rows, lists that are emptied on the way.
+        prepared: Makes of a block of them what the strategy gets.
         like: Tensors of the shapes and dtypes of the result.
         in_blocks: Whether the strategy may be asked for blocks of columns.
         first: The number of the first column.
@@ -148,13 +182,12 @@ def direct_by_columns(
     """
     parts: list[Tensor | None] = [None] * len(like)
     reached = [any(t is not None for t in tensors) for tensors in zip(*rows, strict=True)]
-    progress = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-    unweighted = weights.device.type == "cpu" and bool((weights == 1).all())
+    progress = torch.zeros(prepared.raw_rows, dtype=torch.float64, device="cpu")
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
-        weighted = matrix if unweighted else matrix * weights.to(matrix)[:, None]
-        columns = strategy(weighted, first)
+        seen, raw = prepared(matrix)
+        columns = strategy(seen, first)
         first += matrix.shape[1]
-        progress = progress.to(matrix.device) + _products(matrix, columns, power)
+        progress = progress.to(matrix.device) + _products(raw, columns, power)
         split = torch.split(columns, [stop - start for _, start, stop in pieces])
         for (parameter, start, stop), values in zip(pieces, split, strict=True):
             part = parts[parameter]

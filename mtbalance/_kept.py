@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from mtbalance._checks import averages_rows
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting
 
@@ -106,6 +107,8 @@ def check_every(
     """Raise if weights that are kept would do nothing, or not what is promised."""
     if every == 1:
         return
+    if gradient.row_means is not None:
+        raise averages_rows("`every` must be 1", f"{every}", gradient)
     if not gradient.by_gramian or weighting.needs_gradients:
         raise ValueError(
             "`every` must be 1 unless a GramianStrategy meets a weighting that needs no "

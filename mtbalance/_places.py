@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._agreement import BELOW
-from mtbalance._checks import check_features
+from mtbalance._checks import averages_rows, check_features
 from mtbalance._company import Accepts, Company, TaskPasses
 from mtbalance._graphs import Reach, is_computed_from, reach_of
 from mtbalance._passes import task_gradients
@@ -250,6 +250,8 @@ def features_of(
     company: Company,
 ) -> AtFeatures:
     """Return the features as where to balance, or raise if they cannot be."""
+    if gradient.row_means is not None:
+        raise averages_rows("`features` must be None", "tensors", gradient)
     parts = [features] if isinstance(features, Tensor) else list(features)
     check_features(parts, weighting, gradient, sharded=company.sharded)
     if company.size > 1 and not (gradient.coordinatewise or gradient.by_gramian):

@@ -11,6 +11,7 @@ from mtbalance._explanation import Explanation, explanation_of
 from mtbalance._graphs import compiled_outputs_of, reach_of
 from mtbalance._hidden import hidden_by
 from mtbalance._names import names_in_models
+from mtbalance._row_state import Place, in_a_key
 from mtbalance._shared import SharedParts
 from mtbalance._split import Known, LoadedSplit, split_of
 from mtbalance._task_gradients import TaskGradients
@@ -161,6 +162,42 @@ class ReachLog:
         self._reached, self._orders, self._loaded = [], {}, LoadedSplit(split)
         self._seen = set()
         self._index()
+
+    # --- names for what is remembered of rows -----------------------------------------------------
+
+    @property
+    def finds_all(self) -> bool:
+        """Whether all shared parameters are known from the start."""
+        return self._shared.given
+
+    def knows(self, leaf: Tensor) -> bool:
+        """Return whether a parameter is shared, or may be found to be."""
+        return id(leaf) in (self._shared.number_of if self._shared.given else self._by_id)
+
+    def found(self) -> dict[Place, Tensor]:
+        """Return the shared parameters that are known, by their names in a loaded state.
+
+        Those given go by their names in their group, others by their place in the loaded split.
+        """
+        if not self._shared.given:
+            return {(0, str(n)): leaf for n, leaf in self._loaded.found().items()}
+        return {
+            (number, in_a_key(name)): parameter
+            for number, parameters in enumerate(self._shared.groups.values())
+            for name, parameter in parameters.items()
+        }
+
+    def saved_as(self) -> dict[int, Place]:
+        """Return the names of parameters in a state that is saved now, by their identity."""
+        if self._shared.given:
+            return {id(parameter): place for place, parameter in self.found().items()}
+        return {id(leaf): (0, str(number)) for number, (leaf, _) in enumerate(self._reached)}
+
+    def still_missing(self) -> dict[Place, Place]:
+        """Return the places in the loaded split of what has not been found, and those now."""
+        start = len(self._reached)
+        missing = enumerate(self._loaded.not_found(), start)
+        return {(0, str(before)): (0, str(now)) for now, before in missing}
 
     def _tell_unreached(self) -> None:
         """Warn once, when every task has been seen, of shared parameters that none reaches."""

@@ -146,6 +146,20 @@ class TaskState(nn.Module):
         return f"shape={tuple(self.values.shape)}"
 
 
+def check_states(owner: nn.Module, state: Mapping[str, object], prefix: str) -> None:
+    """Raise ValueError if what was saved of a module, or one within, is nothing to go on with.
+
+    Args:
+        owner: The module; those within say for themselves, with ``check_state``.
+        state: What was saved.
+        prefix: Of the module's own names in it.
+    """
+    for name, module in owner.named_modules(prefix=prefix.removesuffix(".")):
+        check = getattr(module, "check_state", None)
+        if check is not None:
+            check(own_state(state, f"{name}."))
+
+
 def own_state(state_dict: Mapping[str, object], prefix: str) -> dict[str, object]:
     """Return what a module saved under a prefix, that of the modules in it left out."""
     named = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}

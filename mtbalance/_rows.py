@@ -286,7 +286,7 @@ def combine(
             if tensor is None:
                 continue
             dtype = dtype or tensor.dtype
-            total = _plus_multiple(total, tensor, number)
+            total = plus_multiple(total, tensor, number)
         if total is not None:
             total = total.to(dtype if like is None else like[parameter].dtype)
         directions.append(total)
@@ -301,7 +301,7 @@ def with_room_for(total: Tensor, addend: Tensor) -> Tensor:
     return total.to_dense() if total.is_sparse and not addend.is_sparse else total
 
 
-def _plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor) -> Tensor:
+def plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor) -> Tensor:
     """Return total + number * tensor, into ``total`` where there is one."""
     dtype = at_least_float32(tensor.dtype)
     factor = number

@@ -38,15 +38,17 @@ def like_sharded(part: Tensor | None, leaf: Tensor) -> Tensor | None:
     """Return the tensor, spread as ``leaf`` is, of which this process holds ``part``."""
     if part is None or not is_sharded(leaf):
         return part
-    mesh, placements = _spread(leaf)
+    mesh, placements = spread_of(leaf)
     whole: Tensor = sys.modules[_MODULE].DTensor.from_local(
         part, mesh, placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
     )
     return whole
 
 
-def _spread(leaf: Tensor) -> Any:
+def spread_of(leaf: Tensor) -> Any:
     """Return a sharded tensor's mesh of processes and how each of its dimensions parts it."""
+    if not is_sharded(leaf):
+        return None
     return leaf.device_mesh, leaf.placements  # type: ignore[attr-defined]
 
 
@@ -64,7 +66,7 @@ def sum_over_shards(
         return product(rows)
     kinds: dict[Any, list[int]] = {}
     for number, leaf in enumerate(leaves):
-        kinds.setdefault(_spread(leaf) if is_sharded(leaf) else None, []).append(number)
+        kinds.setdefault(spread_of(leaf), []).append(number)
     parts = []
     for spread, numbers in kinds.items():
         part = product([[row[number] for number in numbers] for row in rows])
@@ -82,7 +84,7 @@ def offset_of(leaf: Tensor) -> int:
     """Return how many entries of a sharded leaf lie before this process's shard."""
     if not is_sharded(leaf):
         return 0
-    mesh, placements = _spread(leaf)
+    mesh, placements = spread_of(leaf)
     before, rows = 0, leaf.shape[0] if leaf.ndim else 1
     for dimension, placement in enumerate(placements):
         if not placement.is_shard():

@@ -99,9 +99,17 @@ class LoadedSplit:
         pairs = zip(self._split, self._found, strict=True)
         return {id(found): known for known, found in pairs if found is not None}
 
+    def found(self) -> dict[int, Tensor]:
+        """Return those that have been found, by their place in the split."""
+        return {n: found for n, found in enumerate(self._found) if found is not None}
+
+    def not_found(self) -> list[int]:
+        """Return the places of the others."""
+        return [n for n, found in enumerate(self._found) if found is None]
+
     def missing(self) -> list[Known]:
         """Return what has not been found, for the next state."""
-        return [k for k, found in zip(self._split, self._found, strict=True) if found is None]
+        return [self._split[number] for number in self.not_found()]
 
 
 def _kind(name: str) -> str:

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from mtbalance._averaging import Whose, direction_of_means, with_remembered
 from mtbalance._batches import Across, FurtherBatches
 from mtbalance._company import Company, Validation
 from mtbalance._direction import Outcome, direction_of
@@ -64,7 +65,7 @@ class Setting(NamedTuple):
         return self.weighting.needs_gradients and not self.weighting.rests
 
     @property
-    def remembering(self) -> tuple[nn.Module, ...]:
+    def remembering(self) -> tuple[Weighting | GradientStrategy, ...]:
         """The strategies that may remember something of a step."""
         gradient = self.gradient
         return (self.weighting, gradient) if gradient.remembers else (self.weighting,)
@@ -203,6 +204,8 @@ class Steps:
             step = company.step(_ahead(table, setting, scale))
         weighed = self._weigh(table.losses, setting, step)
         del step  # rows go one by one as directions are made of them
+        if setting.gradient.row_means is not None:
+            table = with_remembered(table, setting.gradient, _numbers_of(table, setting))
         outcomes = _outcomes(table, weighed, setting, scale)
         bad_now = _write(outcomes, table, lengths, weighed, seen, setting, scale)
         if bad_now is not None and scale is not None:
@@ -258,6 +261,8 @@ def _outcomes(
     table: Table, weighed: Weighed, setting: Setting, scale: float | None
 ) -> dict[int, Outcome]:
     """Return the direction of each group, whose rows are then empty."""
+    if setting.gradient.row_means is not None:
+        return _outcomes_of_means(table, weighed, setting, scale)
     unscale = 1.0 if scale is None else 1.0 / scale
     outcomes = {}
     for number, part in table.groups.items():
@@ -273,6 +278,32 @@ def _outcomes(
                 setting.place.first,
                 power,
                 table.across.get(number),
+            )
+    return outcomes
+
+
+def _numbers_of(table: Table, setting: Setting) -> list[int]:
+    """Return the numbers of the tasks whose rows are in the table."""
+    return [setting.policy.tasks.index(task) for task in table.losses]
+
+
+def _outcomes_of_means(
+    table: Table, weighed: Weighed, setting: Setting, scale: float | None
+) -> dict[int, Outcome]:
+    """Return the direction of each group by means over steps, which wait for the step's end."""
+    tasks = _numbers_of(table, setting)
+    outcomes = {}
+    for number, part in table.groups.items():
+        _, power = table.gramian_of_group(number)
+        with setting.gradient.only(weighed.active, number):
+            outcomes[number] = direction_of_means(
+                setting.gradient,
+                part,
+                Whose(tasks, number),
+                weighed.weights,
+                scale or 1.0,
+                power,
+                looks=setting.policy.looks,
             )
     return outcomes
 

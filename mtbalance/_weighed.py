@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtbalance._record import Record
 from mtbalance._rows import stacked
 from mtbalance._watch import OptimizerWatch
 from mtbalance._writing import add_to_grad
+from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Step, Weighting
 
 
@@ -51,7 +52,9 @@ def write_nothing(weighting: Weighting) -> None:
     add_to_grad(learned, [torch.zeros_like(parameter) for parameter in learned])
 
 
-def unless_written(strategies: Sequence[nn.Module], step: Callable[[], Record]) -> Record:
+def unless_written(
+    strategies: Sequence[Weighting | GradientStrategy], step: Callable[[], Record]
+) -> Record:
     """Take a step; if it writes nothing, strategies remember what they did before.
 
     Args:
@@ -61,7 +64,7 @@ def unless_written(strategies: Sequence[nn.Module], step: Callable[[], Record]) 
     Returns:
         What the step did. It writes nothing if it is skipped, if a scaler skips it or if it raises.
     """
-    before = [
+    before: list[tuple[Weighting | GradientStrategy, str, Tensor]] = [
         (strategy, name, buffer.clone())
         for strategy in strategies
         for name, buffer in strategy.named_buffers()
@@ -75,6 +78,8 @@ def unless_written(strategies: Sequence[nn.Module], step: Callable[[], Record]) 
             with torch.no_grad():
                 for strategy, name, value in before:
                     strategy.get_buffer(name).copy_(value)
+        for strategy in strategies:
+            strategy.end_step(written=written)
     return record
 
 

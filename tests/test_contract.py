@@ -278,7 +278,10 @@ ALIKE = (
     {"Sum", "GradDrop-all-leaks", "CAGrad-no-radius", "TrimmedMean-none"},
     {"PCGrad", "GradVac"},  # in the first step
     {"PCGrad-fixed", "GradVac-fixed", "Smoothed-gradvac"},
-    {"UPGrad", "Smoothed"},
+    {"UPGrad", "Smoothed", "RowMean"},  # in the first step
+    {"MGDA", "RowMean-recall"},
+    {"GradDrop", "RowMean-graddrop"},
+    {"Normalized-Sum-max", "RowMean-normalized"},
     {"NashMTL", "FairGrad"},  # alpha = 1 is Nash's bargain
     {"IMTLG", "IMTLG-official"},  # which turns it round where the weights' sum is negative
 )

@@ -16,6 +16,7 @@ from mtbalance.gradient import (
     GradientStrategy,
     GradVac,
     GramianStrategy,
+    RowMean,
     Smoothed,
     UPGrad,
 )
@@ -30,6 +31,7 @@ IN_CATALOGUE = (
     lambda: PCD(0, beta=0.5),
     lambda: Smoothed(UPGrad(), 0.5),
     lambda: Smoothed(GradVac(), 0.5),
+    lambda: RowMean(GradVac(), beta=0.0),
 )
 
 
@@ -219,7 +221,14 @@ def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     """Buffers are copied in each step where there are any."""
     strategy = case.make()
     assert strategy.remembers == bool(list(strategy.buffers()))
-    remembers = ("GradVac", "MoDo", "PCD", "SDMGrad", "Smoothed")
+    remembers = (
+        "GradVac",
+        "MoDo",
+        "PCD",
+        "RowMean",
+        "SDMGrad",
+        "Smoothed",
+    )
     assert strategy.remembers == case.name.startswith(remembers)
 
 

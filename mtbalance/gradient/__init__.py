@@ -28,6 +28,7 @@ from ._normalized import Normalized
 from ._pcd import PCD
 from ._pcgrad import PCGrad
 from ._randomgradient import RandomGradient
+from ._rowmean import RowMean
 from ._sdmgrad import SDMGrad
 from ._smoothed import Smoothed
 from ._sum import Sum
@@ -57,6 +58,7 @@ __all__ = [
     "PreferringStrategy",
     "PrimaryStrategy",
     "RandomGradient",
+    "RowMean",
     "SDMGrad",
     "Smoothed",
     "Sum",

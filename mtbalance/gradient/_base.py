@@ -1,12 +1,11 @@
 """What every gradient strategy is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from mtbalance._checks import (
@@ -19,12 +18,12 @@ from mtbalance._checks import (
     numbers_in_order,
 )
 from mtbalance._gramians import gramian_in_range
-from mtbalance._random import RandomSource
 from mtbalance._remembered import TaskState
+from mtbalance._remembering import Remembering
 from mtbalance._rows import combine, is_finite
 
 
-class GradientStrategy(nn.Module, ABC):
+class GradientStrategy(Remembering, ABC):
     """Turns the per-task gradients, a matrix of shape (m, p), into one direction of shape (p,).
 
     Subclasses write :meth:`forward`. A direction is on the scale of the **sum** of the rows: m
@@ -52,8 +51,6 @@ class GradientStrategy(nn.Module, ABC):
     further_batches: tuple[int, ...] = ()
     """By how many further, independent batches the method may be told :meth:`coefficients`; empty
     if it needs none."""
-
-    _states: tuple[TaskState, ...] = ()  # on the class, for objects pickled before there were any
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,52 +81,6 @@ class GradientStrategy(nn.Module, ABC):
     @abstractmethod
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the direction, of shape (p,), for ``gradients`` of shape (m, p)."""
-
-    def per_task(self, start: float = 0.0, *, pairs: bool = False) -> TaskState:
-        """Return a new state to be assigned to an attribute: a number per task and group.
-
-        Args:
-            start: The number before anything has been remembered.
-            pairs: Whether there is one for each ordered pair of tasks instead.
-        """
-        state = TaskState(axes=2 if pairs else 1, start=start)
-        self._states = (*self._states, state)
-        return state
-
-    @property
-    def remembers(self) -> bool:
-        """Whether there are buffers to be put back after a step that writes nothing."""
-        return bool(self._states or self._buffers)
-
-    def bind(self, tasks: Sequence[str], groups: int = 1) -> Self:
-        """Get to know the tasks, where it matters whose rows they are; the Balancer calls this.
-
-        Args:
-            tasks: All tasks.
-            groups: In how many groups the shared parameters are.
-        """
-        for state in self._states:
-            state.bind(tasks, groups)
-        return self
-
-    @contextmanager
-    def only(self, active: Tensor, group: int = 0) -> Iterator[None]:
-        """Let rows belong to the tasks whose numbers are given, shape (m,), for a while.
-
-        Args:
-            active: The numbers.
-            group: The number of the group of parameters that the rows are of.
-        """
-        self.take(active, group)
-        try:
-            yield
-        finally:
-            self.take(slice(None), 0)
-
-    def take(self, active: Tensor | slice, group: int) -> None:
-        """Let rows belong to these tasks and this group from now on; see :meth:`only`."""
-        for state in self._states:
-            state.take(active, group)
 
     def coefficients(self, gramian: Tensor, across: Tensor | None = None) -> Tensor | None:
         """Return by what to combine rows of which these are the inner products, or None.
@@ -169,12 +120,6 @@ class GradientStrategy(nn.Module, ABC):
         """
         del first
         return self(gradients)
-
-    def reset(self) -> None:
-        """Forget everything remembered from earlier steps."""
-        for child in self.children():
-            if isinstance(child, RandomSource | TaskState | GradientStrategy):
-                child.reset()
 
 
 Preference = Mapping[str, float] | Sequence[float]
@@ -242,6 +187,11 @@ class WrappingStrategy(GradientStrategy):
     def __init__(self, strategy: GradientStrategy) -> None:
         super().__init__()
         check_kind("strategy", strategy, GradientStrategy)
+        if strategy.row_means is not None:
+            raise TypeError(
+                f"`strategy` must get the rows of its step, but {type(strategy).__name__} averages "
+                "them over steps. Put RowMean around all others."
+            )
         self.strategy = strategy
         self.further_batches = strategy.further_batches
 
@@ -314,7 +264,8 @@ class BoundStrategy(GramianStrategy):
         """Return the numbers of the tasks whose rows have this Gramian, shape (m,), beside it."""
         if self.tasks is None:
             for state in self._states:
-                state.read(gramian)  # binds it to these rows, where they are
+                if isinstance(state, TaskState):
+                    state.read(gramian)  # binds it to these rows, where they are
             self.bind([str(number) for number in range(len(gramian))])
         active = self._active
         if active is None:

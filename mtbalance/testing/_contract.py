@@ -159,7 +159,8 @@ def copies_share_no_state(subject: Subject, sample: Sample) -> None:
     twin = copy.deepcopy(strategy)
     strategy(rows)
     _require_bits(twin(rows), subject(rows), "a copy made before")
-    require(state_of(strategy).keys() == state_of(twin).keys(), "steps change the state's names")
+    # What has the size of rows is made when it is needed.
+    require(state_of(strategy).keys() >= state_of(twin).keys(), "steps take names from the state")
 
 
 def reset_goes_back_to_the_start(subject: Subject, sample: Sample) -> None:

@@ -21,8 +21,8 @@ from ._check import properties_of, trials
 from ._check_weighting import traits_of
 from ._claims import Claim
 from ._matrices import matrix
-from ._violation import bits
-from ._weighting import TASKS, Trait, optimizer_of_a_point, train
+from ._violation import bits, is_of_rows
+from ._weighting import PARAMETERS, TASKS, Trait, optimizer_of_a_point, train
 
 _GRADIENT_COLUMNS = {
     "never in conflict": Claim.NO_CONFLICT_LEFT,
@@ -162,7 +162,8 @@ def _state_of_gradient(make: Callable[[], GradientStrategy]) -> tuple[str, str]:
         answers.append([bits(direction) for direction in directions])
         sizes.append(_size(strategy))
     draws = answers[1] != answers[2]
-    return _mark(not draws), _kinds_of_state(draws, (sizes[1] - sizes[0]) / 8, sizes[0])
+    per_parameter = (sizes[1] - sizes[0]) / 8
+    return _mark(not draws), _kinds_of_state(draws, per_parameter, sizes[0] - 8 * per_parameter)
 
 
 def _state_of_weighting(kind: type) -> tuple[str, str]:
@@ -171,12 +172,14 @@ def _state_of_weighting(kind: type) -> tuple[str, str]:
     _reseed(other)
     with trials():
         draws = train(weighting, 4) != train(other, 4)
-    return _mark(not draws), _kinds_of_state(draws, 0, _size(weighting))
+    state = weighting.state_dict().items()
+    of_rows = sum(value.numel() for name, value in state if is_of_rows(name))
+    size = _size(weighting) - of_rows
+    return _mark(not draws), _kinds_of_state(draws, of_rows / PARAMETERS, size)
 
 
-def _kinds_of_state(draws: bool, per_parameter: float, size: int) -> str:  # noqa: FBT001
-    """Return in words what is remembered, of which ``size`` numbers at 8 parameters, 3 tasks."""
-    rest = size - 8 * per_parameter
+def _kinds_of_state(draws: bool, per_parameter: float, rest: float) -> str:  # noqa: FBT001
+    """Return in words what is remembered, of which ``rest`` numbers whatever the parameters."""
     words = [
         f"{_multiple(per_parameter)} per parameter" if per_parameter else "",
         f"{rest / TASKS:g} per task" if rest and rest % TASKS == 0 else "",

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._violation import bits, copies_of, require, require_close, require_same_state, state_of
+from ._violation import (
+    bits,
+    copies_of,
+    is_of_rows,
+    require,
+    require_close,
+    require_same_state,
+    state_of,
+)
 from ._weighting import (
     ALL_DTYPES,
     TASKS,
@@ -285,7 +293,11 @@ def _of_tasks(state: dict[str, Tensor]) -> list[str]:
 
 def _require_task_unmoved(after: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     for name in _of_tasks(after):
-        was, now = before[name][1], after[name][1]
+        was, now = before[name], after[name]
+        if not is_of_rows(name):
+            was, now = was[1], now[1]
+        elif name.split("/")[1] != "1":  # of another task
+            continue
         require(bits(was) == bits(now), f"{name} of task 1 was {was.tolist()}, is {now.tolist()}")
 
 

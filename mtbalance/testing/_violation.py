@@ -91,6 +91,11 @@ def state_of(module: torch.nn.Module) -> dict[str, bytes]:
     return {name: bits(value) for name, value in module.state_dict().items()}
 
 
+def is_of_rows(name: str) -> bool:
+    """Return whether an entry of a state is of the rows of one task: ``.../<task>/<parameter>``."""
+    return name.rpartition(".")[2].count("/") > 1
+
+
 def require_same_state(got: torch.nn.Module, expected: dict[str, bytes]) -> None:
     """Require that a module remembers what is given, bit for bit."""
     now = state_of(got)

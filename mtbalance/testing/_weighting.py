@@ -149,9 +149,14 @@ def train_step(weighting: Weighting, losses: Tensor, active: Tensor | None = Non
         with torch.no_grad():
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.sub_(0.1 * slope)
+    weighting.end_step(written=True)
     if weighting.needs_after_step:
         weighting.after_step(losses.detach() * (numbers.to(losses) + 1) / 4)
     return weighted.detach()
+
+
+PARAMETERS = 2
+"""How many numbers there are whose gradients a weighting may look at."""
 
 
 def optimizer_of_a_point() -> torch.optim.Optimizer:

@@ -176,6 +176,9 @@ class Weighting(nn.Module, ABC):
         """Whether, for now, it needs nothing of what its class says it needs."""
         return False
 
+    def end_step(self, *, written: bool) -> None:
+        """Take it that a step is over, and whether anything was written."""
+
     def after_step(self, losses: Tensor) -> None:
         """Look at what the last step made of the losses of its batch.
 
