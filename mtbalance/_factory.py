@@ -34,6 +34,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "pbi": weighting.PBI,
     "go4align": weighting.GO4Align,
     "gradnorm": weighting.GradNorm,
+    "excessmtl": weighting.ExcessMTL,
 }
 GRADIENTS: dict[str, type[GradientStrategy]] = {
     "sum": gradient.Sum,

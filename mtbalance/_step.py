@@ -254,7 +254,8 @@ def _ahead(table: Table, setting: Setting, scale: float | None) -> Step:
     """Return what there is to look at before the losses are weighed."""
     leaves, rows = table.everything()
     losses = stacked(list(table.losses.values()))
-    return Step(leaves, rows, scale or 1.0, setting.validation, losses, table.norms)
+    balanced = sum(len(part.leaves) for part in table.groups.values())
+    return Step(leaves, rows, scale or 1.0, setting.validation, losses, table.norms, balanced)
 
 
 def _outcomes(

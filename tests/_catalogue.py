@@ -49,6 +49,7 @@ from mtbalance.weighting import (
     AutoLambda,
     Constant,
     Equal,
+    ExcessMTL,
     GeometricMean,
     GO4Align,
     GradNorm,
@@ -414,6 +415,8 @@ WEIGHTING_CASES = (
         frozenset({Trait.POSITIVE, Trait.LINEAR, Trait.SHARED_OUT}),
     ),
     WeightingCase("GradNorm", GradNorm, _GRADNORM),
+    WeightingCase("ExcessMTL", ExcessMTL, _GRADNORM),
+    WeightingCase("ExcessMTL-fast", lambda: ExcessMTL(lr=1.0), _GRADNORM - {Trait.POSITIVE}),
     WeightingCase("GradNorm-fast", lambda: GradNorm(alpha=0.12, lr=2.0), _GRADNORM),
 )
 

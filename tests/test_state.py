@@ -18,7 +18,14 @@ from tests._device import random_state, set_random_state
 from tests._networks import TASKS, Network, batch
 
 STEPS = 5
-PAIRS = (*PAPER_COMBINATIONS, "rlw+pcgrad", "imtl-l+cagrad", "stch+graddrop", "dwa+gradvac")
+PAIRS = (
+    *PAPER_COMBINATIONS,
+    "rlw+pcgrad",
+    "imtl-l+cagrad",
+    "stch+graddrop",
+    "dwa+gradvac",
+    "excessmtl+pcgrad",
+)
 """Each weighting that remembers or draws, and each gradient strategy, at least once."""
 
 

@@ -183,6 +183,7 @@ def _look_ahead(weighting: Weighting, losses: Tensor, numbers: Tensor) -> Step:
         validation=lambda: dict.fromkeys(names, 2 * parameter[1] - parameter[0]),
         losses=losses.detach(),
         norms=torch.stack([row.double().norm() for (row,) in rows]),
+        balanced=1,
     )
 
 

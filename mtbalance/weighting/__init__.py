@@ -13,6 +13,7 @@ from ._constant import Constant
 from ._cosmos import COSMOS
 from ._dwa import DWA
 from ._equal import Equal
+from ._excess_mtl import ExcessMTL
 from ._famo import FAMO
 from ._geometric_mean import GeometricMean
 from ._go4align import GO4Align
@@ -36,6 +37,7 @@ __all__ = [
     "AutoLambda",
     "Constant",
     "Equal",
+    "ExcessMTL",
     "GO4Align",
     "GeometricMean",
     "GradNorm",

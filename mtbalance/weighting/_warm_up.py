@@ -112,6 +112,9 @@ class WarmUp(Weighting):
             return losses
         return losses + (weighted - weighted.detach())  # 0, with the slopes of what is learned
 
+    def end_step(self, *, written: bool) -> None:
+        self.weighting.end_step(written=written)
+
     def after_step(self, losses: Tensor) -> None:
         """Let the wrapped weighting look back, unless its weights have no effect yet."""
         if not self.warms_up:

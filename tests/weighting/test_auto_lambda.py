@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,11 @@ def rows_of(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> list:
     ]
 
 
-NOT_LOOKED_AT = {"losses": torch.empty(0), "norms": torch.empty(0)}
+NOT_LOOKED_AT: dict[str, Any] = {
+    "losses": torch.empty(0),
+    "norms": torch.empty(0),
+    "balanced": 0,
+}
 
 
 def step_of(

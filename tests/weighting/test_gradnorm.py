@@ -28,7 +28,7 @@ STEPS = st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=6)
 
 
 def step_of(losses: Sequence[float], norms: Sequence[float]) -> Step:
-    return Step([], [], 1.0, None, losses=double(*losses), norms=double(*norms))
+    return Step([], [], 1.0, None, losses=double(*losses), norms=double(*norms), balanced=0)
 
 
 def stepped(weighting: GradNorm, losses: Sequence[float], norms: Sequence[float]) -> list[float]:
