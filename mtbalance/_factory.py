@@ -51,6 +51,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "dualproj": gradient.DualProj,
     "mgda": gradient.MGDA,
     "config": gradient.ConFIG,
+    "dbmtl": gradient.DBMTL,
     "imtlg": gradient.IMTLG,
     "fairgrad": gradient.FairGrad,
     "randomgradient": gradient.RandomGradient,
@@ -72,8 +73,8 @@ _REQUIRED = {
 }
 """What options are that strategies have no default for."""
 
-PAIRS = {"imtl": "imtll+imtlg"}
-"""Methods that are a weighting and a gradient strategy."""
+PAIRS = {"imtl": "imtll+imtlg", "dbmtl": "logloss+dbmtl"}
+"""Methods that are a weighting and a gradient strategy; with "+", a class of that name alone."""
 
 _PAPER_WEIGHTINGS = ("uncert", "dwa", "autol")
 _PAPER_GRADIENTS = ("graddrop", "pcgrad", "cagrad")
@@ -93,7 +94,8 @@ def make_balancer(name: str, **options: Any) -> Balancer:
         name: A weighting, a gradient strategy, or one of each, joined by "+": the class in lower
             case (``geometricmean``, ``cagrad``) or the short name of its paper (``gls``,
             ``uncert``, ``dwa``, ``autol``, ``rlw``, ``imtl-l``, ``uw-so``, ``famo``, ``nash``,
-            ``aligned``); ``imtl`` is both of its halves. What is not named is ``equal`` (or
+            ``aligned``); ``imtl`` and ``dbmtl`` are both of their halves (``dwa+dbmtl`` has the
+            class of that name). What is not named is ``equal`` (or
             ``naive``) or ``sum`` (or ``none``).
         **options: Arguments of the Balancer (``tasks``, ``shared``, ``nonfinite``) and of the two
             strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
@@ -135,7 +137,8 @@ def _parse(name: str) -> tuple[type[Weighting], type[GradientStrategy]]:
     weightings: list[type[Weighting]] = []
     gradients: list[type[GradientStrategy]] = []
     words = [part.strip() for part in name.lower().split("+")]
-    for word in "+".join(PAIRS.get(word, word) for word in words).split("+"):
+    whole = [w if len(words) > 1 and w in GRADIENTS else PAIRS.get(w, w) for w in words]
+    for word in "+".join(whole).split("+"):
         if word in WEIGHTINGS:
             weightings.append(WEIGHTINGS[word])
         elif word in GRADIENTS:

@@ -56,6 +56,13 @@ def unit_rows(gramian: Tensor) -> UnitRows:
     return UnitRows(index, norms, cosines)
 
 
+def factors_to_longest(gramian: Tensor) -> Tensor:
+    """Return what brings each row to the length of the longest; 0 for rows that vanish."""
+    lengths = gramian.detach().double().diagonal().clamp_min(0).sqrt()
+    alive = lengths > ZERO_ROW * lengths.max()
+    return torch.where(alive, lengths.max() / torch.where(alive, lengths, 1.0), 0.0)
+
+
 def norm_of(coefficients: Tensor, gramian: Tensor) -> float:
     """Return the length of the combination of rows with these coefficients."""
     return math.sqrt(max(float(coefficients @ gramian @ coefficients), 0.0))

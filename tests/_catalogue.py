@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from mtbalance.gradient import (
+    DBMTL,
     IMTLG,
     MGDA,
     PCD,
@@ -215,6 +216,13 @@ GRADIENT_CASES = (
     _gradient_case("RowMean-recall", lambda: RowMean(MGDA(), recall=True), _MGDA),
     _gradient_case("RowMean-graddrop", lambda: RowMean(GradDrop()), _GRADDROP),
     _gradient_case("RowMean-normalized", lambda: RowMean(Normalized(Sum(), "max")), _NORMALIZED),
+    _gradient_case("DBMTL", DBMTL, _NORMALIZED),
+    _gradient_case(
+        "DBMTL-published",
+        lambda: DBMTL(0.5, sigma=0.5, correct=False),
+        _NORMALIZED,
+        identical=0.5,
+    ),
     _gradient_case("FairGrad", FairGrad, {*_BARGAINS, Claim.SCALE_FREE}),
     _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),
     _gradient_case("FairGrad-throughput", lambda: FairGrad(alpha=0.5), _BARGAINS),

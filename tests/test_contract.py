@@ -281,7 +281,7 @@ ALIKE = (
     {"UPGrad", "Smoothed", "RowMean"},  # in the first step
     {"MGDA", "RowMean-recall"},
     {"GradDrop", "RowMean-graddrop"},
-    {"Normalized-Sum-max", "RowMean-normalized"},
+    {"Normalized-Sum-max", "RowMean-normalized", "DBMTL"},
     {"NashMTL", "FairGrad"},  # alpha = 1 is Nash's bargain
     {"IMTLG", "IMTLG-official"},  # which turns it round where the weights' sum is negative
 )

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from mtbalance import Balancer, make_balancer
 from mtbalance._factory import GRADIENTS, PAIRS, WEIGHTINGS
-from mtbalance.gradient import IMTLG, CAGrad
-from mtbalance.weighting import IMTLL, Equal
+from mtbalance.gradient import DBMTL, IMTLG, CAGrad
+from mtbalance.weighting import DWA, IMTLL, Equal, LogLoss
 from tests._catalogue import GRADIENT_CASES, GradientCase
 from tests._networks import TASKS, Network, batch, flat_grad, raw_rows
 
@@ -41,9 +41,16 @@ def test_a_method_of_two_halves() -> None:
     assert (type(balancer.weighting), type(balancer.gradient)) == (IMTLL, IMTLG)
     with pytest.raises(ValueError, match="at most one weighting and one gradient strategy, but"):
         make_balancer("imtl+cagrad", tasks=TASKS)
-    with pytest.raises(ValueError, match=r"or be imtl, but got 'imlt'. Did you mean 'imtl"):
+    with pytest.raises(ValueError, match=r"or be imtl, dbmtl, but got 'imlt'. Did you mean 'imtl"):
         make_balancer("imlt", tasks=TASKS)
     assert type(make_balancer("gls+cagrad", tasks=TASKS).gradient) is CAGrad
+
+
+def test_a_method_that_has_the_name_of_its_half() -> None:
+    for name, weighting in (("dbmtl", LogLoss), ("dwa+dbmtl", DWA), ("dbmtl+equal", Equal)):
+        balancer = make_balancer(name, tasks=TASKS, beta=0.5)
+        assert (type(balancer.weighting), type(balancer.gradient)) == (weighting, DBMTL)
+        assert balancer.gradient.beta == 0.5
 
 
 @pytest.mark.filterwarnings("ignore:Krum fell back:RuntimeWarning")  # two tasks are too few

@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from mtbalance import Balancer
 from mtbalance.gradient import (
+    DBMTL,
     PCD,
     GradientStrategy,
     GradVac,
@@ -32,6 +33,7 @@ IN_CATALOGUE = (
     lambda: Smoothed(UPGrad(), 0.5),
     lambda: Smoothed(GradVac(), 0.5),
     lambda: RowMean(GradVac(), beta=0.0),
+    lambda: DBMTL(0.0),
 )
 
 
@@ -222,6 +224,7 @@ def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     strategy = case.make()
     assert strategy.remembers == bool(list(strategy.buffers()))
     remembers = (
+        "DBMTL",
         "GradVac",
         "MoDo",
         "PCD",

@@ -25,6 +25,7 @@ PAIRS = (
     "stch+graddrop",
     "dwa+gradvac",
     "excessmtl+pcgrad",
+    "dbmtl",
 )
 """Each weighting that remembers or draws, and each gradient strategy, at least once."""
 

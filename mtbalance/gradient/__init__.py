@@ -13,6 +13,7 @@ from ._alignedmtl import AlignedMTL
 from ._base import GradientStrategy, GramianStrategy, PreferringStrategy, PrimaryStrategy
 from ._cagrad import CAGrad
 from ._config import ConFIG
+from ._dbmtl import DBMTL
 from ._dualproj import DualProj
 from ._fairgrad import FairGrad
 from ._graddrop import GradDrop
@@ -36,6 +37,7 @@ from ._trimmedmean import TrimmedMean
 from ._upgrad import UPGrad
 
 __all__ = [
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "PCD",
