@@ -53,6 +53,7 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
     "config": gradient.ConFIG,
     "dbmtl": gradient.DBMTL,
     "imtlg": gradient.IMTLG,
+    "moco": gradient.MoCo,
     "fairgrad": gradient.FairGrad,
     "randomgradient": gradient.RandomGradient,
     "gradientcosine": gradient.GradientCosine,

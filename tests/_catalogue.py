@@ -26,6 +26,7 @@ from mtbalance.gradient import (
     GradOPS,
     GradVac,
     Krum,
+    MoCo,
     MoDo,
     NashMTL,
     Normalized,
@@ -222,6 +223,11 @@ GRADIENT_CASES = (
         lambda: DBMTL(0.5, sigma=0.5, correct=False),
         _NORMALIZED,
         identical=0.5,
+    ),
+    # Not ROTATES: weights jump between tasks whose slopes differ by rounding, if rows are long.
+    _gradient_case("MoCo", MoCo, {ORDER_FREE, Claim.ODD}),
+    _gradient_case(
+        "MoCo-softmax", lambda: MoCo(projection="softmax", rho=0.5), {ORDER_FREE, Claim.ODD}
     ),
     _gradient_case("FairGrad", FairGrad, {*_BARGAINS, Claim.SCALE_FREE}),
     _gradient_case("FairGrad-delay", lambda: FairGrad(alpha=2.0), _BARGAINS),

@@ -280,6 +280,7 @@ ALIKE = (
     {"PCGrad-fixed", "GradVac-fixed", "Smoothed-gradvac"},
     {"UPGrad", "Smoothed", "RowMean"},  # in the first step
     {"MGDA", "RowMean-recall"},
+    {"MoCo", "MoDo"},
     {"GradDrop", "RowMean-graddrop"},
     {"Normalized-Sum-max", "RowMean-normalized", "DBMTL"},
     {"NashMTL", "FairGrad"},  # alpha = 1 is Nash's bargain

@@ -17,6 +17,7 @@ from mtbalance.gradient import (
     GradientStrategy,
     GradVac,
     GramianStrategy,
+    MoCo,
     RowMean,
     Smoothed,
     UPGrad,
@@ -34,6 +35,7 @@ IN_CATALOGUE = (
     lambda: Smoothed(GradVac(), 0.5),
     lambda: RowMean(GradVac(), beta=0.0),
     lambda: DBMTL(0.0),
+    lambda: MoCo(1.0),
 )
 
 
@@ -226,6 +228,7 @@ def test_who_remembers_nothing_is_asked_nothing(case: GradientCase) -> None:
     remembers = (
         "DBMTL",
         "GradVac",
+        "MoCo",
         "MoDo",
         "PCD",
         "RowMean",

@@ -24,7 +24,7 @@ PAIRS = (
     "imtl-l+cagrad",
     "stch+graddrop",
     "dwa+gradvac",
-    "excessmtl+pcgrad",
+    "excessmtl+moco",
     "dbmtl",
 )
 """Each weighting that remembers or draws, and each gradient strategy, at least once."""

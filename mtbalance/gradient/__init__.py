@@ -23,6 +23,7 @@ from ._gradvac import GradVac
 from ._imtlg import IMTLG
 from ._krum import Krum
 from ._mgda import MGDA
+from ._moco import MoCo
 from ._modo import MoDo
 from ._nashmtl import NashMTL
 from ._normalized import Normalized
@@ -53,6 +54,7 @@ __all__ = [
     "GradientStrategy",
     "GramianStrategy",
     "Krum",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "Normalized",
