@@ -208,7 +208,15 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {got}.")
+        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {got}.{_remedy(value)}")
+
+
+def _remedy(value: object) -> str:
+    """Return what to do with something of another package, or nothing."""
+    kinds = (value if isinstance(value, type) else type(value)).__mro__
+    if ("torchjd", "Aggregator") in [(k.__module__.partition(".")[0], k.__name__) for k in kinds]:
+        return " Give mtbalance.integrations.torchjd.FromTorchJD(aggregator)."
+    return ""
 
 
 def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:

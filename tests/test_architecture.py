@@ -29,7 +29,7 @@ HELPERS = {
     "mtbalance._simplex",
 }
 THIRD_PARTY = {"torch", "typing_extensions"}  # the second is a dependency of the first
-EXTRAS = {"plot.py": {"matplotlib"}}
+EXTRAS = {"integrations/torchjd.py": {"torchjd"}, "plot.py": {"matplotlib"}}
 """What files may import that `import mtbalance` does not read."""
 
 

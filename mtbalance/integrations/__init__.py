@@ -1,0 +1,1 @@
+"""mtbalance in other packages' training loops; each module needs the package it is named after."""
