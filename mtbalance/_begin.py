@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mtbalance._checks import check_batches, check_losses_by_task, check_validation
 from mtbalance._company import Losses, Validation
+from mtbalance._engines import refuse_engines_of
 from mtbalance._places import features_of
 from mtbalance._seen import Seen
 from mtbalance._step import Setting
@@ -64,8 +65,10 @@ def look(losses: Losses, tasks: Sequence[str], setting: Setting, *, agree: bool 
         named = check_losses_by_task(losses, tasks, may_be_empty=company.size > 1)
         _check_mode()
         place.check(named)
-        setting.watch.look(named.values())
+        first = setting.watch.look(named.values())
         seen = company.look(named, setting.policy.losses(named), place)
+        if first:  # to look takes tenths of a second where DeepSpeed has been imported
+            refuse_engines_of(seen.reach.leaves)
     except (TypeError, ValueError) as caught:
         error = caught
     return company.agree(seen, error) if agree or error is not None else seen

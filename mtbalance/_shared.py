@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mtbalance._engines import refuse_engines
 from mtbalance._shards import any_sharded
 
 Shared = nn.Module | Tensor | Iterable["nn.Module | Tensor"]
@@ -157,6 +158,7 @@ def _numbered(members: object) -> _Members:
         numbered = iter([("", members)])
     checked: _Members = []
     for prefix, member in numbered:
+        refuse_engines([member])
         if not isinstance(member, nn.Module | Tensor):
             raise TypeError(
                 f"`shared` must hold modules and parameters, but got {type(member).__name__}."

@@ -73,10 +73,14 @@ class ScaledLossWatch:
     def __init__(self) -> None:
         self._steps_left = _FIRST_STEPS
 
-    def look(self, losses: Iterable[Tensor]) -> None:
-        """Look at the losses of a step, and warn once; waits for no device."""
+    def look(self, losses: Iterable[Tensor]) -> bool:
+        """Look at the losses of a step, and warn once; waits for no device.
+
+        Returns:
+            Whether it is one of the first steps.
+        """
         if self._steps_left == 0:
-            return
+            return False
         self._steps_left -= 1
         factors = {factor for loss in losses for factor in _factors_of(loss)}
         if factors and not factors.isdisjoint(_scales()):
@@ -89,6 +93,7 @@ class ScaledLossWatch:
                 UserWarning,
                 stacklevel=4,
             )
+        return True
 
 
 def _factors_of(loss: Tensor) -> Iterator[int]:
