@@ -4,7 +4,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class Balancer(nn.Module):
         tasks: Sequence[str],
         shared: Shared | Mapping[str, Shared] | None = None,
         process_group: "torch.distributed.ProcessGroup | None" = None,
-        nonfinite: str = "raise",
+        nonfinite: Literal["raise", "drop", "skip", "propagate"] = "raise",
         every: int = 1,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,

@@ -17,8 +17,8 @@ def refuse_engines(modules: Iterable[object]) -> None:
         if any(package == "deepspeed" and name.endswith("Engine") for package, name in kinds):
             raise TypeError(
                 "the losses must not be those of a DeepSpeed engine, but the shared parameters "
-                f"belong to a {type(module).__name__}: its backward() partitions and reduces "
-                "gradients by itself, and its step() reads no `.grad`. Shard the model with "
+                f"belong to a {type(module).__name__}: its backward() reduces and partitions "
+                "gradients by itself, and its step() counts on that. Shard the model with "
                 "torch.distributed.fsdp.fully_shard, or wrap it in DistributedDataParallel, "
                 "instead. To weigh losses only, keep the engine and leave the Balancer out: "
                 "engine.backward(weighting(torch.stack([*losses.values()])).sum())."

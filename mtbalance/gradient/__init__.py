@@ -9,6 +9,10 @@ scale of the sum of the rows:
 tensor([0.5000, 1.5000])
 """
 
+from typing import TYPE_CHECKING
+
+from mtbalance._hints import getattr_of
+
 from ._alignedmtl import AlignedMTL
 from ._base import GradientStrategy, GramianStrategy, PreferringStrategy, PrimaryStrategy
 from ._cagrad import CAGrad
@@ -69,3 +73,6 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
 ]
+
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__ = getattr_of(__name__)

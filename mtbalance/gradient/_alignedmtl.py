@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class AlignedMTL(PreferringStrategy):
 
     def __init__(
         self,
-        scale: str = "min",
+        scale: Literal["min", "median", "rmse"] = "min",
         rtol: float | None = None,
         preference: Preference | None = None,
     ) -> None:

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class CAGrad(GramianStrategy):
         tensor([1.5000, 1.5000])
     """
 
-    def __init__(self, c: float = 0.4, rescale: int = 1) -> None:
+    def __init__(self, c: float = 0.4, rescale: Literal[0, 1, 2] = 1) -> None:
         super().__init__()
         self.c = check_at_least("c", c, 0)
         check_choice("rescale", rescale, [0, 1, 2])

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class FairGrad(GramianStrategy):
         tensor([1.0000, 0.2500])
     """
 
-    def __init__(self, alpha: float = 1.0, scale: str = "sum") -> None:
+    def __init__(self, alpha: float = 1.0, scale: Literal["sum", "official"] = "sum") -> None:
         super().__init__()
         self.alpha = check_positive("alpha", alpha)
         check_choice("scale", scale, ["sum", "official"])

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ class GradVac(GramianStrategy):
     def __init__(
         self,
         beta: float = 1e-2,
-        order: str = "random",
+        order: Literal["random", "fixed"] = "random",
         *,
         seed: int = 0,
         generator: torch.Generator | None = None,

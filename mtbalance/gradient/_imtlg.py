@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ class IMTLG(GramianStrategy):
         tensor([1.5000, 1.5000])
     """
 
-    def __init__(self, normalize: str = "absolute") -> None:
+    def __init__(self, normalize: Literal["absolute", "official"] = "absolute") -> None:
         super().__init__()
         check_choice("normalize", normalize, ["absolute", "official"])
         self.normalize = normalize

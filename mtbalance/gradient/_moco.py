@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,7 @@ class MoCo(GramianStrategy):
         *,
         beta_sigma: float = 0.5,
         gamma_sigma: float = 0.5,
-        projection: str = "simplex",
+        projection: Literal["simplex", "softmax"] = "simplex",
         correct: bool = True,
     ) -> None:
         super().__init__()

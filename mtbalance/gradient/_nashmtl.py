@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ class NashMTL(PreferringStrategy):
         tensor([1., 1.])
     """
 
-    def __init__(self, scale: str = "sum", preference: Preference | None = None) -> None:
+    def __init__(
+        self, scale: Literal["sum", "official"] = "sum", preference: Preference | None = None
+    ) -> None:
         super().__init__(preference)
         check_choice("scale", scale, ["sum", "official"])
         self.scale = scale

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,9 @@ class Normalized(WrappingStrategy):
         tensor([2., 2.])
     """
 
-    def __init__(self, strategy: GradientStrategy, scale: str = "mean") -> None:
+    def __init__(
+        self, strategy: GradientStrategy, scale: Literal["mean", "max", "min"] = "mean"
+    ) -> None:
         super().__init__(strategy)
         check_choice("scale", scale, ["mean", "max", "min"])
         self.scale = scale

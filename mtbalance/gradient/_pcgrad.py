@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class PCGrad(PrimaryStrategy):
 
     def __init__(
         self,
-        order: str = "random",
+        order: Literal["random", "fixed"] = "random",
         *,
         expectation: bool = False,
         primary: str | int | None = None,

@@ -7,6 +7,10 @@ Each is a class with one method to write and works on plain tensors:
 tensor([0.5000, 2.0000])
 """
 
+from typing import TYPE_CHECKING
+
+from mtbalance._hints import getattr_of
+
 from ._auto_lambda import AutoLambda
 from ._base import Step, Weighting
 from ._constant import Constant
@@ -49,3 +53,6 @@ __all__ = [
     "WarmUp",
     "Weighting",
 ]
+
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__ = getattr_of(__name__)

@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +7,9 @@ from torch import Tensor, nn
 from mtbalance._checks import check_choice, check_finite, check_saved
 
 from ._base import Weighting, held_above, task_vector
+
+Kind = Literal["regression", "classification"]
+"""Of which kind the loss of a task is."""
 
 _KINDS = ("regression", "classification")
 _REGULARIZERS = ("log", "log1p")
@@ -68,11 +72,11 @@ class Uncertainty(Weighting):
 
     def __init__(
         self,
-        kind: str | Sequence[str] | Mapping[str, str] = "regression",
+        kind: Kind | Sequence[Kind] | Mapping[str, Kind] = "regression",
         *,
         init: float = 0.0,
         min_log_var: float = -10.0,
-        regularizer: str = "log",
+        regularizer: Literal["log", "log1p"] = "log",
     ) -> None:
         super().__init__()
         check_choice("regularizer", regularizer, _REGULARIZERS)
