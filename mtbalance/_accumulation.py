@@ -13,7 +13,11 @@ from mtbalance._task_gradients import TaskGradients
 
 
 def add_micro_batch(
-    pending: TaskGradients, losses: Losses, tasks: Sequence[str], setting: Setting
+    pending: TaskGradients,
+    losses: Losses,
+    tasks: Sequence[str],
+    setting: Setting,
+    retain_graph: bool,  # noqa: FBT001
 ) -> None:
     """Add the rows of a micro-batch: all of them, or an error and none.
 
@@ -23,8 +27,10 @@ def add_micro_batch(
         losses: The losses of this process.
         tasks: All tasks.
         setting: Who takes the step, and where.
+        retain_graph: Whether the graphs of the losses are to last.
     """
     company, policy = setting.company, setting.policy
+    setting.place.retains = retain_graph
     late = company.agrees_late
     with _told(pending, over=late):  # the others learn of an error, too, and end the step
         seen = look(losses, tasks, setting, agree=not late)

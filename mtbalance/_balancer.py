@@ -171,18 +171,17 @@ class Balancer(nn.Module):
         batches: Sequence[Validation] = (),
         scaler: GradScaler | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
     ) -> Record:
         """Balance the losses and accumulate into ``.grad``, where ``loss.backward()`` would.
 
         Args:
             losses: Scalar loss with a graph per task; tasks left out are absent. With several
                 processes, the losses of this one's part of the batch.
-            validation: For weightings that look ahead (``needs_validation``): a function without
-                arguments that returns the losses of a validation batch at the parameters as they
-                are when called.
-            batches: For gradient strategies that learn from independent batches
-                (``further_batches``): functions that return the losses of further training batches,
-                of every task in ``losses`` at least. Others call none.
+            validation: For weightings that look ahead (``needs_validation``): a function that
+                returns the losses of a validation batch at the parameters as they are then.
+            batches: For strategies with ``further_batches`` (others call none): functions that
+                return losses of further training batches, of every task in ``losses`` at least.
             scaler: The gradient scaler of mixed-precision training with float16. ``.grad`` is then
                 scaled, as after ``scaler.scale(loss).backward()``.
             features: The output of the shared part of the network, through which all losses reach
@@ -190,6 +189,7 @@ class Balancer(nn.Module):
                 *features*, and one backward pass goes through the shared part, whatever the number
                 of tasks. This is an approximation: gradients that conflict at the features need not
                 do so at the parameters, and vice versa. ``dtype`` and ``chunk`` do not apply.
+            retain_graph: Keep the graphs of the losses, for another Balancer or backward pass.
 
         Returns:
             What the step did.
@@ -203,12 +203,15 @@ class Balancer(nn.Module):
         """
         self._after.begin(self.weighting)
         setting = checked(self._setting(scaler, validation), self._pending, batches, features)
+        setting.place.retains = retain_graph
         if self._pending:
-            self.accumulate(losses, scaler=scaler)
+            self.accumulate(losses, scaler=scaler, retain_graph=retain_graph)
             return self.apply(validation=validation, batches=batches, scaler=scaler)
         return self._finish(self._steps.take(look(losses, self.tasks, setting), setting))
 
-    def accumulate(self, losses: Losses, *, scaler: GradScaler | None = None) -> None:
+    def accumulate(
+        self, losses: Losses, *, scaler: GradScaler | None = None, retain_graph: bool = False
+    ) -> None:
         """Add the gradients of a micro-batch to the per-task gradients, and free its graph.
 
         Gradients add up, as with repeated ``loss.backward()``: divide mean losses by the number of
@@ -218,6 +221,7 @@ class Balancer(nn.Module):
         Args:
             losses: As in :meth:`backward`.
             scaler: As in :meth:`backward`; the same for all calls of a step.
+            retain_graph: As in :meth:`backward`.
 
         Raises:
             ValueError, RuntimeError: As :meth:`backward` does. All is added or nothing; what was
@@ -226,7 +230,7 @@ class Balancer(nn.Module):
             FloatingPointError: If a loss is not finite and ``nonfinite="raise"``. The step is over:
                 what was accumulated before is discarded. Several processes raise in :meth:`apply`.
         """
-        add_micro_batch(self._pending, losses, self.tasks, self._setting(scaler))
+        add_micro_batch(self._pending, losses, self.tasks, self._setting(scaler), retain_graph)
 
     def discard(self) -> None:
         """Drop what has been accumulated since the last :meth:`apply`, and nothing else.
@@ -381,10 +385,8 @@ class Balancer(nn.Module):
 
     def extra_repr(self) -> str:
         options = {"nonfinite": "raise", "every": 1, "dtype": None, "chunk": None}
-        changed = [
-            f", {k}={getattr(self, k)!r}" for k, v in options.items() if getattr(self, k) != v
-        ]
-        return f"tasks={self.tasks}" + "".join(changed)
+        given = {k: v for k, v in vars(self).items() if k in options and v != options[k]}
+        return f"tasks={self.tasks}" + "".join(f", {k}={v!r}" for k, v in given.items())
 
     def _finish(self, record: Record) -> Record:
         fallbacks = self.fallbacks + fallbacks_of(self.weighting) + fallbacks_of(self.gradient)

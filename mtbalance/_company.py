@@ -98,7 +98,13 @@ class Company(Protocol):
         """
 
     def backward_from(
-        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen, accepts: Accepts
+        self,
+        features: Sequence[Tensor],
+        slopes: Sequence[Tensor],
+        seen: Seen,
+        accepts: Accepts,
+        *,
+        retain_graph: bool = False,
     ) -> bool:
         """Let gradients of features flow on into ``.grad`` of what these depend on.
 
@@ -202,12 +208,18 @@ class Alone:
         torch.autograd.backward(losses, slopes, retain_graph=retain_graph, inputs=inputs)
 
     def backward_from(
-        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen, accepts: Accepts
+        self,
+        features: Sequence[Tensor],
+        slopes: Sequence[Tensor],
+        seen: Seen,
+        accepts: Accepts,
+        *,
+        retain_graph: bool = False,
     ) -> bool:
         del seen
         below = reach_of(features).leaves
         with fresh_grad(below) as fresh:
-            torch.autograd.backward(features, slopes)
+            torch.autograd.backward(features, slopes, retain_graph=retain_graph)
             fresh.kept = accepts([leaf.grad for leaf in below])
         return fresh.kept
 
@@ -326,12 +338,18 @@ class Replicas:
         ]
 
     def backward_from(
-        self, features: Sequence[Tensor], slopes: Sequence[Tensor], seen: Seen, accepts: Accepts
+        self,
+        features: Sequence[Tensor],
+        slopes: Sequence[Tensor],
+        seen: Seen,
+        accepts: Accepts,
+        *,
+        retain_graph: bool = False,
     ) -> bool:
         below = _agreement(seen).layouts[BELOW]
         gradients: list[Tensor | None] = [None] * len(below)
         if features:
-            gradients = gradient_of(features, below, slopes)
+            gradients = gradient_of(features, below, slopes, retain_graph=retain_graph)
         sums = self._ranks.add_up(below, gradients)  # the same in all processes
         if not accepts(sums):
             return False
@@ -402,8 +420,9 @@ class Sharded(Replicas):
         *,
         retain_graph: bool = False,
     ) -> None:
-        del leaves, retain_graph
-        torch.autograd.backward(list(seen.here.values()), self._slopes(seen, factors, scale))
+        del leaves
+        losses, slopes = list(seen.here.values()), self._slopes(seen, factors, scale)
+        torch.autograd.backward(losses, slopes, retain_graph=retain_graph)
         # Shards are averaged where they arrive, other parameters are not.
         plain = self._plain(seen)
         means = self._ranks.add_up(plain, [leaf.grad for leaf in plain], divisor=self.size)

@@ -40,7 +40,7 @@ def in_passes(
         scale: The loss scale, if any.
         company: The processes.
         looks: Whether what is not finite is to be found.
-        again: Whether the graphs are to last, as other passes follow where it is not finite.
+        again: Whether the graphs are to last, as other passes may follow.
     """
     wanted = [each for each in passes if each.leaves]
     with fresh_grad(company.leaves(seen)) as fresh:

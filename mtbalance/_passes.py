@@ -91,7 +91,8 @@ class BatchedPasses:
             if rows is None:
                 yield from task_gradients(losses[part], inputs, shares_graph[part])
             else:
-                free(losses[part], losses[part.stop :])
+                if not shares_graph[-1]:  # the last graph of all is shared where they are to last
+                    free(losses[part], losses[part.stop :])
                 yield from rows
 
     def _chunk(

@@ -35,6 +35,8 @@ class Place(Protocol):
     """The number of the rows' first column here, counted over all processes."""
     dtype: torch.dtype | None
     """What rows are kept in; None for their own."""
+    retains: bool
+    """Whether the graphs of the losses are to last."""
 
     def check(self, losses: Mapping[str, Tensor]) -> None:
         """Raise unless the losses can be balanced here."""
@@ -95,6 +97,7 @@ class AtParameters:
     """
 
     first = 0
+    retains = False
 
     def __init__(self, log: ReachLog, passes: TaskPasses, dtype: torch.dtype | None) -> None:
         self._log = log
@@ -118,6 +121,8 @@ class AtParameters:
         if not losses:
             return
         leaves, shares_graph = company.reach(losses, self) if seen.nonfinite else seen.reach
+        if self.retains:
+            shares_graph = [True] * len(losses)
         passes = company.task_passes or self._passes
         gradients = passes(scaled(losses.values(), scaler), leaves, shares_graph)
         for (task, loss), row in zip(losses.items(), gradients, strict=True):
@@ -162,6 +167,7 @@ class AtFeatures:
     """
 
     dtype: torch.dtype | None = None
+    retains = False
 
     def __init__(self, parts: Sequence[Tensor], company: Company) -> None:
         self._parts = parts
@@ -205,6 +211,8 @@ class AtFeatures:
         """Make a backward pass down to the features for each loss of this process."""
         losses = seen.finite_here
         leaves, shares_graph = company.reach(losses, self) if seen.nonfinite else seen.reach
+        if self.retains:
+            shares_graph = [True] * len(losses)
         gradients = task_gradients(scaled(losses.values(), scaler), leaves, shares_graph)
         own = len(self._parts)
         for (task, loss), row in zip(losses.items(), gradients, strict=True):
@@ -240,7 +248,9 @@ class AtFeatures:
         """Let the directions flow back into ``.grad`` of what the features depend on."""
         reached = [(f, d) for f, d in zip(leaves, directions, strict=True) if d is not None]
         features, slopes = [f for f, _ in reached], [d for _, d in reached]
-        return self._company.backward_from(features, slopes, seen, accepts)
+        return self._company.backward_from(
+            features, slopes, seen, accepts, retain_graph=self.retains
+        )
 
 
 def features_of(

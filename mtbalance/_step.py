@@ -153,6 +153,7 @@ class Steps:
             passes.append(Pass(leaves, weights * self._kept.solutions[number].to(weights)))
         # If the sum is not finite, rows tell which task is to be dropped: graphs must last.
         again = bool(kept) and policy.drops and scale is None
+        again = again or setting.place.retains
         if in_passes(passes, seen, weighed, scale, company, looks=policy.looks, again=again):
             record = Record(
                 tuple(seen.losses),
