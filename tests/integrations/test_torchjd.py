@@ -18,6 +18,7 @@ from mtbalance._random import RandomSource
 from mtbalance.gradient import CAGrad, Normalized, PCGrad, Smoothed
 from mtbalance.weighting import Constant, Equal
 from tests._catalogue import GRADIENT_CASES, GradientCase
+from tests._device import DEVICE
 from tests._networks import TASKS, Network, batch, gradients, raw_rows
 from tests._samplers import random_gradients
 
@@ -115,7 +116,7 @@ def test_an_aggregator_does_here_what_it_does_there(name: str) -> None:
         balancer.backward(model.losses(rows))
         losses, hidden = losses_there(there, rows)
         mtl_backward(losses, hidden, parallel_chunk_size=1)
-        with stream.as_global_stream([]):
+        with stream.as_global_stream([DEVICE]):
             jac_to_grad(there.trunk.parameters(), other)
         expected = gradients(there)
         for parameter, gradient in gradients(model).items():
