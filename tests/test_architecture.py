@@ -29,7 +29,13 @@ HELPERS = {
     "mtbalance._simplex",
 }
 THIRD_PARTY = {"torch", "typing_extensions"}  # the second is a dependency of the first
-EXTRAS = {"integrations/torchjd.py": {"torchjd"}, "plot.py": {"matplotlib"}}
+EXTRAS = {
+    "plot.py": {"matplotlib"},
+    "integrations/accelerate.py": {"accelerate"},
+    "integrations/lightning.py": {"lightning", "pytorch_lightning"},
+    "integrations/torchjd.py": {"torchjd"},
+    "integrations/transformers.py": {"transformers"},
+}
 """What files may import that `import mtbalance` does not read."""
 
 
@@ -97,6 +103,16 @@ def test_only_the_kit_knows_the_kit() -> None:
             assert private <= {"mtbalance._checks"}, path
         else:
             assert not any(name.startswith("mtbalance.testing") for name in own), path
+
+
+def test_nobody_knows_the_integrations() -> None:
+    """They are read when asked for; each other, they may know."""
+    rooms = PACKAGE / "integrations"
+    for path in PACKAGE.rglob("*.py"):
+        if rooms not in path.parents:
+            assert not any(name.startswith("mtbalance.integrations") for name in imports(path)), (
+                path
+            )
 
 
 MOST_LINES_OF_A_FILE = 450

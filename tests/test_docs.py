@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ MODULES = [
     for module in pkgutil.walk_packages(mtbalance.__path__, prefix="mtbalance.")
     if ".integrations" not in module.name
 ]
+FRAMEWORKS = {"integrations.md": ("lightning", "accelerate", "transformers", "peft")}
+"""Packages without which a page cannot run."""
 
 
 @pytest.mark.parametrize("name", ["mtbalance", *MODULES])
@@ -34,6 +37,9 @@ def python_blocks(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run one after the other, in one namespace and an empty folder."""
+    for package in FRAMEWORKS.get(page.name, ()):
+        pytest.importorskip(package, reason='needs `pip install "mtbalance[integrations]"`')
+        warnings.simplefilter("ignore")  # theirs; pytest puts back what was
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in python_blocks(page):

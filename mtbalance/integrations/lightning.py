@@ -1,0 +1,161 @@
+"""Lightning modules that balance their tasks.
+
+Needs Lightning (``pip install "mtbalance[lightning]"``). Three lines change: the base class, a
+``self.balancer``, and ``return self.balance(losses)`` where the sum of the losses was returned.
+"Training loops of others" in docs/ has a script.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from mtbalance._balancer import Balancer
+from mtbalance._record import Record
+
+try:
+    import lightning.pytorch  # noqa: F401
+except ImportError as error:
+    try:
+        import pytorch_lightning  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            'mtbalance.integrations.lightning needs Lightning. Run `pip install "mtbalance'
+            '[lightning]"`.'
+        ) from error
+
+__all__ = ["Balanced"]
+
+
+class Balanced:
+    """Base class in front of ``LightningModule``, for a module that has a ``balancer``.
+
+    With automatic optimization, gradients are written in the hook ``backward``, so that clipping,
+    accumulation, precision, schedulers and strategies are Lightning's, as ever. Works with
+    ``lightning`` and ``pytorch_lightning``.
+
+    It also closes epochs (``balancer.end_epoch()``), and logs ``record.as_dict()`` under
+    ``balance/``, without what is NaN, in the steps in which the Trainer logs. As ``self.balancer``
+    is a submodule, checkpoints hold its state, and ``self.parameters()`` what it learns.
+
+    Attributes:
+        balancer: The Balancer; assign it in ``__init__``.
+        record: What the last balanced step did.
+
+    Example:
+        >>> import lightning, torch
+        >>> from mtbalance import make_balancer
+        >>> class Net(Balanced, lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.trunk = torch.nn.Linear(4, 8)
+        ...         self.heads = torch.nn.ModuleDict({t: torch.nn.Linear(8, 1) for t in "ab"})
+        ...         self.balancer = make_balancer("pcgrad", tasks=("a", "b"), shared=self.trunk)
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         h = self.trunk(batch).relu()
+        ...         return self.balance({t: f(h).square().mean() for t, f in self.heads.items()})
+    """
+
+    balancer: Balancer
+    record: Record | None = None
+    _given: "tuple[Tensor, dict[str, Tensor], dict[str, Any]] | None" = None
+    _epoch_of_last_step: int | None = None
+
+    def balance(self, losses: Mapping[str, Tensor], **options: Any) -> Tensor:
+        """Balance the losses of a batch; call it once in ``training_step``.
+
+        Args:
+            losses: As in :meth:`mtbalance.Balancer.backward`: raw, neither scaled nor divided.
+            options: Other arguments of that method but for ``scaler``, which is the Trainer's.
+
+        Returns:
+            The sum of the losses, to return from ``training_step``. With automatic optimization
+            Lightning then calls back, and gradients are written. With manual optimization they have
+            been written already, where ``self.manual_backward(loss)`` would; batches given to
+            ``self.balancer.accumulate`` before are part of the step.
+
+        Raises:
+            RuntimeError: If what this returned for the last batch was not returned to Lightning.
+        """
+        module: Any = self
+        total = torch.stack([loss.detach().float().sum() for loss in losses.values()]).sum()
+        if not module.automatic_optimization:
+            self._take(losses, 1, last=True, options=options)
+            return total
+        if self._given is not None:
+            self._given = None
+            raise RuntimeError(
+                "`training_step` must return what `self.balance(losses)` returns, but the last "
+                "time it returned something else, and nothing was trained."
+            )
+        self._given = total.requires_grad_(), dict(losses), options
+        return total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Write balanced gradients; Lightning calls it."""
+        if self._given is None:
+            super().backward(loss, *args, **kwargs)  # type: ignore[misc]
+            return
+        (total, losses, options), self._given = self._given, None
+        trainer: Any = self.trainer  # type: ignore[attr-defined]
+        if not _is_untouched(total, loss, scaled=self._scaler is not None):
+            raise RuntimeError(
+                "`training_step` must return `self.balance(losses)` as it is, but something was "
+                "added to it, or it was multiplied. Do that to `losses`, or give a task more."
+            )
+        batches = trainer.accumulate_grad_batches
+        done = trainer.fit_loop.epoch_loop.batch_progress
+        last = done.current.ready % batches == 0 or trainer.is_last_batch
+        self._take(losses, batches, last=last, options=options)
+
+    def on_train_epoch_end(self) -> None:
+        """Close the epoch of the Balancer; Lightning calls it."""
+        super().on_train_epoch_end()  # type: ignore[misc]
+        self._close_epoch()
+
+    def _take(
+        self, losses: Mapping[str, Tensor], batches: int, *, last: bool, options: dict[str, Any]
+    ) -> None:
+        """Balance or accumulate the losses of one of several batches."""
+        trainer: Any = self.trainer  # type: ignore[attr-defined]
+        if self._epoch_of_last_step not in (None, trainer.current_epoch):
+            self._close_epoch()  # a module's own `on_train_epoch_end` may not have called ours
+        self._epoch_of_last_step = trainer.current_epoch
+        scaler = self._scaler
+        if batches > 1:
+            losses = {task: loss / batches for task, loss in losses.items()}
+        if not last:
+            self.balancer.accumulate(losses, scaler=scaler)
+            return
+        self.record = self.balancer.backward(losses, scaler=scaler, **options)
+        if trainer.loggers and trainer._logger_connector.should_update_logs:
+            # Not `log_dict`: a task that is absent would keep its last value to the epoch's end.
+            figures = self.record.as_dict().items()
+            trainer._logger_connector.log_metrics(
+                {f"balance/{name}": value for name, value in figures if not math.isnan(value)}
+            )
+
+    @property
+    def _scaler(self) -> GradScaler | None:
+        trainer: Any = self.trainer  # type: ignore[attr-defined]
+        return getattr(trainer.precision_plugin, "scaler", None)
+
+    def _close_epoch(self) -> None:
+        if self.balancer._epoch.steps:  # else it has been closed, before a checkpoint was saved
+            self.balancer.end_epoch()
+
+
+def _is_untouched(total: Tensor, loss: Tensor, *, scaled: bool) -> bool:
+    """Return whether a loss is ``total`` as Lightning hands it on: divided and perhaps scaled."""
+    left = ["DivBackward0"] + ["MulBackward0"] * scaled
+    node = loss.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        if node.name() not in left:
+            return False
+        left.remove(node.name())
+        node = next((each for each, _ in node.next_functions if each is not None), None)
+    return (loss if node is None else node.variable) is total
