@@ -218,6 +218,7 @@ def test_epochs_end_where_a_module_has_a_hook_of_its_own(tmp_path: Path) -> None
         lambda net, loss: 0.5 * loss,
         lambda net, loss: loss / 2,
         lambda net, loss: {"loss": loss.exp()},
+        lambda net, loss: loss.clone().detach().requires_grad_(),
     ],
 )
 def test_what_balance_returns_is_returned_as_it_is(change: Any, tmp_path: Path) -> None:
