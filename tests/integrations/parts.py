@@ -1,6 +1,7 @@
 """What is trained in every framework, and the plain loop that each is compared with."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -114,3 +115,10 @@ def tell_as_torchrun(here: Here) -> None:
     rank, size = str(here.rank), str(here.size)
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+def forget_accelerators() -> None:
+    """Forget what accelerators share for the life of a process, if there have been any."""
+    if state := sys.modules.get("accelerate.state"):
+        for kind in (state.AcceleratorState, state.GradientState, state.PartialState):
+            kind._reset_state()

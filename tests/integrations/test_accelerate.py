@@ -1,7 +1,6 @@
 """Accelerate, the package itself: a loop with it equals the plain loop."""
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,25 +11,19 @@ from torch import Tensor
 
 pytest.importorskip("accelerate", reason='needs `pip install "mtbalance[accelerate]"`')
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.state import DistributedType
 
 from mtbalance import Record
 from mtbalance.integrations.accelerate import backward, prepare
 from tests.distributed.harness import ALONE, Here, Pool
-from tests.integrations.parts import Parts, assert_same, data, plain, tell_as_torchrun
-
-
-def reset() -> None:
-    """Forget what accelerators share for the life of a process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    reset()
-    yield
-    reset()
+from tests.integrations.parts import (
+    Parts,
+    assert_same,
+    data,
+    forget_accelerators,
+    plain,
+    tell_as_torchrun,
+)
 
 
 class Loop:
@@ -114,7 +107,7 @@ def test_save_state_and_load_state(method: str, wrapped: bool, tmp_path: Path) -
     first = Loop(method, wrapped=wrapped)
     first.train(2)
     first.accelerator.save_state(str(tmp_path))
-    reset()
+    forget_accelerators()
     second = Loop(method, wrapped=wrapped)
     second.accelerator.load_state(str(tmp_path))
     assert_same(second.train(2), plain(method, epochs=4))
@@ -140,7 +133,7 @@ def loop_in_rank(here: Here, options: dict[str, Any], clip: float) -> dict[str, 
     tell_as_torchrun(here)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reset()
+        forget_accelerators()
         try:
             loop = Loop("uncert+cagrad", here=here, **options)
             assert loop.accelerator.num_processes == here.size
@@ -148,7 +141,7 @@ def loop_in_rank(here: Here, options: dict[str, Any], clip: float) -> dict[str, 
             assert isinstance(loop.balancer, torch.nn.parallel.DistributedDataParallel) == wrapped
             return dict(loop.train(2, clip=clip).named_parameters())
         finally:
-            reset()
+            forget_accelerators()
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,19 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason='needs `pip install "mtbalance[transformers]"`')
 import transformers
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from mtbalance import make_balancer
 from mtbalance.integrations.transformers import BalancedTrainer
 from tests.distributed.harness import ALONE, Here, Pool
-from tests.integrations.parts import BATCHES, Parts, assert_same, data, plain, tell_as_torchrun
+from tests.integrations.parts import (
+    BATCHES,
+    Parts,
+    assert_same,
+    data,
+    forget_accelerators,
+    plain,
+    tell_as_torchrun,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
 transformers.utils.logging.set_verbosity_error()
@@ -352,17 +359,14 @@ def trainer_in_rank(here: Here, folder: str, options: dict[str, Any]) -> dict[st
     tell_as_torchrun(here)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        states = (AcceleratorState, GradientState, PartialState)
-        for state in states:
-            state._reset_state()
+        forget_accelerators()
         try:
             made, parts = trainer("dwa+cagrad", Path(folder), here=here, **options)
             assert made.args.world_size == here.size
             made.train()
             return dict(parts.named_parameters())
         finally:
-            for state in states:
-                state._reset_state()
+            forget_accelerators()
 
 
 @pytest.mark.parametrize(
