@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._direction import Outcome, by_columns
-from mtbalance._gramians import HIGHEST, LOWEST, exponents_of, shifted
+from mtbalance._gramians import HIGHEST, LOWEST, WIDE, exponents_of, shifted
 from mtbalance._row_means import Mixing, RowMeans
 from mtbalance._row_state import RowState
 from mtbalance._rows import Rows, column_blocks, combine, is_finite, plus_multiple
@@ -189,15 +189,18 @@ def _in_range(leaves: Sequence[Tensor], rows: Rows, mix: Mix, power: int) -> tup
     The first over whatever takes it into the range of float64, which float64 rows may leave; the
     second over that of the table.
     """
-    gramian, cross = _products(leaves, rows, mix, power)
-    if not any(t is not None and t.dtype == torch.float64 for row in rows for t in row):
+    wide = any(t is not None and t.dtype in WIDE for row in rows for t in row)
+    # Raw rows that are all zero have a power, too, out of which their means would be.
+    own = power if wide else 0
+    gramian, cross = _products(leaves, rows, mix, own)
+    if wide:
+        largest = float(gramian.diagonal().max())
+        if largest == largest and not LOWEST < largest < HIGHEST:
+            own += exponents_of([largest])[0]
+            gramian, cross = _products(leaves, rows, mix, own)
+    if own == power:
         return gramian, cross
-    largest = float(gramian.diagonal().max())
-    if largest != largest or LOWEST < largest < HIGHEST:
-        return gramian, cross
-    further = power + exponents_of([largest])[0]
-    gramian, cross = _products(leaves, rows, mix, further)
-    return gramian, shifted(cross, [[2 * (further - power)] * cross.shape[1]] * len(cross))
+    return gramian, shifted(cross, [[2 * (own - power)] * cross.shape[1]] * len(cross))
 
 
 def _products(leaves: Sequence[Tensor], rows: Rows, mix: Mix, power: int) -> tuple[Tensor, Tensor]:

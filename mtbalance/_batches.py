@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from mtbalance._checks import check_known_tasks, check_losses_by_task
 from mtbalance._company import Company, Losses, Validation
 from mtbalance._finite import NonFinite
-from mtbalance._gramians import are_held, exponents_of
+from mtbalance._gramians import WIDE, are_held, exponents_of
 from mtbalance._places import Place
 from mtbalance._rows import finite_entries, products_between
 from mtbalance._scaling import scale_of
@@ -159,7 +159,7 @@ class FurtherBatches(NamedTuple):
         rows = [[row[number] for number, _ in both] for row in one.rows]
         rows += [[row[number] for _, number in both] for row in other.rows]
         found = sum_over_shards(leaves, rows, products_between)
-        if not (self.policy.looks and any(leaf.dtype in _WIDE for leaf in leaves)):
+        if not (self.policy.looks and any(leaf.dtype in WIDE for leaf in leaves)):
             return found
         largest = [float(found.abs().max())]
         if are_held(largest):
@@ -170,7 +170,3 @@ class FurtherBatches(NamedTuple):
         finite = divided.diagonal().isfinite()  # others are so whatever they are divided by
         left = found[finite][:, finite].abs().flatten().tolist()
         return found if are_held([max(left, default=1.0)]) else divided
-
-
-_WIDE = (torch.float64, torch.complex128)
-"""Only their squares may be more, or less, than float64 holds."""

@@ -28,6 +28,8 @@ _LEAST_EIGENVALUE = 1e-12
 LOWEST, HIGHEST = 1e-240, 1e240
 """Within these, squared norms leave room in float64: below for the squares of all rows that do not
 count as zero next to them, above for weights and for sums."""
+WIDE = (torch.float64, torch.complex128)
+"""Only squares of these may be more, or less, than float64 holds."""
 _POWER = 600
 """2^600 = 4e180 takes the norms of all float64 rows that are out of this range into it."""
 

@@ -369,6 +369,24 @@ def test_complex_parameters() -> None:
 # --- the range of numbers -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", INNER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("small", [0.0, 1e-200])
+def test_means_outlive_steps_without_gradients(
+    make: Make, dtype: torch.dtype, small: float
+) -> None:
+    """As of a network whose units are all dead: rows of the step are zero, means are not."""
+    x = nn.Parameter(on_device(torch.ones(5, dtype=dtype)))
+    balancer = Balancer(Equal(), RowMean(make(), 0.5), tasks=TASKS, shared=[x])
+    oracle = Oracle(make(), 0.5, correct=True, recall=False)
+    rows = on_device(torch.randn(3, 5).to(dtype))
+    for factor in (1.0, small, small, 1.0):
+        x.grad = None
+        now = dict(zip(TASKS, factor * rows, strict=True))
+        balancer.backward({task: row @ x for task, row in now.items()})
+        assert_close(x.grad, oracle.direction(now).to(dtype), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("make", [UPGrad, ConFIG, MGDA, lambda: TrimmedMean(0)])
 @pytest.mark.parametrize("size", [1e-200, 1e-170, 1e170, 1e200])
 def test_rows_whose_squares_float64_does_not_hold(make: Make, size: float) -> None:

@@ -85,7 +85,8 @@ class Training:
     def __init__(self, method: str, seed: int, rate: float, setting: Setting) -> None:
         self.setting, self.data = setting, data_of(seed, setting)
         self.network = Network(setting, seed)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=rate)
+        parts = (self.network.trunk, self.network.heads)
+        self.optimizer = torch.optim.Adam([{"params": [*p.parameters()]} for p in parts], lr=rate)
         self.batches = stream(seed, "batches")
         self._further = stream(seed, "further")
         alone, _, task = method.partition(":")
@@ -95,6 +96,9 @@ class Training:
             self.balancer = balancer_of(
                 method, shared=self.network.trunk, optimizer=self.optimizer, seed=seed
             )
+            if self.balancer.gradient.row_means is not None:
+                # These average gradients themselves; twice is a lag that high rates do not bear.
+                self.optimizer.param_groups[0]["betas"] = (0.0, 0.999)
             if learned := list(self.balancer.parameters()):  # such as Uncertainty's
                 self.optimizer.add_param_group({"params": learned})
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, setting.share_of_rate)

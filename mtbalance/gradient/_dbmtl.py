@@ -36,7 +36,8 @@ class DBMTL(GramianStrategy):
         The authors' code adds 1e-8 to each length, which takes tasks with shorter gradients out;
         here a mean that vanishes next to the longest (1e-30 of it) counts as zero, and any other as
         it is. It does not correct means: its first step is 1 - beta of ours, and the later ones
-        approach it. Memory is that of ``RowMean``: one more number per task and parameter.
+        approach it. Memory is that of ``RowMean``: one more number per task and parameter. As with
+        ``RowMean``, the optimizer should have no momentum of its own.
 
     References:
         Lin, Jiang, Ye, Zhang, Chen, Chen, Liu and Kwok, "Dual-Balancing for Multi-Task Learning",

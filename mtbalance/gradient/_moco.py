@@ -48,7 +48,8 @@ class MoCo(GramianStrategy):
 
         Each task counts its own steps t. One that is absent keeps its gradient and its part of the
         sum of :math:`\lambda`; the others share what they have together. Memory is that of
-        ``RowMean``: one more number per task and parameter.
+        ``RowMean``: one more number per task and parameter. As with ``RowMean``, the optimizer
+        should have no momentum of its own.
 
     References:
         Fernando, Shen, Liu, Chaudhury, Murugesan and Chen, "Mitigating Gradient Bias in
@@ -94,7 +95,8 @@ class MoCo(GramianStrategy):
         none = torch.full_like(before, 1 / len(before))  # where absent tasks have all there is
         own = torch.where(total > 0, before / total, none)
         slope = gramian @ own + self.rho * own
-        moved = own - self.gamma / steps**self.gamma_sigma * slope
+        # A number that all have in common changes nothing, and might drown the weights if large.
+        moved = own - self.gamma / steps**self.gamma_sigma * (slope - slope.min())
         new = (
             torch.softmax(moved, 0) if self.projection == "softmax" else project_onto_simplex(moved)
         )

@@ -39,7 +39,9 @@ class RowMean(WrappingStrategy):
         Memory: one number of at least float32 per task and parameter, for good (times m shared
         parameters, as the rows), and one more direction, since rows stay until the step is written.
         Time: no further backward pass; means are made while rows are read anyway. ``features=`` and
-        ``every`` do not go with it. The optimizer should have no momentum of its own.
+        ``every`` do not go with it. The optimizer should have no momentum of its own: averaged
+        twice, directions lag so far behind that high learning rates, which Adam bears otherwise,
+        ruin a training (``Adam(betas=(0.0, 0.999))`` does without).
 
         Momentum ConFIG also has a second moment, of gradients that it finds from the change of the
         direction; here that is the business of the optimizer (``Adam(betas=(0.0, 0.999))``), which
