@@ -32,6 +32,7 @@ def checked(
         try:
             if setting.weighting.needs_validation:
                 check_validation(setting.weighting, setting.validation)
+                setting.weighting.check_ready()
             check_batches(setting.gradient, batches)
         except (TypeError, ValueError) as error:
             if setting.company.size > 1:

@@ -66,7 +66,8 @@ GRADIENTS: dict[str, type[GradientStrategy]] = {
 }
 
 _REQUIRED = {
-    "optimizer": "it is the model's optimizer, from which {} reads learning rates.",
+    "optimizer": "it is the model's optimizer, from which {} reads learning rates; several, "
+    "or None to assign it later, to `balancer.weighting.optimizer`.",
     "primary": "it is the task that {} favours, which nobody can choose but you.",
     "byzantine": "it is how many gradients {} takes for outliers.",
     "trim": "it is how many entries {} leaves out at each end.",
@@ -102,7 +103,8 @@ def make_balancer(name: str, **options: Any) -> Balancer:
             strategies (``temperature``, ``c``, ``optimizer``, ...). One that several take, such as
             ``seed``, goes to each of them; one that only other strategies take goes unused, so that
             one call serves every name. ``primary`` is several tasks for ``autol`` and one for
-            gradient strategies: make a pair that differs in it from the classes.
+            gradient strategies: make a pair that differs in it from the classes. ``optimizer`` is
+            the model's, several, or None to assign it later to ``balancer.weighting.optimizer``.
 
     Raises:
         ValueError: If a part of the name is unknown, or there are two of one kind.

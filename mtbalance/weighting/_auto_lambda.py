@@ -37,10 +37,10 @@ class AutoLambda(Weighting):
 
     where :math:`g_i` is the gradient of the raw loss of task i, :math:`\alpha`, :math:`\gamma`,
     :math:`\mu` and b are the learning rate, weight decay, momentum and momentum buffer that the
-    optimizer holds for each parameter, and :math:`L_{val}` is the sum of the primary tasks' losses
-    on a validation batch. The formula is exact: :math:`g_i` does not depend on :math:`\lambda`.
-    Adam then moves :math:`\lambda`, and the step's objective is :math:`\sum_i \lambda_i L_i` with
-    the new values.
+    optimizer holds for each parameter (of several, the one that holds it), and
+    :math:`L_{val}` is the sum of the primary tasks' losses on a validation batch.
+    The formula is exact: :math:`g_i` does not depend on :math:`\lambda`. Adam then moves
+    :math:`\lambda`, and the step's objective is :math:`\sum_i \lambda_i L_i` with the new values.
 
     A step costs one forward and one backward pass more, on the validation batch; the per-task
     gradients serve the virtual step, the derivative and the gradient strategy alike. Parameters
@@ -51,7 +51,8 @@ class AutoLambda(Weighting):
     The weights are a buffer, ``lambdas``, which Adam moves in here: they need no other optimizer.
 
     Args:
-        optimizer: The optimizer of the model.
+        optimizer: The optimizer of the model; several, of which no two hold the same parameter; or
+            None, to assign it to the attribute ``optimizer`` before the first step.
         primary: Names of the tasks whose validation loss counts; None for all.
         lr: Learning rate of Adam on the weights. Source: the authors' code.
         init: Weight of every task at the start. Source: the authors' code.
@@ -60,6 +61,10 @@ class AutoLambda(Weighting):
             strategy.
         seed: Start of the random stream of the validation batches.
         generator: A CPU generator to draw from instead.
+
+    Attributes:
+        optimizer: The optimizer, a tuple of several, or None. Assign it where it is made later than
+            the weighting, or anew: ``balancer.weighting.optimizer = optimizer``.
 
     Note:
         The authors' code takes the derivative by finite differences, which with dropout is noise
@@ -86,6 +91,7 @@ class AutoLambda(Weighting):
     needs_gradients: ClassVar[bool] = True
     needs_validation: ClassVar[bool] = True
 
+    optimizer: Optimizer | Sequence[Optimizer] | None
     lambdas: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -93,7 +99,7 @@ class AutoLambda(Weighting):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
         primary: Sequence[str] | None = None,
         lr: float = 1e-4,
         init: float = 0.1,
@@ -103,11 +109,6 @@ class AutoLambda(Weighting):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                "`optimizer` must be the torch.optim.Optimizer of the model, "
-                f"but got {type(optimizer).__name__}."
-            )
         if isinstance(primary, str):
             raise TypeError(f"`primary` must be a sequence of names, but got {primary!r}.")
         if primary is not None and len(primary) == 0:
@@ -121,7 +122,12 @@ class AutoLambda(Weighting):
         self.minimum = minimum
         self.random = RandomSource(seed, generator)
         self._model_buffers = Buffers()
-        self._optimizer_looked_at = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "optimizer":  # no property: a module would go past it, and become a submodule
+            value = _checked(value)
+            self._optimizer_looked_at = False
+        super().__setattr__(name, value)
 
     def setup(self) -> None:
         check_known_tasks("primary", self.primary or (), self.tasks or ())
@@ -144,11 +150,22 @@ class AutoLambda(Weighting):
         for buffer in (self.exp_avg, self.exp_avg_sq, self.steps):
             buffer.masked_fill_(stuck, 0)
 
+    def check_ready(self) -> None:
+        """Raise if there is no optimizer yet."""
+        if self.optimizer is None:
+            raise ValueError(
+                "`optimizer` of AutoLambda must be the optimizer of the model when the first step "
+                "is taken, but got None. Assign it where it is made: "
+                "`balancer.weighting.optimizer = optimizer` (in Lightning, in "
+                "`configure_optimizers`)."
+            )
+
     def forward(self, losses: Tensor) -> Tensor:
         return self.lambdas[self.active].to(losses.dtype) * losses
 
     def before_step(self, step: Step) -> None:
         """Move the weights by one step of Adam on the derivative of the validation loss."""
+        self.check_ready()
         self._look_at_optimizer(step.parameters)
         derivative = self.derivative(step)
         largest = float(derivative.abs().max())  # NaN if any is
@@ -161,7 +178,7 @@ class AutoLambda(Weighting):
 
     def derivative(self, step: Step) -> Tensor:
         """Return d L_val(theta') / d lambda, shape (m,), float64. Leaves everything as it was."""
-        plans = _plans(self.optimizer, step)
+        plans = _plans(_each(self.optimizer), step)
         held = [local(parameter.detach()) for parameter in step.parameters]
         with torch.no_grad(), _restored(held):
             weights = (self.lambdas[self.active] / step.loss_scale).tolist()
@@ -181,7 +198,7 @@ class AutoLambda(Weighting):
         if self._optimizer_looked_at or not parameters:
             return
         self._optimizer_looked_at = True
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held = _held(_each(self.optimizer))
         if not any(id(parameter) in held for parameter in parameters):
             warnings.warn(
                 "the optimizer of AutoLambda must hold the parameters that the losses reach, but "
@@ -235,10 +252,17 @@ class AutoLambda(Weighting):
             self.lambdas.clamp_(min=self.minimum)
 
     def extra_repr(self) -> str:
+        names = ", ".join(type(each).__name__ for each in _each(self.optimizer))
+        if not isinstance(self.optimizer, Optimizer):
+            names = f"({names})" if names else "None"
         return (
             f"primary={self.primary}, lr={self.lr}, init={self.init}, minimum={self.minimum}, "
-            f"optimizer={type(self.optimizer).__name__}"
+            f"optimizer={names}"
         )
+
+
+_Place = tuple[Optimizer | None, Mapping[str, Any]]
+"""An optimizer, if any, and a group of its parameters."""
 
 
 class _Plan:
@@ -266,19 +290,73 @@ class _Plan:
         self.buffer_factor = momentum * momentum if nesterov else momentum
 
 
-def _plans(optimizer: Optimizer, step: Step) -> list[_Plan]:
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    unmoved = {"lr": 0.0}  # a parameter that the optimizer does not hold
+def _plans(optimizers: Sequence[Optimizer], step: Step) -> list[_Plan]:
+    held = _held(optimizers)
+    unmoved: _Place = (None, {"lr": 0.0})  # where no optimizer holds a parameter
+    places = [held.get(id(p), unmoved) for p in step.parameters]
+    states = {id(each): _state(each) for each in optimizers}
+    buffers = [
+        None if holder is None else states[id(holder)].get(p, {}).get("momentum_buffer")
+        for p, (holder, _) in zip(step.parameters, places, strict=True)
+    ]
+    spread = [each for each in optimizers if states[id(each)] is not each.state]
+    if any(group.get("momentum") for each in spread for group in each.param_groups):
+        far = [any(holder is each for each in spread) for holder, _ in places]
+        told = step.from_holders([b if f else None for b, f in zip(buffers, far, strict=True)])
+        buffers = [t if f else b for b, t, f in zip(buffers, told, far, strict=True)]
+    return [_Plan(group, buffer) for (_, group), buffer in zip(places, buffers, strict=True)]
+
+
+def _state(optimizer: Optimizer) -> Mapping[Any, Any]:
     # ZeroRedundancyOptimizer: an optimizer of the parameters that this process moves for all.
     inner = getattr(optimizer, "optim", None)
-    state = inner.state if isinstance(inner, Optimizer) else optimizer.state
-    buffers = [state.get(p, {}).get("momentum_buffer") for p in step.parameters]
-    if state is not optimizer.state and any(g.get("momentum") for g in optimizer.param_groups):
-        buffers = step.from_holders(buffers)
-    return [
-        _Plan(groups.get(id(p), unmoved), buffer)
-        for p, buffer in zip(step.parameters, buffers, strict=True)
-    ]
+    return inner.state if isinstance(inner, Optimizer) else optimizer.state
+
+
+def _held(optimizers: Sequence[Optimizer]) -> dict[int, _Place]:
+    """Return who holds each parameter, by its id, and in which group."""
+    held: dict[int, _Place] = {}
+    for each in optimizers:
+        for group in each.param_groups:
+            for p in group["params"]:
+                other = held.get(id(p), (each,))[0]
+                if other is not each:
+                    raise ValueError(
+                        "`optimizer` must hold each parameter in one optimizer, but a "
+                        f"{type(other).__name__} and a {type(each).__name__} hold the same one, of "
+                        f"shape {tuple(p.shape)}. Leave out the optimizer that does not move it in "
+                        "this step."
+                    )
+                held[id(p)] = each, group
+    return held
+
+
+def _each(optimizer: Optimizer | Sequence[Optimizer] | None) -> Sequence[Optimizer]:
+    if optimizer is None:
+        return ()
+    return (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+
+
+def _checked(optimizer: object) -> Optimizer | tuple[Optimizer, ...] | None:
+    """Return what may be assigned, a sequence as a tuple."""
+    if optimizer is None or isinstance(optimizer, Optimizer):
+        return optimizer
+    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
+    wrong = [each for each in optimizer if not isinstance(each, Optimizer)] if several else []
+    if not several or wrong:
+        got = type(optimizer).__name__
+        raise TypeError(
+            "`optimizer` must be the torch.optim.Optimizer of the model, a sequence of several, or "
+            f"None to assign it later, but got {got}"
+            + (f" with {type(wrong[0]).__name__} in it." if wrong else ".")
+        )
+    if not optimizer:
+        raise ValueError(
+            "`optimizer` must hold at least one optimizer, but got none. Give None to assign it "
+            "later."
+        )
+    _held(optimizer)
+    return tuple(optimizer)
 
 
 @contextmanager

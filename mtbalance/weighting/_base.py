@@ -170,6 +170,9 @@ class Weighting(nn.Module, ABC):
         finally:
             self.active = slice(None)
 
+    def check_ready(self) -> None:
+        """Raise ValueError if something is missing that steps with validation losses need."""
+
     def before_step(self, step: Step) -> None:
         """Look at gradients or validation losses before :meth:`forward` is called in a step."""
 

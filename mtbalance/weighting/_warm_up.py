@@ -25,8 +25,8 @@ class WarmUp(Weighting):
     learn from the *effect* of its weights waits for them to have one: ``AutoLambda`` and ``FAMO``
     begin when the warm-up ends, as they would in their first step. Until then no per-task gradients
     are taken for them, and functions given as ``validation`` or to ``after_step`` are not called.
-    They have to be given from the start, all the same: a loop that forgets them is told in its
-    first steps, and not after the warm-up.
+    They have to be given from the start, all the same, as has the optimizer of ``AutoLambda``: a
+    loop that forgets them is told in its first steps, and not after the warm-up.
 
     Args:
         weighting: The weighting that takes over.
@@ -97,6 +97,10 @@ class WarmUp(Weighting):
         """Let losses belong to the tasks whose numbers are given, shape (m,), for a while."""
         with super().only(active), self.weighting.only(active):
             yield
+
+    def check_ready(self) -> None:
+        """Raise if the wrapped weighting lacks something, in the warm-up, too."""
+        self.weighting.check_ready()
 
     def before_step(self, step: Step) -> None:
         """Let the wrapped weighting look ahead, unless its weights have no effect yet."""

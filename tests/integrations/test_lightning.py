@@ -14,9 +14,10 @@ import lightning
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 
+from mtbalance import Balancer, make_balancer
 from mtbalance.integrations.lightning import Balanced
 from tests.distributed.harness import Here, Pool
-from tests.integrations.parts import Parts, assert_same, data, plain, tell_as_torchrun
+from tests.integrations.parts import TASKS, Parts, assert_same, data, plain, tell_as_torchrun
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -136,6 +137,85 @@ def test_other_arguments_are_passed_on(automatic: bool, tmp_path: Path) -> None:
     trainer(tmp_path).fit(net)
     assert net.record is not None
     assert net.record.combination is not None
+
+
+class LooksAhead(Net):
+    """Auto-Lambda, with optimizers that are made when Lightning asks for them."""
+
+    def __init__(self, *, several: bool) -> None:
+        super().__init__(automatic=not several)  # as Lightning demands it of several
+        self.several = several
+        self.parts.balancer = self.balancer = ahead(self.parts, None)
+
+    def balance(self, losses: Any, **options: Any) -> Tensor:
+        return super().balance(losses, validation=lambda: self.parts.losses(data()[0]))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if not self.several:
+            return super().training_step(batch, batch_idx)
+        optimizers = self.optimizers()
+        for each in optimizers:
+            each.zero_grad()
+        total = self.balance(self.parts.losses(batch))
+        for each in optimizers:
+            each.step()
+        return total
+
+    def configure_optimizers(self) -> Any:
+        optimizers = optimizers_of(self.parts, several=self.several)
+        self.balancer.weighting.optimizer = optimizers
+        return optimizers
+
+
+def ahead(parts: Parts, optimizer: Any) -> Balancer:
+    name, trunk = "autol+cagrad", parts.network.trunk
+    return make_balancer(name, tasks=TASKS, shared=trunk, optimizer=optimizer, lr=0.01)
+
+
+def optimizers_of(parts: Parts, *, several: bool) -> list[torch.optim.Optimizer]:
+    if not several:
+        return [parts.optimizer()]
+    trunk, heads = parts.network.trunk.parameters(), parts.network.heads.parameters()
+    return [torch.optim.SGD(trunk, lr=0.02, momentum=0.9), torch.optim.AdamW(heads, lr=0.01)]
+
+
+def looked_ahead(*, several: bool, epochs: int) -> Parts:
+    """Return what the plain loop trains, in which optimizers are there before the Balancer."""
+    parts = Parts("sum")
+    optimizers = optimizers_of(parts, several=several)
+    parts.balancer = ahead(parts, optimizers)
+    for _ in range(epochs):
+        for x in data():
+            for each in optimizers:
+                each.zero_grad()
+            losses = parts.losses(x)
+            parts.balancer.backward(losses, validation=lambda: parts.losses(data()[0]))
+            for each in optimizers:
+                each.step()
+        parts.balancer.end_epoch()
+    return parts
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_optimizers_that_come_after_the_balancer(several: bool, tmp_path: Path) -> None:
+    """Auto-Lambda looks ahead with them, and a second fit goes on from the first one's state."""
+    options: dict[str, Any] = {"enable_checkpointing": True}
+    trainer(tmp_path, **options).fit(LooksAhead(several=several))
+    net = LooksAhead(several=several)
+    saved = next(tmp_path.rglob("*.ckpt"))
+    trainer(tmp_path, max_epochs=3, **options).fit(net, ckpt_path=saved)
+    assert_same(net.parts, looked_ahead(several=several, epochs=3))
+    weights = net.balancer.weighting.get_buffer("lambdas")
+    assert (weights - 0.1).abs().min() > 0.01
+
+
+def test_an_optimizer_that_is_not_assigned(tmp_path: Path) -> None:
+    class Forgets(LooksAhead):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.parts.optimizer()
+
+    with pytest.raises(ValueError, match="in Lightning, in `configure_optimizers`"):
+        trainer(tmp_path).fit(Forgets(several=False))
 
 
 class Kept(Logger):

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from mtbalance import Balancer
 from mtbalance.gradient import Sum
-from mtbalance.weighting import AutoLambda, Step
+from mtbalance.weighting import AutoLambda, Step, WarmUp
 from tests._device import on_device, randn
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -719,6 +719,174 @@ def test_learns_to_ignore_noise_and_to_follow_help() -> None:
     assert a == b > 0.1 > c
 
 
+# --- several optimizers, and one that comes later -------------------------------------------------
+
+
+class Together:
+    """What the oracle reads of one optimizer, of several."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.param_groups = [group for each in optimizers for group in each.param_groups]
+        self.state = {p: kept for each in optimizers for p, kept in each.state.items()}
+
+
+def sgd_and_adamw(model: Network) -> list[torch.optim.Optimizer]:
+    """Return optimizers of different kinds; nobody holds the heads of tasks b and c."""
+    return [
+        torch.optim.AdamW([*model.heads["a"].parameters(), model.scale], lr=0.05, weight_decay=0.2),
+        torch.optim.SGD(
+            model.trunk.parameters(), lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.1
+        ),
+    ]
+
+
+def two_of_sgd(model: Network) -> list[torch.optim.Optimizer]:
+    """Return the groups of ``two_groups``, an optimizer each; the heads come first."""
+    trunk, heads = two_groups(model).param_groups
+    return [torch.optim.SGD([heads]), torch.optim.SGD([trunk])]
+
+
+def trained(model: Network, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for each in optimizers:
+        warm_up(model, each)
+
+
+def one_per_parameter(model: Network) -> list[torch.optim.Optimizer]:
+    """Return what optimizers in the backward pass are."""
+    return [
+        torch.optim.SGD([p], lr=0.1 / (i + 1), momentum=0.5)
+        for i, p in enumerate(model.parameters())
+    ]
+
+
+@pytest.mark.parametrize("make", [two_of_sgd, sgd_and_adamw, one_per_parameter])
+@pytest.mark.parametrize("live", [False, True], ids=["first-step", "live-buffers"])
+def test_several_optimizers_move_what_each_holds(make, live: bool) -> None:
+    model = Network()
+    optimizers = make(model)
+    if live:
+        trained(model, optimizers)
+    derivative = weighting_of(optimizers).derivative(step_of(model))
+    expected = by_double_backward(model, Together(optimizers))  # type: ignore[arg-type]
+    assert_close(derivative, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_two_optimizers_are_one_with_two_groups() -> None:
+    """Bit for bit, through a training in which momentum is alive."""
+    found = []
+    for several in (False, True):
+        torch.manual_seed(0)
+        model = Network()
+        optimizers = two_of_sgd(model) if several else [two_groups(model)]
+        weighting = AutoLambda(optimizers if several else optimizers[0], lr=0.05)
+        balancer = Balancer(weighting, Sum(), tasks=TASKS, shared=model.trunk)
+        for number in range(5):
+            for each in optimizers:
+                each.zero_grad()
+            batch, held_out = batch_of(number), batch_of(20 + number)
+            balancer.backward(model(batch), validation=functools.partial(model, held_out))
+            for each in optimizers:
+                each.step()
+        found.append(snapshot(model, weighting))
+    assert found[0] == found[1]
+    assert (weighting.lambdas - 0.1).abs().min() > 0.01
+
+
+def test_an_optimizer_that_is_assigned_later() -> None:
+    """Before the first step, and anew between steps, as the one that was given at once."""
+    model = Network()
+    step = step_of(model)
+    first, second = sgd(lr=0.1)(model), two_of_sgd(model)
+    weighting = weighting_of(None)
+    assert "optimizer=None" in repr(weighting)
+    for optimizer in (first, second):
+        weighting.optimizer = optimizer
+        expected = weighting_of(optimizer).derivative(step)
+        assert torch.equal(weighting.derivative(step), expected)
+    assert weighting.optimizer == tuple(second)
+    assert "optimizer=(SGD, SGD)" in repr(weighting)
+
+
+def test_parameters_of_another_model_are_told_of_each_assigned_optimizer() -> None:
+    model = Network()
+    weighting = weighting_of(sgd()(model))
+    weighting.before_step(step_of(model))
+    weighting.optimizer = two_of_sgd(Network())
+    with pytest.warns(UserWarning, match="holds none of them"):
+        weighting.before_step(step_of(model))
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: WarmUp(w, epochs=1)], ids=["alone", "up"])
+def test_an_optimizer_that_never_comes(wrap) -> None:
+    """Told in the first step, also of a warm-up, and then it can be assigned; nothing is left."""
+    model = Network()
+    balancer = Balancer(wrap(AutoLambda(None)), Sum(), tasks=TASKS, shared=model.trunk)
+    balancer.weighting(torch.ones(3))  # looks at no optimizer
+    inner = getattr(balancer.weighting, "weighting", balancer.weighting)
+    with pytest.raises(ValueError, match=r"but got None\. Assign it .*`balancer\.weighting\.opt"):
+        balancer.backward(model(batch_of(TRAIN)), validation=lambda: model(batch_of(VALIDATE)))
+    assert all(p.grad is None for p in model.parameters())
+    inner.optimizer = sgd()(model)
+    balancer.backward(model(batch_of(TRAIN)), validation=lambda: model(batch_of(VALIDATE)))
+    assert inner.steps.tolist() == [1 if inner is balancer.weighting else 0] * 3
+
+
+def test_a_weighting_on_its_own_without_an_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"`optimizer` of AutoLambda must be .* but got None"):
+        weighting_of(None).before_step(step_of(Network()))
+
+
+def test_a_parameter_in_two_optimizers() -> None:
+    """Told when they are given, and in the step where it is added later."""
+    model = Network()
+    both = [*two_of_sgd(model), torch.optim.AdamW([model.scale])]
+    words = r"a SGD and a AdamW hold the same one, of shape \(\)"
+    with pytest.raises(ValueError, match=words):
+        AutoLambda(both)
+    weighting = weighting_of(both[:2])
+    with pytest.raises(ValueError, match=words):
+        weighting.optimizer = both
+    assert weighting.optimizer == tuple(both[:2])
+    both[1].add_param_group({"params": [model.scale]})
+    with pytest.raises(ValueError, match=r"a SGD and a SGD hold the same one, of shape \(\)"):
+        weighting.before_step(step_of(model))
+
+
+FORMS: dict[str, Callable[[Network], Any]] = {
+    "one": two_groups,
+    "several": two_of_sgd,
+    "none": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("saved", FORMS)
+@pytest.mark.parametrize("loaded", FORMS)
+def test_saved_state_loads_whatever_form_was_given(saved: str, loaded: str) -> None:
+    """A weighting goes on from it as the one that was saved, once both have the same optimizers."""
+    model = Network()
+    start = weighting_of(FORMS[saved](model), lr=0.05)
+    again = AutoLambda(FORMS[loaded](model), lr=0.05).bind(TASKS)
+    start.optimizer = two_of_sgd(model)
+    start.before_step(step_of(model))
+    if saved == "none":
+        start.optimizer = None
+    again.load_state_dict(start.state_dict())
+    again.optimizer = again.optimizer or two_of_sgd(model)
+    start.optimizer = start.optimizer or two_of_sgd(model)
+    for each in (start, again):
+        each.before_step(step_of(model))
+    assert snapshot(start) == snapshot(again)
+
+
+def test_a_copy_has_a_copy_of_the_optimizers() -> None:
+    """Of a model that is copied with them, as of one optimizer."""
+    model = Network()
+    weighting = weighting_of(two_of_sgd(model))
+    model_too, weighting_too = copy.deepcopy((model, weighting))
+    first = {id(p) for each in weighting_too.optimizer for p in each.param_groups[0]["params"]}
+    assert first == {id(p) for p in model_too.parameters()}
+
+
 # --- what it refuses ------------------------------------------------------------------------------
 
 
@@ -818,6 +986,16 @@ def test_refuses_wrong_settings() -> None:
     optimizer = sgd()(Network())
     with pytest.raises(TypeError, match=r"`optimizer` must be the torch\.optim\.Optimizer"):
         AutoLambda(Network())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="but got list with Network in it"):
+        AutoLambda([optimizer, Network()])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="or None to assign it later, but got function"):
+        AutoLambda(lambda: optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`optimizer` must hold at least one optimizer, but got"):
+        AutoLambda([])
+    weighting = AutoLambda(optimizer)
+    with pytest.raises(TypeError, match="but got Network"):
+        weighting.optimizer = Network()  # type: ignore[assignment]
+    assert weighting.optimizer is optimizer
     with pytest.raises(TypeError, match="`primary` must be a sequence of names, but got 'a'"):
         AutoLambda(optimizer, primary="a")
     with pytest.raises(ValueError, match="`primary` must name at least one task, but got none"):
