@@ -59,7 +59,10 @@ SGD = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
         (
             lambda: AutoLambda("adam"),
             TypeError,
-            "`optimizer` must be the torch.optim.Optimizer of the model, but got str.",
+            (
+                "`optimizer` must be the torch.optim.Optimizer of the model, a sequence of "
+                "several, or None to assign it later, but got str."
+            ),
         ),
         (
             lambda: AutoLambda(SGD, primary="msi"),

@@ -341,22 +341,24 @@ def _checked(optimizer: object) -> Optimizer | tuple[Optimizer, ...] | None:
     """Return what may be assigned, a sequence as a tuple."""
     if optimizer is None or isinstance(optimizer, Optimizer):
         return optimizer
-    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
-    wrong = [each for each in optimizer if not isinstance(each, Optimizer)] if several else []
-    if not several or wrong:
-        got = type(optimizer).__name__
+    several: list[object] = [optimizer]
+    if isinstance(optimizer, Sequence) and not isinstance(optimizer, str):
+        several = [*optimizer]
+    optimizers = [each for each in several if isinstance(each, Optimizer)]
+    if len(optimizers) < len(several):
+        wrong = next(each for each in several if not isinstance(each, Optimizer))
         raise TypeError(
             "`optimizer` must be the torch.optim.Optimizer of the model, a sequence of several, or "
-            f"None to assign it later, but got {got}"
-            + (f" with {type(wrong[0]).__name__} in it." if wrong else ".")
+            f"None to assign it later, but got {type(optimizer).__name__}"
+            + (f" with {type(wrong).__name__} in it." if wrong is not optimizer else ".")
         )
-    if not optimizer:
+    if not optimizers:
         raise ValueError(
             "`optimizer` must hold at least one optimizer, but got none. Give None to assign it "
             "later."
         )
-    _held(optimizer)
-    return tuple(optimizer)
+    _held(optimizers)
+    return tuple(optimizers)
 
 
 @contextmanager
