@@ -29,6 +29,7 @@ what a ``RecordWriter`` has written, ``mtbalance.testing`` checks strategies of 
 from typing import TYPE_CHECKING
 
 from mtbalance._balancer import Balancer
+from mtbalance._carrying import with_tasks
 from mtbalance._explanation import Explanation
 from mtbalance._factory import PAPER_COMBINATIONS, make_balancer
 from mtbalance._hints import getattr_of
@@ -50,6 +51,7 @@ __all__ = [
     "Weighting",
     "make_balancer",
     "read_log",
+    "with_tasks",
 ]
 __version__ = "0.1.0"
 

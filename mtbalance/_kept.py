@@ -1,12 +1,13 @@
 """Gramian weights that are kept for the steps in which none are solved for."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mtbalance._checks import averages_rows
+from mtbalance._remembered import TaskChange
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting
 
@@ -99,6 +100,19 @@ class KeptWeights:
                 self._of = tuple(
                     task for task, known in zip(self._tasks, found.tolist(), strict=True) if known
                 )
+
+
+def kept_of(numbers: Sequence[float], change: TaskChange) -> list[float]:
+    """Return what ``KeptWeights.as_tensor`` gave, for other tasks.
+
+    Weights that were solved with a task that is removed are weights of nothing.
+    """
+    count = len(change.old)
+    rows = [numbers[first : first + count] for first in range(1, len(numbers), count)]
+    removed = [n for n, task in enumerate(change.old) if task not in change.new]
+    if any(row[n] < math.inf for row in rows for n in removed):
+        return [float(_NEVER), *[math.inf] * (len(rows) * len(change.new))]
+    return [numbers[0], *(number for row in rows for number in change.pick(row, math.inf))]
 
 
 def check_every(

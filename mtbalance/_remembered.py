@@ -1,11 +1,47 @@
 """What strategies remember: numbers that casts leave precise, and state per task and group."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
+
+_Entry = TypeVar("_Entry")
+
+
+@dataclass(frozen=True)
+class TaskChange:
+    """Which tasks a saved state is of, and which it is to be of."""
+
+    old: tuple[str, ...]
+    """The tasks that it is of, in order."""
+    new: tuple[str, ...]
+    """Those that it is to be of."""
+    places: Mapping[str, str] | None = None
+    """The new places in an inferred split of what is shared, by the old ones; None where what is
+    shared was given, so that parameters go by name."""
+
+    def pick(self, entries: Sequence[_Entry], start: _Entry) -> list[_Entry]:
+        """Return one entry per new task: its old one, or that with which it starts."""
+        of_task = dict(zip(self.old, entries, strict=True))
+        return [of_task.get(task, start) for task in self.new]
+
+    def along(self, axis: int, saved: Tensor, start: Tensor) -> Tensor:
+        """Return a tensor with one entry per task along an axis, for the new tasks.
+
+        Args:
+            axis: The axis.
+            saved: Of the old tasks.
+            start: What new tasks start with; of the shape of the result, or one that expands to it.
+        """
+        stay = [task for task in self.new if task in self.old]
+        shape = (*saved.shape[:axis], len(self.new), *saved.shape[axis + 1 :])
+        old = torch.tensor([self.old.index(task) for task in stay], device=saved.device)
+        new = torch.tensor([self.new.index(task) for task in stay], device=saved.device)
+        found = start.detach().to(saved).expand(shape).clone()
+        return found.index_copy_(axis, new, saved.detach().index_select(axis, old))
 
 
 class TaskState(nn.Module):
@@ -110,6 +146,22 @@ class TaskState(nn.Module):
                 "that went wrong."
             )
 
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what to load, with other tasks, of what was saved, by name."""
+        saved = state.get("values")
+        axes = range(1, 1 + self.axes)
+        if not isinstance(saved, Tensor) or not saved.numel():  # before anything was remembered
+            return dict(state)
+        if saved.ndim != len(axes) + 1 or {saved.shape[a] for a in axes} != {len(change.old)}:
+            raise ValueError(
+                "the saved state of a gradient strategy must belong to its tasks, "
+                f"{', '.join(change.old)}, but has shape {tuple(saved.shape)}. It was damaged."
+            )
+        start = saved.new_full((), self.start)
+        for axis in axes:
+            saved = change.along(axis, saved, start)
+        return {**state, "values": saved}
+
     def _places(self) -> tuple[Tensor | slice, ...]:
         active = self.active
         if isinstance(active, slice):
@@ -144,6 +196,16 @@ class TaskState(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.values.shape)}"
+
+
+def not_carried(owner: object, name: str, change: TaskChange) -> ValueError:
+    """Return the error that nobody knows what other tasks make of something saved."""
+    kind = type(owner).__name__
+    return ValueError(
+        f"{kind} must know what becomes of {name!r} in its saved state when the tasks change from "
+        f"{', '.join(change.old)} to {', '.join(change.new)}, but does not. Start with a new "
+        f"{kind}, or override its `carried`."
+    )
 
 
 def check_states(owner: nn.Module, state: Mapping[str, object], prefix: str) -> None:

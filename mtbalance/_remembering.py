@@ -1,13 +1,13 @@
 """What a gradient strategy remembers from step to step, and whose rows it gets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from mtbalance._random import RandomSource
-from mtbalance._remembered import TaskState
+from mtbalance._remembered import TaskChange, TaskState, not_carried
 from mtbalance._row_means import RowMeans
 
 
@@ -78,6 +78,29 @@ class Remembering(nn.Module):
         """Let rows belong to these tasks and this group from now on; see :meth:`only`."""
         for state in self._states:
             state.take(active, group)
+
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what to load, with other tasks, of what was saved, by name.
+
+        What :meth:`per_task` and :meth:`mean_rows` made says so for itself. Own buffers are no
+        task's, and stay; override this where it is not so.
+
+        Args:
+            state: What this module itself saved.
+            change: The tasks then and now.
+
+        Raises:
+            ValueError: If it cannot be told.
+        """
+        own = {
+            **dict(self.named_buffers(recurse=False)),
+            **dict(self.named_parameters(recurse=False)),
+        }
+        for name, saved in state.items():
+            shape = own[name].shape if name in own else None
+            if not isinstance(saved, Tensor) or saved.shape != shape:
+                raise not_carried(self, name, change)
+        return dict(state)
 
     def reset(self) -> None:
         """Forget everything remembered from earlier steps."""

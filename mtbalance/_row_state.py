@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from mtbalance._remembered import moved, own_state
+from mtbalance._remembered import TaskChange, moved, own_state
 from mtbalance._rows import at_least_float32
 from mtbalance._shards import like_sharded, local, spread_of
 
@@ -271,6 +271,29 @@ class RowState(nn.Module):
                     f"the saved state of rows must hold finite numbers, but {_named(place)} does "
                     "not. It was damaged, or saved after a step that went wrong."
                 )
+
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what to load, with other tasks, of what was saved, by name."""
+        number = {n: change.new.index(t) for n, t in enumerate(change.old) if t in change.new}
+        new = [n for n, task in enumerate(change.new) if task not in change.old]
+        carried: dict[str, object] = {}
+        made = state.get(_MADE)
+        for key, saved in state.items():
+            if key == _MADE or not _is_key(key):
+                continue
+            (group, name), task = _place_in(key)
+            if change.places is not None:
+                if name not in change.places:
+                    continue
+                name = change.places[name]
+            if task in number:
+                carried[_key((group, name), number[task])] = saved
+            if isinstance(made, Tensor) and isinstance(saved, Tensor):  # a tensor for everyone
+                for each in new:
+                    carried[_key((group, name), each)] = torch.zeros_like(saved)
+        if isinstance(made, Tensor):
+            carried[_MADE] = change.along(1, made, made.new_zeros(()))
+        return carried
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)

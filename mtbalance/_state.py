@@ -12,6 +12,7 @@ number of tasks.
 
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,13 @@ def state_of(tasks: tuple[str, ...], saved: Saved, strategy: nn.Module) -> Tenso
         "due": "".join(str(int(task in saved.due)) for task in tasks),
         "numbers": struct.pack(f"<{len(numbers)}d", *numbers).hex(),
     }
+    return as_bytes(content)
+
+
+def as_bytes(content: Mapping[str, Any]) -> Tensor:
+    """Return what has been put together as the tensor that is saved."""
     text = json.dumps(content)
-    if saved.split is not None:  # which grows with the first steps
+    if content["split"] is not None:  # which grows with the first steps
         text = text.ljust(-(-len(text) // _ROOM) * _ROOM)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
@@ -87,10 +93,27 @@ def saved_in(state: object, tasks: tuple[str, ...], strategy: nn.Module) -> Save
     return Saved(numbers[:counts], numbers[counts:], split, waiting)
 
 
-def _second(
-    state: Tensor, tasks: tuple[str, ...], draws: str
-) -> tuple[Tensor, list[Known] | None, str]:
-    """Return numbers, split and what is due in a state of the second version, which has names."""
+def content_of(state: object) -> dict[str, Any]:
+    """Return what a saved state holds, whatever tasks it is of, its numbers as a list of floats.
+
+    Raises:
+        ValueError: If it is no state of a Balancer with the names of tasks.
+    """
+    if not isinstance(state, Tensor) or state.ndim != 1 or state.dtype != torch.uint8:
+        raise _not_a_state("something that has no names of tasks")
+    content = _content(state.cpu())
+    names, split = content.get("tasks"), content.get("split")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _not_a_state(f"{names!r} for the names of tasks")
+    if not _is_split(split, tuple(names)):
+        raise _not_a_state("something else for what tasks reach")
+    numbers = _numbers(content)
+    if len(numbers) <= 2 + 2 * len(names) or (len(numbers) - 3) % len(names):
+        raise _not_a_state(f"{len(numbers)} numbers for {len(names)} tasks")
+    return {**content, "numbers": list(numbers)}
+
+
+def _content(state: Tensor) -> dict[str, Any]:
     content = _object_in(bytes(state.tolist()))
     version = content.get("version")
     if version != VERSION:
@@ -98,11 +121,27 @@ def _second(
             f"the saved state must be of version {VERSION} or older, but is of version "
             f"{version!r}. Load it with the mtbalance that saved it, or a later one."
         )
-    names, digits = content.get("tasks"), content.get("numbers")
+    return content
+
+
+def _numbers(content: Mapping[str, Any]) -> tuple[float, ...]:
+    try:
+        packed = bytes.fromhex(str(content.get("numbers")))
+        return struct.unpack(f"<{len(packed) // 8}d", packed)
+    except (ValueError, struct.error):
+        raise _not_a_state("something else after the names") from None
+
+
+def _second(
+    state: Tensor, tasks: tuple[str, ...], draws: str
+) -> tuple[Tensor, list[Known] | None, str]:
+    """Return numbers, split and what is due in a state of the second version, which has names."""
+    content = _content(state)
+    names = content.get("tasks")
     if names != list(tasks):
         raise ValueError(
             f"the saved state must belong to {_listed(tasks)}, but has {_listed(names)}. "
-            "Give `tasks` the same names in the same order."
+            "Give `tasks` the same names in the same order, or see mtbalance.with_tasks()."
         )
     other = content.get("draws", "")
     if draws and other and other != draws:
@@ -110,11 +149,7 @@ def _second(
             f"the saved state must hold the random stream of {draws}, but has that of {other}. "
             "Give the Balancer the gradient strategy that was saved."
         )
-    try:
-        packed = bytes.fromhex(str(digits))
-        numbers = struct.unpack(f"<{len(packed) // 8}d", packed)
-    except (ValueError, struct.error):
-        raise _not_a_state("something else after the names") from None
+    numbers = _numbers(content)
     split = content.get("split")
     if not _is_split(split, tasks):
         raise _not_a_state("something else for what tasks reach")

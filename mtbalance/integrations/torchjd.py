@@ -15,7 +15,7 @@ tensor([1., 0.])
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from typing_extensions import Self
 from mtbalance._checks import check_gramian, check_kind, check_positive
 from mtbalance._gramians import gramian_in_range
 from mtbalance._random import RandomSource
+from mtbalance._remembered import TaskChange, not_carried
 from mtbalance._rows import at_least_float32, combine, is_finite
 from mtbalance.gradient import GradientStrategy
 from mtbalance.integrations._memory import Memory, memory_of, packed, remember, unpacked
@@ -187,6 +188,13 @@ class FromTorchJD(GradientStrategy):
         for aggregator in self._aggregators:
             for module in _stateful(aggregator):
                 module.reset()
+
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what was saved, if an aggregator remembers nothing, or the tasks are the same."""
+        saved = state.get("_extra_state")
+        if change.old != change.new and (not isinstance(saved, Tensor) or unpacked(saved)):
+            raise not_carried(self, "_extra_state", change)
+        return dict(state)
 
     def get_extra_state(self) -> Tensor:
         """Return what the aggregators remember, a byte tensor."""

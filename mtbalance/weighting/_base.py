@@ -13,7 +13,7 @@ from typing_extensions import Self
 from mtbalance._checks import check_losses
 from mtbalance._passes import products_with_gradient
 from mtbalance._random import RandomSource
-from mtbalance._remembered import dtype_of_sums, moved, own_state
+from mtbalance._remembered import TaskChange, dtype_of_sums, moved, not_carried, own_state
 from mtbalance._rows import at_least_float32
 
 # Adam's, and the defaults of torch.optim.Adam.
@@ -220,6 +220,32 @@ class Weighting(nn.Module, ABC):
 
     def check_state(self, state: Mapping[str, object]) -> None:
         """Raise ValueError if what was saved, by name, is nothing to go on with."""
+
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what to load, with other tasks, of what was saved, by name.
+
+        A tensor whose first axis is as long as there are tasks has an entry for each; a new task's
+        is what :meth:`setup` makes. Other tensors are no task's, and stay. Override this where it
+        is not so.
+
+        Args:
+            state: What this module itself saved.
+            change: The tasks then and now.
+
+        Raises:
+            ValueError: If it cannot be told.
+        """
+        carried: dict[str, Tensor] = {}
+        for name, saved in state.items():
+            start = self._fresh.get(name) if self.tasks is not None else None
+            if not isinstance(saved, Tensor) or not isinstance(start, Tensor):
+                raise not_carried(self, name, change)
+            per_task = saved.shape[:1] == (len(change.old),)
+            fits = start.shape == ((len(change.new), *saved.shape[1:]) if per_task else saved.shape)
+            if not fits or len(change.old) in saved.shape[1:]:  # as where pairs have entries
+                raise not_carried(self, name, change)
+            carried[name] = change.along(0, saved, start) if per_task else saved
+        return dict(carried)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
         # A model that is cast takes its weighting with it, whose small steps and means of many

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_count, check_saved
-from mtbalance._remembered import dtype_of_sums
+from mtbalance._remembered import TaskChange, dtype_of_sums
 from mtbalance._rows import at_least_float32
 
 from ._base import Weighting, task_vector
@@ -74,6 +74,14 @@ class GO4Align(Weighting):
 
     def check_state(self, state: Mapping[str, object]) -> None:
         check_saved(self, state, finite=("log_share",))
+
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what to load, with other tasks: shares that began as those of so many."""
+        share = state.get("log_share")
+        if isinstance(share, Tensor):
+            begun = math.log(len(change.old)) - math.log(len(change.new))
+            state = {**state, "log_share": share.detach() + begun}
+        return super().carried(state, change)
 
     def forward(self, losses: Tensor) -> Tensor:
         wide = losses.detach().to(dtype_of_sums(losses.device))

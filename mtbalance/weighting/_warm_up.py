@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_count, check_kind, check_saved
+from mtbalance._remembered import TaskChange
 
 from ._base import Step, Weighting
 
@@ -75,6 +76,14 @@ class WarmUp(Weighting):
 
     def check_state(self, state: Mapping[str, object]) -> None:
         check_saved(self, state, counts=("closed",))
+
+    def carried(self, state: Mapping[str, object], change: TaskChange) -> dict[str, object]:
+        """Return what to load, with other tasks: new ones have the same epochs behind them."""
+        carried = super().carried(state, change)
+        closed = state.get("closed")
+        if isinstance(closed, Tensor):
+            carried["closed"] = closed[:1].expand(len(change.new)).clone()
+        return carried
 
     @property
     def warms_up(self) -> bool:

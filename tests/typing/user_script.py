@@ -29,6 +29,7 @@ def train(path: str, trunk: nn.Module, heads: dict[str, nn.Module]) -> mt.Log:
     balancers = [mt.Balancer(weighting, own[2], tasks=[*heads], shared=trunk, nonfinite="skip")]
     balancers += [mt.Balancer(Halves(), each, tasks=[*heads], shared=trunk) for each in own[:2]]
     balancers += [mt.make_balancer(name, tasks=[*heads]) for name in mt.PAPER_COMBINATIONS[:1]]
+    balancers[0].load_state_dict(mt.with_tasks(balancers[0].state_dict(), balancers[0]))
     with mt.RecordWriter(path, every=10) as writer:
         for balancer in balancers:
             h: Tensor = trunk(torch.ones(8, 4))
