@@ -306,3 +306,31 @@ def test_what_cannot_be_carried_is_one_error(weighting: Any, gradient: Any) -> N
     words = "must know what becomes of '(pairs|seen)' .* from a, b, c to a, b, but does not"
     with pytest.raises(ValueError, match=words):
         with_tasks(old.state_dict(), new)
+
+
+def test_entries_go_by_name_in_another_order() -> None:
+    old, new = old_and_new(DWA, lambda: GradVac(0.5))
+    new.load_state_dict(with_tasks(old.state_dict(), new))
+    before, after = old.weighting.state_dict()["last"], new.weighting.state_dict()["last"]
+    assert after.tolist() == [before[2], 0, before[0]]
+    cosines, now = old.gradient.cosines.values[0], new.gradient.cosines.values[0]
+    assert cosines[0, 2] != cosines[2, 0]
+    assert (now[0, 2], now[2, 0]) == (cosines[2, 0], cosines[0, 2])
+    assert not now[1].any()
+    assert not now[:, 1].any()
+
+
+def test_rows_follow_their_parameter_when_the_split_gets_shorter() -> None:
+    """Means of half: 2 of b, 3 of a. The removed task alone reached a parameter, the first."""
+    z, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    old = Balancer(Equal(), MoCo(), tasks=("c", "a", "b"))
+    losses = {"a": (3 * y).sum(), "b": y.square().sum()}
+    old.backward({"c": 0 * y.sum() + (z * z).sum(), **losses})
+    assert [*map(len, json.loads(bytes(old.get_extra_state().tolist()))["split"])] == [1, 3]
+    new = Balancer(Equal(), MoCo(), tasks=("b", "a"))
+    state = with_tasks(old.state_dict(), new)
+    rows = {k.rpartition(".")[2]: v.tolist() for k, v in state.items() if ".rows." in k}
+    assert {key.split("/")[1]: v for key, v in rows.items()} == {"0": [1.0, 1.0], "1": [1.5, 1.5]}
+    split = json.loads(bytes(state["_extra_state"].tolist()))["split"]
+    assert [*map(len, split)].index(2) == int(next(iter(rows)).split("/")[2])
+    assert len(split) == 1
