@@ -31,6 +31,14 @@ def check_finite(name: str, value: float) -> float:
     return float(value)
 
 
+def check_below_one(name: str, value: float, otherwise: str) -> float:
+    """Return ``value`` as a float if it is at least 0 and below 1, where something stands still."""
+    check_at_least(name, value, 0)
+    if value >= 1:
+        raise ValueError(f"`{name}` must be below 1, but got {value}: {otherwise}.")
+    return float(value)
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return ``value`` as a float if it lies between 0 and 1, both included."""
     if not 0 <= value <= 1:

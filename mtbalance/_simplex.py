@@ -29,6 +29,18 @@ def project_onto_simplex(vector: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
+def shares_of(held: Tensor) -> Tensor:
+    """Return numbers over their sum, shape (m,), or equal ones where they are all 0."""
+    total = held.sum()
+    return torch.where(total > 0, held / total, torch.full_like(held, 1 / len(held)))
+
+
+def moved_against(weights: Tensor, slope: Tensor, rate: Tensor | float) -> Tensor:
+    """Return weights after a step against a slope, shape (m,), that are yet to be projected."""
+    # What all have in common changes nothing, and might drown the weights if it is large.
+    return weights - rate * (slope - slope.min())
+
+
 def nearest_weights(numbers: Sequence[float]) -> list[float]:
     """Return the same for Python's numbers: of few, in a twentieth of the time.
 

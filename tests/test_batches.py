@@ -22,6 +22,7 @@ from mtbalance.gradient import (
     MoDo,
     Normalized,
     PCGrad,
+    SDMGrad,
     Smoothed,
     Sum,
 )
@@ -523,6 +524,41 @@ def test_nobody_is_called_for_a_step_that_has_ended(policy: str) -> None:
         else:
             assert balancer.backward(losses(), batches=functions).skipped
         assert calls == expected
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.float])
+@pytest.mark.parametrize("make", [lambda: MoDo(gamma=0.001), lambda: SDMGrad(lr=0.1)])
+def test_state_round_trip(
+    make: Callable[[], GradientStrategy], cast: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Bit for bit, per group, and no cast takes digits away."""
+    model = Network()
+    parts = {"first": model.trunk[0], "last": model.trunk[3]}
+
+    def made() -> Balancer:
+        return Balancer(Equal(), make(), tasks=TASKS, shared=parts)
+
+    def step(balancer: Balancer, seed: int) -> Tensor:
+        model.zero_grad()
+        functions = [lambda: model.losses(batch(seed=seed + 1))]
+        balancer.backward(model.losses(batch(seed=seed)), batches=functions)
+        return flat_grad(list(model.trunk.parameters()))
+
+    one, other = made(), made()
+    for seed in range(3):
+        step(one, seed)
+    cast(nn.ModuleDict({"balancer": one}))
+    state = copy.deepcopy(one.state_dict())
+    assert state["gradient.shares.values"].dtype == torch.float64
+    assert not torch.equal(*state["gradient.shares.values"])
+    other.load_state_dict(state)
+    assert torch.equal(step(one, 7), step(other, 7))
+    one.reset()
+    assert one.gradient.shares.values.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert torch.equal(step(one, 7), step(made(), 7))
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -152,8 +152,19 @@ class GramianStrategy(GradientStrategy):
     def forward(self, gradients: Tensor) -> Tensor:
         """Return the combination of the rows of ``gradients``, of shape (p,).
 
-        Rows that are not finite give a direction of NaN and leave the strategy's state alone.
+        Rows that are not finite give a direction of NaN and leave the strategy's state alone. Of a
+        strategy that has :meth:`mean_rows`, it is the combination of these.
         """
+        means = self.row_means
+        if means is not None:
+            return means.alone(gradients, self.take, self._combined)
+        return self._combined(gradients)
+
+    def on_columns(self, gradients: Tensor, first: int) -> Tensor:
+        del first
+        return self._combined(gradients)  # of means already, where there are any
+
+    def _combined(self, gradients: Tensor) -> Tensor:
         rows = [[row] for row in gradients.detach()]
         gramian = gramian_in_range(gradients)
         if not is_finite(gramian):

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from mtbalance._checks import check_at_least
+from mtbalance._checks import check_at_least, check_below_one
 from mtbalance._gramians import factors_to_longest
 
 from ._base import GramianStrategy
@@ -54,22 +54,13 @@ class DBMTL(GramianStrategy):
 
     def __init__(self, beta: float = 0.9, sigma: float = 0.0, *, correct: bool = True) -> None:
         super().__init__()
-        self.beta = check_at_least("beta", beta, 0)
-        if beta >= 1:
-            raise ValueError(f"`beta` must be below 1, but got {beta}: means would never move.")
+        self.beta = check_below_one("beta", beta, "means would never move")
         self.sigma = check_at_least("sigma", sigma, 0)
         self.correct = correct
         self.means = self.mean_rows(beta, sigma, correct=correct)
 
     def weights(self, gramian: Tensor) -> Tensor:
         return factors_to_longest(gramian)
-
-    def forward(self, gradients: Tensor) -> Tensor:
-        return self.means.alone(gradients, self.take, super().forward)
-
-    def on_columns(self, gradients: Tensor, first: int) -> Tensor:
-        del first
-        return super().forward(gradients)  # of means already
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, sigma={self.sigma}" + ("" if self.correct else ", correct=False")

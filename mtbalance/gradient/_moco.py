@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_choice
-from mtbalance._simplex import project_onto_simplex
+from mtbalance._simplex import moved_against, project_onto_simplex, shares_of
 
 from ._base import GramianStrategy
 
@@ -91,26 +91,16 @@ class MoCo(GramianStrategy):
     def weights(self, gramian: Tensor) -> Tensor:
         before, steps = self.lambdas.read(gramian), self.steps.read(gramian) + 1
         gramian = gramian.detach().to(before)
-        total = before.sum()
-        none = torch.full_like(before, 1 / len(before))  # where absent tasks have all there is
-        own = torch.where(total > 0, before / total, none)
+        own = shares_of(before)  # equal where absent tasks have all there is
         slope = gramian @ own + self.rho * own
-        # A number that all have in common changes nothing, and might drown the weights if large.
-        moved = own - self.gamma / steps**self.gamma_sigma * (slope - slope.min())
+        moved = moved_against(own, slope, self.gamma / steps**self.gamma_sigma)
         new = (
             torch.softmax(moved, 0) if self.projection == "softmax" else project_onto_simplex(moved)
         )
         good = new.isfinite().all()
-        self.lambdas.write(torch.where(good, new * total, before))
+        self.lambdas.write(torch.where(good, new * before.sum(), before))
         self.steps.write(torch.where(good, steps, steps - 1))
         return len(new) * new
-
-    def forward(self, gradients: Tensor) -> Tensor:
-        return self.means.alone(gradients, self.take, super().forward)
-
-    def on_columns(self, gradients: Tensor, first: int) -> Tensor:
-        del first
-        return super().forward(gradients)  # of means already
 
     def extra_repr(self) -> str:
         options = f"beta={self.beta}, gamma={self.gamma}, rho={self.rho}"

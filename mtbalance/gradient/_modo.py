@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._checks import check_at_least, check_positive
-from mtbalance._simplex import project_onto_simplex
+from mtbalance._simplex import moved_against, project_onto_simplex, shares_of
 
 from ._base import GramianStrategy
 
@@ -75,13 +75,11 @@ class MoDo(GramianStrategy):
         del gramian
         before = self.shares.read(across)
         across = across.detach().to(before)
-        held = before.sum()
-        weights = torch.where(held > 0, before / held, 1 / len(before))
+        weights = shares_of(before)
         slope = across @ weights + self.rho * weights
-        # A number that all have in common changes nothing, and might drown the weights if large.
-        new = project_onto_simplex(weights - self.gamma * (slope - slope.min()))
+        new = project_onto_simplex(moved_against(weights, slope, self.gamma))
         finite = across.isfinite().all()
-        self.shares.write(torch.where(finite, held * new, before))
+        self.shares.write(torch.where(finite, before.sum() * new, before))
         return torch.where(finite, len(new) * new, torch.nan).double()
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from mtbalance._checks import check_at_least
+from mtbalance._checks import check_below_one
 
 from ._base import GradientStrategy, WrappingStrategy
 
@@ -76,9 +76,7 @@ class RowMean(WrappingStrategy):
                 "`strategy` must do with the gradients of one batch, but "
                 f"{type(strategy).__name__} needs those of several, which have no means."
             )
-        self.beta = check_at_least("beta", beta, 0)
-        if beta >= 1:
-            raise ValueError(f"`beta` must be below 1, but got {beta}: means would never move.")
+        self.beta = check_below_one("beta", beta, "means would never move")
         self.correct = correct
         self.recall = recall
         self.means = self.mean_rows(beta, correct=correct, recall=recall)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtbalance._checks import check_at_least, check_count, check_positive
+from mtbalance._checks import check_at_least, check_below_one, check_count, check_positive
 from mtbalance._rows import finite_entries
 from mtbalance._simplex import nearest_weights
 
@@ -90,9 +90,7 @@ class SDMGrad(PreferringStrategy):
         self.lam = check_at_least("lam", lam, 0)
         self.n_iter = check_count("n_iter", n_iter)
         self.lr = check_positive("lr", lr)
-        self.momentum = check_at_least("momentum", momentum, 0)
-        if momentum >= 1:
-            raise ValueError(f"`momentum` must be below 1, but got {momentum}: it would never end.")
+        self.momentum = check_below_one("momentum", momentum, "it would never end")
         self.shares = self.per_task(start=1.0)
 
     def weights(self, gramian: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from mtbalance._checks import check_at_least
+from mtbalance._checks import check_below_one
 from mtbalance._gramians import ZERO_ROW
 
 from ._base import GradientStrategy, GramianStrategy, WrappingStrategy
@@ -52,9 +52,7 @@ class Smoothed(WrappingStrategy, GramianStrategy):
                 "`strategy` must be a GramianStrategy, or Normalized around one or around Sum, but "
                 f"got {type(strategy).__name__}."
             )
-        self.alpha = check_at_least("alpha", alpha, 0)
-        if alpha >= 1:
-            raise ValueError(f"`alpha` must be below 1, but got {alpha}: it would never move.")
+        self.alpha = check_below_one("alpha", alpha, "it would never move")
         self.averages = self.per_task(start=torch.nan)
 
     def weights(self, gramian: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtbalance.gradient import GradientStrategy
 
 from ._matrices import BY_NAME, DTYPES, SCALES, Sample
-from ._violation import Mismatch, Violation, require_close, require_equal
+from ._violation import Violation, require_close, require_equal, told_of
 
 
 def size_of(rows: Tensor) -> float:
@@ -125,18 +125,9 @@ class Property:
         """
         if self.clear and subject.unclear(sample.rows()):
             return False
-        try:
+        with told_of(subject, self, sample):
             self.body(subject, sample)
-        except Mismatch as mismatch:
-            raise self._violation(subject, sample, str(mismatch)) from None
-        except Exception as error:
-            found = f"it raised {type(error).__name__}: {error}"
-            raise self._violation(subject, sample, found) from error
         return True
-
-    def _violation(self, subject: Subject, sample: Sample, found: str) -> Violation:
-        where = f"mtbalance.testing.{sample}"
-        return Violation(subject.name, self.name, self.says, where, sample.proof, found)
 
     def shapes(self, subject: Subject, family: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the bounds of m and of p for samples of a family; the first may be empty."""

@@ -3,7 +3,9 @@
 import copy
 import pickle
 import sys
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +42,40 @@ class Violation(AssertionError):  # noqa: N818
 
 class Mismatch(Exception):  # noqa: N818
     """Two numbers that should agree do not; who checks a property adds its name and the input."""
+
+
+class _Subject(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class _Property(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def says(self) -> str: ...
+
+
+class _Sample(Protocol):
+    @property
+    def proof(self) -> str: ...
+
+
+@contextmanager
+def told_of(subject: _Subject, prop: _Property, sample: _Sample) -> Iterator[None]:
+    """Raise what goes wrong inside as a :class:`Violation` of a property by a subject."""
+
+    def violation(found: str) -> Violation:
+        where = f"mtbalance.testing.{sample}"
+        return Violation(subject.name, prop.name, prop.says, where, sample.proof, found)
+
+    try:
+        yield
+    except Mismatch as mismatch:
+        raise violation(str(mismatch)) from None
+    except Exception as error:
+        raise violation(f"it raised {type(error).__name__}: {error}") from error
 
 
 def require(truth: object, found: str) -> None:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from mtbalance.weighting import Step, Weighting
 
 from ._matrices import DTYPES
-from ._violation import Mismatch, Violation, bits
+from ._violation import bits, told_of
 
 TASKS = 3
 """The number of tasks for which weightings are made here."""
@@ -97,17 +97,8 @@ class WeightingProperty:
 
     def __call__(self, subject: WeightingSubject, sample: LossSample) -> None:
         """Raise :class:`Violation` if the property does not hold, or the weighting raises."""
-        try:
+        with told_of(subject, self, sample):
             self.body(subject, sample)
-        except Mismatch as mismatch:
-            raise self._violation(subject, sample, str(mismatch)) from None
-        except Exception as error:
-            found = f"it raised {type(error).__name__}: {error}"
-            raise self._violation(subject, sample, found) from error
-
-    def _violation(self, subject: WeightingSubject, sample: LossSample, found: str) -> Violation:
-        where = f"mtbalance.testing.{sample}"
-        return Violation(subject.name, self.name, self.says, where, sample.proof, found)
 
     def samples(self, seeds: Sequence[int]) -> list[LossSample]:
         """Return one series of losses for each seed and dtype."""

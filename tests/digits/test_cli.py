@@ -1,13 +1,12 @@
 """The command: what it writes, and what it refuses."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from examples.digits import cli, study
 from examples.digits.page import BLOCKS
+from tests._commands import help_of
 from tests.digits._small import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -93,14 +92,4 @@ def test_an_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 
 def test_help_imports_no_heavy_package():
-    code = (
-        "import sys\n"
-        "from examples.digits import cli\n"
-        "try: cli.main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "print(sorted({'torch', 'numpy', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert help_of("examples.digits", {"torch", "numpy", "matplotlib", "sklearn", "scipy"})

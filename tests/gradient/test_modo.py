@@ -1,12 +1,11 @@
 """What is true of MoDo alone; what holds for every strategy is in test_contract.py."""
 
-import copy
 import re
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance import Balancer
@@ -189,35 +188,6 @@ def test_what_is_not_finite_is_not_remembered(bad: float) -> None:
     assert strategy.weights_across(across, across).isnan().all()
     assert strategy(torch.tensor([[1.0, bad], [0.0, 2.0]])).isnan().all()
     assert torch.equal(strategy.shares.values, before)
-
-
-@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.float])
-def test_state_round_trip(cast) -> None:
-    """Bit for bit, per group, and no cast takes digits away."""
-    model = Network()
-    parts = {"first": model.trunk[0], "last": model.trunk[3]}
-
-    def made() -> Balancer:
-        return Balancer(Equal(), MoDo(gamma=0.001), tasks=TASKS, shared=parts)
-
-    def step(balancer: Balancer, seed: int) -> Tensor:
-        model.zero_grad()
-        functions = [lambda: model.losses(batch(seed=seed + 1))]
-        balancer.backward(model.losses(batch(seed=seed)), batches=functions)
-        return flat_grad(list(model.trunk.parameters()))
-
-    one, other = made(), made()
-    for seed in range(3):
-        step(one, seed)
-    cast(nn.ModuleDict({"balancer": one}))
-    state = copy.deepcopy(one.state_dict())
-    assert state["gradient.shares.values"].dtype == torch.float64
-    assert not torch.equal(*state["gradient.shares.values"])
-    other.load_state_dict(state)
-    assert torch.equal(step(one, 7), step(other, 7))
-    one.reset()
-    assert one.gradient.shares.values.tolist() == [[1, 1, 1], [1, 1, 1]]
-    assert torch.equal(step(one, 7), step(made(), 7))
 
 
 @pytest.mark.parametrize(

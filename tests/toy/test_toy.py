@@ -1,8 +1,6 @@
 """The two-task toy: its losses, its Pareto set, where strategies end, and its command."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from matplotlib.figure import Figure
 from examples.toy import cli
 from examples.toy.problem import STARTS, TASKS, Model, losses_at, minimum_of_mean, pareto_set
 from examples.toy.trails import Setting, follow, follow_all, title
+from tests._commands import help_of
 
 ROOT = Path(__file__).parents[2]
 LEFT, RIGHT = (-7.5, -0.5), (9.0, -1.0)
@@ -167,17 +166,7 @@ def test_weightings_that_look_back_at_steps_do() -> None:
 
 
 def test_help_imports_no_heavy_package():
-    code = (
-        "import sys\n"
-        "from examples.toy import cli\n"
-        "try: cli.main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert help_of("examples.toy", {"torch", "numpy", "matplotlib"})
 
 
 def test_the_figure_of_the_documents_is_small():
