@@ -68,8 +68,8 @@ class Balancer(nn.Module):
         gradient: Turns per-task gradients into one direction.
         tasks: Names of the tasks, in the order of the rows.
         shared: What is balanced: modules (what they hold when a step is made) or parameters, one or
-            several, or a mapping from group name to these, each group being balanced on its own (so
-            not ``dict(named_parameters())``). None: whatever two or more losses reach.
+            several, or a mapping from group name (not ``dict(named_parameters())``) to these, each
+            balanced on its own and in ``record.groups``. None: whatever two or more losses reach.
         process_group: The processes that train together, each on its part of the batch; None for
             all of ``torch.distributed``. Losses and per-task gradients are averaged over them
             before they are balanced, inside ``DistributedDataParallel`` and without it; see "Many
@@ -96,8 +96,8 @@ class Balancer(nn.Module):
         history: The last records; keeps none by default. Assign a ``deque(maxlen=n)`` to keep n.
 
     Raises:
-        ValueError: If names repeat, ``shared`` holds no parameters or one parameter in two groups,
-            or an option does not go with the strategies.
+        ValueError: If names repeat, ``shared`` holds no parameters, one parameter in two groups or
+            a group with '/' in its name, or an option does not go with the strategies.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -313,7 +313,7 @@ class Balancer(nn.Module):
             AtParameters(self._reach, passes, self.dtype),
             self.weighting,
             self.gradient,
-            NonFinite(self.nonfinite, self.tasks),
+            NonFinite(self.nonfinite, self.tasks, self._reach.group_names),
             self.every,
             validation,
             scaler,

@@ -11,7 +11,7 @@ from torch import Tensor
 from mtbalance._company import Company
 from mtbalance._direction import Outcome
 from mtbalance._places import Place
-from mtbalance._record import Record
+from mtbalance._record import GroupFigures, Record
 from mtbalance._rows import all_finite, finite_entries, norms_of, stacked
 from mtbalance._table import Table
 from mtbalance._weighed import Weighed
@@ -35,14 +35,17 @@ class NonFinite:
     Args:
         policy: The Balancer's ``nonfinite``.
         tasks: All tasks.
+        groups: The names of the groups of shared parameters, where they have been given some.
     """
 
-    def __init__(self, policy: str, tasks: tuple[str, ...]) -> None:
+    def __init__(self, policy: str, tasks: tuple[str, ...], groups: Sequence[str] = ()) -> None:
         self.looks = policy != "propagate"
         self.raises = policy == "raise"
         self.drops = policy == "drop"
         self._skips = policy == "skip"
         self.tasks = tasks
+        self.no_figures = {name: GroupFigures() for name in groups}
+        """What a step that takes no per-task gradients knows of each group."""
 
     def losses(self, losses: Mapping[str, Tensor]) -> list[str]:
         """Name the tasks whose loss, in this process, is not finite."""
@@ -142,6 +145,7 @@ class NonFinite:
             absent=self.absent(bad),
             nonfinite=bad,
             dropped=bad,
+            groups=self.no_figures,
             all_tasks=self.tasks,
         )
 
@@ -191,6 +195,7 @@ class NonFinite:
             nonfinite=self.ordered({*found, *earlier}),
             dropped=self.ordered(earlier),
             overflow=True,
+            groups=self.no_figures,
             all_tasks=self.tasks,
         )
 
@@ -202,6 +207,7 @@ class NonFinite:
             absent=self.absent([*names, *nonfinite]),
             nonfinite=nonfinite,
             skipped=True,
+            groups=self.no_figures,
             all_tasks=self.tasks,
         )
 

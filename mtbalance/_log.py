@@ -14,7 +14,7 @@ import torch.distributed
 from typing_extensions import Self
 
 from mtbalance._checks import check_count
-from mtbalance._record import Record
+from mtbalance._record import OF_GROUPS, OF_TASKS, Record
 
 
 class RecordWriter:
@@ -112,6 +112,13 @@ class Log(NamedTuple):
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have a loss, in the order of the Balancer."""
         return tuple(n.removeprefix("loss/") for n in self.columns if n.startswith("loss/"))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of shared parameters that have figures of their own, in the order given."""
+        ends = [(*name.split("/", 2), "", "")[:2] for name in self.columns]
+        found = (group for group, kind in ends if group not in OF_TASKS and kind in OF_GROUPS)
+        return tuple(dict.fromkeys(found))
 
 
 def read_log(path: str | os.PathLike[str]) -> Log:

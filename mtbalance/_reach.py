@@ -163,6 +163,11 @@ class ReachLog:
         self._seen = set()
         self._index()
 
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The names that groups have been given, in the order of their numbers; () without any."""
+        return self._shared.names
+
     # --- names for what is remembered of rows -----------------------------------------------------
 
     @property

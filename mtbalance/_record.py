@@ -11,6 +11,11 @@ from torch import Tensor
 
 from mtbalance._gramians import shifted
 
+OF_GROUPS = ("gradient_norm", "share", "cosine", "conflicts")
+"""What the names of a group's figures have after the group's name."""
+OF_TASKS = ("loss", "weight", "gradient_norm", "share", "cosine")
+"""What the names of all other figures begin with that have a task's name after it."""
+
 
 class Scaled(NamedTuple):
     """Products of gradients whose squares float64 does not hold, of which each is divided."""
@@ -23,53 +28,19 @@ class Scaled(NamedTuple):
     """Inner products with the direction, all over the same number, shape (m,)."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one balanced step did. Tensors are detached; only reading them waits for a device.
-
-    Attributes:
-        tasks: The tasks that were active in the step, in the order of the Balancer; m of them.
-        losses: Their raw losses, by name.
-        weights: Their weights (derivatives of the objective by the losses), by name.
-        gramian: Inner products of the raw gradients of the shared parameters, shape (m, m),
-            float64; None where one ordinary backward pass did, so that there are no per-task
-            gradients. Infinity or 0 for float64 gradients with norms above 1e154 or below 1e-162,
-            of which everything else is right.
-        progress: Inner products of the raw gradients with the direction, shape (m,), float64 (and
-            as far as that holds them), or None.
-        combination: Coefficients of the raw gradients in the direction, shape (m,), or None where
-            the direction is not one combination for all coordinates.
-        absent: Tasks of the Balancer that had no loss in the step.
-        nonfinite: Tasks whose loss or gradient was not finite, as far as it is known whose it was.
-        dropped: Tasks left out because of that (``nonfinite="drop"``).
-        skipped: Whether nothing was written because of a non-finite loss or gradient.
-        overflow: Whether non-finite gradients were passed on for the gradient scaler to see; in
-            one ordinary backward pass nobody knows of which task.
-        fallbacks: How often strategies answered with their documented substitute in this step.
-        reused: Whether weights of an earlier step served (``every`` above 1).
-        scaled: Where float64 does not hold squares of the gradients, what it does hold.
-        all_tasks: All tasks of the Balancer, in its order.
-    """
+class _OfGradients:
+    """What the gradients of m tasks are by their inner products."""
 
     tasks: tuple[str, ...]
-    losses: dict[str, Tensor]
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    gramian: Tensor | None = None
-    progress: Tensor | None = None
-    combination: Tensor | None = None
-    absent: tuple[str, ...] = ()
-    nonfinite: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    skipped: bool = False
-    overflow: bool = False
-    fallbacks: int = 0
-    reused: bool = False
-    scaled: Scaled | None = field(default=None, repr=False)
-    all_tasks: tuple[str, ...] = field(default=(), repr=False)
+    weights: dict[str, Tensor]
+    gramian: Tensor | None
+    progress: Tensor | None
+    combination: Tensor | None
+    scaled: Scaled | None
 
     @property
     def gradient_norms(self) -> dict[str, Tensor]:
-        """Norm of each raw gradient of the shared parameters; empty without such gradients."""
+        """Norm of each raw gradient of these parameters; empty without such gradients."""
         if self.gramian is None:
             return {}
         if self.scaled is None:
@@ -119,30 +90,106 @@ class Record:
         total = parts.sum()
         return dict(zip(self.tasks, torch.where(total != 0, parts / total, 0.0), strict=True))
 
+    def _numbers(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Return these figures of some tasks under flat names; NaN for what is not known."""
+        figures = {
+            f"{name}/{task}": float(values.get(task, math.nan))
+            for name, values in (("gradient_norm", self.gradient_norms), ("share", self.shares))
+            for task in tasks
+        }
+        cosines = self.cosines
+        for a, b in itertools.combinations(tasks, 2):
+            figures[f"cosine/{a}/{b}"] = float(cosines.get((a, b), math.nan))
+        conflicts = self.conflicts
+        figures["conflicts"] = math.nan if conflicts is None else float(conflicts)
+        return figures
+
+
+@dataclass(frozen=True)
+class GroupFigures(_OfGradients):
+    """What a step did to one group of shared parameters; empty where that is not known.
+
+    Attributes:
+        tasks: The tasks that were active in the step, m of them.
+        weights: Their weights, by name; the same in all groups.
+        gramian: Inner products of the raw gradients of the group's parameters, shape (m, m).
+        progress: Inner products of these with the group's direction, shape (m,).
+        combination: Coefficients of the raw gradients in the direction, shape (m,), or None.
+        scaled: Where float64 does not hold squares of the gradients, what it does hold.
+    """
+
+    tasks: tuple[str, ...] = ()
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    gramian: Tensor | None = None
+    progress: Tensor | None = None
+    combination: Tensor | None = None
+    scaled: Scaled | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Record(_OfGradients):
+    """What one balanced step did. Tensors are detached; only reading them waits for a device.
+
+    Attributes:
+        tasks: The tasks that were active in the step, in the order of the Balancer; m of them.
+        losses: Their raw losses, by name.
+        weights: Their weights (derivatives of the objective by the losses), by name.
+        gramian: Inner products of the raw gradients of the shared parameters, shape (m, m),
+            float64; None where one ordinary backward pass did, so that there are no per-task
+            gradients. Infinity or 0 for float64 gradients with norms above 1e154 or below 1e-162,
+            of which everything else is right.
+        progress: Inner products of the raw gradients with the direction, shape (m,), float64 (and
+            as far as that holds them), or None.
+        combination: Coefficients of the raw gradients in the direction, shape (m,), or None where
+            the direction is not one combination for all coordinates.
+        absent: Tasks of the Balancer that had no loss in the step.
+        nonfinite: Tasks whose loss or gradient was not finite, as far as it is known whose it was.
+        dropped: Tasks left out because of that (``nonfinite="drop"``).
+        skipped: Whether nothing was written because of a non-finite loss or gradient.
+        overflow: Whether non-finite gradients were passed on for the gradient scaler to see; in
+            one ordinary backward pass nobody knows of which task.
+        fallbacks: How often strategies answered with their documented substitute in this step.
+        reused: Whether weights of an earlier step served (``every`` above 1).
+        groups: The same figures of each group of shared parameters that was given a name, by that
+            name: ``gramian``, ``progress``, ``combination`` and what follows from them. Empty where
+            nothing is known of a group: in a step that makes no per-task gradients of it, and where
+            tasks are balanced at ``features``.
+        scaled: Where float64 does not hold squares of the gradients, what it does hold.
+        all_tasks: All tasks of the Balancer, in its order.
+    """
+
+    tasks: tuple[str, ...]
+    losses: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    gramian: Tensor | None = None
+    progress: Tensor | None = None
+    combination: Tensor | None = None
+    absent: tuple[str, ...] = ()
+    nonfinite: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    skipped: bool = False
+    overflow: bool = False
+    fallbacks: int = 0
+    reused: bool = False
+    groups: dict[str, GroupFigures] = field(default_factory=dict)
+    scaled: Scaled | None = field(default=None, repr=False)
+    all_tasks: tuple[str, ...] = field(default=(), repr=False)
+
     def as_dict(self) -> dict[str, float]:
         """Return everything as plain floats under flat names ("loss/msi"), for any logger.
 
-        All records of a Balancer have the same names in the same order. What a step does not know
-        is NaN: figures of absent tasks, and those of gradients where one ordinary backward pass
-        did.
+        Figures of a group have its name in front ("trunk/cosine/msi/lymphocytes"). All records of a
+        Balancer have the same names in the same order. What a step does not know is NaN: figures of
+        absent tasks, and those of gradients where one ordinary backward pass did.
         """
         names = self.all_tasks or self.tasks
         figures = {
             f"{name}/{task}": float(values.get(task, math.nan))
-            for name, values in (
-                ("loss", self.losses),
-                ("weight", self.weights),
-                ("gradient_norm", self.gradient_norms),
-                ("share", self.shares),
-            )
+            for name, values in (("loss", self.losses), ("weight", self.weights))
             for task in names
         }
-        cosines = self.cosines
-        for a, b in itertools.combinations(names, 2):
-            figures[f"cosine/{a}/{b}"] = float(cosines.get((a, b), math.nan))
-        conflicts = self.conflicts
         figures.update(
-            conflicts=math.nan if conflicts is None else float(conflicts),
+            **self._numbers(names),
             active=float(len(self.tasks)),
             absent=float(len(self.absent)),
             nonfinite=float(len(self.nonfinite)),
@@ -152,6 +199,9 @@ class Record:
             fallbacks=float(self.fallbacks),
             reused=float(self.reused),
         )
+        for group, found in self.groups.items():
+            numbers = found._numbers(names)
+            figures.update({f"{group}/{name}": number for name, number in numbers.items()})
         return figures
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtbalance._engines import refuse_engines
+from mtbalance._record import OF_TASKS
 from mtbalance._shards import any_sharded
 
 Shared = nn.Module | Tensor | Iterable["nn.Module | Tensor"]
@@ -29,12 +30,13 @@ class SharedParts:
     """
 
     def __init__(self, shared: Shared | Mapping[str, Shared] | None) -> None:
+        self.names: tuple[str, ...] = ()
+        """Those that the user has given to the groups, if any."""
         if shared is None:
             self._members: dict[str, _Members] = {}
         elif isinstance(shared, Mapping) and not isinstance(shared, nn.Module):
-            self._members = {str(name): _numbered(members) for name, members in shared.items()}
-            if not shared:
-                raise ValueError(f"`shared` must hold parameters, but got {shared!r}.")
+            self.names = _checked_names(shared)
+            self._members = {name: _numbered(members) for name, members in shared.items()}
         else:
             self._members = {"shared": _numbered(shared)}
         self._resolve()
@@ -42,7 +44,7 @@ class SharedParts:
         """Whether some of them are."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_members": self._members, "sharded": self.sharded}
+        return {"_members": self._members, "names": self.names, "sharded": self.sharded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # What else there is, is made anew when asked for: a copied module may not be complete yet.
@@ -116,6 +118,24 @@ class SharedParts:
 def _is_sharded_module(module: nn.Module) -> bool:
     """Return whether ``fully_shard`` has been applied: it adds a base class."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _checked_names(groups: Mapping[str, Shared]) -> tuple[str, ...]:
+    """Return the names of the groups, if there are any and each can stand before a figure's."""
+    if not groups:
+        raise ValueError(f"`shared` must hold parameters, but got {groups!r}.")
+    for name in groups:
+        if not isinstance(name, str) or not name:
+            raise TypeError(
+                f"`shared` must have non-empty strings as names of groups, but got {name!r}."
+            )
+        if "/" in name or name in OF_TASKS:
+            raise ValueError(
+                "`shared` must name groups without '/' and not as the figures of a record "
+                f"({', '.join(OF_TASKS)}), but got {name!r}. A group's figures are logged as "
+                "'trunk/cosine/a/b'."
+            )
+    return tuple(groups)
 
 
 def _check_groups(groups: Groups) -> None:

@@ -25,7 +25,7 @@ from mtbalance._kept import KeptWeights
 from mtbalance._known import Pass, in_passes
 from mtbalance._places import AtParameters, Divided, Place
 from mtbalance._reach import ReachLog
-from mtbalance._record import Record
+from mtbalance._record import GroupFigures, Record
 from mtbalance._rows import combine, stacked
 from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
@@ -71,8 +71,11 @@ class Setting(NamedTuple):
         return (self.weighting, gradient) if gradient.remembers else (self.weighting,)
 
     @property
-    def keeps_weights(self) -> bool:
-        """Whether Gramian weights are kept: those at features go with the features of one step."""
+    def at_parameters(self) -> bool:
+        """Whether tasks are balanced at the shared parameters.
+
+        Features are no group of these, and weights at them go with the features of one step.
+        """
         return isinstance(self.place, AtParameters)
 
 
@@ -102,7 +105,7 @@ class Steps:
         if setting.one_pass_serves:
             leaves = self._leaves(seen, setting.company)
             return attempt(lambda: self._with_known(seen, setting, {}, leaves))
-        fit = setting.keeps_weights and not seen.nonfinite
+        fit = setting.at_parameters and not seen.nonfinite
         if fit and self._kept.serve(seen.losses, setting.every):
             groups, rest = self._divided(seen, setting.company)
             if self._kept.cover(groups):
@@ -160,6 +163,7 @@ class Steps:
                 dict(seen.losses),
                 weighed.by_name,
                 absent=policy.absent(seen.losses),
+                groups=policy.no_figures,
                 all_tasks=policy.tasks,
             )
         elif scale is not None:
@@ -170,8 +174,8 @@ class Steps:
         if not kept:
             return record
         self._kept.age += 1
-        combination = passes[1].coefficients if len(passes) == 2 else None
-        return replace(record, combination=combination, reused=True)
+        combinations = {n: each.coefficients for n, each in zip(kept, passes[1:], strict=True)}
+        return _reused(record, combinations)
 
     def _with_rows(self, rows: Iterable[Row], seen: Seen, setting: Setting) -> Record:
         """Weigh and balance the gradients of single tasks."""
@@ -213,7 +217,7 @@ class Steps:
             return policy.overflow(table.losses, (), table.nonfinite)
         if bad_now is not None:
             return policy.ended_unwritten(bad_now, table.losses, table.nonfinite)
-        if setting.keeps_weights:
+        if setting.at_parameters:
             solutions = {number: outcome.solution for number, outcome in outcomes.items()}
             self._kept.keep(tuple(table.losses), solutions)
         return _record(outcomes, table, weighed, setting)
@@ -227,6 +231,19 @@ class Steps:
     ) -> Weighed:
         weighting, looks = setting.weighting, setting.policy.looks
         return self._weigher.weigh(weighting, losses, self._log.parameters, step, looks=looks)
+
+
+def _reused(record: Record, combinations: Mapping[int, Tensor]) -> Record:
+    """Return the record of a step that kept weights served in, by the number of their group."""
+    return replace(
+        record,
+        combination=next(iter(combinations.values())) if len(combinations) == 1 else None,
+        groups={
+            name: GroupFigures(record.tasks, record.weights, combination=combinations.get(number))
+            for number, name in enumerate(record.groups)
+        },
+        reused=True,
+    )
 
 
 def _with_across(
@@ -367,10 +384,20 @@ def _record(
     }
     combinations = [outcome.combination for outcome in outcomes.values()]
     total, scaled = table.sum_of_progress(progress)
+    tasks, weights = tuple(table.losses), weighed.by_name
+    groups = dict(policy.no_figures)
+    for number, name in enumerate(groups if setting.at_parameters else ()):
+        if number in outcomes:
+            part = table.only(number)
+            products, in_range = part.sum_of_progress({number: progress[number]})
+            combination = outcomes[number].combination
+            groups[name] = GroupFigures(
+                tasks, weights, part.gramian, products, combination, in_range
+            )
     return Record(
-        tuple(table.losses),
+        tasks,
         weighed.losses,
-        weighed.by_name,
+        weights,
         gramian=table.gramian,
         progress=total,
         scaled=scaled,
@@ -378,6 +405,7 @@ def _record(
         absent=policy.absent([*table.losses, *dropped]),
         nonfinite=dropped,
         dropped=dropped,
+        groups=groups,
         all_tasks=policy.tasks,
     )
 

@@ -109,6 +109,14 @@ class Table(NamedTuple):
         largest = max(exponents)
         return _divided(gramian, exponents, [largest] * len(exponents)), largest
 
+    def only(self, number: int) -> "Table":
+        """Return the table with nothing balanced but one group."""
+        return self._replace(
+            groups={number: self.groups[number]},
+            gramians={number: self.gramians[number]},
+            exponents={number: self.exponents[number]} if self.exponents else {},
+        )
+
     def without(self, tasks: Collection[str]) -> "Table":
         """Return the table without the rows (and columns of the Gramians) of some tasks."""
         gone = [number for number, task in enumerate(self.losses) if task in tasks]

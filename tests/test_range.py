@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance import Balancer, GradientStrategy, Record
+from mtbalance._record import GroupFigures
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import Equal
 
@@ -40,7 +41,7 @@ def step(
     return [parameter.grad for parameter in parameters], record
 
 
-def figures(record: Record, scale: float = 1.0) -> list[float]:
+def figures(record: Record | GroupFigures, scale: float = 1.0) -> list[float]:
     """Return what a record says of rows that are all times a scale."""
     norms = [float(norm) / scale for norm in record.gradient_norms.values()]
     cosines = [float(cosine) for cosine in record.cosines.values()]
@@ -76,7 +77,7 @@ def test_each_group_has_a_range_of_its_own(
     strategy: GradientStrategy, scales: tuple[float, float]
 ) -> None:
     groups = ROWS[:3, :5], ROWS[:3, 5:]
-    expected, _ = step(strategy, *groups)
+    expected, before = step(strategy, *groups)
     found, record = step(strategy, *(g * s for g, s in zip(groups, scales, strict=True)))
     for direction, scale, wanted in zip(found, scales, expected, strict=True):
         assert torch.equal(direction / scale, wanted)
@@ -89,6 +90,14 @@ def test_each_group_has_a_range_of_its_own(
         torch.stack(list(record.cosines.values())), torch.stack(list(alone.cosines.values()))
     )
     assert record.conflicts == alone.conflicts
+    for scale, group, wanted in zip(
+        scales, record.groups.values(), before.groups.values(), strict=True
+    ):
+        assert figures(group, scale) == figures(wanted)
+        assert torch.equal(group.gramian, wanted.gramian * scale * scale)
+        assert torch.equal(group.progress, wanted.progress * scale * scale)
+        if wanted.combination is not None:
+            assert torch.equal(group.combination, wanted.combination)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=type)
