@@ -20,12 +20,12 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtbalance._checks import check_count
+from mtbalance._checks import check_choice, check_count
 from mtbalance._log import Log, log_of, read_log
 from mtbalance._record import Record
 
@@ -38,7 +38,16 @@ except ImportError as error:
         'mtbalance.plot needs matplotlib. Run `pip install "mtbalance[plot]"`.'
     ) from error
 
-__all__ = ["conflicts", "cosines", "landscape", "losses", "overview", "shares", "weights"]
+__all__ = [
+    "conflicts",
+    "cosines",
+    "gradient_norms",
+    "landscape",
+    "losses",
+    "overview",
+    "shares",
+    "weights",
+]
 
 Source = Log | str | os.PathLike[str] | Iterable[Record | Mapping[str, float]]
 """Records, rows of figures, what `read_log` returns, or the path of a log file."""
@@ -73,7 +82,7 @@ def weights(source: Source, *, window: int | None = None) -> Figure:
     Raises:
         ValueError: If the source holds no steps.
     """
-    return _single(source, window, _weights)
+    return _single(_weights, source, window)
 
 
 def losses(source: Source, *, window: int | None = None) -> Figure:
@@ -81,51 +90,68 @@ def losses(source: Source, *, window: int | None = None) -> Figure:
 
     Args and errors as in :func:`weights`.
     """
-    return _single(source, window, _losses)
+    return _single(_losses, source, window)
 
 
-def shares(source: Source, *, window: int | None = None) -> Figure:
+def gradient_norms(
+    source: Source, *, window: int | None = None, group: str | None = None
+) -> Figure:
+    """Draw the length of each task's raw gradient, on a logarithmic scale where all are positive.
+
+    Args:
+        source: Records, or a log file.
+        window: As in :func:`weights`.
+        group: Of which group of shared parameters, by its name in the Balancer's ``shared``; by
+            default of all of them together.
+
+    Raises:
+        ValueError: If the source holds no steps, or no figures of that group.
+    """
+    return _single(_gradient_norms, source, window, group)
+
+
+def shares(source: Source, *, window: int | None = None, group: str | None = None) -> Figure:
     """Draw what each task contributes to the squared length of the update.
 
     In each step, shares sum to 1. A task with a negative share pulls against what the others agree
-    on. Args and errors as in :func:`weights`.
+    on. Args and errors as in :func:`gradient_norms`.
     """
-    return _single(source, window, _shares)
+    return _single(_shares, source, window, group)
 
 
-def conflicts(source: Source, *, window: int | None = None) -> Figure:
+def conflicts(source: Source, *, window: int | None = None, group: str | None = None) -> Figure:
     """Draw the part of the pairs of tasks whose gradients conflict, over the steps.
 
-    Args and errors as in :func:`weights`.
+    Args and errors as in :func:`gradient_norms`.
     """
-    return _single(source, window, _conflicts)
+    return _single(_conflicts, source, window, group)
 
 
-def cosines(source: Source, *, window: int | None = None) -> Figure:
+def cosines(source: Source, *, window: int | None = None, group: str | None = None) -> Figure:
     """Draw the cosine between the gradients of each pair of tasks over training, as a heat map.
 
-    Args and errors as in :func:`weights`.
+    Args and errors as in :func:`gradient_norms`.
     """
-    log = _log(source)
-    pairs = _pairs(log)
-    height = 1.3 + 0.28 * len(pairs)
+    view = _view(source, window, group)
+    height = 1.3 + 0.28 * len(view.pairs)
     with rc_context(STYLE):
         figure = Figure(figsize=(7, min(height, 12)))
-        _cosines(figure.subplots(), log, _window(log, window))
+        _cosines(figure.subplots(), view)
     return figure
 
 
-def overview(source: Source, *, window: int | None = None) -> Figure:
+def overview(source: Source, *, window: int | None = None, group: str | None = None) -> Figure:
     """Draw losses, weights, shares of the update and conflicts on one page.
 
-    Args and errors as in :func:`weights`.
+    Shares and conflicts are those of the group, if one is given. Args and errors as in
+    :func:`gradient_norms`.
     """
-    log = _log(source)
+    view = _view(source, window, group)
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 6))
         drawings = (_losses, _weights, _shares, _conflicts)
         for axes, draw in zip(figure.subplots(2, 2).flat, drawings, strict=True):
-            draw(axes, log, _window(log, window))
+            draw(axes, view)
     return figure
 
 
@@ -172,53 +198,115 @@ def landscape(
     return figure
 
 
-def _single(source: Source, window: int | None, draw: Callable[[Axes, Log, int], None]) -> Figure:
+class _View(NamedTuple):
+    """What is drawn of a log: figures of all that is shared, or of one group."""
+
+    log: Log
+    window: int
+    group: str | None
+
+    def of_gradients(self, name: str) -> str:
+        """Return the name of a column that groups have, too."""
+        return name if self.group is None else f"{self.group}/{name}"
+
+    def column(self, name: str) -> list[float]:
+        """Return a column; one that is not there, as no step knows it, is all NaN."""
+        return self.log.columns.get(name, [math.nan] * len(self.log.steps))
+
+    def titled(self, text: str) -> str:
+        """Return the title of a picture of gradients."""
+        return text if self.group is None else f"{text} ({self.group})"
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """The name of each pair's column by what to call the pair."""
+        named = {
+            f"{a}, {b}": self.of_gradients(f"cosine/{a}/{b}")
+            for a, b in itertools.combinations(self.log.tasks, 2)
+        }
+        return {pair: name for pair, name in named.items() if name in self.log.columns}
+
+    def averaged(self, values: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return the middle and the mean of every window, NaN where it knows nothing."""
+        return _averaged(self.log.steps, values, self.window)
+
+
+def _view(source: Source, window: int | None, group: str | None = None) -> _View:
     log = _log(source)
+    if window is None:
+        window = math.ceil(len(log.steps) / POINTS)
+    if group is not None and not log.groups:
+        raise ValueError(
+            f"`group` must be None where no step knows figures of a group, but got {group!r}. They "
+            'are there if the Balancer gets names (shared={"trunk": ..., "neck": ...}) and makes '
+            "per-task gradients."
+        )
+    if group is not None:
+        check_choice("group", group, log.groups)
+    return _View(log, check_count("window", window), group)
+
+
+def _single(
+    draw: Callable[[Axes, _View], None],
+    source: Source,
+    window: int | None,
+    group: str | None = None,
+) -> Figure:
+    view = _view(source, window, group)
     with rc_context(STYLE):
         figure = Figure(figsize=(7, 3.4))
-        draw(figure.subplots(), log, _window(log, window))
+        draw(figure.subplots(), view)
     return figure
 
 
-def _weights(axes: Axes, log: Log, window: int) -> None:
-    _lines(axes, log, window, "weight")
+def _weights(axes: Axes, view: _View) -> None:
+    _lines(axes, view, "weight")
     axes.set(title="Weight of each task", xlabel="step")
 
 
-def _losses(axes: Axes, log: Log, window: int) -> None:
-    lines = _lines(axes, log, window, "loss")
-    known = [value for line in lines for value in line if math.isfinite(value)]
-    if known and min(known) > 0:
-        axes.set_yscale("log")
+def _losses(axes: Axes, view: _View) -> None:
+    _logarithmic_if_positive(axes, _lines(axes, view, "loss"))
     axes.set(title="Loss of each task", xlabel="step")
 
 
-def _shares(axes: Axes, log: Log, window: int) -> None:
+def _gradient_norms(axes: Axes, view: _View) -> None:
+    _logarithmic_if_positive(axes, _lines(axes, view, view.of_gradients("gradient_norm")))
+    axes.set(title=view.titled("Length of each task's gradient"), xlabel="step")
+
+
+def _logarithmic_if_positive(axes: Axes, lines: Sequence[Sequence[float]]) -> None:
+    known = [value for line in lines for value in line if math.isfinite(value)]
+    if known and min(known) > 0:
+        axes.set_yscale("log")
+
+
+def _shares(axes: Axes, view: _View) -> None:
     axes.axhline(0, color="black", lw=0.7)
-    _lines(axes, log, window, "share")
-    axes.set(title="Share of the update", xlabel="step")
+    _lines(axes, view, view.of_gradients("share"))
+    axes.set(title=view.titled("Share of the update"), xlabel="step")
 
 
-def _conflicts(axes: Axes, log: Log, window: int) -> None:
-    axes.set(title="Pairs of tasks in conflict", xlabel="step", ylim=(-0.03, 1.03))
-    found, active = log.columns.get("conflicts", []), log.columns.get("active", [])
+def _conflicts(axes: Axes, view: _View) -> None:
+    title = view.titled("Pairs of tasks in conflict")
+    axes.set(title=title, xlabel="step", ylim=(-0.03, 1.03))
+    found, active = view.column(view.of_gradients("conflicts")), view.column("active")
     rates = [_ratio(count, m * (m - 1) / 2) for count, m in zip(found, active, strict=True)]
     if _unknown(rates):
         _say(axes, "no step had gradients of two tasks")
         return
-    axes.plot(*_averaged(log.steps, rates, window), color=COLOURS[0])
+    axes.plot(*view.averaged(rates), color=COLOURS[0])
     axes.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:.0f} %")
 
 
-def _cosines(axes: Axes, log: Log, window: int) -> None:
-    axes.set(title="Cosine between gradients", xlabel="step")
+def _cosines(axes: Axes, view: _View) -> None:
+    axes.set(title=view.titled("Cosine between gradients"), xlabel="step")
     axes.grid(visible=False)
-    pairs = _pairs(log)
-    rows = [_averaged(log.steps, log.columns[name], window)[1] for name in pairs.values()]
+    pairs, steps = view.pairs, view.log.steps
+    rows = [view.averaged(view.column(name))[1] for name in pairs.values()]
     if all(map(_unknown, rows)):
         _say(axes, "no step had gradients of two tasks")
         return
-    edges = (log.steps[0] - 0.5, log.steps[-1] + 0.5, len(pairs) - 0.5, -0.5)
+    edges = (steps[0] - 0.5, steps[-1] + 0.5, len(pairs) - 0.5, -0.5)
     picture = axes.imshow(
         rows, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", extent=edges, interpolation="nearest"
     )
@@ -228,19 +316,19 @@ def _cosines(axes: Axes, log: Log, window: int) -> None:
     bar.ax.set_yticklabels(["−1: opposite", "0", "1: same"])
 
 
-def _lines(axes: Axes, log: Log, window: int, kind: str) -> list[list[float]]:
+def _lines(axes: Axes, view: _View, kind: str) -> list[list[float]]:
     """Draw a line per task, and return its values."""
     drawn = []
-    for task, colour in zip(log.tasks, itertools.cycle(COLOURS)):
-        values = log.columns.get(f"{kind}/{task}", [])
+    for task, colour in zip(view.log.tasks, itertools.cycle(COLOURS)):
+        values = view.column(f"{kind}/{task}")
         if not _unknown(values):
-            steps, line = _averaged(log.steps, values, window)
+            steps, line = view.averaged(values)
             axes.plot(steps, line, color=colour, lw=1.4, label=task)
             drawn.append(line)
     if drawn:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
-        _say(axes, f"no step knows a {kind.replace('_', ' ')}")
+        _say(axes, f"no step knows a {kind.rpartition('/')[2].replace('_', ' ')}")
     return drawn
 
 
@@ -270,16 +358,6 @@ def _log(source: Source) -> Log:
             "`balancer.history = deque(maxlen=1000)`."
         )
     return log
-
-
-def _window(log: Log, window: int | None) -> int:
-    return math.ceil(len(log.steps) / POINTS) if window is None else check_count("window", window)
-
-
-def _pairs(log: Log) -> dict[str, str]:
-    """Return the name of each pair's column by what to call the pair."""
-    named = {f"{a}, {b}": f"cosine/{a}/{b}" for a, b in itertools.combinations(log.tasks, 2)}
-    return {pair: name for pair, name in named.items() if name in log.columns}
 
 
 def _unknown(values: Sequence[float]) -> bool:

@@ -19,12 +19,13 @@ TASKS = ("a", "b", "c")
 def train(steps, name="pcgrad", path=None):
     """Return the records of a training in which task c is there in every other step."""
     generator = torch.Generator().manual_seed(0)
-    x = nn.Parameter(torch.randn(4, generator=generator))
-    balancer = make_balancer(name, tasks=TASKS, shared=[x])
+    x, y = (nn.Parameter(torch.randn(4, generator=generator)) for _ in range(2))
+    balancer = make_balancer(name, tasks=TASKS, shared={"low": x, "high": y})
     balancer.history = deque(maxlen=steps)
     writer = RecordWriter(path) if path else None
     for step in range(steps):
-        losses = {t: (torch.randn(4, generator=generator) * x).sum().square() for t in TASKS}
+        rows = torch.randn(3, 2, 4, generator=generator)
+        losses = {t: (a @ x + b @ y).square() for t, (a, b) in zip(TASKS, rows, strict=True)}
         if step % 2:
             losses.pop("c")
         record = balancer.backward(losses)
@@ -42,7 +43,13 @@ def lines(figure):
 
 
 @pytest.mark.parametrize(
-    ("draw", "kind"), [(plot.weights, "weight"), (plot.losses, "loss"), (plot.shares, "share")]
+    ("draw", "kind"),
+    [
+        (plot.weights, "weight"),
+        (plot.losses, "loss"),
+        (plot.gradient_norms, "gradient_norm"),
+        (plot.shares, "share"),
+    ],
 )
 def test_a_line_per_task_holds_means_of_windows(draw, kind):
     history = train(10)
@@ -56,11 +63,47 @@ def test_a_line_per_task_holds_means_of_windows(draw, kind):
         np.testing.assert_allclose(line.get_xdata(), [1.5, 5.5, 8.5])
 
 
-def test_losses_are_logarithmic_where_all_are_positive():
+@pytest.mark.parametrize(
+    ("draw", "kind"), [(plot.losses, "loss"), (plot.gradient_norms, "gradient_norm")]
+)
+def test_lines_are_logarithmic_where_all_are_positive(draw, kind):
     history = train(4)
-    assert plot.losses(history).axes[0].get_yscale() == "log"
-    rows = [{**record.as_dict(), "loss/a": -1.0} for record in history]
-    assert plot.losses(rows).axes[0].get_yscale() == "linear"
+    assert draw(history).axes[0].get_yscale() == "log"
+    rows = [{**record.as_dict(), f"{kind}/a": 0.0} for record in history]
+    assert draw(rows).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    "draw", [plot.gradient_norms, plot.shares, plot.conflicts, plot.cosines, plot.overview]
+)
+def test_a_group_is_drawn_as_if_its_figures_were_all_there_is(draw):
+    history = train(9)
+    rows = [record.as_dict() for record in history]
+    for group in ("low", "high"):
+        start = f"{group}/"
+        alone = [
+            row | {name[len(start) :]: row[name] for name in row if name.startswith(start)}
+            for row in rows
+        ]
+        figure, others = draw(history, group=group), draw(alone)
+        for values, expected in zip(drawn(figure), drawn(others), strict=True):
+            np.testing.assert_array_equal(values, expected)
+        titles = [axes.get_title() for axes in figure.axes]
+        expected = [axes.get_title() for axes in others.axes]
+        assert sum(title.endswith(f" ({group})") for title in titles) == (
+            2 if draw is plot.overview else 1
+        )
+        assert [title.removesuffix(f" ({group})") for title in titles] == expected
+    differ = zip(drawn(draw(history, group="low")), drawn(figure), strict=True)
+    assert any(values.shape != other.shape or (values != other).any() for values, other in differ)
+
+
+def test_an_unknown_group_is_an_error_that_names_those_there_are():
+    known = r"`group` must be one of 'low', 'high', but got 'hihg'\. Did you mean 'high'\?"
+    with pytest.raises(ValueError, match=known):
+        plot.shares(train(2), group="hihg")
+    with pytest.raises(ValueError, match=r"`group` must be None where no step .*got 'low'.*names"):
+        plot.cosines([{"loss/a": 1.0, "cosine/a/b": 0.5}], group="low")
 
 
 def test_conflicts_are_a_rate_of_the_pairs_that_were_there():
@@ -86,15 +129,17 @@ def test_cosines_are_a_row_per_pair_over_the_steps():
 
 
 @pytest.mark.parametrize(
-    "name", ["weights", "losses", "shares", "conflicts", "cosines", "overview"]
+    "name", ["weights", "losses", "gradient_norms", "shares", "conflicts", "cosines", "overview"]
 )
 @pytest.mark.parametrize("kind", ["pcgrad", "equal"])
-def test_a_log_file_gives_the_same_picture_as_its_records(name, kind, tmp_path):
-    history = train(7, kind, tmp_path / "log.csv")
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_a_log_file_gives_the_same_picture_as_its_records(name, kind, ending, tmp_path):
+    path = tmp_path / f"log{ending}"
+    history = train(7, kind, path)
     draw = getattr(plot, name)
     expected = drawn(draw(history))
     assert expected
-    for source in (tmp_path / "log.csv", str(tmp_path / "log.csv"), log_of(history)):
+    for source in (path, str(path), log_of(history)):
         for values, others in zip(drawn(draw(source)), expected, strict=True):
             np.testing.assert_array_equal(values, others)
 
