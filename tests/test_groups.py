@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtbalance import Balancer, GradientStrategy, Record, RecordWriter, Weighting, read_log
 from mtbalance.gradient import CAGrad, GradDrop, MoCo, PCGrad, Sum
 from mtbalance.weighting import Constant, Equal, GradNorm
+from tests._device import DEVICE, randn
 from tests._networks import TASKS, Network, batch, flat_grad, raw_rows
 
 WEIGHTS = (1.0, 0.5, 2.0)
@@ -189,7 +190,7 @@ def test_kept_weights_are_told_by_group() -> None:
 
 def test_under_a_loss_scale_figures_are_those_without_it() -> None:
     found = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+    for scaler in (None, torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12)):
         model, balancer = balanced(CAGrad())
         record = balancer.backward(model.losses(batch()), scaler=scaler)
         found.append([of_group(record, name) for name in model.groups])
@@ -218,7 +219,7 @@ def all_are_nan(policy: str) -> Record:
 def overflow() -> Record:
     model, balancer = balanced(CAGrad())
     losses = with_an_infinite_slope(model)
-    record = balancer.backward(losses, scaler=torch.amp.GradScaler("cpu", init_scale=1.0))
+    record = balancer.backward(losses, scaler=torch.amp.GradScaler(DEVICE.type, init_scale=1.0))
     assert record.overflow
     return record
 
@@ -341,7 +342,7 @@ def test_logs_carry_groups_through(ending: str, tmp_path) -> None:
     tasks = ("a", "share/b", "conflicts")
     x, y = (nn.Parameter(torch.ones(3)) for _ in range(2))
     balancer = Balancer(Equal(), CAGrad(), tasks=tasks, shared={"x 1": x, "conflicts": y})
-    rows = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0))
+    rows = randn(3, 2, 3)
     records = []
     with RecordWriter(tmp_path / f"log{ending}") as writer:
         for count in (3, 2, 3):

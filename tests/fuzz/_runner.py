@@ -4,14 +4,14 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtbalance._record import Record
+from mtbalance._record import GroupFigures, Record
 from tests.fuzz._cases import Call, Case
 from tests.fuzz._network import DTYPES
 from tests.fuzz._oracle import Expected, Oracle, Rows, Written, numbers, rounding
@@ -453,39 +453,66 @@ class Run:
             same = abs(got - loss) <= tolerance or not math.isfinite(loss)
             _check(same, f"loss of {task} is {got}, not {loss}")
         if expected.raw is None:
-            _check(record.gramian is None, "there should be no Gramian")
+            every = [record, *record.groups.values()]
+            _check(all(each.gramian is None for each in every), "there should be no Gramian")
             return
-        raw = expected.raw / scale
+        parts = expected.written[: len(expected.groups)]
+        combines = self.case.gradient[0] != "GradDrop"
+        combined = combines and len(parts) == 1
+        self._compare_figures(record, expected.raw, parts, expected, scale, combined=combined)
+        named = self.case.shared[0] == "groups"
+        names = [f"group {n}" for n in range(len(self.case.shared[1]))] if named else []
+        _check(list(record.groups) == names, f"groups {list(record.groups)}")
+        known = {} if expected.at_features else dict(zip(expected.groups, parts, strict=True))
+        start = 0
+        for number, figures in enumerate(record.groups.values()):
+            if number not in known:
+                _check(figures.gramian is None, f"nobody knows the Gramian of group {number}")
+                continue
+            stop = start + len(known[number].got)
+            raw = expected.raw[:, start:stop]
+            self._compare_figures(figures, raw, [known[number]], expected, scale, combined=combines)
+            start = stop
+
+    def _compare_figures(
+        self,
+        figures: Record | GroupFigures,
+        rows: Array,
+        parts: Sequence[Written],
+        expected: Expected,
+        scale: float,
+        *,
+        combined: bool,
+    ) -> None:
+        """Compare what is said of all that is balanced, or of one group, with its rows."""
+        raw = rows / scale
         gramian = raw @ raw.T
-        got = record.gramian.numpy()
+        got = figures.gramian.numpy()
         sizes = np.sqrt(np.outer(gramian.diagonal(), gramian.diagonal()))
         loose = 1e-9 if expected.tremor < 1e-9 else 30 * expected.tremor
         _check(
             (np.abs(got - gramian) <= loose * sizes + 1e-300).all(),
             f"the Gramian is\n{got}\nand should be\n{gramian}",
         )
-        groups = len(expected.groups)
-        combined = self.case.gradient[0] != "GradDrop" and groups == 1
-        _check((record.combination is not None) == combined, f"combination {record.combination}")
+        _check((figures.combination is not None) == combined, f"combines {figures.combination}")
         if expected.at_features:
             return
-        direction = np.concatenate([np.zeros(0), *[part.got for part in expected.written[:groups]]])
-        sizes = np.abs(raw) @ np.concatenate(
-            [np.zeros(0), *[p.tolerance + 1e-6 * p.scale for p in expected.written[:groups]]]
+        direction = np.concatenate([np.zeros(0), *[part.got for part in parts]])
+        tolerance = np.concatenate(
+            [np.zeros(0), *[part.tolerance + 1e-6 * part.scale for part in parts]]
         )
         if not np.isfinite(direction).all():  # more than its dtype holds, on top of what was there
             return
-        progress = record.progress.numpy() * scale
+        progress = figures.progress.numpy() * scale
         _check(
-            (np.abs(progress - raw @ direction) <= 2 * sizes + 1e-300).all(),
+            (np.abs(progress - raw @ direction) <= 2 * np.abs(raw) @ tolerance + 1e-300).all(),
             f"progress {progress}, and should be {raw @ direction}",
         )
         if combined:
-            mixed = record.combination.double().numpy() @ expected.raw
-            tolerance = expected.written[0].tolerance + 1e-6 * expected.written[0].scale
+            mixed = figures.combination.double().numpy() @ rows
             _check(
                 (np.abs(mixed - direction) <= 2 * tolerance).all(),
-                f"the combination {record.combination} is not the direction",
+                f"the combination {figures.combination} is not the direction",
             )
 
     def _compare_twin(self, call: Call, result: Any, error: Exception | None) -> None:
