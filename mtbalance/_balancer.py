@@ -176,8 +176,8 @@ class Balancer(nn.Module):
         """Balance the losses and accumulate into ``.grad``, where ``loss.backward()`` would.
 
         Args:
-            losses: Scalar loss with a graph per task; tasks left out are absent. With several
-                processes, the losses of this one's part of the batch.
+            losses: Scalar loss with a graph per task; tasks left out are absent. None of them: a
+                step that writes nothing. Of several processes, those of its part of the batch.
             validation: For weightings that look ahead (``needs_validation``): a function that
                 returns the losses of a validation batch at the parameters as they are then.
             batches: For strategies with ``further_batches`` (others call none): functions that

@@ -63,7 +63,7 @@ def look(losses: Losses, tasks: Sequence[str], setting: Setting, *, agree: bool 
     company, place = setting.company, setting.place
     seen, error = Seen(), None
     try:
-        named = check_losses_by_task(losses, tasks, may_be_empty=company.size > 1)
+        named = check_losses_by_task(losses, tasks, may_be_empty=True)
         _check_mode()
         place.check(named)
         first = setting.watch.look(named.values())

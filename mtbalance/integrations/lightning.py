@@ -82,7 +82,9 @@ class Balanced:
             RuntimeError: If what this returned for the last batch was not returned to Lightning.
         """
         module: Any = self
-        total = torch.stack([loss.detach().float().sum() for loss in losses.values()]).sum()
+        start = torch.zeros((), device=module.device)  # of a batch without any label
+        total = torch.stack([start, *(loss.detach().float().sum() for loss in losses.values())])
+        total = total.sum()
         if not module.automatic_optimization:
             self._take(losses, 1, last=True, options=options)
             return total

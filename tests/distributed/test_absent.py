@@ -298,6 +298,7 @@ def test_what_one_rank_wraps_around_the_model_changes_nothing(two: Pool) -> None
 
 
 def nothing(here: Here, name: str) -> None:
+    del here
     network = Network()
     balancer = make_balancer(name, tasks=TASKS, shared=network.trunk)
     record = balancer.backward({})
@@ -308,4 +309,6 @@ def nothing(here: Here, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["naive", "uncert", "cagrad"])
 def test_a_step_in_which_no_rank_has_a_loss(two: Pool, name: str) -> None:
+    """One process and several do the same, so that one loop serves both."""
     two.run(nothing, name)
+    nothing(ALONE, name)

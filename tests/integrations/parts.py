@@ -59,6 +59,7 @@ def plain(
     clip: float = 0.0,
     every: int = 1,
     fewer: bool = False,
+    unlabelled: int | None = None,
     dtype: torch.dtype | None = None,
     scaler: Any = None,
 ) -> Parts:
@@ -70,6 +71,7 @@ def plain(
         clip: Norm to clip gradients to, or 0.
         every: How many batches make a step.
         fewer: Whether fewer batches left over are divided by their own number.
+        unlabelled: The number of a batch in each epoch, from 1, without any loss.
         dtype: That of autocast.
         scaler: A gradient scaler.
     """
@@ -78,7 +80,7 @@ def plain(
     for _ in range(epochs):
         for number, x in enumerate(data(), 1):
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                losses = parts.losses(x)
+                losses = {} if number == unlabelled else parts.losses(x)
             count = every
             if fewer and number > BATCHES // every * every:
                 count = BATCHES % every

@@ -94,6 +94,17 @@ def test_accumulation_with_batches_left_over_and_clipping(clip: float, tmp_path:
     assert_same(net.parts, plain("dwa+pcgrad", clip=clip, every=4))
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_batch_without_any_loss(every: int, tmp_path: Path) -> None:
+    class Unlabelled(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.balance({} if batch_idx == 2 else self.parts.losses(batch))
+
+    net = Unlabelled("uncert+cagrad")
+    trainer(tmp_path, accumulate_grad_batches=every).fit(net)
+    assert_same(net.parts, plain("uncert+cagrad", every=every, unlabelled=3))
+
+
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
 def test_bfloat16(automatic: bool, tmp_path: Path) -> None:
     net = Net("uncert+cagrad", automatic=automatic)

@@ -114,6 +114,17 @@ def test_accumulation_with_batches_left_over_and_clipping(clip: float, tmp_path:
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_without_any_loss(tmp_path: Path) -> None:
+    class Unlabelled(InOrder):
+        def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+            losses, outputs = super().compute_losses(model, inputs)
+            return ({} if self.state.global_step % BATCHES == 2 else losses), outputs
+
+    made, parts = trainer("uncert+cagrad", tmp_path, kind=Unlabelled)
+    made.train()
+    assert_same(parts, plain("uncert+cagrad", unlabelled=3))
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     made, parts = trainer("uncert+cagrad", tmp_path, bf16=True)
     made.train()
