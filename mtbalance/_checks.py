@@ -397,7 +397,8 @@ def check_features(
         if feature.grad_fn is None:
             raise ValueError(
                 "`features` must be outputs of the shared part of the network, but got a tensor "
-                f"of shape {tuple(feature.shape)} that was not computed from its parameters."
+                f"of shape {tuple(feature.shape)} that was not computed from its parameters, or "
+                "from frozen ones alone (requires_grad is False)."
             )
 
 

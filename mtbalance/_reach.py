@@ -117,7 +117,8 @@ class ReachLog:
             why = (
                 "reaches none: all that are given as `shared` are frozen (requires_grad is False). "
                 "Until some are unfrozen there is nothing to balance, and loss.backward() trains "
-                "the rest."
+                "the rest. Where adapters took the place of layers given one by one, give the "
+                "module around them."
             )
         else:
             why = hidden_by(losses, leaves) or (
@@ -298,12 +299,14 @@ class ReachLog:
 
     def check_rows(self, gradients: TaskGradients, groups: Mapping[int, Sequence[Tensor]]) -> None:
         """Raise if some task has no part in what is shared, given or inferred."""
-        if not self._shared.given and (
-            len(self._tasks) == 1 or set(gradients.losses) != set(self._tasks)
-        ):
+        if not self._shared.given and len(self._tasks) == 1:
             return
+        # Where tasks are absent, one may share with these alone, or nobody knows yet with whom.
+        sure = self._shared.given or set(gradients.losses) == set(self._tasks)
         for task in gradients.losses:
             if any(gradients.reaches(task, leaves) for leaves in groups.values()):
+                continue
+            if not sure and not self._has_shared(task):
                 continue
             who, reached = f"the loss of task {task!r}", gradients.leaves_of(task)
             if self._shared.given:
@@ -313,6 +316,10 @@ class ReachLog:
                 "ones (requires_grad is False) are not reached."
             )
             raise ValueError(f"{who} must reach a shared parameter, but {why}")
+
+    def _has_shared(self, task: str) -> bool:
+        """Return whether a task is known to have reached what another one has."""
+        return any(len(self._by_id[key]) > 1 for key in self._ids.get(task, ()))
 
     def explain(self, model: nn.Module | None = None) -> Explanation:
         """Sort every known parameter, and those of ``model``, by its use."""

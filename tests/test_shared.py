@@ -193,6 +193,48 @@ def test_a_frozen_trunk_is_an_error_in_every_step(name: str) -> None:
     assert model.trunk[3].weight.grad is not None
 
 
+@pytest.mark.parametrize("tasks", [TASKS, ("a", "b"), ("c",)])
+def test_an_inferred_trunk_that_is_frozen_later(tasks: tuple[str, ...]) -> None:
+    """Also of those tasks that have no partner in the step."""
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS)
+    balancer.backward(model.losses(batch()))
+    model.zero_grad()
+    model.trunk.requires_grad_(False)
+    losses = {task: loss for task, loss in model.losses(batch()).items() if task in tasks}
+    words = rf"loss of task '{tasks[0]}' must reach .* frozen ones \(requires_grad is False\) are n"
+    with pytest.raises(ValueError, match=words):
+        balancer.backward(losses)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.trunk.requires_grad_(True)
+    balancer.backward({task: model.losses(batch())[task] for task in tasks})
+
+
+def test_a_task_that_is_not_known_to_share() -> None:
+    """Who has not met a partner yet may be alone with its parameters."""
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS)
+    for _ in range(2):
+        balancer.backward({"a": model.losses(batch())["a"]})
+    assert model.trunk[0].weight.grad is not None
+
+
+def test_adapters_in_place_of_layers_given_one_by_one() -> None:
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=[model.trunk[0]])
+    with_adapter(model)
+    with pytest.raises(ValueError, match=r"frozen .* adapters took .*, give the module around them"):
+        balancer.backward(model.losses(batch()))
+
+
+def test_features_of_a_frozen_trunk() -> None:
+    model = Network()
+    balancer = Balancer(Equal(), CAGrad(), tasks=TASKS, shared=model.trunk)
+    model.trunk.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`features` must be outputs .* or from frozen ones"):
+        balancer.backward(model.losses(batch()), features=model.trunk(batch()))
+
+
 @pytest.mark.filterwarnings("ignore:several tasks reach:UserWarning")  # before the error
 @pytest.mark.parametrize("strategy", [CAGrad(), Sum()])
 def test_a_trunk_that_is_no_longer_the_shared_one(strategy) -> None:
