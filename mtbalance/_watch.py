@@ -58,7 +58,8 @@ class OptimizerWatch:
             self._settled = True
             warnings.warn(
                 "the weighting's learned weights must be given to an optimizer, but they do not "
-                "move while the model does. Add balancer.parameters() to the optimizer.",
+                "move while the model does. Add balancer.parameters() to the optimizer, without "
+                "weight decay.",
                 UserWarning,
                 stacklevel=4,
             )

@@ -44,6 +44,29 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     namespace: dict[str, object] = {}
     for block in python_blocks(page):
         exec(compile(block, str(page), "exec"), namespace)  # noqa: S102
+    assert not decayed(namespace)
+
+
+def test_the_loop_of_the_readme_decays_nothing_that_is_learned() -> None:
+    """AdamW's default of 0.01 would pull learned weights to where they start."""
+    block = python_blocks(ROOT / "README.md")[0]
+    assert "import DWA" in block
+    namespace: dict[str, object] = {}
+    block = block.replace("import DWA", "import Uncertainty").replace(
+        "DWA(temperature=2.0)", "Uncertainty()"
+    )
+    exec(block, namespace)  # noqa: S102
+    assert namespace["record"].weights["price"] != 0.5  # as at the start: it has learned
+    assert not decayed(namespace)
+
+
+def decayed(namespace: dict[str, object]) -> list[torch.Tensor]:
+    """Return what Balancers learn and optimizers decay."""
+    balancers = [value for value in namespace.values() if isinstance(value, mtbalance.Balancer)]
+    learned = {id(parameter) for balancer in balancers for parameter in balancer.parameters()}
+    optimizers = [v for v in namespace.values() if isinstance(v, torch.optim.Optimizer)]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [p for g in groups if g.get("weight_decay") for p in g["params"] if id(p) in learned]
 
 
 def test_links_between_pages() -> None:
