@@ -4,9 +4,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import Unpack
+
 from mtbalance import gradient, weighting
 from mtbalance._balancer import Balancer
 from mtbalance._checks import nearest
+from mtbalance._options import Options
 from mtbalance.gradient import GradientStrategy
 from mtbalance.weighting import Weighting
 
@@ -89,7 +92,7 @@ PAPER_COMBINATIONS: tuple[str, ...] = (
 """The 16 balancing approaches that El Nahhas et al. (2024, arXiv:2403.03891) compare."""
 
 
-def make_balancer(name: str, **options: Any) -> Balancer:
+def make_balancer(name: str, **options: Unpack[Options]) -> Balancer:
     """Make a Balancer from a name such as ``"dwa+cagrad"``, ``"pcgrad"`` or ``"naive"``.
 
     Args:
@@ -173,5 +176,5 @@ def _parameters(kind: type) -> list[str]:
     return [name for name in named if name not in ("weighting", "gradient")]
 
 
-def _taken_by(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+def _taken_by(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _parameters(kind) if name in options}

@@ -1,12 +1,17 @@
 """Names of strategies, and every strategy at work in a Balancer."""
 
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
+from typing_extensions import get_type_hints
 
 from mtbalance import Balancer, make_balancer
 from mtbalance._factory import GRADIENTS, PAIRS, WEIGHTINGS
+from mtbalance._options import Options
 from mtbalance.gradient import DBMTL, IMTLG, CAGrad
 from mtbalance.weighting import DWA, IMTLL, Equal, LogLoss
 from tests._catalogue import GRADIENT_CASES, GradientCase
@@ -34,6 +39,27 @@ def test_every_name_makes_a_balancer(name: str) -> None:
         assert (
             type(balancer.weighting) is expected[word] or type(balancer.gradient) is expected[word]
         )
+
+
+def test_options_are_those_of_what_is_made() -> None:
+    """To type checkers, too: an option that several take has the types of all of them."""
+    spelt = {"torch": torch, "nn": nn, "Tensor": Tensor}
+    types: dict[str, list[Any]] = {}
+    for kind in {Balancer, *WEIGHTINGS.values(), *GRADIENTS.values()}:
+        for name, hint in get_type_hints(kind.__init__, localns=spelt).items():
+            types.setdefault(name, []).append(hint)
+    for name in ("weighting", "gradient", "return"):
+        del types[name]
+    written = get_type_hints(Options, localns=spelt)
+    found = {name: alternatives(hint) for name, hint in written.items()}
+    assert found == {name: set().union(*map(alternatives, types[name])) for name in types}
+
+
+def alternatives(hint: Any) -> set[Any]:
+    """Return the types of a union, and the values of what is literal."""
+    if get_origin(hint) in (Union, UnionType):
+        return set().union(*map(alternatives, get_args(hint)))
+    return set(get_args(hint)) if get_origin(hint) is Literal else {hint}
 
 
 def test_a_method_of_two_halves() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import mtbalance
-from mtbalance import Balancer, RecordWriter
+from mtbalance import Balancer, RecordWriter, make_balancer
 from mtbalance.gradient import CAGrad, Normalized, PCGrad
 from mtbalance.weighting import DWA, Uncertainty
 
@@ -19,6 +19,10 @@ Normalized(DWA())  # type: ignore[arg-type]
 Uncertainty("regresion")  # type: ignore[arg-type]
 balancer.backward([torch.ones(())])  # type: ignore[arg-type]
 balancer.backward({"a": torch.ones(())}, retain=True)  # type: ignore[call-arg]
+make_balancer("cagrad", tasks=("a",), nonfinite="rise")  # type: ignore[arg-type]
+make_balancer("cagrad", tasks=("a",), rescale=3)  # type: ignore[arg-type]
+make_balancer("dwa", tasks=("a",), temprature=1.0)  # type: ignore[call-arg]
+make_balancer("dwa", shared=trunk)  # type: ignore[call-arg]
 repr(balancer.backward({"a": torch.ones(())}).weight)  # type: ignore[attr-defined]
 RecordWriter("log.csv").write({"a": 1.0})  # type: ignore[arg-type]
 repr(mtbalance.CAGrad)  # type: ignore[attr-defined]
