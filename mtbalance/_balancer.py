@@ -147,7 +147,7 @@ class Balancer(nn.Module):
         look_at_groups(shared)
         parts = SharedParts(shared)
         self.gradient = gradient.bind(self.tasks, max(1, len(parts)))
-        self._reach = ReachLog(self.tasks, parts, balances=not gradient.is_sum)
+        self._reach = ReachLog(self.tasks, parts, self.weighting, gradient)
         self._ranks = Ranks(process_group, self.tasks, parts)
         self._batched = BatchedPasses(chunk, looks=nonfinite != "propagate") if chunk else None
         self._kept = KeptWeights(self.tasks, max(1, len(parts)))

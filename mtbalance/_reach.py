@@ -15,6 +15,8 @@ from mtbalance._row_state import Place, in_a_key
 from mtbalance._shared import SharedParts
 from mtbalance._split import Known, LoadedSplit, split_of
 from mtbalance._task_gradients import TaskGradients
+from mtbalance.gradient._base import GradientStrategy
+from mtbalance.weighting._base import Weighting
 
 
 class ReachLog:
@@ -23,10 +25,17 @@ class ReachLog:
     Args:
         tasks: All tasks.
         shared: The shared parameters, in groups; what two or more tasks reach where none are given.
-        balances: Whether it makes a difference what is shared.
+        weighting: The weighting.
+        gradient: The gradient strategy.
     """
 
-    def __init__(self, tasks: tuple[str, ...], shared: SharedParts, *, balances: bool) -> None:
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        shared: SharedParts,
+        weighting: Weighting,
+        gradient: GradientStrategy,
+    ) -> None:
         self._tasks = tasks
         self._shared = shared
         self._reached: list[tuple[Tensor, set[str]]] = []
@@ -34,7 +43,10 @@ class ReachLog:
         self._loaded = LoadedSplit()
         self._seen: set[frozenset[str]] = set()
         self._unreached_told = False
-        self._outside_told = self._compiled_told = not balances
+        # A plain sum is the same wherever it is made, but some weightings look at what is shared.
+        # One that looks ahead takes the step of all parameters.
+        looks = weighting.needs_gradients and not weighting.needs_validation
+        self._outside_told = self._compiled_told = gradient.is_sum and not looks
         self._index()
 
     def _index(self) -> None:
@@ -247,8 +259,8 @@ class ReachLog:
         shown = _shown([names.get(id(leaf), f"of shape {tuple(leaf.shape)}") for leaf in outside])
         warnings.warn(
             f"several tasks reach parameters that were not given as `shared` ({len(outside)}: "
-            f"{shown}). They get the plain sum of weighted gradients, which nothing balances; "
-            "balancer.explain() lists all.",
+            f"{shown}). They get the plain sum of weighted gradients, which nothing balances or "
+            "looks at; balancer.explain() lists all.",
             UserWarning,
             stacklevel=4,
         )

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
-from mtbalance.weighting import DWA, Equal
+from mtbalance.weighting import Equal
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
 
@@ -259,9 +259,11 @@ def test_a_task_that_no_longer_reaches_the_trunk() -> None:
         balancer.backward(losses)
 
 
-def test_heads_given_for_the_trunk() -> None:
+@pytest.mark.parametrize("name", ["dwa+cagrad", "gradnorm", "excessmtl"])
+def test_heads_given_for_the_trunk(name: str) -> None:
+    """Also to weightings that look at gradients of what is shared."""
     model = Network()
-    balancer = Balancer(DWA(), CAGrad(), tasks=TASKS, shared=model.heads)
+    balancer = make_balancer(name, tasks=TASKS, shared=model.heads)
     with pytest.warns(UserWarning, match=r"several tasks reach .* not given as `shared` \(4: "):
         balancer.backward(model.losses(batch()))
     with warnings.catch_warnings():
@@ -290,9 +292,13 @@ def test_what_comes_later_is_told(strategy) -> None:
         balancer.backward(model.losses(batch()))
 
 
-def test_for_a_plain_sum_it_makes_no_difference() -> None:
+@pytest.mark.parametrize("name", ["dwa", "autol"])
+def test_for_a_plain_sum_it_makes_no_difference(name: str) -> None:
+    """Nor for Auto-Lambda, which looks at all parameters."""
     model = Network()
-    Balancer(DWA(), Sum(), tasks=TASKS, shared=model.trunk[3]).backward(model.losses(batch()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    balancer = make_balancer(name, tasks=TASKS, shared=model.heads, optimizer=optimizer)
+    balancer.backward(model.losses(batch()), validation=lambda: model.losses(batch(seed=1)))
 
 
 def test_nothing_shared() -> None:
