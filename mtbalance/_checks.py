@@ -216,14 +216,18 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {got}.{_remedy(value)}")
+        remedy = _remedy(value, kind)
+        raise TypeError(f"`{name}` must be a {kind.__name__}, but got {got}.{remedy}")
 
 
-def _remedy(value: object) -> str:
-    """Return what to do with something of another package, or nothing."""
+def _remedy(value: object, kind: type) -> str:
+    """Return what to do with a class, or something of another package, or nothing."""
+    if isinstance(value, type) and issubclass(value, kind):
+        return f" Make one: {value.__name__}(...)."
     kinds = (value if isinstance(value, type) else type(value)).__mro__
-    if ("torchjd", "Aggregator") in [(k.__module__.partition(".")[0], k.__name__) for k in kinds]:
-        return " Give mtbalance.integrations.torchjd.FromTorchJD(aggregator)."
+    names = {k.__name__ for k in kinds if k.__module__.partition(".")[0] == "torchjd"}
+    if names & {"Aggregator", "Weighting"}:
+        return " Give mtbalance.integrations.torchjd.FromTorchJD(aggregator) as `gradient`."
     return ""
 
 

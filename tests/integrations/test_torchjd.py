@@ -327,6 +327,10 @@ def test_an_aggregator_as_a_strategy_says_how() -> None:
         Balancer(Equal(), jd.MGDA(), tasks=TASKS, shared=model.trunk)
     with pytest.raises(TypeError, match=r"got the class MGDA\. Give mtb"):
         Balancer(Equal(), jd.MGDA, tasks=TASKS, shared=model.trunk)
+    with pytest.raises(
+        TypeError, match=r"got MGDAWeighting\. Give mtb.*\(aggregator\) as `gradient`"
+    ):
+        Balancer(jd.MGDAWeighting(), CAGrad(), tasks=TASKS, shared=model.trunk)
     with pytest.raises(TypeError, match=r"`aggregator` must be a Aggregator, but got CAGrad\."):
         FromTorchJD(CAGrad())
     with pytest.raises(TypeError, match="`strategy` must be a GradientStrategy"):
