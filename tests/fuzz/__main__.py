@@ -1,6 +1,7 @@
 """Run more cases than the tests do, or one of them again."""
 
 import argparse
+import gc
 import sys
 
 import torch
@@ -16,6 +17,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print each case")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     failed = 0
     for seed in range(given.seed, given.seed + given.cases):
         case = case_of(seed)

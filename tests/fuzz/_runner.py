@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer does, too late to be left out of searches (conftest.py)
 from torch import Tensor
 
 from mtbalance._record import GroupFigures, Record
