@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -177,6 +177,39 @@ class Raises(Plain):
         return gradients.sum(0)
 
 
+class ByPlace(Plain):
+    """Keeps the lengths of rows at their places, in a buffer that is of no task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Tensor = torch.arange(99)
+        self.register_buffer("longest", torch.zeros(99, dtype=torch.float64))
+
+    def reset(self) -> None:
+        self.longest.zero_()
+
+    def take(self, active: Tensor | slice, group: int) -> None:
+        super().take(active, group)
+        self.places = torch.arange(99)[active]
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        norms = gradients.detach().double().norm(dim=1)
+        places = self.places[: len(norms)]
+        weights = 1 - (self.longest[places] > norms).double() / 2
+        if norms.isfinite().all():
+            self.longest[places] = torch.maximum(self.longest[places], norms)
+        return (weights.to(gradients)[:, None] * gradients).sum(0)
+
+
+class Refuses(Plain):
+    """Remembers a number per task in a way that nobody can take to other tasks."""
+
+    def bind(self, tasks: Sequence[str], groups: int = 1) -> "Refuses":
+        self.register_buffer("seen", torch.zeros(len(tasks)))
+        super().bind(tasks, groups)
+        return self
+
+
 BROKEN = [
     (Normalizes, (), "finite_vector"),
     (Remembers, (), "state_travels"),
@@ -191,6 +224,8 @@ BROKEN = [
     (SaysColumns, (), "columns_as_the_class_says"),
     (Epsilon, (), "one_task_is_its_gradient"),
     (Raises, (), "finite_vector"),
+    (ByPlace, (), "state_goes_to_other_tasks"),
+    (Refuses, (), "state_goes_to_other_tasks"),
     (PrefersTheFirst, (Claim.ORDER_FREE,), "order_free"),
     (PrefersTheFirst, (Claim.NO_CONFLICT_LEFT,), "no_conflict_left"),
     (PCGrad, (Claim.DOUBLES,), "doubles"),
@@ -429,6 +464,26 @@ class Poisoned(Fair):
         return super().forward(losses)
 
 
+class LosesItsPlace(Poisoned):
+    """Says of what is a task's that it is no task's."""
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return super().forward(losses) if losses.isfinite().all() else Fair.forward(self, losses)
+
+    def carried(self, state: Mapping[str, object], change: object) -> dict[str, object]:
+        return dict(state)
+
+
+class Pairs(LosesItsPlace):
+    """Remembers a number per pair of tasks, too, and does not say where these go."""
+
+    carried = Weighting.carried
+
+    def setup(self) -> None:
+        super().setup()
+        self.register_buffer("pairs", torch.zeros(self.num_tasks, self.num_tasks))
+
+
 WRONG = [
     (Negative, {Trait.STATELESS, Trait.POSITIVE}, "weights_are_positive"),
     (Vanishing, {Trait.STATELESS}, "finite_and_of_the_losses_dtype"),
@@ -441,6 +496,8 @@ WRONG = [
     (Forgets, {Trait.STATELESS}, "state_travels"),
     (Swaps, {Trait.STATELESS}, "numbers_of_tasks_pick_their_weights"),
     (Poisoned, set(), "bad_losses_leave_no_trace"),
+    (LosesItsPlace, set(), "state_of_losses_goes_to_other_tasks"),
+    (Pairs, set(), "state_of_losses_goes_to_other_tasks"),
     (CountsEverybody, {Trait.STATELESS}, "absent_tasks_are_left_as_they_were"),
 ]
 
@@ -459,6 +516,18 @@ def test_weightings_that_are_wrong_are_caught(kind, traits: set[Trait], name: st
     losses = eval(call[1], {"LossSample": LossSample, "torch": torch})  # noqa: S307
     assert losses
     assert str([round(x, 6) for x in losses[0].tolist()]) in text
+
+
+def test_a_strategy_is_told_that_it_refuses_other_tasks() -> None:
+    words = "must know what becomes of '(pairs|seen)' in its saved state .* override its `carried`"
+    with pytest.raises(Violation, match=words):
+        check_weighting(Pairs)
+    with pytest.raises(Violation, match=words):
+        check_gradient_strategy(Refuses)
+    on_purpose = ["state_of_losses_goes_to_other_tasks"]
+    assert on_purpose[0] not in check_weighting(Pairs, without=on_purpose).held
+    with pytest.raises(ValueError, match="`without` must name properties, but got 'state'"):
+        check_weighting(Pairs, without=["state"])
 
 
 def test_a_negative_weight_is_shown() -> None:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Generator
@@ -16,7 +17,9 @@ from ._contract import ALWAYS
 from ._matrices import FAMILIES, Sample
 from ._property import Property, Subject, holds, size_of
 from ._violation import Violation
-from ._weighting import Trait
+from ._weighting import Trait, WeightingProperty
+
+_Named = TypeVar("_Named", Property, WeightingProperty)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def check_gradient_strategy(
     subject = make if isinstance(make, Subject) else Subject(make)
     claimed, given = frozenset(claims), tuple(seeds)
     every = [*ALWAYS, *(each for claim in Claim if claim in claimed for each in CLAIMED[claim])]
-    properties = _left(every, without)
+    properties = left(every, without)
     count = 0
     with trials():
         for each in properties:
@@ -157,7 +160,7 @@ def check_differ(
     raise Violation(one.name, "differs", says, call, where.proof, found)
 
 
-def _left(properties: Sequence[Property], without: Iterable[str]) -> list[Property]:
+def left(properties: Sequence[_Named], without: Iterable[str]) -> list[_Named]:
     """Return the properties but for those of these names."""
     known, left_out = {each.name for each in properties}, set(without)
     for name in sorted(left_out - known):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from mtbalance.weighting import Weighting
 
-from ._check import Report, trials
+from ._check import Report, left, trials
 from ._traits import HAVING, WEIGHTINGS, numbers_of_tasks_pick_their_weights
 from ._violation import Violation
 from ._weighting import Trait, WeightingProperty, WeightingSubject
@@ -15,6 +15,7 @@ def check_weighting(
     *,
     traits: Iterable[Trait] = (),
     seeds: Iterable[int] = range(5),
+    without: Iterable[str] = (),
 ) -> Report:
     """Check what holds for every weighting, and what this one is said to be.
 
@@ -23,6 +24,8 @@ def check_weighting(
         traits: What is said of it. ``STATELESS``, ``LEARNS_BY_GRADIENT``, ``SHARED_OUT`` and
             ``COUPLED`` must be said where they are true, as they decide what else is checked.
         seeds: One series of losses is made for each of these.
+        without: Names of properties that are not asked, such as
+            "state_of_losses_goes_to_other_tasks" of a weighting that refuses that on purpose.
 
     Returns:
         What was checked, and which further traits were there in all trials.
@@ -39,7 +42,8 @@ def check_weighting(
     """
     given, said = tuple(seeds), frozenset(traits)
     subject = WeightingSubject(make, said)
-    properties = [*WEIGHTINGS, *(HAVING[trait] for trait in Trait if trait in said & set(HAVING))]
+    every = [*WEIGHTINGS, *(HAVING[trait] for trait in Trait if trait in said & set(HAVING))]
+    properties = left(every, without)
     count = 0
     with trials():
         for each in properties:

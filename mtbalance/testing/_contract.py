@@ -9,6 +9,7 @@ from torch import Tensor
 from mtbalance.gradient import GradientStrategy, GramianStrategy
 
 from ._matrices import Sample
+from ._other_tasks import state_goes_to_other_tasks
 from ._property import Property, Subject, size_of
 from ._violation import (
     bits,
@@ -306,6 +307,11 @@ ALWAYS = (
         state_travels,
         "a strategy that is loaded, copied or pickled goes on as the original",
         **_STEPS,
+    ),
+    _always(
+        state_goes_to_other_tasks,
+        "what is remembered of a task goes along with it to other tasks, with `with_tasks`",
+        **{**_STEPS, "m": (4, 4), "dtypes": _DOUBLE, "examples": 2},
     ),
     _always(copies_share_no_state, "a copy shares no state with the original", **_STEPS),
     _always(reset_goes_back_to_the_start, "after `reset()` a strategy is as new", **_STEPS),

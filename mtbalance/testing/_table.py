@@ -21,6 +21,7 @@ from ._check import properties_of, trials
 from ._check_weighting import traits_of
 from ._claims import Claim
 from ._matrices import matrix
+from ._step import take_step
 from ._violation import bits, is_of_rows
 from ._weighting import PARAMETERS, TASKS, Trait, optimizer_of_a_point, train
 
@@ -222,14 +223,11 @@ def _used(make: Callable[[int], Balancer], m: int) -> tuple[float, float]:
             gradients = matrix("conflicting", m, 2, 3, dtype=torch.float32)
             return {str(i): (row @ shared - 9).square() for i, row in enumerate(gradients)}
 
-        ahead = losses if balancer.weighting.needs_validation else None
-        further = (losses,) * min(balancer.gradient.further_batches, default=0)
         for _ in range(3):
             shared.grad = None
             rows.clear()
             with trials():
-                balancer.backward(losses(), validation=ahead, batches=further)
-                balancer.after_step(losses)
+                take_step(balancer, losses)
     return rows.passes, rows.most
 
 

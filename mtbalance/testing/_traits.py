@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._other_tasks import state_of_losses_goes_to_other_tasks
 from ._violation import (
     bits,
     copies_of,
-    is_of_rows,
+    entries_of,
     require,
     require_close,
     require_same_state,
@@ -292,13 +293,10 @@ def _of_tasks(state: dict[str, Tensor]) -> list[str]:
 
 
 def _require_task_unmoved(after: dict[str, Tensor], before: dict[str, Tensor]) -> None:
-    for name in _of_tasks(after):
-        was, now = before[name], after[name]
-        if not is_of_rows(name):
-            was, now = was[1], now[1]
-        elif name.split("/")[1] != "1":  # of another task
-            continue
-        require(bits(was) == bits(now), f"{name} of task 1 was {was.tolist()}, is {now.tolist()}")
+    now = entries_of(after, 1)
+    for name, was in entries_of(before, 1).items():
+        same = name in now and bits(was) == bits(now[name])
+        require(same, f"{name} of task 1 was {was.tolist()}, is {now.get(name)}")
 
 
 HAVING: dict[Trait, WeightingProperty] = {
@@ -330,6 +328,11 @@ WEIGHTINGS = tuple(
         (
             state_travels,
             "a weighting that is loaded, copied or pickled goes on as the original",
+            {"examples": 2},
+        ),
+        (
+            state_of_losses_goes_to_other_tasks,
+            "what is remembered of a task goes along with it to other tasks, with `with_tasks`",
             {"examples": 2},
         ),
         (reset_forgets_everything, "after `reset()` a weighting is as new", {}),

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -130,6 +130,23 @@ def state_of(module: torch.nn.Module) -> dict[str, bytes]:
 def is_of_rows(name: str) -> bool:
     """Return whether an entry of a state is of the rows of one task: ``.../<task>/<parameter>``."""
     return name.rpartition(".")[2].count("/") > 1
+
+
+def entries_of(state: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
+    """Return what a weighting's state holds of the task with a number, by name.
+
+    All but streams of random numbers has one entry per task; rows have a name each, which is
+    returned without the number.
+    """
+    found = {}
+    for name, value in state.items():
+        if is_of_rows(name):
+            group, number, rest = name.split("/", 2)
+            if number == str(task):
+                found[f"{group}/*/{rest}"] = value
+        elif "random" not in name:
+            found[name] = value[task]
+    return found
 
 
 def require_same_state(got: torch.nn.Module, expected: dict[str, bytes]) -> None:
