@@ -36,12 +36,14 @@ from mtbalance.testing import (
     matrix,
     orthogonal,
     properties_of,
+    train_step,
     traits_of,
 )
 from mtbalance.testing.__main__ import main
 from mtbalance.testing._property import turned
 from mtbalance.testing._violation import Mismatch, require_close
-from mtbalance.weighting import DWA, Equal, Weighting
+from mtbalance.testing._weighting import optimizer_of_a_point
+from mtbalance.weighting import DWA, AutoLambda, Equal, Weighting
 
 PAGE = Path(__file__).parents[1] / "docs" / "strategies-properties.md"
 
@@ -545,6 +547,29 @@ def test_traits_that_are_there_are_reported() -> None:
     }
     assert traits_of(DWA) >= {Trait.SUMS_TO_M, Trait.SHARED_OUT}
     assert "may also claim LINEAR: the weighted losses" in str(report)
+
+
+def test_a_weighting_may_look_ahead_with_several_optimizers() -> None:
+    """d/d lambda_i is -0.1 <(-1, 2), L_i (1, i)> for each of 2 optimizers and 3 validation losses.
+
+    Adam takes over a tenth of it in the first step.
+    """
+
+    def several() -> AutoLambda:
+        return AutoLambda([optimizer_of_a_point(), optimizer_of_a_point()], lr=0.3)
+
+    weighting = several()
+    train_step(weighting, torch.tensor([1.0, 2.0, 3.0]))
+    expected = 2 * 3 * 0.1 * 0.1 * torch.tensor([1.0, -2.0, -9.0])
+    torch.testing.assert_close(weighting.exp_avg, expected)
+    report = check_weighting(several, traits=[Trait.LINEAR], seeds=range(1))
+    assert report.unclaimed == {Trait.STARTS_EQUAL}
+
+
+def test_an_optimizer_to_look_ahead_with_is_of_two_numbers() -> None:
+    wrong = torch.optim.SGD([torch.zeros(2, 3, requires_grad=True)])
+    with pytest.raises(Violation, match=r"first, but one holds a tensor of shape \(2, 3\)\. Make"):
+        check_weighting(lambda: AutoLambda(wrong), seeds=range(1))
 
 
 def test_losses_reach_the_bounds() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 import mtbalance.gradient
 import mtbalance.weighting
 from mtbalance import Balancer
+from mtbalance._checks import each_optimizer
 from mtbalance.gradient import GradientStrategy, Sum, UPGrad
 from mtbalance.weighting import Equal, Weighting
 
@@ -215,8 +215,8 @@ def _used(make: Callable[[int], Balancer], m: int) -> tuple[float, float]:
     with torch.device("cpu"):
         balancer = make(m)
         shared = nn.Parameter(torch.tensor([1.0, -1.0]))
-        if isinstance(optimizer := getattr(balancer.weighting, "optimizer", None), Optimizer):
-            optimizer.param_groups[0]["params"] = [shared]
+        for each in each_optimizer(getattr(balancer.weighting, "optimizer", None)):
+            each.param_groups[0]["params"] = [shared]
         rows = _Rows(shared)
 
         def losses() -> dict[str, Tensor]:

@@ -4,11 +4,11 @@ import enum
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from mtbalance._checks import each_optimizer
 from mtbalance.weighting import Step, Weighting
 
 from ._matrices import DTYPES
@@ -119,13 +119,14 @@ def train_step(weighting: Weighting, losses: Tensor, active: Tensor | None = Non
     """Take one training step with a weighting on its own, and return the weighted losses.
 
     Whatever a weighting may do in a step happens: it looks ahead if it can, weighs, its parameters
-    take a gradient step, and it looks back if it can. The looking ahead is at two parameters (x, y)
-    whose gradient for task i is losses[i] * (1, i), and at a validation loss 2y - x of every task,
-    against which task 0 pulls; the step takes a loss i to (i + 1) / 4 of it.
+    take a gradient step, and it looks back if it can. The looking ahead is at two numbers (x, y) of
+    each optimizer, whose gradient for task i is losses[i] * (1, i), and at a validation loss of
+    every task, the sum of these 2y - x, against which task 0 pulls; the step takes a loss i to
+    (i + 1) / 4 of it.
 
     Args:
-        weighting: For three tasks; one that holds an ``optimizer``, or is around such a one, looks
-            at its first parameter.
+        weighting: For three tasks; one that holds an ``optimizer`` or several, or is around such a
+            one, looks at the first parameter of each, of shape (2,).
         losses: Shape (m,).
         active: The numbers of the tasks whose losses these are; None for all.
     """
@@ -160,21 +161,28 @@ def optimizer_of_a_point() -> torch.optim.Optimizer:
 
 def _look_ahead(weighting: Weighting, losses: Tensor, numbers: Tensor) -> Step:
     wrapped = getattr(weighting, "weighting", weighting)
-    optimizer: Any = getattr(wrapped, "optimizer", None)
-    (parameter,) = (optimizer or optimizer_of_a_point()).param_groups[0]["params"][:1]
+    given = each_optimizer(getattr(wrapped, "optimizer", None)) or [optimizer_of_a_point()]
+    points = [each.param_groups[0]["params"][0] for each in given]
+    for point in points:
+        if point.shape != (PARAMETERS,):
+            raise ValueError(
+                "the optimizers of a weighting that is checked must hold a tensor of shape "
+                f"({PARAMETERS},) first, but one holds a tensor of shape {tuple(point.shape)}. "
+                "Make them of torch.zeros(2, requires_grad=True), one each."
+            )
     rows = [
-        [loss.detach() * torch.tensor([1.0, float(i)])]
+        [loss.detach() * torch.tensor([1.0, float(i)])] * len(points)
         for i, loss in zip(numbers, losses, strict=True)
     ]
-    names = weighting.tasks or ()
+    names, slope = weighting.tasks or (), torch.tensor([-1.0, 2.0])
     return Step(
-        parameters=[parameter],
+        parameters=points,
         gradients=rows,
         loss_scale=1.0,
-        validation=lambda: dict.fromkeys(names, 2 * parameter[1] - parameter[0]),
+        validation=lambda: dict.fromkeys(names, (torch.stack(points) @ slope).sum()),
         losses=losses.detach(),
-        norms=torch.stack([row.double().norm() for (row,) in rows]),
-        balanced=1,
+        norms=torch.stack([torch.cat(row).double().norm() for row in rows]),
+        balanced=len(points),
     )
 
 

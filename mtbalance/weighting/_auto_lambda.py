@@ -16,6 +16,7 @@ from mtbalance._checks import (
     check_saved,
     check_validation,
     count_fallback,
+    each_optimizer,
 )
 from mtbalance._random import RandomSource
 from mtbalance._rows import stacked
@@ -178,7 +179,7 @@ class AutoLambda(Weighting):
 
     def derivative(self, step: Step) -> Tensor:
         """Return d L_val(theta') / d lambda, shape (m,), float64. Leaves everything as it was."""
-        plans = _plans(_each(self.optimizer), step)
+        plans = _plans(each_optimizer(self.optimizer), step)
         held = [local(parameter.detach()) for parameter in step.parameters]
         with torch.no_grad(), _restored(held):
             weights = (self.lambdas[self.active] / step.loss_scale).tolist()
@@ -198,7 +199,7 @@ class AutoLambda(Weighting):
         if self._optimizer_looked_at or not parameters:
             return
         self._optimizer_looked_at = True
-        held = _held(_each(self.optimizer))
+        held = _held(each_optimizer(self.optimizer))
         if not any(id(parameter) in held for parameter in parameters):
             warnings.warn(
                 "the optimizer of AutoLambda must hold the parameters that the losses reach, but "
@@ -252,7 +253,7 @@ class AutoLambda(Weighting):
             self.lambdas.clamp_(min=self.minimum)
 
     def extra_repr(self) -> str:
-        names = ", ".join(type(each).__name__ for each in _each(self.optimizer))
+        names = ", ".join(type(each).__name__ for each in each_optimizer(self.optimizer))
         if not isinstance(self.optimizer, Optimizer):
             names = f"({names})" if names else "None"
         return (
@@ -329,12 +330,6 @@ def _held(optimizers: Sequence[Optimizer]) -> dict[int, _Place]:
                     )
                 held[id(p)] = each, group
     return held
-
-
-def _each(optimizer: Optimizer | Sequence[Optimizer] | None) -> Sequence[Optimizer]:
-    if optimizer is None:
-        return ()
-    return (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
 
 
 def _checked(optimizer: object) -> Optimizer | tuple[Optimizer, ...] | None:
