@@ -65,7 +65,8 @@ class AutoLambda(Weighting):
 
     Attributes:
         optimizer: The optimizer, a tuple of several, or None. Assign it where it is made later than
-            the weighting, or anew: ``balancer.weighting.optimizer = optimizer``.
+            the weighting, or anew: ``balancer.weighting.optimizer = optimizer``. Type checkers want
+            the AutoLambda in a variable of its own, or an ``assert isinstance`` before.
 
     Note:
         The authors' code takes the derivative by finite differences, which with dropout is noise

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mtbalance
-from tests.typing.user_script import train
+from tests.typing.user_script import look_ahead, train
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "user_script.py"
@@ -27,6 +27,12 @@ def test_the_script_runs(tmp_path: Path) -> None:
     heads: dict[str, torch.nn.Module] = {task: torch.nn.Linear(4, 1) for task in "ab"}
     log = train(str(tmp_path / "log.csv"), torch.nn.Linear(4, 4), heads)
     assert log.tasks == ("a", "b")
+
+
+def test_an_optimizer_that_comes_later_is_looked_ahead_with() -> None:
+    heads: dict[str, torch.nn.Module] = {task: torch.nn.Linear(4, 1) for task in "ab"}
+    for record in look_ahead(torch.nn.Linear(4, 4), heads):
+        assert [round(float(abs(w - 0.1)), 6) for w in record.weights.values()] == [1e-4, 1e-4]
 
 
 def test_mypy_reads_both() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import mtbalance as mt
 from mtbalance.gradient import CAGrad
-from mtbalance.weighting import Uncertainty
+from mtbalance.weighting import AutoLambda, Uncertainty
 
 
 class Doubling(mt.GradientStrategy):
@@ -40,3 +40,20 @@ def train(path: str, trunk: nn.Module, heads: dict[str, nn.Module]) -> mt.Log:
             writer.write(record, steps=summary.steps, rows=len(explanation.rows))
             assert record.conflicts is None or record.as_dict()["loss/a"] > 0
     return mt.read_log(path)
+
+
+def look_ahead(trunk: nn.Module, heads: dict[str, nn.Module]) -> list[mt.Record]:
+    """Assign the optimizer later, as where Lightning makes it."""
+
+    def losses() -> dict[str, Tensor]:
+        h: Tensor = trunk(torch.ones(8, 4))
+        return {task: torch.square(head(h)).mean() for task, head in heads.items()}
+
+    weighting = AutoLambda(None)
+    held = mt.Balancer(weighting, CAGrad(), tasks=[*heads], shared=trunk)
+    named = mt.make_balancer("autol", tasks=[*heads], shared=trunk, optimizer=None)
+    optimizer = torch.optim.SGD(trunk.parameters(), lr=0.1)
+    weighting.optimizer = optimizer
+    assert isinstance(named.weighting, AutoLambda)
+    named.weighting.optimizer = [optimizer]
+    return [each.backward(losses(), validation=losses) for each in (held, named)]
