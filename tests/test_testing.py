@@ -645,6 +645,8 @@ def test_earlier_gradients_commute_with_what_claims_do_to_rows(towards: float) -
         (turned(torch.cat([rows, 0 * rows[:1]]), towards)[:3], expected),
     ):
         torch.testing.assert_close(got, right)
+    for scale in (2.0**-1000, 2.0**560):  # whose squares float64 does not hold
+        assert torch.equal(turned(scale * rows, towards), scale * expected)
     before, after = (_cosine(each) for each in (rows, expected))
     assert (after > before) if towards > 0 else (after < before)
 

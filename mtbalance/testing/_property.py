@@ -23,11 +23,14 @@ def turned(rows: Tensor, towards: float) -> Tensor:
 
     Permuting, rotating, scaling or repeating rows, and adding rows of zeros, commutes with this.
     """
-    norms = rows.double().norm(dim=1, keepdim=True)
-    units = torch.where(norms > 0, rows.double() / norms, 0.0)
+    wide = rows.double()
+    # A power of two changes no digit: squares of rows of any scale are in range.
+    scale = torch.frexp(wide.abs().amax() if wide.numel() else wide.new_zeros(())).exponent
+    wide = torch.ldexp(wide, -scale)
+    norms = wide.norm(dim=1, keepdim=True)
+    units = torch.where(norms > 0, wide / norms, 0.0)
     mean = units.sum(0) / (norms > 0).sum().clamp_min(1)
-    moved: Tensor = norms * (units + towards * mean)
-    return moved.to(rows.dtype)
+    return torch.ldexp(norms * (units + towards * mean), scale).to(rows.dtype)
 
 
 def rounding(dtype: torch.dtype) -> float:
