@@ -40,6 +40,7 @@ except ImportError as error:
 
 __all__ = [
     "conflicts",
+    "contours",
     "cosines",
     "gradient_norms",
     "landscape",
@@ -177,25 +178,49 @@ def landscape(
     points = {name: _path(name, path) for name, path in paths.items()}
     if not points:
         raise ValueError("`paths` must hold a path, but is empty.")
-    left, right, low, high = extent or _around(torch.cat(list(points.values())))
-    across, along = torch.linspace(left, right, 241), torch.linspace(low, high, 241)
-    grid = torch.stack(torch.meshgrid(across, along, indexing="xy"), -1).double()
-    with torch.no_grad():
-        mean = losses(grid).mean(-1)
     with rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(5.4, 5))
         axes = figure.subplots()
-        plane = (across.numpy(), along.numpy(), mean.numpy())
-        axes.contourf(*plane, levels=levels, cmap="Greys", alpha=0.35)
-        axes.contour(*plane, levels=levels, colors="#8a8a8a", linewidths=0.35)
+        contours(axes, losses, extent or _around(torch.cat(list(points.values()))), levels=levels)
         for (name, path), colour in zip(points.items(), itertools.cycle(COLOURS)):
             axes.plot(*path.T.numpy(), color=colour, lw=1.8, label=name)
             axes.plot(*path[0], "o", color="white", mec=colour, ms=6)
             axes.plot(*path[-1], "o", color=colour, mec="black", mew=0.6, ms=6)
-        axes.set(xlim=(left, right), ylim=(low, high))
         axes.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$")
         figure.legend(loc="outside lower center", ncols=min(len(points), 4))
     return figure
+
+
+def contours(
+    axes: Axes,
+    losses: Callable[[Tensor], Tensor],
+    extent: tuple[float, float, float, float],
+    *,
+    levels: int = 24,
+) -> None:
+    """Draw the mean of the losses of a model of two parameters below what else is in a plot.
+
+    Args:
+        axes: Where to draw; its limits are the plane's edges then.
+        losses: Maps points, shape (..., 2), float64, to the losses of m tasks, shape (..., m).
+        extent: The plane's left, right, lower and upper edge.
+        levels: How many contours; the darker, the lower the mean.
+    """
+    left, right, low, high = extent
+    across, along = (torch.linspace(*edges, 301).double() for edges in ((left, right), (low, high)))
+    grid = torch.stack(torch.meshgrid(across, along, indexing="xy"), -1)
+    with torch.no_grad():
+        plane = across.numpy(), along.numpy(), losses(grid).mean(-1).numpy()
+    axes.contourf(*plane, levels=levels, cmap="Greys_r", alpha=0.35, zorder=0)
+    axes.contour(
+        *plane,
+        levels=levels,
+        colors="#8a8a8a",
+        linewidths=0.35,
+        linestyles="solid",  # not dashed below zero
+        zorder=1,
+    )
+    axes.set(xlim=(left, right), ylim=(low, high))
 
 
 class _View(NamedTuple):

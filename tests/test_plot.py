@@ -8,6 +8,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from mtbalance import RecordWriter, make_balancer, plot
@@ -195,6 +196,25 @@ def test_a_landscape_holds_the_mean_and_the_paths():
     for wrong in ({}, {"a": path[0]}, {"a": path[:0]}, {"a": torch.zeros(3, 3)}):
         with pytest.raises(ValueError, match=r"must (hold a path|have shape \(steps, 2\))"):
             plot.landscape(losses, wrong)
+
+
+def test_contours_are_those_of_the_mean_of_the_losses():
+    """Of x + y and x - y, whose mean is x: upright lines, from low and dark to high."""
+    axes = Figure().subplots()
+    plot.contours(
+        axes,
+        lambda points: points @ torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(),
+        (-2, 2, 0, 1),
+    )
+    filled, lines = axes.collections
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-2, 2), (0, 1))
+    for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+        if abs(level) < 2:
+            np.testing.assert_allclose(path.vertices[:, 0], level, atol=1e-6)
+            assert (path.vertices[:, 1].min(), path.vertices[:, 1].max()) == (0, 1)
+    shades = filled.get_facecolor()[:, 0]
+    assert (np.diff(shades) > 0).all()
+    assert all(dashes is None for _, dashes in lines.get_linestyles())
 
 
 def test_without_matplotlib_its_command_is_named():

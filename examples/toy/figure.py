@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -17,6 +16,7 @@ from PIL import Image
 
 from examples.toy.problem import losses_at, minimum_of_mean, pareto_set
 from examples.toy.trails import Trail
+from mtbalance.plot import contours
 
 EDGE = 11.0
 """The plane is drawn from -EDGE to EDGE, as in the papers."""
@@ -89,14 +89,7 @@ def draw(trails: Mapping[str, Sequence[Trail]], out: Path, *, steps: int) -> Non
 
 def _plane(axes: Axes, scale: float) -> None:
     """Draw the mean loss, the Pareto set and the minimum."""
-    ticks = np.linspace(-EDGE, EDGE, 301)
-    across, along = np.meshgrid(ticks, ticks)
-    grid = torch.from_numpy(np.stack([across, along], axis=-1))
-    mean = losses_at(grid, scale).mean(-1).numpy()
-    axes.contourf(across, along, mean, levels=24, cmap="Greys_r", alpha=0.35, zorder=0)
-    axes.contour(
-        across, along, mean, levels=24, colors="#8a8a8a", linewidths=0.35, linestyles="solid"
-    )
+    contours(axes, lambda points: losses_at(points, scale), (-EDGE, EDGE, -EDGE, EDGE))
     x, y = pareto_set().T
     axes.plot(x, y, color=FRONT, lw=4, alpha=0.6, solid_capstyle="round", label="Pareto set")
     star = minimum_of_mean(scale)
@@ -109,8 +102,7 @@ def _plane(axes: Axes, scale: float) -> None:
         "zorder": 6,
     }
     axes.plot(*star.unsqueeze(1), color=STAR, label="minimum of the mean", **style)
-    axes.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal")
-    axes.set(xticks=(-10, 0, 10), yticks=(-10, 0, 10))
+    axes.set(aspect="equal", xticks=(-10, 0, 10), yticks=(-10, 0, 10))
 
 
 def _trail(axes: Axes, trail: Trail, steps: int) -> None:
