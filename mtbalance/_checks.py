@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 
 def check_at_least(name: str, value: float, bound: float) -> float:
@@ -342,12 +341,6 @@ def check_batches(owner: TakesBatches, batches: object) -> None:
             f"which returns the losses of a further, independent batch, but got {len(batches)}. "
             "Call backward(losses, batches=(function,))."
         )
-
-
-def each_optimizer(given: Optimizer | Sequence[Optimizer] | None) -> Sequence[Optimizer]:
-    """Return the optimizers of which one, several or none are given."""
-    several = given if isinstance(given, Sequence) else (given,)
-    return [each for each in several if each is not None]
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mtbalance.gradient
 import mtbalance.weighting
 from mtbalance import Balancer
-from mtbalance._checks import each_optimizer
+from mtbalance._optimizers import each_optimizer
 from mtbalance.gradient import GradientStrategy, Sum, UPGrad
 from mtbalance.weighting import Equal, Weighting
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from mtbalance._checks import each_optimizer
+from mtbalance._optimizers import each_optimizer
 from mtbalance.weighting import Step, Weighting
 
 from ._matrices import DTYPES

@@ -16,8 +16,8 @@ from mtbalance._checks import (
     check_saved,
     check_validation,
     count_fallback,
-    each_optimizer,
 )
+from mtbalance._optimizers import each_optimizer
 from mtbalance._random import RandomSource
 from mtbalance._rows import stacked
 from mtbalance._shards import local
