@@ -14,8 +14,6 @@ from mtbalance._pivoting import RIDGES, SOLVER_TOLERANCE, pivot_to_face
 
 _SAFE_PIVOT = 1e-5
 """Factors with a smaller pivot (unit rows closer than this) go to the eigenvalue solver."""
-_MOST_PIVOTS_OF_EACH = 8
-"""How often all rows that are projected together exchange what counts; 2 or 3 times as a rule."""
 
 
 def project_on_dual_cone(gramian: Tensor, start: Tensor) -> Tensor:
@@ -47,7 +45,7 @@ def project_on_dual_cone(gramian: Tensor, start: Tensor) -> Tensor:
             beyond = torch.where(multipliers > 0, slope.abs(), -slope)
             if float(beyond.max()) <= tolerance:
                 return multipliers
-    return _add_rows_one_by_one(gramian, linear, tolerance)
+    return add_rows_one_by_one(gramian, linear, tolerance)
 
 
 def shortest_with_products(gramian: Tensor, wanted: Tensor) -> Tensor | None:
@@ -90,59 +88,17 @@ def shortest_with_products(gramian: Tensor, wanted: Tensor) -> Tensor | None:
     return found * (largest / (1 - float(found @ heights)))
 
 
-def project_each_on_dual_cone(gramian: Tensor) -> Tensor:
-    """Project every row on the dual cone of all: :func:`project_on_dual_cone` of unit vectors.
+def add_rows_one_by_one(
+    gramian: Tensor, linear: Tensor, tolerance: float, face: Tensor | None = None
+) -> Tensor:
+    r"""Minimise :math:`\lambda^T G \lambda / 2 + q^T \lambda` by Lawson and Hanson's method.
 
-    The rows' problems are solved together, pivot by pivot; those that do not settle, one by one.
-
-    Args:
-        gramian: Shape (k, k), unit diagonal.
-
-    Returns:
-        The multipliers, shape (k, k), those of one row's projection in each row.
+    It begins with the rows of ``face``, a mask, but for those that would have no multiplier.
     """
-    multipliers = torch.zeros_like(gramian)
-    left = (gramian < 0).any(1).nonzero()[:, 0]
-    masks = gramian[left] < 0
-    identity = torch.eye(len(gramian), dtype=gramian.dtype, device="cpu")
-    for _ in range(_MOST_PIVOTS_OF_EACH):
-        if len(left) == 0:
-            return multipliers
-        linear = gramian[left]
-        found = _solve_each(gramian, masks, -linear)
-        slope = torch.addmm(linear, found, gramian)
-        wanted = torch.where(masks, found, -slope) > SOLVER_TOLERANCE
-        found = found.clamp_min(0)
-        slope = torch.addmm(linear, found, gramian)
-        beyond = torch.where(found > 0, slope.abs(), -slope).amax(1)
-        solved = beyond <= SOLVER_TOLERANCE  # which NaN, of a singular system, is not
-        multipliers[left[solved]] = found[solved]
-        left, masks = left[~solved], wanted[~solved]
-    for number in left.tolist():
-        multipliers[number] = project_on_dual_cone(gramian, identity[number])
-    return multipliers
-
-
-def _solve_each(gramian: Tensor, masks: Tensor, right: Tensor) -> Tensor:
-    """Solve one system per mask, in the rows that it has; shape (n, k), 0 elsewhere."""
-    most = int(masks.sum(1).max())
-    index = masks.to(torch.int8).argsort(1, descending=True)[:, :most]
-    within = masks.gather(1, index)
-    both = within[:, :, None] & within[:, None, :]
-    identity = torch.eye(most, dtype=gramian.dtype, device="cpu")
-    systems = torch.where(both, gramian[index[:, :, None], index[:, None, :]], identity)
-    numbers = torch.where(within, right.gather(1, index), 0.0)
-    factor = torch.linalg.lu_factor_ex(systems)
-    solution = torch.linalg.lu_solve(factor.LU, factor.pivots, numbers[:, :, None])[:, :, 0]
-    return torch.zeros_like(right).scatter_(1, index, solution)
-
-
-def _add_rows_one_by_one(gramian: Tensor, linear: Tensor, tolerance: float) -> Tensor:
-    """Lawson and Hanson's method."""
     size = len(gramian)
     target = -linear
-    multipliers = torch.zeros_like(linear)
-    free = torch.zeros(size, dtype=torch.bool, device="cpu")
+    none = torch.zeros(size, dtype=torch.bool, device="cpu")
+    free, multipliers = _positive_part(gramian, target, none if face is None else face)
     refused = torch.zeros(size, dtype=torch.bool, device="cpu")
     for _ in range(30 * size):
         slope = target - gramian @ multipliers
@@ -176,6 +132,19 @@ def _add_rows_one_by_one(gramian: Tensor, linear: Tensor, tolerance: float) -> T
             multipliers[index] = solution
             refused.zero_()
     raise ArithmeticError(f"the projection on the dual cone did not end within {30 * size} steps.")
+
+
+def _positive_part(gramian: Tensor, target: Tensor, face: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of a face that have positive multipliers on their own, and all multipliers."""
+    free, multipliers = face.clone(), torch.zeros_like(target)
+    while free.any():
+        index = free.nonzero()[:, 0]
+        solution = _solve(gramian[index][:, index], target[index, None])[:, 0]
+        if bool((solution > 0).all()):
+            multipliers[index] = solution
+            break
+        free[index[~(solution > 0)]] = False
+    return free, multipliers
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ RIDGES = (0.0, 1e-11)
 _MOST_PIVOTS = 30
 """Pivoting takes 2 or 3 steps as a rule."""
 _MOST_PIVOTS_OF_FEW = 12
-_PATIENCE = 3
+PATIENCE = 3
 """How often pivoting may go on without an improvement."""
 _LEAST_PIVOT = 1e-12
 """Matrices with a smaller one get the ridge."""
@@ -114,7 +114,7 @@ class _Candidates:
     def __init__(self, start: list[int], count: int) -> None:
         self.mask = torch.zeros(count, dtype=torch.bool, device="cpu")
         self.mask[start] = True
-        self._fewest, self._patience = count + 1, _PATIENCE
+        self._fewest, self._patience = count + 1, PATIENCE
 
     def exchange(self, wanted: Tensor) -> bool:
         """Go on to the rows that are wanted, or some of the way; False if they are the same."""
@@ -122,7 +122,7 @@ class _Candidates:
         if not changed:
             return False
         if len(changed) < self._fewest:
-            self._fewest, self._patience = len(changed), _PATIENCE
+            self._fewest, self._patience = len(changed), PATIENCE
         elif self._patience:
             self._patience -= 1
         else:  # one row at a time, the last first, which cannot go round in circles

@@ -20,6 +20,7 @@ HELPERS = {
     "mtbalance._names",
     "mtbalance._newton",
     "mtbalance._pivoting",
+    "mtbalance._projections",
     "mtbalance._random",
     "mtbalance._remembered",
     "mtbalance._remembering",

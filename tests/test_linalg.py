@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from mtbalance import _active_set, _pivoting
 from mtbalance._active_set import (
     minimize_linear_plus_norm,
-    project_each_on_dual_cone,
     project_on_dual_cone,
     shortest_with_products,
 )
@@ -236,38 +235,6 @@ def test_projection_by_hand() -> None:
     units = torch.tensor([[1.0, 0.0], [-0.8, 0.6]], dtype=torch.float64)
     multipliers = project_on_dual_cone(units @ units.T, torch.tensor([1.0, 2.0]).double())
     assert_close(multipliers, torch.tensor([0.6, 0.0]).double())
-
-
-@given(rows=gradients(scales=[1.0]), most=st.sampled_from([0, 1, 8]))
-@settings(max_examples=200)
-def test_projections_of_all_rows_on_the_dual_cone(rows: Tensor, most: int) -> None:
-    """The conditions of Karush, Kuhn and Tucker for each; also where few exchanges are allowed."""
-    units = unit_matrix(rows)
-    gramian = units @ units.T
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_active_set, "_MOST_PIVOTS_OF_EACH", most)
-        multipliers = project_each_on_dual_cone(gramian.fill_diagonal_(1))
-    products = multipliers @ gramian + gramian
-    assert (multipliers >= 0).all()
-    assert (products >= -1e-12).all()
-    assert (multipliers * products).abs().sum(1).le(1e-11).all()
-    for unit, found in zip(units, multipliers @ units + units, strict=True):
-        expected, _ = projection_by_nnls(array(units), array(unit))
-        assert np.linalg.norm(array(found) - expected) <= 1e-6
-
-
-def test_most_rows_are_projected_together(monkeypatch) -> None:
-    """Otherwise it would be no faster. Independent rows settle."""
-    alone = []
-    monkeypatch.setattr(
-        _active_set,
-        "project_on_dual_cone",
-        lambda *args: alone.append(1) or project_on_dual_cone(*args),
-    )
-    for m in (3, 10, 50):
-        units = unit_matrix(random_gradients(m, 2 * m, seed=m))
-        project_each_on_dual_cone((units @ units.T).fill_diagonal_(1))
-    assert not alone
 
 
 class Problem(NamedTuple):

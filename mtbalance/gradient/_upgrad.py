@@ -2,7 +2,6 @@ import math
 
 from torch import Tensor
 
-from mtbalance._active_set import project_each_on_dual_cone
 from mtbalance._gramians import (
     ZERO_ROW,
     Arithmetic,
@@ -11,6 +10,7 @@ from mtbalance._gramians import (
     weights_of_pair,
     weights_on_cpu,
 )
+from mtbalance._projections import project_each_on_dual_cone
 
 from ._base import PreferringStrategy
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtbalance._gramians import TENSORS
 from mtbalance.gradient import PCGrad, _pcgrad
@@ -343,23 +342,3 @@ def test_the_stretches_change_nothing(entries: int, order: str, monkeypatch) -> 
     whole = PCGrad(order, seed=2)(rows)
     monkeypatch.setattr("mtbalance.gradient._pcgrad._ENTRIES", entries)
     assert torch.equal(PCGrad(order, seed=2)(rows), whole)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operation has made."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [result] if isinstance(result, Tensor) else []
-        self.entries = max([self.entries, *(tensor.numel() for tensor in tensors)])
-        return result
-
-
-def test_memory_grows_with_the_square_of_the_tasks() -> None:
-    """No tensor in the walk has an entry per triple of tasks (2 million, for 128)."""
-    m = 128
-    with Largest() as largest:
-        PCGrad(seed=0).weights(torch.eye(m, dtype=torch.float64) - 1 / m)
-    assert 0 < largest.entries <= 4 * m * m
