@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mtbalance._factory import GRADIENTS, WEIGHTINGS
-from tests.benchmarks import catalogue, memory, solvers, step_cost, tiny_step
+from mtbalance.gradient import PCGrad
+from tests.benchmarks import catalogue, many_tasks, memory, solvers, step_cost, tiny_step
 from tests.benchmarks.peers import LIBMTL, SCALARIZERS, peers, peers_of_catalogue
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
@@ -243,6 +244,37 @@ def test_solvers_reports_times_and_gaps(capsys) -> None:
     for cell in ours:
         assert cell["seconds"] > 0
         assert cell["gap"] < 1e-10
+
+
+def test_many_tasks_reports_every_strategy_on_gramians(capsys, monkeypatch) -> None:
+    def used(run, device) -> memory.Use:  # the profiler takes half a second to start
+        run()
+        return memory.Use(5, 0)
+
+    monkeypatch.setattr(many_tasks, "memory_of", used)
+    out = report(many_tasks, capsys, "--sizes", "2", "12", "--rounds", "1")
+    kinds = {kind.__name__ for kind in GRADIENTS.values() if kind.by_gramian}
+    assert set(out["tasks"]["2"]) == kinds - {"Krum"}
+    assert set(out["tasks"]["12"]) == kinds
+    for costs in out["tasks"]["12"].values():
+        assert set(costs) == {"conflicting", "nearly_dependent"}
+        for cost in costs.values():
+            assert cost["seconds"] > 0
+            assert cost["bytes"] == 5
+
+
+def test_many_tasks_measures_memory_beside_the_gramian() -> None:
+    gramian = torch.eye(40, dtype=torch.float64) - 0.01
+    cost = many_tasks.cost_of(PCGrad(), gramian, 1)
+    assert gramian.nbytes < cost["bytes"] < 100 * gramian.nbytes  # a stretch: 38 at a time
+
+
+def test_many_tasks_marks_what_is_slow() -> None:
+    slow = {"seconds": 2.5, "bytes": 3 * 2**20, "fallbacks": 0}
+    fast = {"seconds": 1e-3, "bytes": 0, "fallbacks": 0}
+    results = {2: {"A": {"x": fast}}, 9: {"A": {"x": fast, "y": slow}, "B": {"x": fast}}}
+    lines = many_tasks.table(results).splitlines()
+    assert lines[2:] == ["| `A` | 1 | 0 | 2.5e+03 ! | 3 |", "| `B` | – | – | 1 | 0 |"]
 
 
 def test_tiny_step_reports_every_variant(capsys) -> None:
