@@ -97,6 +97,25 @@ def test_rows_that_nearly_depend_on_each_other_settle(alone: list[int]) -> None:
     assert not alone
 
 
+@pytest.mark.parametrize("few", [0, 64])
+def test_however_many_fit_each_is_solved_once(few: int, monkeypatch) -> None:
+    """The faces are all that conflicts, or none of it; those of no rows have no multipliers."""
+    gramian = cosines_of(random_gradients(20, 40, seed=4))
+    masks = gramian < 0
+    masks[::3] = False
+    monkeypatch.setattr(_projections, "_FEW", few)
+    tableau = _projections._Tableau(gramian, gramian, masks)
+    assert (tableau._base is None) == (few > 0)
+    whole = tableau.multipliers(masks, gramian)
+    for face, linear, found in zip(masks, gramian, whole, strict=True):
+        expected = np.linalg.solve(array(gramian[face][:, face]), -array(linear[face]))
+        assert np.abs(array(found[face]) - expected).max(initial=0) <= 1e-12
+        assert not found[~face].any()
+    for entries in (1, 200):
+        monkeypatch.setattr(_projections, "_ENTRIES", entries)
+        assert (tableau.multipliers(masks, gramian) - whole).abs().max() <= 1e-12
+
+
 def test_what_faces_share_makes_systems_small(monkeypatch) -> None:
     """Rows that are pulled to one side want nearly all others: systems are those of the rest."""
     solve, sizes = _projections._Tableau._solve, []
