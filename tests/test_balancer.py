@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import math
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -501,6 +503,26 @@ def test_a_task_never_active_is_reported_at_the_end_of_the_epoch() -> None:
 
 
 # --- the record --------------------------------------------------------------------------------
+
+
+def test_cosines_are_those_of_their_pairs() -> None:
+    """One number for each two of the tasks that are there, read from the device together."""
+    x = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    g = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    g[2] = 0
+    balancer = Balancer(Equal(), PCGrad(), tasks=("a", "b", "absent", "c", "d"), shared=[x])
+    record = balancer.backward({task: x @ row for task, row in zip("abcd", g, strict=True)})
+    expected = {
+        (one, other): 0.0 if "c" in (one, other) else float(torch.cosine_similarity(u, v, 0))
+        for (one, u), (other, v) in itertools.combinations(zip("abcd", g, strict=True), 2)
+    }
+    assert list(record.cosines) == list(expected)
+    figures = record.as_dict()
+    for (one, other), cosine in expected.items():
+        assert float(record.cosines[one, other]) == pytest.approx(cosine, abs=1e-12)
+        assert figures[f"cosine/{one}/{other}"] == pytest.approx(cosine, abs=1e-12)
+    assert math.isnan(figures["cosine/a/absent"])
+    assert math.isnan(figures["cosine/absent/c"])
 
 
 def test_record_by_hand() -> None:
