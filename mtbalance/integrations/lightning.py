@@ -37,9 +37,10 @@ class Balanced:
     accumulation, precision, schedulers and strategies are Lightning's, as ever. Works with
     ``lightning`` and ``pytorch_lightning``.
 
-    It also closes epochs (``balancer.end_epoch()``), and logs ``record.as_dict()`` under
-    ``balance/``, without what is NaN, in the steps in which the Trainer logs. As ``self.balancer``
-    is a submodule, checkpoints hold its state, and ``self.parameters()`` what it learns.
+    It also closes epochs (``end_epoch()`` of every Balancer in the module), and logs
+    ``record.as_dict()`` under ``balance/``, without what is NaN, in the steps in which the Trainer
+    logs. As ``self.balancer`` is a submodule, checkpoints hold its state, and
+    ``self.parameters()`` what it learns.
 
     Attributes:
         balancer: The Balancer; assign it in ``__init__``.
@@ -62,14 +63,21 @@ class Balanced:
 
     balancer: Balancer
     record: Record | None = None
+    _waiting: "dict[str, Any]"
     _given: "tuple[Tensor, dict[str, Tensor], dict[str, Any]] | None" = None
     _epoch_of_last_step: int | None = None
 
-    def balance(self, losses: Mapping[str, Tensor], **options: Any) -> Tensor:
+    # Of a compiled module, the forward pass alone is traced.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def balance(
+        self, losses: Mapping[str, Tensor], *, balancer: Balancer | None = None, **options: Any
+    ) -> Tensor:
         """Balance the losses of a batch; call it once in ``training_step``.
 
         Args:
             losses: As in :meth:`mtbalance.Balancer.backward`: raw, neither scaled nor divided.
+            balancer: With manual optimization, another Balancer of this module than
+                ``self.balancer``; its record is logged under the name of its attribute.
             options: Other arguments of that method but for ``scaler``, which is the Trainer's.
 
         Returns:
@@ -79,15 +87,25 @@ class Balanced:
             ``self.balancer.accumulate`` before are part of the step.
 
         Raises:
-            RuntimeError: If what this returned for the last batch was not returned to Lightning.
+            ValueError: If ``balancer`` is no submodule.
+            RuntimeError: If ``balancer`` is given with automatic optimization, or if what this
+                returned for the last batch was not returned to Lightning.
         """
         module: Any = self
         start = torch.zeros((), device=module.device)  # of a batch without any label
         total = torch.stack([start, *(loss.detach().float().sum() for loss in losses.values())])
         total = total.sum()
         if not module.automatic_optimization:
-            self._take(losses, 1, last=True, options=options)
+            chosen = self.balancer if balancer is None else balancer
+            name = self._name_of(chosen)
+            self._begin_batch()
+            self._note(name, chosen.backward(losses, scaler=self._scaler, **options))
             return total
+        if balancer is not None:
+            raise RuntimeError(
+                "`balancer` is for manual optimization: with automatic optimization, a step is "
+                "that of `self.balancer`. Say `self.automatic_optimization = False` in `__init__`."
+            )
         if self._given is not None:
             self._given = None
             raise RuntimeError(
@@ -111,34 +129,47 @@ class Balanced:
             )
         batches = trainer.accumulate_grad_batches
         done = trainer.fit_loop.epoch_loop.batch_progress
-        last = done.current.ready % batches == 0 or trainer.is_last_batch
-        self._take(losses, batches, last=last, options=options)
+        self._begin_batch()
+        if batches > 1:
+            losses = {task: loss / batches for task, loss in losses.items()}
+        if done.current.ready % batches == 0 or trainer.is_last_batch:
+            self._note("balance", self.balancer.backward(losses, scaler=self._scaler, **options))
+        else:
+            self.balancer.accumulate(losses, scaler=self._scaler)
+            self._waiting = options
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch of the Balancer; Lightning calls it."""
         super().on_train_epoch_end()  # type: ignore[misc]
         self._close_epoch()
 
-    def _take(
-        self, losses: Mapping[str, Tensor], batches: int, *, last: bool, options: dict[str, Any]
-    ) -> None:
-        """Balance or accumulate the losses of one of several batches."""
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Balance what waits if the last batch of several gave no losses; Lightning calls it."""
+        if self.automatic_optimization and self.balancer._pending:  # type: ignore[attr-defined]
+            self._note("balance", self.balancer.apply(scaler=self._scaler, **self._waiting))
+        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
+
+    def _begin_batch(self) -> None:
+        """Close an epoch that was left open: by a hook of the module's own, or in a checkpoint."""
         trainer: Any = self.trainer  # type: ignore[attr-defined]
-        if self._epoch_of_last_step not in (None, trainer.current_epoch):
-            self._close_epoch()  # a module's own `on_train_epoch_end` may not have called ours
-        self._epoch_of_last_step = trainer.current_epoch
-        scaler = self._scaler
-        if batches > 1:
-            losses = {task: loss / batches for task, loss in losses.items()}
-        if not last:
-            self.balancer.accumulate(losses, scaler=scaler)
-            return
-        self.record = self.balancer.backward(losses, scaler=scaler, **options)
+        epoch, known = trainer.current_epoch, self._epoch_of_last_step
+        if known is None:  # a checkpoint of an epoch's last step was saved before it was closed
+            left_open = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 1
+        else:
+            left_open = epoch != known
+        if left_open:
+            self._close_epoch()
+        self._epoch_of_last_step = epoch
+
+    def _note(self, name: str, record: Record) -> None:
+        """Keep a record, and log it."""
+        self.record = record
+        trainer: Any = self.trainer  # type: ignore[attr-defined]
         if trainer.loggers and trainer._logger_connector.should_update_logs:
             # Not `log_dict`: a task that is absent would keep its last value to the epoch's end.
-            figures = self.record.as_dict().items()
+            figures = record.as_dict().items()
             trainer._logger_connector.log_metrics(
-                {f"balance/{name}": value for name, value in figures if not math.isnan(value)}
+                {f"{name}/{key}": value for key, value in figures if not math.isnan(value)}
             )
 
     @property
@@ -147,8 +178,25 @@ class Balanced:
         return getattr(trainer.precision_plugin, "scaler", None)
 
     def _close_epoch(self) -> None:
-        if self.balancer._epoch.steps:  # else it has been closed, before a checkpoint was saved
-            self.balancer.end_epoch()
+        for balancer in self._balancers().values():
+            if balancer._epoch.steps:  # else it has been closed, before a checkpoint was saved
+                balancer.end_epoch()
+
+    def _name_of(self, balancer: Balancer) -> str:
+        """Return under which name the records of a Balancer are logged."""
+        if balancer is getattr(self, "balancer", None):
+            return "balance"
+        for name, each in self._balancers().items():
+            if each is balancer:
+                return name
+        raise ValueError(
+            "`balancer` must be a submodule, but is not: no checkpoint would hold its state. "
+            "Assign it in `__init__`, as `self.critic = balancer`."
+        )
+
+    def _balancers(self) -> dict[str, Balancer]:
+        module: Any = self
+        return {name: each for name, each in module.named_modules() if isinstance(each, Balancer)}
 
 
 def _is_untouched(total: Tensor, loss: Tensor, *, scaled: bool) -> bool:
