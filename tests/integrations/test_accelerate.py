@@ -94,6 +94,14 @@ def test_bfloat16() -> None:
     assert_same(Loop("uncert+cagrad", precision="bf16").train(2), wanted)
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["ours", "accelerator.prepare"])
+def test_a_compiled_model(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    loop = Loop("uncert+pcgrad", wrapped=wrapped, every=4)
+    assert isinstance(loop.network, torch._dynamo.OptimizedModule)
+    assert_same(loop.train(2), plain("uncert+pcgrad", every=4))
+
+
 def test_float16_has_the_scaler_of_the_accelerator() -> None:
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
     found = Loop("uncert+cagrad", scaler=scalers[0]).train(2)

@@ -131,6 +131,23 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert_same(parts, plain("uncert+cagrad", dtype=torch.bfloat16))
 
 
+def test_a_compiled_model(tmp_path: Path) -> None:
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    made, parts = trainer("uncert+pcgrad", tmp_path, **options)
+    made.train()
+    assert_same(parts, plain("uncert+pcgrad"))
+
+
+def test_no_loss_at_all_is_named(tmp_path: Path) -> None:
+    class Nothing(InOrder):
+        def compute_losses(self, model: Any, inputs: Any) -> Any:
+            return {}, super().compute_losses(model, inputs)[1]
+
+    made, _ = trainer("uncert+pcgrad", tmp_path, kind=Nothing)
+    with pytest.raises(ValueError, match="at least one task's loss, but got none"):
+        made.train()
+
+
 @pytest.mark.parametrize(
     "saving",
     [
