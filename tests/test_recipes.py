@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtbalance import Balancer, GradientStrategy
+from mtbalance import Balancer, GradientStrategy, with_tasks
 from mtbalance.gradient import CAGrad, PCGrad, Sum
 from mtbalance.weighting import Equal, Uncertainty
 from tests._networks import TASKS, Network, batch, raw_rows
+from tests.test_docs import ROOT, python_blocks
 
 STRATEGIES = pytest.mark.parametrize("make", [Sum, CAGrad, lambda: PCGrad(order="fixed")])
 Make = Callable[[], GradientStrategy]
@@ -257,3 +258,34 @@ def test_a_task_that_comes_later() -> None:
     for one, two in zip(model.trunk.parameters(), other.trunk.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad)
     assert waiting.backward(model.losses(batch())).tasks == TASKS
+
+
+def test_an_optimizer_saved_before_a_task_came_and_one_went() -> None:
+    """Against one that was never saved, and forgot what it knew of what is gone."""
+    torch.manual_seed(0)
+    blocks = python_blocks(ROOT / "docs" / "recipes.md")
+    (recipe,) = (block for block in blocks if "def optimizer_with_tasks" in block)
+    run: dict[str, Any] = {"with_tasks": with_tasks}
+    for block in (blocks[0], recipe):
+        exec(block, run)  # noqa: S102
+    after, new, optimizer, trunk, x = (run[n] for n in ("after", "new", "optimizer", "trunk", "x"))
+
+    twin, twins = copy.deepcopy((after, new))
+    other = run["make_optimizer"](twin, twins)
+    moments = {
+        name: run["checkpoint"]["optimizer"]["state"][n] for n, name in enumerate(run["names"])
+    }
+    assert set(moments) == {*dict(run["before"].named_parameters()), "balancer.weighting.log_var"}
+    for name, parameter in twin.named_parameters():
+        if "returns" not in name:
+            other.state[parameter] = copy.deepcopy(moments[name])
+    assert len(other.state) == len(list(trunk.parameters())) + 2
+    for model, balancer, each in ((after, new, optimizer), (twin, twins, other)):
+        for _ in range(2):
+            each.zero_grad()
+            h = model["trunk"](x)
+            losses = {task: head(h).square().mean() for task, head in model["heads"].items()}
+            balancer.backward(losses)
+            each.step()
+    assert_alike(after, twin)
+    assert_alike(new, twins)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mtbalance import Balancer, GradientStrategy
+from mtbalance import Balancer, GradientStrategy, with_tasks
 from mtbalance._random import RandomSource
 from mtbalance.gradient import CAGrad, Normalized, PCGrad, Smoothed
 from mtbalance.weighting import Constant, Equal
@@ -342,6 +342,28 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "mtbalance.integrations.torchjd")
     with pytest.raises(ImportError, match=r'Run `pip install "mtbalance\[torchjd\]"`'):
         importlib.import_module("mtbalance.integrations.torchjd")
+
+
+@pytest.mark.parametrize("name", ["GradVac", "MGDA"])
+def test_a_saved_state_for_other_tasks(name: str) -> None:
+    """One that remembers says that it cannot; the same tasks, or one that does not, can."""
+    model = network()
+
+    def make(*tasks: str) -> Balancer:
+        strategy = FromTorchJD(getattr(jd, name)())
+        return Balancer(Equal(), strategy, tasks=tasks, shared=model.trunk)
+
+    old, same, other = make(*TASKS), make(*TASKS), make("c", "a")
+    old.backward(model.losses(batch()))
+    state = with_tasks(old.state_dict(), same)
+    assert all(torch.equal(state[key], value) for key, value in old.state_dict().items())
+    if name == "GradVac":
+        words = r"FromTorchJD must know .*'_extra_state' .* from a, b, c to c, a, but does not"
+        with pytest.raises(ValueError, match=words):
+            with_tasks(old.state_dict(), other)
+        return
+    other.load_state_dict(with_tasks(old.state_dict(), other))
+    assert other.end_epoch().active == {"c": 1, "a": 1}
 
 
 # --- ours there -----------------------------------------------------------------------------------
