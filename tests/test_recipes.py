@@ -289,3 +289,10 @@ def test_an_optimizer_saved_before_a_task_came_and_one_went() -> None:
             each.step()
     assert_alike(after, twin)
     assert_alike(new, twins)
+
+    saved = copy.deepcopy(run["checkpoint"]["optimizer"])
+    saved["param_groups"][0]["lr"], saved["param_groups"][1]["lr"] = 0.5, 0.25
+    carried = run["optimizer_with_tasks"](saved, run["names"], optimizer, after, new)
+    optimizer.load_state_dict(carried)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
