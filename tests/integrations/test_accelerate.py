@@ -1,6 +1,8 @@
 """Accelerate, the package itself: a loop with it equals the plain loop."""
 
+import itertools
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,17 +66,20 @@ class Loop:
         return losses
 
     def train(self, epochs: int, *, clip: float = 0.0) -> Parts:
-        accelerator = self.accelerator
         for _ in range(epochs):
-            for (x,) in self.loader:
-                with accelerator.accumulate(self.network):
-                    self.records += [backward(accelerator, self.balancer, self.losses(x))]
-                    if clip and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(self.parts.parameters(), clip)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
+            self.train_on(self.loader, clip=clip)
             self.parts.balancer.end_epoch()
         return self.parts
+
+    def train_on(self, batches: Iterable[Any], *, clip: float = 0.0) -> None:
+        accelerator = self.accelerator
+        for (x,) in batches:
+            with accelerator.accumulate(self.network):
+                self.records += [backward(accelerator, self.balancer, self.losses(x))]
+                if clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.parts.parameters(), clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "dwa+cagrad", "uncert+sum"])
@@ -119,6 +124,20 @@ def test_save_state_and_load_state(method: str, wrapped: bool, tmp_path: Path) -
     second = Loop(method, wrapped=wrapped)
     second.accelerator.load_state(str(tmp_path))
     assert_same(second.train(2), plain(method, epochs=4))
+
+
+def test_a_loop_goes_on_in_mid_epoch(tmp_path: Path) -> None:
+    first = Loop("dwa+graddrop")
+    first.train(1)
+    half = itertools.islice(iter(first.loader), 3)
+    first.train_on(half)
+    first.accelerator.save_state(str(tmp_path))
+    forget_accelerators()
+    second = Loop("dwa+graddrop")
+    second.accelerator.load_state(str(tmp_path))
+    second.train_on(second.accelerator.skip_first_batches(second.loader, 3))
+    second.parts.balancer.end_epoch()
+    assert_same(second.train(2), plain("dwa+graddrop", epochs=4))
 
 
 def test_other_arguments_are_passed_on() -> None:
