@@ -106,15 +106,6 @@ def test_a_batch_without_any_loss_within_accumulation(left_out: int, tmp_path: P
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_no_loss_at_all_is_named(tmp_path: Path) -> None:
-    class Nothing(Net):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            return self.balance({})
-
-    with pytest.raises(ValueError, match="at least one task's loss, but got none"):
-        trainer(tmp_path).fit(Nothing())
-
-
 class Several(PartOfRank):
     """Two networks in turn, the second of which sees what the first has become."""
 

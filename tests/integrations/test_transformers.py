@@ -138,16 +138,6 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     assert_same(parts, plain("uncert+pcgrad"))
 
 
-def test_no_loss_at_all_is_named(tmp_path: Path) -> None:
-    class Nothing(InOrder):
-        def compute_losses(self, model: Any, inputs: Any) -> Any:
-            return {}, super().compute_losses(model, inputs)[1]
-
-    made, _ = trainer("uncert+pcgrad", tmp_path, kind=Nothing)
-    with pytest.raises(ValueError, match="at least one task's loss, but got none"):
-        made.train()
-
-
 @pytest.mark.parametrize(
     "saving",
     [
