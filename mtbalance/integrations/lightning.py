@@ -63,7 +63,8 @@ class Balanced:
 
     balancer: Balancer
     record: Record | None = None
-    _waiting: "dict[str, Any]"
+    _waiting: "Mapping[str, Any] | None" = None
+    """Options of the step of which batches have been accumulated."""
     _given: "tuple[Tensor, dict[str, Tensor], dict[str, Any]] | None" = None
     _epoch_of_last_step: int | None = None
 
@@ -146,7 +147,7 @@ class Balanced:
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Balance what waits if the last batch of several gave no losses; Lightning calls it."""
         if self.automatic_optimization and self.balancer._pending:  # type: ignore[attr-defined]
-            self._note("balance", self.balancer.apply(scaler=self._scaler, **self._waiting))
+            self._note("balance", self.balancer.apply(scaler=self._scaler, **(self._waiting or {})))
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
 
     def _begin_batch(self) -> None:
