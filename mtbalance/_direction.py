@@ -182,12 +182,12 @@ def direct_by_columns(
     """
     parts: list[Tensor | None] = [None] * len(like)
     reached = [any(t is not None for t in tensors) for tensors in zip(*rows, strict=True)]
-    progress = torch.zeros(prepared.raw_rows, dtype=torch.float64, device="cpu")
+    progress: list[Tensor] = []
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
         seen, raw = prepared(matrix)
         columns = strategy(seen, first)
         first += matrix.shape[1]
-        progress = progress.to(matrix.device) + _products(raw, columns, power)
+        progress.append(_products(raw, columns, power))
         split = torch.split(columns, [stop - start for _, start, stop in pieces])
         for (parameter, start, stop), values in zip(pieces, split, strict=True):
             part = parts[parameter]
@@ -199,7 +199,7 @@ def direct_by_columns(
         shaped(part, tensor) if part is not None else torch.zeros_like(tensor) if found else None
         for part, tensor, found in zip(parts, like, reached, strict=True)
     ]
-    return directions, progress
+    return directions, sum_of(progress, (prepared.raw_rows,))
 
 
 def _products(matrix: Tensor, columns: Tensor, power: int) -> Tensor:

@@ -185,7 +185,8 @@ class GramianStrategy(GradientStrategy):
                 f"{type(self).__name__}.weights must return one weight per row, shape "
                 f"({len(gramian)},), but got shape {tuple(weights.shape)}."
             )
-        return weights.to(gramian.device)
+        # On the way to a device, what is sent is safe when the call returns: no need to wait.
+        return weights.to(gramian.device, non_blocking=True)
 
 
 class WrappingStrategy(GradientStrategy):
