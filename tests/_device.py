@@ -9,6 +9,12 @@ from torch import Tensor
 DEVICE = torch.device(os.environ.get("MTBALANCE_TEST_DEVICE", "cpu"))
 
 
+def compute_there() -> None:
+    """Make ``DEVICE`` the default one of this process, for tensors made without a word."""
+    if DEVICE.type != "cpu":
+        torch.set_default_device(DEVICE)
+
+
 def on_device(numbers: "Tensor | np.ndarray") -> Tensor:
     """Return a tensor on the default device, where tensors made without a word are."""
     return torch.as_tensor(numbers).to(torch.get_default_device())

@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests._device import DEVICE
+from tests._device import compute_there
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("ci")
 
-if DEVICE.type != "cpu":
-    torch.set_default_device(DEVICE)
+compute_there()
 
 
 @pytest.fixture(autouse=True)

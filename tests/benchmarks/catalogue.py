@@ -11,7 +11,7 @@ where there is none.
 """
 
 import json
-import statistics
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ from mtbalance import Balancer, make_balancer
 from mtbalance._factory import GRADIENTS, WEIGHTINGS
 from tests.benchmarks import reporting
 from tests.benchmarks.peers import Step, byzantine_of, peers_of_catalogue, trim_of
-from tests.benchmarks.step_cost import floors, interleaved, quartiles
+from tests.benchmarks.step_cost import FLOORS, floors, interleaved, medians_of, quartiles
 from tests.benchmarks.workloads import TINY, WORKLOADS, Workload
 
 MEASURED = ("transformer-256", "mlp-4")
@@ -51,8 +51,8 @@ def variants(m: int) -> list[str]:
 # --- what strategies need -------------------------------------------------------------------------
 
 
-def balancer_of(workload: Workload, variant: str) -> Balancer:
-    """Return a Balancer, with all that nobody can choose but the user."""
+def balancer_of(workload: Workload, variant: str, **chosen: Any) -> Balancer:
+    """Return a Balancer, with all that nobody can choose but the user, and with what is chosen."""
     m = len(workload.tasks)
     weighting, _, _ = variant.partition("+")
     options: dict[str, Any] = {
@@ -64,6 +64,7 @@ def balancer_of(workload: Workload, variant: str) -> Balancer:
     }
     if weighting == "equal":  # of a weighting, all tasks are primary
         options["primary"] = workload.tasks[0]
+    options |= chosen
     balancer = make_balancer(variant, tasks=workload.tasks, shared=workload.shared, **options)
     return balancer.to(workload.training.inputs.device)
 
@@ -90,7 +91,12 @@ def step_of(workload: Workload, balancer: Balancer) -> Step:
 
 
 def measure(
-    name: str, device: torch.device, rounds: int = ROUNDS, *, with_peers: bool = True
+    name: str,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    *,
+    with_peers: bool = True,
+    most_seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Return everything about one workload, as plain values; times are in seconds.
 
@@ -99,6 +105,7 @@ def measure(
         device: Where to run it.
         rounds: How many; the first warms up where there are 5 or more.
         with_peers: Whether to measure other libraries too.
+        most_seconds: After how many no further round begins.
     """
     workload = {**WORKLOADS, **TINY}[name](device)
     made = {variant: balancer_of(workload, variant) for variant in variants(len(workload.tasks))}
@@ -118,8 +125,9 @@ def measure(
             nn.ModuleList([workload.model, *made.values()]),
             rounds,
             may_fail=others,
+            most_seconds=most_seconds,
         )
-    medians = {k: statistics.median(values) for k, values in times.items()}
+    medians = medians_of(times)
     rows = {}
     for variant in (*floors_, *made):
         median = medians[variant]
@@ -132,7 +140,7 @@ def measure(
     return {
         "tasks": len(workload.tasks),
         "shared_parameters": sum(p.numel() for p in workload.parameters),
-        "rounds": rounds,
+        "rounds": len(times[FLOORS[0]]),
         "variants": rows,
         "missing": missing,
         "load": reporting.load(),

@@ -14,6 +14,7 @@ Shown are medians, how far the quartiles lie from them (+-), and ratios of media
 
 import functools
 import gc
+import math
 import random
 import statistics
 import time
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from mtbalance import Balancer, make_balancer
 from tests.benchmarks import reporting
 from tests.benchmarks.peers import Step, peers, strategy_of
-from tests.benchmarks.workloads import TINY, WORKLOADS, Workload
+from tests.benchmarks.workloads import PRECISIONS, TINY, WORKLOADS, Workload, with_precision
 
 ROUNDS = {
     "transformer-1024": 5,
@@ -96,6 +97,13 @@ OPTIONAL = {
     "equal+cagrad, chunk 16": Variant("cagrad", {"chunk": 16}),
 }
 """What options of the Balancer do, where it is asked for: most of them are not exact."""
+
+
+def floor_of(variant: str) -> str:
+    """Return the floor that a variant is measured by: the passes that it cannot do without."""
+    if variant.startswith("autol"):
+        return "floor 3"
+    return "floor 1" if variant.endswith("+sum") else "floor 2"
 
 
 def limit_of(variant: str, family: str, m: int) -> tuple[str, float] | None:
@@ -202,8 +210,9 @@ def interleaved(
     trained: nn.Module,
     rounds: int,
     may_fail: Collection[str] = (),
+    most_seconds: float = math.inf,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Make all steps once per round, in random order.
+    """Make all steps once per round, in random order, until the rounds or the seconds are over.
 
     Returns:
         The seconds of each step in each round, and why steps failed, which are not tried again. The
@@ -213,11 +222,14 @@ def interleaved(
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in steps}
     failures: dict[str, str] = {}
+    start = time.perf_counter()
     gc.collect()
     gc.freeze()
     gc.disable()  # it would fall on whichever step happens to be running
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done > 1 and time.perf_counter() - start > most_seconds:
+                break
             for name in order.sample(list(times), len(times)):
                 step, repeat = steps[name], repeats.get(name, 1)
                 if name in may_fail:
@@ -232,8 +244,14 @@ def interleaved(
     finally:
         gc.enable()
         gc.unfreeze()
-    first = 0 if rounds < 5 else 1
-    return {name: values[first:] for name, values in times.items()}, failures
+    return {
+        name: values[1:] if len(values) >= 5 else values for name, values in times.items()
+    }, failures
+
+
+def medians_of(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the median of each step's times."""
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(
@@ -244,6 +262,8 @@ def measure(
     *,
     with_peers: bool = True,
     with_options: bool = False,
+    precision: str = "float32",
+    most_seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Return everything about one workload, as plain values; times are in seconds.
 
@@ -254,8 +274,10 @@ def measure(
         chosen: Names of what to measure besides the floors; None for what the workload bears.
         with_peers: Whether to measure other libraries too.
         with_options: Whether to measure ``OPTIONAL`` too.
+        precision: Of the forward passes, one of ``PRECISIONS``.
+        most_seconds: After how many no further round begins.
     """
-    workload = {**WORKLOADS, **TINY}[name](device)
+    workload = with_precision({**WORKLOADS, **TINY}[name](device), precision)
     m = len(workload.tasks)
     rounds = rounds or ROUNDS.get(name, DEFAULT_ROUNDS)
     chosen = chosen or CHOSEN.get(name)
@@ -274,8 +296,9 @@ def measure(
         nn.ModuleList([workload.model, *made.values()]),
         rounds,
         may_fail=theirs,
+        most_seconds=most_seconds,
     )
-    medians = {k: statistics.median(values) for k, values in times.items()}
+    medians = medians_of(times)
     rows: dict[str, dict[str, Any]] = {}
     for k, median in medians.items():
         rows[k] = {
@@ -291,7 +314,8 @@ def measure(
     return {
         "tasks": m,
         "shared_parameters": sum(p.numel() for p in workload.parameters),
-        "rounds": rounds,
+        "precision": precision,
+        "rounds": len(times[FLOORS[0]]),
         "variants": rows,
         "failures": failures,
         "missing": missing,
@@ -313,8 +337,9 @@ def quartiles(values: Sequence[float]) -> list[float]:
 def table(name: str, result: Mapping[str, Any]) -> str:
     """Return one workload as text."""
     size = f"{result['tasks']} tasks, {result['shared_parameters']:,} shared parameters"
+    how = f"{result['precision']}, medians of {result['rounds']} rounds"
     lines = [
-        f"{name}: {size}; medians of {result['rounds']} rounds, load {result['load']}",
+        f"{name}: {size}; {how}, load {result['load']}",
         f"{'':28}{'ms':>9}{'+-':>5}{'x floor 1':>11}{'x floor 2':>11}{'x floor 3':>11}",
     ]
     for variant, row in result["variants"].items():
@@ -351,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="these alone besides the floors, as in a table",
     )
     parser.add_argument("--rounds", type=int, help="by default as many as the workload bears")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     parser.add_argument("--options", action="store_true", help="measure Balancer's options too")
     options = parser.parse_args(arguments)
@@ -360,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen=options.variants,
         with_peers=not options.no_peers,
         with_options=options.options,
+        precision=options.precision,
     )
     reporting.report(options, measured, table)
 

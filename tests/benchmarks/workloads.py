@@ -168,6 +168,20 @@ def _on(device: torch.device, inputs: Tensor, targets: dict[str, Tensor]) -> Bat
     return Batch(inputs.to(device), {task: target.to(device) for task, target in targets.items()})
 
 
+def with_precision(workload: Workload, precision: str) -> Workload:
+    """Return a workload whose forward passes run in a precision of ``PRECISIONS``.
+
+    Only the forward pass: autograd makes the backward pass in the dtypes that it finds.
+    """
+    if precision == "float32":
+        return workload
+    kind = workload.training.inputs.device.type
+    autocast = torch.autocast(kind, dtype=torch.bfloat16)
+    return workload._replace(features=autocast(workload.features), loss=autocast(workload.loss))
+
+
+PRECISIONS = ("float32", "bfloat16 autocast")
+
 WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
     "transformer-256": lambda device: transformer(device, 256),
     "transformer-1024": lambda device: transformer(device, 1024),

@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import fsdp
 
+from tests._device import compute_there
+
 START_SECONDS = 120.0
 SECONDS = 60.0
 """How long a function may take in all ranks, on a loaded machine."""
@@ -154,6 +156,7 @@ def _serve(here: Here, folder: str, pipe: Connection) -> None:
         if hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1, stack)
         torch.set_num_threads(1)
+        compute_there()
         gc.freeze()  # imports leave no models: searches for them may pass over it
         dist.init_process_group(
             "gloo",
