@@ -20,9 +20,14 @@ def on_device(numbers: "Tensor | np.ndarray") -> Tensor:
     return torch.as_tensor(numbers).to(torch.get_default_device())
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-    """Return normal numbers that are the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+def randn(
+    *shape: int,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return normal numbers that are the same on every device, of a seed or of a generator."""
+    generator = generator or torch.Generator().manual_seed(seed)
     return on_device(torch.randn(*shape, generator=generator, dtype=dtype, device="cpu"))
 
 

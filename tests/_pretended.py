@@ -121,13 +121,12 @@ def _computed(function: Any, args: Sequence[Any], kwargs: Any) -> tuple[Any, boo
     wanted = kwargs.get("device")
     there = torch.device(wanted) == DEVICE if wanted is not None else _any_there((args, kwargs))
     waits = _waits(name, args, kwargs, there=there)
-    outputs = [kwargs["out"]] if "out" in kwargs else []
     if wanted is not None and there:
         kwargs["device"] = torch.device("cpu")
     here_args, here = tree_map_only(_Elsewhere, lambda t: t.here, (args, kwargs))
     found = function(*here_args, **here)
     if function._schema.is_mutable:  # what it writes to keeps its place
-        return ((*outputs, *args)[0] if isinstance(found, Tensor) else found), waits
+        return (args[0] if isinstance(found, Tensor) else found), waits
     if there:
         found = tree_map_only(Tensor, _Elsewhere, found)
     return found, waits

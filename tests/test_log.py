@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mtbalance import RecordWriter, make_balancer, read_log
+from tests._device import randn
 
 TASKS = ("a", "b,1", "c")
 
@@ -17,11 +18,11 @@ TASKS = ("a", "b,1", "c")
 def records(count=6, name="pcgrad"):
     """Return records of which every other one lacks a task."""
     generator = torch.Generator().manual_seed(0)
-    x = nn.Parameter(torch.randn(4, generator=generator))
+    x = nn.Parameter(randn(4, generator=generator))
     balancer = make_balancer(name, tasks=TASKS, shared=[x])
     found = []
     for step in range(count):
-        losses = {task: (torch.randn(4, generator=generator) * x).sum() for task in TASKS}
+        losses = {task: (randn(4, generator=generator) * x).sum() for task in TASKS}
         if step % 2:
             losses.pop("c")
         found.append(balancer.backward(losses))

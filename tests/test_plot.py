@@ -13,6 +13,7 @@ from torch import nn
 
 from mtbalance import RecordWriter, make_balancer, plot
 from mtbalance._log import log_of
+from tests._device import randn
 
 TASKS = ("a", "b", "c")
 
@@ -20,12 +21,12 @@ TASKS = ("a", "b", "c")
 def train(steps, name="pcgrad", path=None):
     """Return the records of a training in which task c is there in every other step."""
     generator = torch.Generator().manual_seed(0)
-    x, y = (nn.Parameter(torch.randn(4, generator=generator)) for _ in range(2))
+    x, y = (nn.Parameter(randn(4, generator=generator)) for _ in range(2))
     balancer = make_balancer(name, tasks=TASKS, shared={"low": x, "high": y})
     balancer.history = deque(maxlen=steps)
     writer = RecordWriter(path) if path else None
     for step in range(steps):
-        rows = torch.randn(3, 2, 4, generator=generator)
+        rows = randn(3, 2, 4, generator=generator)
         losses = {t: (a @ x + b @ y).square() for t, (a, b) in zip(TASKS, rows, strict=True)}
         if step % 2:
             losses.pop("c")

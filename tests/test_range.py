@@ -12,9 +12,10 @@ from mtbalance import Balancer, GradientStrategy, Record
 from mtbalance._record import GroupFigures
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import Equal
+from tests._device import randn
 
 STRATEGIES = [CAGrad(), PCGrad(order="fixed"), GradDrop(seed=3), Sum()]
-ROWS = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+ROWS = randn(4, 9, seed=5, dtype=torch.float64)
 
 
 def step(

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
 from mtbalance.weighting import Equal
+from tests._device import randn
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
 
@@ -24,8 +25,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.layer = layer.requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        self.down = nn.Parameter(torch.randn(2, 4, generator=generator).double())
-        self.up = nn.Parameter(torch.randn(6, 2, generator=generator).double())
+        self.down = nn.Parameter(randn(2, 4, generator=generator).double())
+        self.up = nn.Parameter(randn(6, 2, generator=generator).double())
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.layer(rows) + rows @ self.down.T @ self.up.T

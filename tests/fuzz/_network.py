@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests._device import on_device, randn
+
 WIDTH, ROWS, WORDS = 3, 4, 5
 
 DTYPES = {
@@ -159,8 +161,8 @@ class Network(nn.Module):
                 gradient of a trunk), own (that of the head).
         """
         drawn = torch.Generator().manual_seed(batch)
-        x = torch.randn(ROWS, WIDTH, generator=drawn, dtype=torch.float64)
-        words = torch.randint(WORDS, (ROWS,), generator=drawn)
+        x = randn(ROWS, WIDTH, generator=drawn, dtype=torch.float64)
+        words = on_device(torch.randint(WORDS, (ROWS,), generator=drawn, device="cpu"))
         needed = {n for task in tasks for n in self.plan.heads[task].trunks}
         outputs = {n: self.trunks[n](x, words) for n in sorted(needed)}
         losses = {}

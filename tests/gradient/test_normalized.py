@@ -22,6 +22,7 @@ from mtbalance.gradient import (
     UPGrad,
 )
 from mtbalance.weighting import Constant, Equal
+from tests._device import randn
 from tests._oracles import array
 from tests._samplers import gradients, matrix
 
@@ -94,7 +95,7 @@ def train(gradient: GradientStrategy, steps: int = 3, **options) -> list[Tensor]
     )
     found = []
     for step in range(steps):
-        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        x = randn(6, 4, seed=step)
         h = second(first(x).tanh())
         balancer.backward({"a": head(h).mean() ** 2, "b": h.square().mean()})
         modules = nn.ModuleList([first, second, head])
@@ -115,7 +116,7 @@ def test_in_a_balancer_each_group_has_lengths_of_its_own(make) -> None:
     groups = [list(first.parameters()), list(second.parameters())]
     expected = []
     for step in range(3):
-        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        x = randn(6, 4, seed=step)
         h = second(first(x).tanh())
         losses = [3.0 * head(h).mean() ** 2, 0.01 * h.square().mean()]
         for strategy, group in zip(plain, groups, strict=True):

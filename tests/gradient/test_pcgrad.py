@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from mtbalance._gramians import TENSORS
 from mtbalance.gradient import PCGrad, _pcgrad
-from tests._device import on_device
+from tests._device import on_device, randn
 from tests._oracles import (
     array,
     pcgrad_expectation,
@@ -338,7 +338,7 @@ def test_expectation_has_a_limit() -> None:
 @pytest.mark.parametrize("entries", [1, 50, 200])
 @pytest.mark.parametrize("order", ["random", "fixed"])
 def test_the_stretches_change_nothing(entries: int, order: str, monkeypatch) -> None:
-    rows = torch.randn(11, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows = randn(11, 30, seed=1, dtype=torch.float64)
     whole = PCGrad(order, seed=2)(rows)
     monkeypatch.setattr("mtbalance.gradient._pcgrad._ENTRIES", entries)
     assert torch.equal(PCGrad(order, seed=2)(rows), whole)

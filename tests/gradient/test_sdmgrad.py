@@ -205,7 +205,8 @@ def test_where_many_small_steps_end(m: int, lam: float, kind: str) -> None:
 def test_no_digit_depends_on_the_order_of_tasks(m: int) -> None:
     """Steps this large would magnify it to the first one."""
     strategy = SDMGrad(lr=10.0, n_iter=20)
-    order = torch.randperm(m, generator=torch.Generator().manual_seed(m))
+    drawn = torch.Generator().manual_seed(m)
+    order = on_device(torch.randperm(m, generator=drawn, device="cpu"))
     turned = copy.deepcopy(strategy)
     for step in range(5):
         across = randn(m, m, seed=step, dtype=torch.float64) + torch.eye(m).double()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance.weighting import DWA
+from tests._device import on_device
 from tests._oracles import dwa_weights
 from tests.weighting._helpers import double
 
@@ -212,7 +213,8 @@ def test_rounding_of_many_steps_does_not_show_in_the_weights() -> None:
     """At a low temperature, by the definition in float64 over the losses as they are."""
     generator = torch.Generator().manual_seed(0)
     weighting = DWA(temperature=0.05)
-    epochs = [torch.rand(20_000, 2, generator=generator) + 5 for _ in range(2)]
+    drawn = torch.rand(2, 20_000, 2, generator=generator, device="cpu")
+    epochs = on_device(drawn + 5).unbind()
     for losses in epochs:
         for row in losses.unbind():
             weighting(row)
