@@ -148,7 +148,7 @@ def test_two_tasks_on_a_device_wait_for_nothing() -> None:
 def test_tasks_without_gradient_have_a_weight_of_one(m: int) -> None:
     rows = random_gradients(m, 6)
     rows[1] = 0
-    assert ConFIG().weights(rows @ rows.T)[1] == 1
+    assert ConFIG().solve(rows @ rows.T)[1] == 1
     assert (ConFIG().weights(0 * rows @ rows.T) == 1).all()
 
 
@@ -158,4 +158,4 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int) -> None:
     """Where nothing is looked at before (``nonfinite="propagate"``)."""
     rows = random_gradients(m, 5)
     rows[0, 0] = bad
-    assert not torch.isfinite(ConFIG().weights(rows @ rows.T) @ rows).all()
+    assert not torch.isfinite(ConFIG().solve(rows @ rows.T) @ rows).all()

@@ -45,7 +45,7 @@ def test_three_tasks_by_hand() -> None:
     """
     rows = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [-2.0, -3.0, 2.0]]).double()
     assert_close(DualProj()(rows), torch.tensor([0.0, 0.0, 2.0]).double())
-    assert_close(DualProj().weights(rows @ rows.T), torch.tensor([5.0, 3.0, 1.0]).double())
+    assert_close(DualProj().solve(rows @ rows.T), torch.tensor([5.0, 3.0, 1.0]).double())
 
 
 # --- against the oracle, and what makes a projection ----------------------------------------------
@@ -70,7 +70,7 @@ def test_it_is_the_projection_of_the_sum(rows: Tensor, given_: list[float]) -> N
 def test_multipliers_are_positive_only_where_nothing_is_gained(rows: Tensor) -> None:
     """lambda >= 0 and lambda_i <g_i, d> = 0, so <d, sum> = |d|^2."""
     direction = DualProj()(rows)
-    added = DualProj().weights(rows @ rows.T) - 1
+    added = DualProj().solve(rows @ rows.T) - 1
     size = float(rows.norm(dim=1).sum())
     assert (added >= 0).all()
     assert (added * (rows @ direction)).abs().sum() <= 1e-11 * size**2
@@ -91,7 +91,7 @@ def test_many_tasks(name: str, m: int) -> None:
 def test_a_sum_that_conflicts_with_nobody_stays(rows: Tensor) -> None:
     """Even where pairs of tasks conflict. Bit for bit: rows are small integers, weights are 1."""
     if (rows @ rows.sum(0) >= 0).all():
-        assert (DualProj().weights(rows @ rows.T) == 1).all() or not rows.any()
+        assert (DualProj().solve(rows @ rows.T) == 1).all() or not rows.any()
 
 
 # --- what is left of the settings -----------------------------------------------------------------
@@ -103,4 +103,4 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int) -> None:
     """Where nothing is looked at before (``nonfinite="propagate"``)."""
     rows = random_gradients(m, 5)
     rows[0, 0] = bad
-    assert not torch.isfinite(DualProj().weights(rows @ rows.T) @ rows).all()
+    assert not torch.isfinite(DualProj().solve(rows @ rows.T) @ rows).all()

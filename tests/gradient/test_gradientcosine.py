@@ -107,7 +107,7 @@ def test_only_angles_with_the_primary_count(weighted: bool) -> None:
     assert_close(strategy.weights(gramian * torch.outer(lengths, lengths)), weights)
     for seed in range(20):
         rows = random_gradients(3, 5, seed)
-        assert strategy.weights(rows @ rows.T)[0] == 1, "exactly"
+        assert strategy.solve(rows @ rows.T)[0] == 1, "exactly"
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -143,7 +143,7 @@ def test_a_bad_gramian_gives_bad_weights(bad: float) -> None:
     for i, j in ((0, 0), (1, 0), (1, 1)):
         rows = torch.eye(3, dtype=torch.float64)
         rows[i, j] = bad
-        assert not GradientCosine(0).weights(rows @ rows.T).isfinite().any()
+        assert not GradientCosine(0).solve(rows @ rows.T).isfinite().any()
 
 
 def test_needs_a_primary_task() -> None:

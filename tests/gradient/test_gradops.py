@@ -158,7 +158,7 @@ def parts(rows: Array, i: int) -> tuple[Array, Array]:
 def test_rows_that_nearly_depend(distance: float) -> None:
     """Of two nearly opposite rows what is left is that short, or nothing; of a third, 2 long."""
     rows = on_device(np.array([[1.0, 0, 0], [-3.0, 3 * distance, 0], [0.5, 0.0, 2.0]]))
-    weights = GradOPS().weights(rows @ rows.T)
+    weights = GradOPS().solve(rows @ rows.T)
     left = weights @ rows
     if distance < 1e-6:
         assert weights[2] == 1
@@ -251,7 +251,7 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int) -> None:
     rows = random_gradients(m, 5)
     rows[0, 0] = bad
     for alpha in (0.0, -1.0):
-        assert not torch.isfinite(GradOPS(alpha).weights(rows @ rows.T) @ rows).all()
+        assert not torch.isfinite(GradOPS(alpha).solve(rows @ rows.T) @ rows).all()
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])

@@ -83,7 +83,7 @@ def test_the_sign_of_the_sum() -> None:
     assert_close(IMTLG()(rows), 3 * 4 * up)
     assert_close(IMTLG("official")(rows), -3 * 4 * up)
     weights = torch.tensor([-3.0, -3.0, 9.0], dtype=torch.float64)
-    assert_close(IMTLG("official").weights(rows @ rows.T), weights)
+    assert_close(IMTLG("official").solve(rows @ rows.T), weights)
 
 
 @pytest.mark.parametrize("normalize", ["absolute", "official"])
@@ -132,7 +132,7 @@ def test_independent_rows_have_the_weights_of_the_paper(m: int, extra: int, seed
     expected = m * paper(array(rows))
     if np.abs(expected).max() > 1e3:
         return
-    weights = array(IMTLG("official").weights(rows @ rows.T))
+    weights = array(IMTLG("official").solve(rows @ rows.T))
     assert np.allclose(weights, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
     projections = rows @ IMTLG()(rows) / rows.norm(dim=1)
     assert projections.min() > 0
@@ -170,9 +170,9 @@ def test_the_sum_of_the_official_weights() -> None:
         warnings.simplefilter("error")
         for seed in range(20):
             rows = random_gradients(4, 6, seed)
-            weights = IMTLG("official").weights(rows @ rows.T)
+            weights = IMTLG("official").solve(rows @ rows.T)
             assert float(weights.sum()) == pytest.approx(4, rel=1e-9)
-            assert abs(float(IMTLG().weights(rows @ rows.T).sum())) == pytest.approx(4, rel=1e-9)
+            assert abs(float(IMTLG().solve(rows @ rows.T).sum())) == pytest.approx(4, rel=1e-9)
 
 
 # --- two tasks, and the rest ----------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_two_tasks_on_a_device_wait_for_nothing() -> None:
 def test_tasks_without_gradient_have_a_weight_of_one(m: int) -> None:
     rows = random_gradients(m, 6)
     rows[1] = 0
-    assert IMTLG().weights(rows @ rows.T)[1] == 1
+    assert IMTLG().solve(rows @ rows.T)[1] == 1
     assert (IMTLG().weights(0 * rows @ rows.T) == 1).all()
 
 
@@ -218,7 +218,7 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int) -> None:
     """Where nothing is looked at before (``nonfinite="propagate"``)."""
     rows = random_gradients(m, 5)
     rows[0, 0] = bad
-    assert not torch.isfinite(IMTLG().weights(rows @ rows.T) @ rows).all()
+    assert not torch.isfinite(IMTLG().solve(rows @ rows.T) @ rows).all()
 
 
 def test_settings() -> None:

@@ -45,7 +45,7 @@ def selection(scores: list[Fraction], selected: int) -> list[int]:
 
 
 def selected_by(strategy: Krum, rows: Tensor) -> list[int]:
-    weights = strategy.weights(rows @ rows.T)
+    weights = strategy.solve(rows @ rows.T)
     numbers = weights.nonzero()[:, 0].tolist()
     assert (weights[numbers] == len(rows) / len(numbers)).all()
     return numbers
@@ -172,7 +172,7 @@ def test_waits_for_no_device(m: int) -> None:
 def test_a_bad_gramian_gives_bad_weights(bad: float) -> None:
     rows = torch.eye(4, dtype=torch.float64)
     rows[3, 2] = bad
-    assert not Krum(1).weights(rows @ rows.T).isfinite().any()
+    assert not Krum(1).solve(rows @ rows.T).isfinite().any()
 
 
 def test_refuses_what_cannot_be() -> None:

@@ -79,7 +79,7 @@ def test_three_tasks_by_hand() -> None:
     """The corners (0, 2), (2, 1), (-2, 1) of a triangle: its point nearest to zero is (0, 1)."""
     rows = torch.tensor([[0.0, 2.0], [2.0, 1.0], [-2.0, 1.0]], dtype=torch.float64)
     assert_close(MGDA()(rows), torch.tensor([0.0, 3.0], dtype=torch.float64))
-    assert_close(MGDA().weights(rows @ rows.T), torch.tensor([0.0, 1.5, 1.5]).double())
+    assert_close(MGDA().solve(rows @ rows.T), torch.tensor([0.0, 1.5, 1.5]).double())
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -89,10 +89,10 @@ def test_a_task_without_gradient(m: int, number: int) -> None:
     rows = random_gradients(m, 6)
     rows[number] = 0
     assert not MGDA()(rows).any()
-    assert_close(MGDA().weights(rows @ rows.T).sum(), torch.tensor(m).double())
+    assert_close(MGDA().solve(rows @ rows.T).sum(), torch.tensor(m).double())
     ignoring = MGDA(ignore_zero_rows=True)
     assert_close(ignoring(rows), MGDA()(rows[rows.any(1)]))
-    assert ignoring.weights(rows @ rows.T)[number] == 0
+    assert ignoring.solve(rows @ rows.T)[number] == 0
 
 
 @pytest.mark.parametrize("ignore", [False, True])
@@ -110,7 +110,7 @@ def test_weights_where_no_task_has_a_gradient(m: int, *, ignore: bool) -> None:
 def test_no_convex_combination_is_shorter(rows: Tensor) -> None:
     if not rows.any(1).all():
         return
-    weights = MGDA().weights(rows @ rows.T)
+    weights = MGDA().solve(rows @ rows.T)
     assert (weights >= 0).all()
     assert float(weights.sum()) in (0.0, pytest.approx(len(rows), rel=1e-12))
     assert missed_by(rows, MGDA()(rows)) <= 1e-14
@@ -250,7 +250,7 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int, *, ignore: boo
     rows = random_gradients(m, 5)
     rows[0, 0] = bad
     strategy = MGDA(ignore_zero_rows=ignore)
-    assert not torch.isfinite(strategy.weights(rows @ rows.T) @ rows).all()
+    assert not torch.isfinite(strategy.solve(rows @ rows.T) @ rows).all()
 
 
 def test_repr() -> None:

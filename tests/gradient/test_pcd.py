@@ -238,7 +238,7 @@ def test_what_makes_a_minimum(rows: Tensor, tau: float) -> None:
     units = rows / torch.where(rows.any(1), rows.norm(dim=1), 1.0)[:, None]
     asked = np.full(int(rows[1:].any(1).sum()), tau)
     assume(rows[0].any() and not exclude_each_other(array(units[1:][rows[1:].any(1)]), asked))
-    weights = strategy.weights(rows @ rows.T)
+    weights = strategy.solve(rows @ rows.T)
     assume(weights[0] > 0)  # but for a direction of zero
     norms = rows.norm(dim=1)
     multipliers = (weights * norms / (weights[0] * norms[0]))[1:]
@@ -413,11 +413,11 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int) -> None:
     """Where nothing is looked at before (``nonfinite="propagate"``); means stay as they are."""
     rows = random_gradients(m, 5)
     for strategy in (PCD(0), PCD(m - 1)):
-        strategy.weights(rows @ rows.T)
+        strategy.solve(rows @ rows.T)
         before = array(strategy.lengths.values).copy()
         poisoned = rows.clone()
         poisoned[0, 0] = bad
-        weights = strategy.weights(poisoned @ poisoned.T)
+        weights = strategy.solve(poisoned @ poisoned.T)
         assert not torch.isfinite(weights @ poisoned).all()
         assert not torch.isfinite(weights).any() or m == 1
         others = array(strategy.lengths.values)[0, 1:]

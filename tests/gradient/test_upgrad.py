@@ -127,7 +127,7 @@ def test_tasks_without_gradient_keep_the_weight_of_their_preference(m: int) -> N
     rows = random_gradients(m, 6)
     rows[1] = 0
     strategy = UPGrad(preference=[1.0, 2.0, 1.0, 1.0][:m])
-    assert strategy.weights(rows @ rows.T)[1] == pytest.approx(2 * m / (m + 1))
+    assert strategy.solve(rows @ rows.T)[1] == pytest.approx(2 * m / (m + 1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -136,4 +136,4 @@ def test_rows_that_are_not_finite_come_out_so(bad: float, m: int) -> None:
     """Where nothing is looked at before (``nonfinite="propagate"``)."""
     rows = random_gradients(m, 5)
     rows[0, 0] = bad
-    assert not torch.isfinite(UPGrad().weights(rows @ rows.T) @ rows).all()
+    assert not torch.isfinite(UPGrad().solve(rows @ rows.T) @ rows).all()
