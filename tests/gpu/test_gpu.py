@@ -93,6 +93,7 @@ tell(what="y", found="2", figures={{}}, good=None)
     assert fails.rows == [Row("a | b", "first", {}, good=False)]
     assert "before" in fails.printed
     assert hangs.status == "stopped after its 1 s"
+    assert hangs.seconds < 3
     assert hangs.rows == [Row("x", "1 ms", {"x": 1}, good=True)]
     assert works.status.startswith("done in 0 s of 20")
     assert [each.finished for each in (fails, hangs, works)] == [False, False, True]
