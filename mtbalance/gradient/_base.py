@@ -185,8 +185,9 @@ class GramianStrategy(GradientStrategy):
                 f"{type(self).__name__}.weights must return one weight per row, shape "
                 f"({len(gramian)},), but got shape {tuple(weights.shape)}."
             )
-        # On the way to a device, what is sent is safe when the call returns: no need to wait.
-        return weights.to(gramian.device, non_blocking=True)
+        # On the way to a device, what is sent is safe when the call returns: no need to wait. Of
+        # Apple's, PyTorch does not say that.
+        return weights.to(gramian.device, non_blocking=gramian.device.type != "mps")
 
 
 class WrappingStrategy(GradientStrategy):
