@@ -86,7 +86,7 @@ class Balancer(nn.Module):
             ones in between, where one backward pass serves as for ``Sum``. 1 is exact.
         dtype: What per-task gradients are kept in between their backward pass and the direction,
             for instance ``torch.bfloat16`` for half the memory; None for their own. The Gramian is
-            accumulated in float64 from the kept numbers; micro-batches add up in float32 or more.
+            made in float64 from the kept numbers; micro-batches add up in float32 or more.
         chunk: How many tasks share one vectorised backward pass (``is_grads_batched``); None for
             one pass per task. It saves time where launching kernels is what takes it, on a GPU with
             small batches; on a CPU, and where an operation has no vectorised form, it costs time.

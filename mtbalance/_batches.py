@@ -18,7 +18,8 @@ from mtbalance._company import Company, Losses, Validation
 from mtbalance._finite import NonFinite
 from mtbalance._gramians import WIDE, are_held, exponents_of
 from mtbalance._places import Place
-from mtbalance._rows import finite_entries, products_between
+from mtbalance._products import products_between
+from mtbalance._rows import finite_entries
 from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._shards import sum_over_shards

@@ -12,7 +12,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mtbalance._rows import finite_entries, gramian_of
+from mtbalance._products import gramian_of
+from mtbalance._rows import finite_entries
 
 Number = TypeVar("Number", float, Tensor)
 

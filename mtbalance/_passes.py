@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mtbalance._graphs import free, reach_of
-from mtbalance._rows import Rows, all_finite, inner_products, sum_of
+from mtbalance._products import inner_products
+from mtbalance._rows import Rows, all_finite, sum_of
 from mtbalance._shards import local
 from mtbalance._writing import fresh_grad
 

@@ -14,8 +14,9 @@ from mtbalance._checks import averages_rows, check_features
 from mtbalance._company import Accepts, Company, TaskPasses
 from mtbalance._graphs import Reach, is_computed_from, reach_of
 from mtbalance._passes import task_gradients
+from mtbalance._products import gramian_of
 from mtbalance._reach import ReachLog
-from mtbalance._rows import Rows, columns_of, gramian_of
+from mtbalance._rows import Rows, columns_of
 from mtbalance._scaling import scaled
 from mtbalance._seen import Seen
 from mtbalance._shards import sum_over_shards

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mtbalance._passes import sharded_task_gradients
+from mtbalance._products import inner_products
 from mtbalance._ranks import Ranks
-from mtbalance._rows import Rows, inner_products
+from mtbalance._rows import Rows
 from mtbalance._shards import is_sharded, sum_over_shards
 from mtbalance.weighting._base import Step
 

@@ -145,7 +145,8 @@ class Record(_OfGradients):
         losses: Their raw losses, by name.
         weights: Their weights (derivatives of the objective by the losses), by name.
         gramian: Inner products of the raw gradients of the shared parameters, shape (m, m),
-            float64; None where one ordinary backward pass did, so that there are no per-task
+            float64, off by some 1e-8 of their lengths (see "How exact a Gramian is"
+            in docs/); None where one ordinary backward pass did, so that there are no per-task
             gradients. Infinity or 0 for float64 gradients with norms above 1e154 or below 1e-162,
             of which everything else is right.
         progress: Inner products of the raw gradients with the direction, shape (m,), float64 (and

@@ -20,15 +20,14 @@ Rows = Sequence[Sequence[Tensor | None]]
 _BLOCK_COLUMNS = {"cpu": 2**17}
 """Columns per block. On the CPU, fewer cost more in calls than they save in cache misses."""
 _BLOCK_COLUMNS_ELSEWHERE = 2**22
-_PIECE = 2**15
 _IDLE_THREADS_SLEEP = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
 CACHED_COLUMNS = {"cpu": 2**15 if _IDLE_THREADS_SLEEP else 2**17}
 """Columns per block for what makes temporaries of a block's size, which then stay in the cache.
 Up to 2^15 entries PyTorch uses one thread: waking one that sleeps takes several times as long."""
+_TOGETHER = 2**15
+"""Entries of small parameters that are combined together."""
 _SMALL = 2**13
 """Up to this many columns, joining rows and converting them later takes a third of the time."""
-_NARROW = 8
-"""Up to this many rows, the lower triangle row by row is faster than the whole product."""
 
 
 class Piece(NamedTuple):
@@ -175,80 +174,6 @@ def columns_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
-def gramian_of(rows: Rows, exponents: Sequence[int] = ()) -> Tensor:
-    """Return the inner products of the rows, shape (m, m), accumulated in float64.
-
-    float64 holds the squares of every float32 and bfloat16 number, so nothing over- or underflows,
-    and small combinations of large rows keep their length.
-
-    Args:
-        rows: The rows, m of them.
-        exponents: What powers of two to divide each row by first, for float64 rows whose squares
-            float64 does not hold; between -1000 and 1000.
-    """
-    total: Tensor | None = None
-    for block in column_blocks(rows, torch.float64):
-        if exponents:
-            factors = block.matrix.new_tensor([2.0**-exponent for exponent in exponents])
-            block.matrix.mul_(factors[:, None])  # a copy of the rows in any case
-        product = _inner_products_within(block.matrix)
-        total = product if total is None else total + product.to(total.device)
-    if total is None:
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
-    return torch.tril(total) + torch.tril(total, -1).T
-
-
-def products_between(rows: Rows, exponent: int = 0) -> Tensor:
-    """Return the inner products of the first m of 2 m rows with the others, shape (m, m).
-
-    Accumulated in float64, as those of :func:`gramian_of`.
-
-    Args:
-        rows: The rows, 2 m of them.
-        exponent: What power of two to divide all of them by first; see :func:`gramian_of`.
-    """
-    m = len(rows) // 2
-    total = torch.zeros(m, m, dtype=torch.float64, device="cpu")
-    for block in column_blocks(rows, torch.float64):
-        matrix = block.matrix.mul_(2.0**-exponent) if exponent else block.matrix
-        total = total.to(matrix.device) + matrix[:m] @ matrix[m:].T
-    return total
-
-
-def _inner_products_within(matrix: Tensor) -> Tensor:
-    """Return matrix @ matrix.T, of which only the lower triangle counts."""
-    m = len(matrix)
-    if m > _NARROW or matrix.device.type != "cpu":
-        return matrix @ matrix.T
-    product = matrix.new_zeros(m, m)
-    for i in range(m):
-        torch.mv(matrix[: i + 1], matrix[i], out=product[i, : i + 1])
-    return product
-
-
-def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
-    """Return the inner product of each row with ``vector``, shape (m,), in float64.
-
-    Taken in the numbers' own dtype (at least float32) piece by piece, and added up in float64: for
-    float32 the error is about 1e-8 of the product of the norms, a tenth of what rounding the
-    numbers themselves to float32 may have cost. Unlike the Gramian, nothing is solved with these.
-    """
-    products: list[list[Tensor]] = [[] for _ in rows]
-    for parameter, whole in enumerate(vector):
-        if whole is None:
-            continue
-        numbers = flat(whole)
-        dtype = at_least_float32(numbers.dtype)  # real, of complex ones too
-        pieces = torch.split(numbers.to(dtype), _PIECE)
-        for row, found in zip(rows, products, strict=True):
-            tensor = row[parameter]
-            if tensor is not None:
-                others = torch.split(flat(tensor).to(dtype), _PIECE)
-                found.extend(map(torch.dot, pieces, others))
-    sums = [sum_of([p.double() for p in found], ()) for found in products]
-    return torch.stack([total.to(sums[0].device) for total in sums])
-
-
 def combine(
     rows: Rows,
     coefficients: Tensor,
@@ -274,23 +199,65 @@ def combine(
         numbers: Sequence[float | Tensor] = coefficients.tolist()
     else:
         numbers = coefficients.unbind()
-    count = max((len(row) for row in rows), default=0)
     directions: list[Tensor | None] = []
-    for parameter in range(count):
+    for start, stop in _stretches(rows):
+        tensors = [row[start:stop] for row in rows]
+        if release:
+            for row in rows:
+                if isinstance(row, list):
+                    row[start:stop] = [None] * (stop - start)
+        of_dtype = map(_first, zip(*tensors, strict=True)) if like is None else like[start:stop]
+        for total, tensor in zip(_combined(tensors, numbers), of_dtype, strict=True):
+            if total is not None and tensor is not None and total.dtype != tensor.dtype:
+                total = total.to(tensor.dtype)  # noqa: PLW2901
+            directions.append(total)
+    return directions
+
+
+def _first(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def _stretches(rows: Rows) -> Iterator[tuple[int, int]]:
+    """Yield stretches of consecutive parameters: large ones alone, small ones together."""
+    start = entries = 0
+    tensors = max(rows, key=len, default=())
+    for number, tensor in enumerate(tensors):
+        size = 0 if tensor is None else tensor.numel()
+        if number > start and entries + size > _TOGETHER:
+            yield start, number
+            start, entries = number, 0
+        entries += size
+    if start < len(tensors):
+        yield start, len(tensors)
+
+
+def _combined(tensors: Rows, numbers: Sequence[float | Tensor]) -> Sequence[Tensor | None]:
+    """Return the combination of the rows of some parameters, in the dtypes they add up in."""
+    alike = _alike(tensors)
+    if alike is not None and isinstance(numbers[0], float):
+        totals = torch._foreach_mul(alike[0], numbers[0])
+        for row, number in zip(alike[1:], numbers[1:], strict=True):
+            torch._foreach_add_(totals, row, alpha=float(number))
+        return totals
+    directions: list[Tensor | None] = []
+    for column in zip(*tensors, strict=True):
         total: Tensor | None = None
-        dtype: torch.dtype | None = None
-        for row, number in zip(rows, numbers, strict=True):
-            tensor = row[parameter]
-            if release and isinstance(row, list):
-                row[parameter] = None
-            if tensor is None:
-                continue
-            dtype = dtype or tensor.dtype
-            total = plus_multiple(total, tensor, number)
-        if total is not None:
-            total = total.to(dtype if like is None else like[parameter].dtype)
+        for tensor, number in zip(column, numbers, strict=True):
+            if tensor is not None:
+                total = plus_multiple(total, tensor, number)
         directions.append(total)
     return directions
+
+
+def _alike(rows: Rows) -> list[list[Tensor]] | None:
+    """Return the rows if all is there, dense, and of one dtype that numbers add up in."""
+    found = [[tensor for tensor in row if tensor is not None] for row in rows]
+    kinds = {(tensor.dtype, tensor.layout) for row in found for tensor in row}
+    if len(kinds) != 1 or any(len(f) < len(row) for f, row in zip(found, rows, strict=True)):
+        return None
+    ((dtype, layout),) = kinds
+    return found if layout is torch.strided and dtype is at_least_float32(dtype) else None
 
 
 def with_room_for(total: Tensor, addend: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ HELPERS = {
     "mtbalance._remembering",
     "mtbalance._row_means",
     "mtbalance._row_state",
+    "mtbalance._products",
     "mtbalance._rows",
     "mtbalance._shards",
     "mtbalance._simplex",

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from mtbalance import _rows
+from mtbalance._products import gramian_of, inner_products
 from mtbalance._rows import (
     all_finite,
     column_blocks,
     combine,
     flat,
-    gramian_of,
-    inner_products,
     stacked,
     sum_of,
 )

@@ -129,7 +129,7 @@ Preference = Mapping[str, float] | Sequence[float]
 class GramianStrategy(GradientStrategy):
     """A gradient strategy whose direction is a combination of the rows that the Gramian decides.
 
-    Subclasses write :meth:`weights`; the Gramian (accumulated in float64), the combination, devices
+    Subclasses write :meth:`weights`; the Gramian (in float64), the combination, devices
     and dtypes come for free.
     """
 
