@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtbalance._rows import (
     CACHED_COLUMNS,
+    ONE_THREAD,
     Piece,
     Rows,
     at_least_float32,
@@ -205,7 +206,12 @@ def direct_by_columns(
 def _products(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
     """Return the inner products of rows with a direction, each over a power of two, in float64."""
     if power == 0:
-        return (matrix @ columns.to(matrix)).double()
+        columns = columns.to(matrix)
+        if matrix.device.type != "cpu":
+            return (matrix @ columns).double()
+        width = max(1, ONE_THREAD // len(matrix))
+        parts = zip(matrix.split(width, 1), columns.split(width), strict=True)
+        return torch.stack([part @ piece for part, piece in parts]).sum(0, dtype=torch.float64)
     factor = 2.0**-power
     return (matrix.double() * factor) @ (columns.double() * factor)
 

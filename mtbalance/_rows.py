@@ -8,7 +8,6 @@ bounded.
 
 import functools
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,11 +19,13 @@ Rows = Sequence[Sequence[Tensor | None]]
 _BLOCK_COLUMNS = {"cpu": 2**17}
 """Columns per block. On the CPU, fewer cost more in calls than they save in cache misses."""
 _BLOCK_COLUMNS_ELSEWHERE = 2**22
-_IDLE_THREADS_SLEEP = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-CACHED_COLUMNS = {"cpu": 2**15 if _IDLE_THREADS_SLEEP else 2**17}
-"""Columns per block for what makes temporaries of a block's size, which then stay in the cache.
-Up to 2^15 entries PyTorch uses one thread: waking one that sleeps takes several times as long."""
-_TOGETHER = 2**15
+ONE_THREAD = 2**15
+"""Up to so many entries PyTorch uses one thread of the CPU. Others take as long to wait for as they
+save, and where other programs keep them busy, a hundred times as long."""
+CACHED_COLUMNS = {"cpu": ONE_THREAD}
+"""Columns per block for what makes temporaries of a block's size, which then stay in the cache."""
+_COPIED = ONE_THREAD
+_TOGETHER = ONE_THREAD
 """Entries of small parameters that are combined together."""
 _SMALL = 2**13
 """Up to this many columns, joining rows and converting them later takes a third of the time."""
@@ -136,7 +137,7 @@ def _filled(
             stop = min(len(reached), start + matrix.shape[1] - filled)
             for line, vector in zip(lines, vectors, strict=True):
                 target = line[filled : filled + stop - start]
-                target.zero_() if vector is None else target.copy_(vector[start:stop])
+                _fill(target, vector if vector is None else vector[start:stop])
             pieces.append(Piece(parameter, start, stop))
             filled += stop - start
             start = stop
@@ -145,6 +146,17 @@ def _filled(
                 pieces, filled = [], 0
     if matrix is not None and filled:
         yield Block(matrix[:, :filled], pieces)
+
+
+def _fill(target: Tensor, source: Tensor | None) -> None:
+    """Copy numbers, or zeros."""
+    if source is None:
+        target.zero_()
+    elif target.device.type != "cpu":
+        target.copy_(source)
+    else:
+        for part, piece in zip(target.split(_COPIED), source.split(_COPIED), strict=True):
+            part.copy_(piece)
 
 
 class _Vectors(NamedTuple):
