@@ -10,9 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtbalance._rows import Rows, at_least_float32, column_blocks, columns_of, flat, sum_of
+from mtbalance._rows import (
+    ONE_THREAD,
+    Rows,
+    at_least_float32,
+    column_blocks,
+    columns_of,
+    flat,
+    sum_of,
+)
 
-_PIECE = 2**15
 _NARROW = 8
 """Up to this many rows, the lower triangle row by row is faster than the whole product."""
 _SHORT = 2**17
@@ -148,11 +155,13 @@ def inner_products(rows: Rows, vector: Sequence[Tensor | None]) -> Tensor:
             continue
         numbers = flat(whole)
         dtype = at_least_float32(numbers.dtype)  # real, of complex ones too
-        pieces = torch.split(numbers.to(dtype), _PIECE)
+        size = ONE_THREAD if numbers.device.type == "cpu" else max(1, len(numbers))
+        pieces = torch.split(numbers.to(dtype), size)
         for row, found in zip(rows, products, strict=True):
             tensor = row[parameter]
             if tensor is not None:
-                others = torch.split(flat(tensor).to(dtype), _PIECE)
-                found.extend(map(torch.dot, pieces, others))
+                others = torch.split(flat(tensor).to(dtype), size)
+                # Not their dot product, which starts threads for so few numbers.
+                found += [(p * other).sum() for p, other in zip(pieces, others, strict=True)]
     sums = [sum_of([p.double() for p in found], ()) for found in products]
     return torch.stack([total.to(sums[0].device) for total in sums])
