@@ -210,7 +210,7 @@ def _products(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
         if matrix.device.type != "cpu":
             return (matrix @ columns).double()
         width = max(1, ONE_THREAD // len(matrix))
-        parts = zip(matrix.split(width, 1), columns.split(width), strict=True)
+        parts = zip(torch.split(matrix, width, 1), torch.split(columns, width), strict=True)
         return torch.stack([part @ piece for part, piece in parts]).sum(0, dtype=torch.float64)
     factor = 2.0**-power
     return (matrix.double() * factor) @ (columns.double() * factor)

@@ -155,7 +155,7 @@ def _fill(target: Tensor, source: Tensor | None) -> None:
     elif target.device.type != "cpu":
         target.copy_(source)
     else:
-        for part, piece in zip(target.split(_COPIED), source.split(_COPIED), strict=True):
+        for part, piece in zip(*(torch.split(t, _COPIED) for t in (target, source)), strict=True):
             part.copy_(piece)
 
 
