@@ -214,11 +214,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, help="a file to which JSON goes beside the table")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    environment = reporting.describe(device)
-    results = {
-        name: measure(name, device, options.rounds, with_peers=not options.no_peers)
-        for name in options.workload
-    }
+    environment = {**reporting.describe(device), "busy": options.busy}
+    with reporting.others_at_work(options.busy):
+        results = {
+            name: measure(name, device, options.rounds, with_peers=not options.no_peers)
+            for name in options.workload
+        }
     everything = json.dumps({"environment": environment, "workloads": results}, indent=2) + "\n"
     if options.to:
         options.to.write_text(everything)

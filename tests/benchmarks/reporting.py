@@ -9,8 +9,10 @@ import datetime as dt
 import json
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,23 @@ def parser_of(description: str | None, default: Iterable[str]) -> argparse.Argum
         help=f"of {', '.join([*WORKLOADS, *TINY])}; by default {', '.join(default)}",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="keep the CPU busy with N other programs"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
+
+
+@contextmanager
+def others_at_work(count: int) -> Iterator[None]:
+    """Keep so many other programs busy, one thread each, for a while."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def report(
@@ -50,15 +67,16 @@ def report(
 ) -> None:
     """Measure the workloads and print a table for each as soon as it is there, or JSON."""
     device = torch.device(options.device)
-    environment = describe(device)
+    environment = {**describe(device), "busy": options.busy}
     if not options.json:
         sys.stdout.write(header(environment))
     results = {}
-    for name in options.workload:
-        results[name] = measure(name, device)
-        if not options.json:
-            sys.stdout.write(table(name, results[name]))
-            sys.stdout.flush()
+    with others_at_work(options.busy):
+        for name in options.workload:
+            results[name] = measure(name, device)
+            if not options.json:
+                sys.stdout.write(table(name, results[name]))
+                sys.stdout.flush()
     if options.json:
         json.dump({"environment": environment, "workloads": results}, sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -88,7 +106,9 @@ def header(environment: dict[str, Any]) -> str:
     return (
         f"mtbalance {e['mtbalance']}, torch {e['torch']}, Python {e['python']}, {e['date']}\n"
         f"{where}, {e['cores']} cores, {e['threads']} threads, "
-        f"OMP_WAIT_POLICY={e['omp_wait_policy']}, load {e['load']}\n\n"
+        f"OMP_WAIT_POLICY={e['omp_wait_policy']}, load {e['load']}"
+        + (f", {e['busy']} other programs busy" if e.get("busy") else "")
+        + "\n\n"
     )
 
 

@@ -1,6 +1,7 @@
 """The benchmarks run, and count what they say they count. What they measure is nobody's test."""
 
 import json
+import subprocess
 import warnings
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 
 from mtbalance._factory import GRADIENTS, WEIGHTINGS
 from mtbalance.gradient import PCGrad
-from tests.benchmarks import catalogue, many_tasks, memory, solvers, step_cost, tiny_step
+from tests.benchmarks import (
+    catalogue,
+    many_tasks,
+    memory,
+    reporting,
+    solvers,
+    step_cost,
+    tiny_step,
+)
 from tests.benchmarks.peers import LIBMTL, SCALARIZERS, peers, peers_of_catalogue
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
@@ -51,6 +60,38 @@ def test_step_cost_measures_what_was_chosen_and_prints_a_table(capsys) -> None:
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[-5:-1]] == [*step_cost.FLOORS, "equal+cagrad"]
+
+
+def test_step_cost_may_be_measured_beside_other_programs(capsys) -> None:
+    step_cost.main(
+        [
+            "--workload",
+            "tiny-mlp",
+            "--rounds",
+            "1",
+            "--no-peers",
+            "--busy",
+            "2",
+            "--variants",
+            "equal+cagrad",
+        ]
+    )
+    assert ", 2 other programs busy\n" in capsys.readouterr().out
+
+
+def test_other_programs_end_with_the_measurement(monkeypatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def noted(command: list[str]) -> "subprocess.Popen[bytes]":
+        started.append(start(command))
+        return started[-1]
+
+    monkeypatch.setattr(reporting.subprocess, "Popen", noted)
+    with pytest.raises(KeyError), reporting.others_at_work(2):
+        assert [other.poll() for other in started] == [None, None]
+        raise KeyError
+    assert all(other.poll() is not None for other in started)
 
 
 def test_step_cost_measures_options_when_asked() -> None:
