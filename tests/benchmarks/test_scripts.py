@@ -63,19 +63,8 @@ def test_step_cost_measures_what_was_chosen_and_prints_a_table(capsys) -> None:
 
 
 def test_step_cost_may_be_measured_beside_other_programs(capsys) -> None:
-    step_cost.main(
-        [
-            "--workload",
-            "tiny-mlp",
-            "--rounds",
-            "1",
-            "--no-peers",
-            "--busy",
-            "2",
-            "--variants",
-            "equal+cagrad",
-        ]
-    )
+    chosen = ["--workload", "tiny-mlp", "--variants", "equal+cagrad", "--no-peers"]
+    step_cost.main([*chosen, "--rounds", "1", "--busy", "2"])
     assert ", 2 other programs busy\n" in capsys.readouterr().out
 
 
@@ -88,9 +77,13 @@ def test_other_programs_end_with_the_measurement(monkeypatch) -> None:
         return started[-1]
 
     monkeypatch.setattr(reporting.subprocess, "Popen", noted)
-    with pytest.raises(KeyError), reporting.others_at_work(2):
-        assert [other.poll() for other in started] == [None, None]
-        raise KeyError
+
+    def measure() -> None:
+        with reporting.others_at_work(2):
+            assert [other.poll() for other in started] == [None, None]
+            raise KeyError
+
+    pytest.raises(KeyError, measure)
     assert all(other.poll() is not None for other in started)
 
 
