@@ -83,7 +83,8 @@ def test_other_programs_end_with_the_measurement(monkeypatch) -> None:
             assert [other.poll() for other in started] == [None, None]
             raise KeyError
 
-    pytest.raises(KeyError, measure)
+    with pytest.raises(KeyError):
+        measure()
     assert all(other.poll() is not None for other in started)
 
 
