@@ -1,5 +1,6 @@
 """Which tasks have reached which parameters, and so what is shared."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from mtbalance._graphs import compiled_outputs_of, reach_of
 from mtbalance._hidden import hidden_by
 from mtbalance._names import names_in_models
 from mtbalance._row_state import Place, in_a_key
+from mtbalance._shards import refuse_unsharded
 from mtbalance._shared import SharedParts
 from mtbalance._split import Known, LoadedSplit, split_of
 from mtbalance._task_gradients import TaskGradients
@@ -89,7 +91,9 @@ class ReachLog:
                 self._note(task, reach_of([loss]).leaves)
 
     def check(self, reached: Mapping[str, Sequence[Tensor]], losses: Mapping[str, Tensor]) -> None:
-        """Raise unless each loss reaches a shared parameter."""
+        """Raise unless each loss reaches a shared parameter, and none a whole one of FSDP."""
+        if frozenset(losses) not in self._seen:
+            refuse_unsharded(itertools.chain(*reached.values()), given=self._shared.given)
         for task, leaves in reached.items():
             if not self._is_reached_by(leaves):
                 raise self._reaches_none(f"the loss of task {task!r}", [losses[task]], leaves)

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtbalance._names import alive
 from mtbalance._rows import Rows
 
 _MODULE = "torch.distributed.tensor"
+_FSDP = "torch.distributed.fsdp"
+_HOLDER = f"{_FSDP}._fully_shard._fsdp_param"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -50,6 +53,53 @@ def spread_of(leaf: Tensor) -> Any:
     if not is_sharded(leaf):
         return None
     return leaf.device_mesh, leaf.placements  # type: ignore[attr-defined]
+
+
+def refuse_unsharded(leaves: Iterable[Tensor], *, given: bool) -> None:
+    """Raise if graphs end in whole parameters that FSDP, either of it, has made of shards.
+
+    It reduces what a backward pass accumulates there, and lets them go. Gradients that are captured
+    never reach the shards.
+
+    Args:
+        leaves: What losses reach.
+        given: Whether what is shared is given, or to be inferred.
+    """
+    fsdp = sys.modules.get(_FSDP)  # there are none before somebody imports it
+    if fsdp is None:
+        return
+    leaves = list(leaves)
+    flat = [leaf.numel() for leaf in leaves if isinstance(leaf, fsdp.FlatParameter)]
+    if flat:
+        raise TypeError(
+            "the losses must not be those of FullyShardedDataParallel, but they reach a flat "
+            f"parameter of it ({flat[0]} entries), in which what is shared cannot be told from the "
+            "rest. Shard the model with torch.distributed.fsdp.fully_shard instead, and give the "
+            "sharded modules as `shared`."
+        )
+    unsharded = _unsharded(fsdp)
+    shapes = [tuple(leaf.shape) for leaf in leaves if id(leaf) in unsharded]
+    if shapes:
+        what = "what is given was not sharded" if given else "nothing is given"
+        raise ValueError(
+            "`shared` must be given, and sharded, where fully_shard has sharded the model, but "
+            f"{what}: the losses reach whole parameters (one of shape {shapes[0]}), which are "
+            "gathered for a pass and let go again. Shard the shared modules, and then make the "
+            "Balancer, with shared=, before the first forward pass."
+        )
+
+
+def _unsharded(fsdp: Any) -> set[int]:
+    """Return the identities of all whole parameters that ``fully_shard`` has ever gathered.
+
+    Modules hold them, if at all, only for a while, and their storage comes and goes.
+    """
+    # It gives each sharded module a class of its own, so that others need not look further.
+    if not (hasattr(fsdp, "FSDPModule") and fsdp.FSDPModule.__subclasses__()):
+        return set()
+    holders = alive(sys.modules[_HOLDER].FSDPParam)  # an error if it moves, not a wrong gradient
+    gathered = (getattr(holder, "_unsharded_param", None) for holder in holders)
+    return {id(parameter) for parameter in gathered if parameter is not None}
 
 
 def sum_over_shards(
