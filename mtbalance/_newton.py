@@ -16,6 +16,8 @@ from mtbalance._pivoting import dot, minimize_by_pivoting
 
 STATIONARY = "a convex combination of the task gradients vanishes, so that none serves all tasks"
 """Why there may be no balance."""
+UNSOLVED = "Newton's method has not found where the gains are balanced, and weights are 0"
+"""Why there may be no answer."""
 
 _MOST_STEPS = 60
 """Newton's method takes 4 to 15 as a rule."""
@@ -27,11 +29,13 @@ _LEAST = math.exp(-_LARGEST_LOG)
 _LAST_STEP = 1e-7
 """After a step that small, relative to x, the error is about its square."""
 _ROUNDING = 1e-2
-"""Below it steps shrink at least by half each, unless they are rounding alone."""
+"""Below it, over q above 1, steps shrink at least by half each, unless they are rounding alone."""
 _VISIBLE = 1e-14
 """Changes of less than this fraction of the largest part are lost in the sum."""
 _SUSPICION = 1e-6
 """Where unit rows cancel to the root of this fraction, some combination may vanish."""
+_CLOSE = 1e-5
+"""How far the direction may be off at the end, as a fraction of its length."""
 _FAR = 2.0
 """Parts of x that are to grow by more than this factor are looked for on their own scale."""
 
@@ -45,7 +49,7 @@ class Balance(NamedTuple):
     """The factor's logarithm."""
 
 
-def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | None:
+def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | str:
     r"""Return the :math:`x > 0` with :math:`(C x)_i = c_i x_i^{-q}`.
 
     It minimises the convex :math:`x^T C x / 2 - \sum_i c_i x_i^{1 - q} / (1 - q)` (a logarithm for
@@ -58,26 +62,27 @@ def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | None
         power: q, positive.
 
     Returns:
-        None if some convex combination cannot be told from zero by the Gramian.
+        Why there is none: ``STATIONARY`` if some convex combination cannot be told from zero by the
+        Gramian, ``UNSOLVED`` if the steps end elsewhere.
     """
     if power > 1 and _some_combination_vanishes(gramian):
-        return None  # the way to infinity is too slow to be noticed
+        return STATIONARY  # the way to infinity is too slow to be noticed
     problem = _Problem(gramian, logs.tolist(), power)
-    x = _start(problem)
+    x, short = _start(problem), _ROUNDING / max(1.0, power)
     previous, may_vanish, swept = (math.inf, math.inf), power <= 1, False
     for _ in range(_MOST_STEPS):
         point = _Point.at(problem, x)
         if may_vanish and sum(point.gains) < _SUSPICION * sum(point.x) ** 2:
             may_vanish = False
             if _some_combination_vanishes(gramian):
-                return None
+                return STATIONARY
         step = _newton_step(problem, point)
         length = max(map(abs, step))
         seen = max(abs(a * b) for a, b in zip(point.x, step, strict=True))
-        settled = length > _ROUNDING and seen <= _VISIBLE
+        settled = length > short and seen <= _VISIBLE
         if not math.isfinite(sum(step)) or (settled and swept):
             break
-        if length > _ROUNDING:
+        if length > short:
             previous, swept = (math.inf, math.inf), settled
             x = point.x if settled else point.moved(step, _stretch(problem, point, step))
             if settled or max(step) > _FAR:
@@ -88,8 +93,14 @@ def balance_gains(gramian: Tensor, logs: Tensor, power: float) -> Balance | None
         x, previous = point.moved(step, 1.0), (length, seen)
         if length <= _LAST_STEP:
             break
+    return _balance_at(problem, x)
+
+
+def _balance_at(problem: "_Problem", x: list[float]) -> Balance | str:
     point = _Point.at(problem, x)
-    return Balance(_tensor(point.x), -point.shift / (1 + power))
+    if not _squared_error(problem, point) <= _CLOSE**2:
+        return UNSOLVED
+    return Balance(_tensor(point.x), -point.shift / (1 + problem.power))
 
 
 class _Problem(NamedTuple):
@@ -188,7 +199,35 @@ def _newton_step(problem: _Problem, point: _Point) -> list[float]:
     matrix.diagonal().add_(problem.power)
     factor, _ = torch.linalg.cholesky_ex(matrix)
     solution = torch.cholesky_solve(both[1, :, None], factor)[:, 0].tolist()
-    return [part / root for part, root in zip(solution, roots, strict=True)]
+    step = [part / root for part, root in zip(solution, roots, strict=True)]
+    # Parts that are as small as can be stay, or steps would be cut short to keep them positive.
+    held = [part <= _LEAST and change < 0 for part, change in zip(point.x, step, strict=True)]
+    return [0.0 if hold else change for hold, change in zip(held, step, strict=True)]
+
+
+def _squared_error(problem: _Problem, point: _Point) -> float:
+    r"""Return how far the direction may be off, squared, as a fraction of its squared length.
+
+    Half of it bounds the gap to the dual problem, and so to the least value, which the quadratic
+    term turns into a distance. With :math:`l_i` the logarithm of what is wanted over what is gained
+    and n the larger of 1 and 1 / q, a part adds at most its gain times
+    :math:`l_i^2 e^{n \max(l_i, 0)} / q`, or twice its gain if it gains more than is wanted. Gains
+    count as those next to what is wanted that rounding leaves possible.
+    """
+    rounding = _VISIBLE * sum(point.x)
+    steepness = max(1.0, 1 / problem.power)
+    error = 0.0
+    for part, gain, wanted in zip(*point[:3], strict=True):
+        possible = min(max(wanted, gain - rounding * part), gain + rounding * part)
+        if possible <= 0:
+            return math.inf
+        log = math.log(wanted) - math.log(possible)
+        if log > 0:
+            growth = math.exp(min(steepness * log, _LARGEST_LOG))
+            error += possible * log**2 / problem.power * growth
+        else:
+            error += possible * min(log**2 / problem.power, 2.0)
+    return error / max(sum(point.gains), _LEAST)
 
 
 def _stretch(problem: _Problem, point: _Point, step: list[float]) -> float:
