@@ -24,7 +24,7 @@ _NARROW = 8
 """Up to this many rows, the lower triangle row by row is faster than the whole product."""
 _SHORT = 2**17
 """Up to this many columns, products in float64 cost little."""
-_BLOCK_ENTRIES = 2**21
+_BLOCK_ENTRIES = 2**20
 """Entries per block of products in float32. Each block starts the threads of the CPU anew, which
 wait for each other: where other programs keep these busy, much longer than the products take."""
 _RUN = 512
