@@ -70,10 +70,11 @@ def gramian_of(rows: Rows, exponents: Sequence[int] = ()) -> Tensor:
 
 def _may_be_float32(rows: Rows) -> bool:
     """Return whether products in float32 save time, and would be what they say."""
+    if sum(max(map(columns_of, column)) for column in zip(*rows, strict=True)) <= _SHORT:
+        return False
     tensors = [tensor for row in rows for tensor in row if tensor is not None]
     return (
-        sum(max(map(columns_of, column)) for column in zip(*rows, strict=True)) > _SHORT
-        and all(t.device.type == "cpu" for t in tensors)
+        all(t.device.type == "cpu" for t in tensors)
         and all(at_least_float32(t.dtype).to_real() == torch.float32 for t in tensors)
         and _keeps_float32()
     )

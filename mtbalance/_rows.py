@@ -152,7 +152,7 @@ def _fill(target: Tensor, source: Tensor | None) -> None:
     """Copy numbers, or zeros."""
     if source is None:
         target.zero_()
-    elif target.device.type != "cpu":
+    elif len(target) <= _COPIED or target.device.type != "cpu":
         target.copy_(source)
     else:
         for part, piece in zip(*(torch.split(t, _COPIED) for t in (target, source)), strict=True):

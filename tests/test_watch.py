@@ -118,10 +118,15 @@ def test_the_optimizer_of_another_model() -> None:
 
 def test_a_group_for_each_parameter() -> None:
     model = Network()
-    for module in (model.trunk, model.trunk[0]):
-        words = f"makes {len(list(module.parameters()))} groups of one parameter each, .* Give the "
-        with told(words + type(module).__name__):
-            Balancer(Equal(), CAGrad(), tasks=TASKS, shared=dict(module.named_parameters()))
+    named = dict(model.trunk.named_parameters())
+    with told("makes 4 groups of one parameter each, .* Give the Sequential"):
+        Balancer(Equal(), CAGrad(), tasks=TASKS, shared=named)
+    named = dict(model.trunk[0].named_parameters())  # "weight" is no name of a group
+    with (
+        told("makes 2 groups of one parameter each, .* Give the Linear"),
+        pytest.raises(ValueError, match="'weight'"),
+    ):
+        Balancer(Equal(), CAGrad(), tasks=TASKS, shared=named)
     some = {n: p for n, p in model.named_parameters() if n.startswith("trunk")}
     with told("makes 4 groups of one parameter each, .* Give the Network"):
         Balancer(Equal(), CAGrad(), tasks=TASKS, shared=some)
@@ -130,7 +135,7 @@ def test_a_group_for_each_parameter() -> None:
         {"scale": x, "shift": y},
         {"first": model.trunk[0], "last": model.trunk[3]},
         {"0": model.trunk[0], "3": model.trunk[3]},
-        {"weight": model.trunk[0].weight, "bias": model.trunk[3].bias},
+        {"bias": model.trunk[0].weight, "bias.1": model.trunk[3].bias},
         {"0.weight": model.trunk[0].weight},
     ]
     with told(None):
