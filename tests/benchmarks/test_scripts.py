@@ -316,5 +316,13 @@ def test_tiny_step_reports_every_variant(capsys) -> None:
     out = report(tiny_step, capsys, "--rounds", "1", "--steps", "1")
     assert set(out["seconds"]) == {"floor 1", "floor 2", *tiny_step.VARIANTS}
     assert all(seconds > 0 for seconds in out["seconds"].values())
-    tiny_step.main(["--rounds", "1", "--steps", "1"])
+    tiny_step.main(["--rounds", "1", "--steps", "1", "--parameters", "3"])
     assert "autol+cagrad" in capsys.readouterr().out
+
+
+def test_tiny_step_has_a_network_of_so_many_parameters() -> None:
+    many = tiny_step.ManyParameters(3)
+    assert [parameter.shape for parameter in many.trunk] == [(10,)] * 3
+    for loss in many.losses(torch.randn(32, 16)).values():
+        reached = torch.autograd.grad(loss, list(many.trunk), retain_graph=True)
+        assert all(bool(gradient.any()) for gradient in reached)

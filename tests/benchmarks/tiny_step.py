@@ -1,11 +1,14 @@
 """What Python costs: the time of a step where tensors are so small that little else is left.
 
-The network is an MLP, 16 to 32 to 32, with two heads and a batch of 32. A step is the forward pass
-and everything up to filled ``.grad``; floors are the passes alone, as in ``step_cost``: of the sum,
-and one for every task. Shown are medians in microseconds and what lies above the floor.
+The network is an MLP, 16 to 32 to 32, with two heads and a batch of 32; or, with ``--parameters``,
+so many shared parameters of ten numbers each, which one operation joins before two heads. A step is
+the forward pass and everything up to filled ``.grad``; floors are the passes alone, as in
+``step_cost``: of the sum, and one for every task. Shown are medians in microseconds, what lies
+above the floor, and how many plain steps (floor 1) a step takes.
 
     python -m tests.benchmarks.tiny_step
     python -m tests.benchmarks.tiny_step --steps 200 --rounds 30 --json > today.json
+    python -m tests.benchmarks.tiny_step --parameters 100000 --steps 1 --rounds 5
 
 To compare two versions of the library, run both in turn, many times over, and look at the median of
 the ratios: on a machine that others use, too, single runs differ by more than the versions do.
@@ -53,10 +56,38 @@ class Network(nn.Module):
         }
 
 
-def steps() -> dict[str, Callable[[], object]]:
-    """Return a step of each variant, and the floors, by name."""
+class ManyParameters(nn.Module):
+    """Many shared parameters of ten numbers each, and two heads.
+
+    One operation reaches all parameters: next to any other model of as many, little else is done.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.trunk = nn.ParameterList([torch.randn(10) for _ in range(count)])
+        self.heads = nn.ModuleDict({task: nn.Linear(1, 1) for task in TASKS})
+
+    def losses(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return a loss per task; the rows, shape (n, 16), only say how far apart these are."""
+        joined = torch.cat(list(self.trunk)).unflatten(0, (-1, 10))
+        return {
+            task: (head((joined * row[:10]).mean()[None]) - 1).square().mean()
+            for (task, head), row in zip(self.heads.items(), rows, strict=False)
+        }
+
+
+def steps(count: int = 0) -> dict[str, Callable[[], object]]:
+    """Return a step of each variant, and the floors, by name.
+
+    Args:
+        count: How many parameters the trunk has; 0 for the MLP.
+    """
     torch.manual_seed(0)
-    network, rows, held_out = Network(), torch.randn(32, 16), torch.randn(32, 16)
+    network = ManyParameters(count) if count else Network()
+    rows, held_out = torch.randn(32, 16), torch.randn(32, 16)
     parameters = list(network.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.01)
 
@@ -91,17 +122,18 @@ def steps() -> dict[str, Callable[[], object]]:
     return found
 
 
-def measure(rounds: int, count: int) -> dict[str, float]:
+def measure(rounds: int, count: int, parameters: int = 0) -> dict[str, float]:
     """Return the median time of a step in seconds of processor time, by variant.
 
     Args:
         rounds: How often each variant has its turn.
         count: How many steps make a turn.
+        parameters: As in :func:`steps`.
     """
-    variants = steps()
+    variants = steps(parameters)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():  # the first steps have more to do
-        for _ in range(20):
+        for _ in range(2 if parameters else 20):
             run()
     gc.collect()
     gc.disable()
@@ -119,12 +151,11 @@ def measure(rounds: int, count: int) -> dict[str, float]:
 
 def table(result: dict[str, float]) -> str:
     """Return the times as text."""
-    lines = [f"{'':16}{'us':>8}{'above its floor':>18}"]
+    lines = [f"{'':16}{'us':>10}{'above its floor':>18}{'x floor 1':>12}"]
     for name, seconds in result.items():
-        cells = f"{seconds * 1e6:8.1f}"
-        if not name.startswith("floor"):
-            floor = result["floor 1" if name == "Sum" else "floor 2"]
-            cells += f"{(seconds - floor) * 1e6:18.1f}"
+        floor = result["floor 1" if name in ("Sum", "floor 1") else "floor 2"]
+        cells = f"{seconds * 1e6:10.1f}{(seconds - floor) * 1e6:18.1f}"
+        cells += f"{seconds / result['floor 1']:12.2f}"
         lines.append(f"{name:16}{cells}")
     return "\n".join([*lines, ""])
 
@@ -136,10 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=100, help="in one turn")
+    parser.add_argument(
+        "--parameters", type=int, default=0, help="of the trunk; 0 (the default) for the MLP"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     environment = reporting.describe(torch.device("cpu"))
-    result = measure(options.rounds, options.steps)
+    result = measure(options.rounds, options.steps, options.parameters)
     if options.json:
         json.dump({"environment": environment, "seconds": result}, sys.stdout, indent=2)
         sys.stdout.write("\n")
