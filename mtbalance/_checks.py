@@ -433,7 +433,8 @@ class HasFallbacks(Protocol):
 
 def fallbacks_of(owner: nn.Module) -> int:
     """Return how often a strategy, and those that it wraps, have fallen back."""
-    return sum(getattr(module, "fallbacks", 0) for module in owner.modules())
+    modules = owner.modules() if owner._modules else (owner,)  # most hold none: no walk is needed
+    return sum(getattr(module, "fallbacks", 0) for module in modules)
 
 
 def count_fallback(owner: HasFallbacks, reason: str) -> None:

@@ -12,7 +12,7 @@ from mtbalance._company import Company
 from mtbalance._direction import Outcome
 from mtbalance._places import Place
 from mtbalance._record import GroupFigures, Record
-from mtbalance._rows import all_finite, finite_entries, norms_of, stacked
+from mtbalance._rows import all_finite, length_of, numbers_of
 from mtbalance._table import Table
 from mtbalance._weighed import Weighed
 from mtbalance.gradient._base import GradientStrategy
@@ -51,8 +51,8 @@ class NonFinite:
         """Name the tasks whose loss, in this process, is not finite."""
         if not self.looks or not losses:
             return []
-        finite = finite_entries(stacked([loss.detach() for loss in losses.values()]))
-        return [name for name, good in zip(losses, finite, strict=True) if not good]
+        numbers = zip(losses, numbers_of(list(losses.values())), strict=True)
+        return [name for name, number in numbers if not math.isfinite(number)]
 
     def rows(
         self, table: Table, place: Place, company: Company, scale: float | None
@@ -86,7 +86,7 @@ class NonFinite:
         if not all(finite):  # or out of the range of float64: then these are other numbers
             squares, _ = _numbers_of(held, company)
             finite = [all(map(math.isfinite, each)) for each in zip(*squares.values(), strict=True)]
-        # A norm may overflow where no entry does: look closer then.
+        # A length may overflow where no entry does: look closer then.
         bad = [
             name
             for name, good, other, row in zip(table.losses, finite, others, rest, strict=True)
@@ -223,14 +223,14 @@ class NonFinite:
 def _numbers_of(
     table: Table, company: Company, rest: Sequence[Sequence[Tensor | None]] = ()
 ) -> tuple[dict[int, list[float]], list[float]]:
-    """Return the diagonal of each group's Gramian, and a norm for each row of ``rest``."""
+    """Return the diagonal of each group's Gramian, and a length for each row of ``rest``."""
     count = len(table.losses)
     diagonals = [gramian.diagonal() for gramian in table.gramians.values()]
     none = (diagonals[0] if diagonals else table.gramian).new_zeros(())
-    norms = [norms_of(row) for row in rest]
+    lengths = [length_of(row) for row in rest]
     # All in one tensor, so that the device is waited for once. As many numbers in each process,
     # whether or not it holds a part of any other parameter.
-    sums = [none if norm is None else norm.sum().to(none) for norm in norms]
+    sums = [none if length is None else length.to(none) for length in lengths]
     parts = [diagonal.to(none) for diagonal in diagonals] + ([torch.stack(sums)] if sums else [])
     numbers = company.sum_over_parts(torch.cat(parts)).tolist()
     lines = [numbers[start : start + count] for start in range(0, len(numbers), count)]

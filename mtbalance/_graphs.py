@@ -66,8 +66,8 @@ def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
             leaves.setdefault(id(loss), loss)
         stack = [(loss.grad_fn, loss.output_nr)]
         while stack:
-            node, output = edge = stack.pop()
-            if node is None or (ends and edge in ends):
+            node, output = stack.pop()
+            if node is None or (ends and (node, output) in ends):
                 continue
             kind = type(node)
             if node in owner:
@@ -77,7 +77,7 @@ def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
             owner.setdefault(node, number)
             if kind is _LeafNode:
                 leaf = node.variable  # type: ignore[attr-defined]
-                leaves.setdefault(id(leaf), leaf)
+                leaves[id(leaf)] = leaf
             elif kind is not _Sink:
                 stack += node.next_functions
             elif (node, output) not in through:

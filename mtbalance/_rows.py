@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 Rows = Sequence[Sequence[Tensor | None]]
 
@@ -304,29 +305,53 @@ def finite_entries(vector: Tensor) -> list[bool]:
     return list(map(math.isfinite, vector.tolist()))
 
 
+def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
+    """Return scalars as numbers (waits for their device, once).
+
+    On the CPU each is read as it is: stacking them takes several times as long.
+    """
+    if all(scalar.is_cpu for scalar in scalars):
+        return [scalar.item() for scalar in scalars]
+    numbers: list[float] = stacked([scalar.detach() for scalar in scalars]).tolist()
+    return numbers
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every entry is finite (waits for the device)."""
     return bool(torch.isfinite(tensor).all())
 
 
-def norms_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Return a norm per tensor that is finite if its entries are and do not overflow a sum."""
+def length_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Return a length that all entries together do not exceed, or None if there are none.
+
+    It is not finite if some entry is not, or if it is more than float32 holds. Many small tensors
+    are joined first: a norm of each would take several times as long.
+    """
     parts = [t._values() if t.is_sparse else t for t in tensors if t is not None and t.numel()]
     if not parts:
         return None
-    norms = torch._foreach_norm(parts)
-    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-        norms = tuple(norm.to(parts[0].device).float() for norm in norms)
-    return torch.stack(norms).float()
+    device = parts[0].device
+    small: list[Tensor] = []
+    others: list[Tensor] = []
+    for part in parts:
+        joins = part.numel() <= _SMALL and part.layout is torch.strided and part.device == device
+        (small if joins else others).append(part)
+    norms = list(torch._foreach_norm(others)) if others else []
+    if small:
+        joined = _flatten_dense_tensors(small)  # type: ignore[no-untyped-call]
+        norms.append(torch.linalg.vector_norm(joined, dtype=at_least_float32(joined.dtype)))
+    if len(norms) == 1:
+        return norms[0].float()
+    return torch.stack([norm.to(device, torch.float32) for norm in norms]).sum()
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:
     """Return whether every entry of every tensor is finite (waits for the device once)."""
-    norms = norms_of(tensors)
-    # A norm may overflow where no entry does: look closer then.
+    length = length_of(tensors)
+    # A length may overflow where no entry does: look closer then.
     return (
-        norms is None
-        or is_finite(norms)
+        length is None
+        or math.isfinite(length.item())
         or all(
             is_finite(t._values() if t.is_sparse else t)
             for t in tensors

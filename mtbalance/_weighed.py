@@ -158,13 +158,17 @@ def _derivatives(
                 f"{type(weighting).__name__} must return one weighted loss per task, "
                 f"shape {tuple(raw.shape)}, but got shape {tuple(weighted.shape)}."
             )
+        ones = torch.ones_like(weighted)
+        if weighted is raw and not raw._backward_hooks:  # no pass is needed to know these
+            return ones, [torch.zeros_like(parameter) for parameter in learned]
         weights, *slopes = torch.autograd.grad(
-            weighted.sum(), [raw, *learned], allow_unused=True, materialize_grads=True
+            weighted, [raw, *learned], ones, allow_unused=True, materialize_grads=True
         )
     return weights, slopes
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

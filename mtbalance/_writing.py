@@ -39,27 +39,16 @@ def _hooks_of(leaf: Tensor) -> dict[int, Any]:
     return leaf._post_accumulate_grad_hooks or {}
 
 
-def _note_written(leaf: Tensor) -> None:
-    hooked = _hooked.get()
-    if hooked is not None and leaf._post_accumulate_grad_hooks:
-        hooked[id(leaf)] = leaf
-
-
-@contextmanager
-def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Let backward passes inside call no hooks of these leaves."""
-    suspended = [(hooks, dict(hooks)) for leaf in leaves if (hooks := _hooks_of(leaf))]
-    for hooks, _ in suspended:
-        hooks.clear()  # and not another dictionary: handles that remove a hook know this one
-    try:
-        yield
-    finally:
-        for hooks, saved in suspended:
-            hooks.update(saved)
+def _note_written(hooked: Sequence[Tensor]) -> None:
+    """Note that leaves with hooks have got a gradient."""
+    noted = _hooked.get()
+    if noted is not None:
+        noted.update((id(leaf), leaf) for leaf in hooked)
 
 
 def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -> None:
     """Accumulate into ``.grad``, as ``Tensor.backward`` does; the tensors become the leaves'."""
+    hooked = []
     for leaf, direction in zip(leaves, directions, strict=True):
         if direction is None:
             continue
@@ -71,7 +60,9 @@ def add_to_grad(leaves: Sequence[Tensor], directions: Sequence[Tensor | None]) -
                 total = with_room_for(earlier, direction).add_(direction)
             if total is not earlier:
                 leaf.grad = _laid_out(total, leaf)
-        _note_written(leaf)
+        if leaf._post_accumulate_grad_hooks:
+            hooked.append(leaf)
+    _note_written(hooked)
 
 
 def _laid_out(direction: Tensor, leaf: Tensor) -> Tensor:
@@ -98,7 +89,9 @@ class FreshGrad:
     def is_finite(self) -> bool:
         """Return whether all of it is finite (waits for the device)."""
         written = [leaf.grad for leaf in self._leaves]
-        return all_finite([None if grad is None else local(grad) for grad in written])
+        if any_sharded(self._leaves):
+            written = [None if grad is None else local(grad) for grad in written]
+        return all_finite(written)
 
     def take(self) -> list[Tensor | None]:
         """Return what has been written since the last call, and empty ``.grad`` again."""
@@ -119,16 +112,17 @@ def fresh_grad(leaves: Sequence[Tensor]) -> Iterator[FreshGrad]:
     for leaf in leaves:
         leaf.grad = None
     fresh = FreshGrad(leaves)
+    suspended = [(leaf, hooks, dict(hooks)) for leaf in leaves if (hooks := _hooks_of(leaf))]
+    for _, hooks, _ in suspended:
+        hooks.clear()  # and not another dictionary: handles that remove a hook know this one
     try:
-        with _without_hooks(leaves):
-            yield fresh
+        yield fresh
     finally:
+        for _, hooks, saved in suspended:
+            hooks.update(saved)
+        if fresh.kept:
+            _note_written([leaf for leaf, _, _ in suspended if leaf.grad is not None])
         for leaf, old in zip(leaves, earlier, strict=True):
-            new = leaf.grad if fresh.kept else None
-            if old is not None:
-                leaf.grad = old
-                add_to_grad([leaf], [new])
-            else:
-                leaf.grad = new
-                if new is not None:
-                    _note_written(leaf)
+            if old is not None or not fresh.kept:
+                new, leaf.grad = leaf.grad, old
+                add_to_grad([leaf], [new if fresh.kept else None])

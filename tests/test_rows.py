@@ -15,6 +15,8 @@ from mtbalance._rows import (
     column_blocks,
     combine,
     flat,
+    length_of,
+    numbers_of,
     stacked,
     sum_of,
 )
@@ -216,6 +218,39 @@ def test_all_finite_is_not_fooled_by_large_entries() -> None:
     """The norm overflows float32, no entry does."""
     assert all_finite([torch.full((100,), torch.finfo(torch.float32).max)])
     assert all_finite([torch.full((100,), 1e300, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("place", range(6))
+def test_a_length_is_that_of_all_entries_large_and_small(place: int, bad: float) -> None:
+    """Small tensors go together, others alone: no entry of either is overlooked."""
+    big = torch.full((2**14,), 2.0)  # of length 256
+    tensors = [
+        *(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 12.0]).double(), torch.tensor([84.0j])),
+        *(torch.tensor([[0.0, 3612.0]]).to_sparse(), big, torch.zeros(3).half()),
+    ]
+    length = length_of([None, torch.ones(0), *tensors])
+    assert length is not None
+    assert math.hypot(256, 3613) <= float(length) * 1.000001
+    assert float(length) <= 5 + 12 + 84 + 3612 + 256
+    if bad == 0:
+        return
+    tensors[place] = tensors[place].clone()
+    (tensors[place]._values() if tensors[place].is_sparse else tensors[place])[..., -1] = bad
+    length = length_of(tensors)
+    assert length is not None
+    assert not math.isfinite(float(length))
+    assert not all_finite(tensors)
+
+
+def test_nothing_has_no_length() -> None:
+    assert length_of([None, torch.ones(0)]) is None
+
+
+def test_numbers_are_read_whatever_their_dtype_and_graph() -> None:
+    one = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True) * 1
+    assert numbers_of([one, torch.tensor(1e300, dtype=torch.float64)]) == [0.5, 1e300]
+    assert numbers_of([]) == []
 
 
 def test_stacked_takes_the_common_dtype() -> None:
