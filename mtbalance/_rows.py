@@ -327,22 +327,24 @@ def length_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
     It is not finite if some entry is not, or if it is more than float32 holds. Many small tensors
     are joined first: a norm of each would take several times as long.
     """
-    parts = [t._values() if t.is_sparse else t for t in tensors if t is not None and t.numel()]
-    if not parts:
-        return None
-    device = parts[0].device
     small: list[Tensor] = []
     others: list[Tensor] = []
-    for part in parts:
-        joins = part.numel() <= _SMALL and part.layout is torch.strided and part.device == device
-        (small if joins else others).append(part)
+    for tensor in tensors:
+        size = 0 if tensor is None else tensor.numel()
+        if tensor is None or size == 0:
+            continue
+        joins = size <= _SMALL and tensor.layout is torch.strided
+        if joins and (not small or tensor.device == small[0].device):
+            small.append(tensor)
+        else:
+            others.append(tensor._values() if tensor.is_sparse else tensor)
     norms = list(torch._foreach_norm(others)) if others else []
     if small:
         joined = _flatten_dense_tensors(small)  # type: ignore[no-untyped-call]
         norms.append(torch.linalg.vector_norm(joined, dtype=at_least_float32(joined.dtype)))
-    if len(norms) == 1:
-        return norms[0].float()
-    return torch.stack([norm.to(device, torch.float32) for norm in norms]).sum()
+    if len(norms) < 2:
+        return norms[0].float() if norms else None
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()
 
 
 def all_finite(tensors: Sequence[Tensor | None]) -> bool:

@@ -1,5 +1,6 @@
 """Losses become weights: the one place where the weighting is asked."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ from mtbalance.weighting._base import Step, Weighting
 class Weighed(NamedTuple):
     """What a weighting made of the losses of m active tasks."""
 
-    losses: dict[str, Tensor]
-    """The raw losses, by name, in one dtype and on one device."""
+    tasks: tuple[str, ...]
+    stack: Tensor
+    """The raw losses in one dtype and on one device, shape (m,)."""
     weights: Tensor
     """d objective / d losses, shape (m,)."""
     learned: list[tuple[Tensor, Tensor]]
@@ -32,9 +34,14 @@ class Weighed(NamedTuple):
     """The numbers of the tasks, shape (m,)."""
 
     @property
+    def losses(self) -> dict[str, Tensor]:
+        """The raw losses by task."""
+        return dict(zip(self.tasks, self.stack.unbind(), strict=True))
+
+    @property
     def by_name(self) -> dict[str, Tensor]:
         """The weights by task."""
-        return dict(zip(self.losses, self.weights.unbind(), strict=True))
+        return dict(zip(self.tasks, self.weights.unbind(), strict=True))
 
     def write(self, scale: float | None) -> None:
         """Accumulate the derivatives by learned parameters, times the loss scale, in ``.grad``."""
@@ -117,7 +124,8 @@ class Weigher:
         learned = [p for p in parameters if p.requires_grad]
         stack = stacked(list(losses.values()))
         state = next(itertools.chain(parameters, weighting.buffers()), stack)
-        active = self._numbers_of(tuple(losses), state.device)
+        tasks = tuple(losses)
+        active = self._numbers_of(tasks, state.device)
         if step is not None:
             with weighting.only(active):
                 weighting.before_step(step)
@@ -130,7 +138,8 @@ class Weigher:
                 f"{numbers} for the losses {stack.tolist()}. {weighting.asks_of_losses}".rstrip()
             )
         return Weighed(
-            dict(zip(losses, stack.unbind(), strict=True)),
+            tasks,
+            stack,
             weights.to(stack.device),
             list(zip(learned, slopes, strict=True)),
             numbers,
@@ -169,6 +178,9 @@ def _derivatives(
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _knows_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+_knows_autocast = functools.cache(torch.amp.is_autocast_available)
