@@ -1,10 +1,11 @@
 """Backward passes: gradients of single losses, and of combinations, for given leaves."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.autograd import forward_ad
 
 from mtbalance._graphs import free, reach_of
@@ -12,6 +13,11 @@ from mtbalance._products import inner_products
 from mtbalance._rows import Rows, all_finite, sum_of
 from mtbalance._shards import local
 from mtbalance._writing import fresh_grad
+
+_SMALL = 2**10
+"""Up to this many entries, calls are all that products of a leaf's gradients cost."""
+_TOGETHER = 2**8
+"""How many gradients of small leaves are joined at once."""
 
 
 def gradient_of(
@@ -164,8 +170,8 @@ def products_with_gradient(
 ) -> Tensor:
     """Return the inner product of each row with the gradient of a loss, shape (m,), float64.
 
-    Each leaf's gradient is multiplied as it arrives and let go, so that all of them never exist
-    together.
+    Each large leaf's gradient is multiplied as it arrives and let go, so that these never exist
+    together. Those of small leaves are joined, as they cost calls and not memory.
 
     Args:
         loss: The loss.
@@ -181,16 +187,54 @@ def products_with_gradient(
         return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
     wanted = [number for number, factor in enumerate(factors) if factor != 0]
+    large = [number for number in wanted if leaves[number].numel() > _SMALL]
     handles = [
         leaves[number].register_hook(functools.partial(multiply, number))  # type: ignore[no-untyped-call]
-        for number in wanted
+        for number in large
     ]
     try:
-        gradient_of([loss], [leaves[number] for number in wanted])
+        gradients = gradient_of([loss], [leaves[number] for number in wanted])
     finally:
         for handle in handles:
             handle.remove()
-    return sum_of(products, (len(rows),))
+    small = {
+        number: gradient
+        for number, gradient in zip(wanted, gradients, strict=True)
+        if gradient is not None and leaves[number].numel() <= _SMALL
+    }
+    return sum_of(products + list(_products_of_small(small, rows, factors)), (len(rows),))
+
+
+def _products_of_small(
+    gradients: Mapping[int, Tensor], rows: Rows, factors: Sequence[float]
+) -> Iterator[Tensor]:
+    """Yield inner products of the rows with gradients (by their leaf), those of many at once."""
+    alike: dict[object, list[int]] = {}
+    for number, gradient in gradients.items():
+        sparse = any(t is not None and t.is_sparse for t in (gradient, *(r[number] for r in rows)))
+        kind = number if sparse else (factors[number], gradient.dtype, gradient.device)
+        alike.setdefault(kind, []).append(number)
+    for numbers in alike.values():
+        for start in range(0, len(numbers), _TOGETHER):
+            part = numbers[start : start + _TOGETHER]
+            slopes = [gradients[number] for number in part]
+            lines = [_filled([row[number] for number in part], slopes) for row in rows]
+            products = inner_products([[_joined(line)] for line in lines], [_joined(slopes)])
+            yield factors[part[0]] * products
+
+
+def _filled(line: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return a stretch of a row with zeros for what its task does not reach."""
+    pairs = zip(line, like, strict=True)
+    return [torch.zeros_like(one) if tensor is None else tensor for tensor, one in pairs]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the entries of tensors as one vector; a single tensor as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    vector: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return vector
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
