@@ -34,7 +34,7 @@ def test_products_with_a_gradient_are_the_sum_over_leaves(
     ]
     rows[0][2] = rows[1][0] = rows[1][4] = None
     rows[0][-1] = torch.zeros(4, 3).index_fill_(0, hit, 2.0).to_sparse()
-    factors = [0.5, 0.5, 0.5, -2.0, 3.0, 0.5, 0.5, 0.0, 0.25]
+    factors = [0.5, 0.5, 0.5, -2.0, 3.0, 0.5, 0.5, 0.0, 0.5]
     expected = torch.zeros(2, dtype=torch.float64)
     slopes = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     for m, row in enumerate(rows):
