@@ -6,7 +6,6 @@ with ``ALONE``, in the test's own process, where there is no process group.
 
 import faulthandler
 import gc
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.distributed import fsdp
 
 from tests._device import compute_there
+from tests._forks import forking
 
 START_SECONDS = 120.0
 SECONDS = 60.0
@@ -83,11 +83,7 @@ class Pool:
         return self._answers(seconds)
 
     def _start(self) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
-            # What every rank needs is imported once, then forked; optimizers import the second.
-            context.set_forkserver_preload([__name__, "torch._dynamo"])
+        context = forking()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -1,7 +1,10 @@
-"""Looking at figures as they are written."""
+"""Looking at figures as they are written, and workers that start at once."""
 
+import dask
 import pytest
 from matplotlib.figure import Figure
+
+from tests._forks import forking
 
 
 @pytest.fixture
@@ -16,3 +19,11 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     return figures
+
+
+@pytest.fixture(scope="module")
+def forked_workers():
+    """Start Dask's workers as forks in this module; users' are new interpreters."""
+    method = forking().get_start_method()
+    with dask.config.set({"distributed.worker.multiprocessing-method": method}):
+        yield

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -15,13 +13,15 @@ import pytest
 import torch
 from torch import nn
 
+from examples.pathology.common import files
 from examples.pathology.common.errors import UserError
 from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import dispatch, extraction
 from examples.pathology.slides.slide import SlideFile
+from tests._forks import forking
 from tests.pathology.slide_helpers import extract, save_slide
 
-ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
 class Patches(nn.Module):
@@ -65,59 +65,50 @@ def contents(out):
     return found
 
 
-# What is killed: a script that extracts and stops for good, leaving a mark, at a chosen place.
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from examples.pathology.common import files
-from examples.pathology.features import extraction
-from tests.pathology.features import test_dispatch
-from tests.pathology.slide_helpers import extract
+def extract_and_stop(place, slides, out, mark):
+    """Extract, in a process of its own, and stop for good at a chosen place, leaving a mark."""
+    calls, original_forward, original_publish = [], Patches.forward, files.publish
 
-place, slides, out, mark = sys.argv[1], *map(Path, sys.argv[2:])
+    def stop():
+        while not (out / "a.h5").exists():  # a thread writes it
+            time.sleep(0.01)
+        mark.touch()
+        time.sleep(600)
 
-def stop():
-    while not (out / "a.h5").exists():  # a thread writes it
-        time.sleep(0.01)
-    mark.touch()
-    time.sleep(600)
+    def forward(self, tiles):
+        calls.append(1)
+        if len(calls) == 4:  # a slide has 9 tiles, 8 in the first batch: in the middle of the next
+            stop()
+        return original_forward(self, tiles)
 
-def forward(self, tiles, calls=[], original=test_dispatch.Patches.forward):
-    calls.append(1)
-    if len(calls) == 4:  # a slide has 9 tiles, 8 in the first batch: in the middle of the second
-        stop()
-    return original(self, tiles)
+    def publish(temporary, path):
+        if path.name == "b.h5":  # it is on disk in part
+            data = temporary.read_bytes()
+            temporary.write_bytes(data[: len(data) // 2])
+            stop()
+        original_publish(temporary, path)
 
-def publish(temporary, path, original=files.publish):
-    if path.name == "b.h5":  # it is on disk in part
-        data = temporary.read_bytes()
-        temporary.write_bytes(data[: len(data) // 2])
-        stop()
-    original(temporary, path)
-
-extraction.make_extractor = test_dispatch.build
-if place == "network":
-    test_dispatch.Patches.forward = forward
-else:
-    files.publish = publish
-extract(slides, out, weights=None, device="cpu", workers=2)
-"""
+    extraction.make_extractor = build
+    if place == "network":
+        Patches.forward = forward
+    else:
+        files.publish = publish
+    extract(slides, out, weights=None, device="cpu", workers=2)
 
 
 @pytest.mark.parametrize("place", ["network", "file"])
 def test_a_killed_run_taken_up_again_gives_the_same_files(place, tmp_path, network):
     slides, out, mark = make_slides(tmp_path / "in", 3), tmp_path / "out", tmp_path / "mark"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, place, slides, out, mark], cwd=ROOT, stderr=subprocess.PIPE
-    )
+    process = forking().Process(target=extract_and_stop, args=(place, slides, out, mark))
+    process.start()
     deadline = time.monotonic() + 120
     while not mark.exists():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.is_alive(), process.exitcode
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in out.glob("*.h5")] == ["a.h5"]
     assert len(list(out.glob(".b.h5.*.tmp"))) == (place == "file")
     (out / "sub").mkdir()

@@ -90,6 +90,7 @@ def test_not_even_the_ledger_can_be_written(tmp_path, network, monkeypatch):
     assert "ledger.csv must be writable, but No space left" in summary.stopped
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_disk_that_gets_full_ends_the_work_of_all_processes(tmp_path, network, monkeypatch):
     monkeypatch.setattr(dispatch, "extract_batch", work_on_a_full_disk)
     monkeypatch.setattr(dispatch, "BATCHES_PER_PROCESS", 1)

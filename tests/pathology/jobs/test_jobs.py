@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import pytest
 import torch
 from tqdm import tqdm
@@ -127,7 +128,7 @@ def is_running(pid):
 
 
 @pytest.fixture(scope="module")
-def two():
+def two(forked_workers):
     with cluster(workers=2, devices=["cpu"]) as client:
         yield client
 
@@ -270,9 +271,12 @@ def test_workers_have_their_threads_and_leave_this_process_alone(two):
     jobs = [Job(str(n), process, ()) for n in range(4)]
     for _, *seen in [outcome.value for outcome in run_jobs(jobs, two, title="").values()]:
         assert seen == [1, "", "1", "PASSIVE", None]  # None: freed memory is kept
-    with cluster(workers=1, threads_per_worker=2) as client:
-        pid, threads, _, omp, *_ = run_jobs(jobs[:1], client, title="")["0"].value
-        assert (threads, omp) == (2, "2")
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}),  # as users' do
+        cluster(workers=1, threads_per_worker=2) as client,
+    ):
+        pid, threads, _, *rest = run_jobs(jobs[:1], client, title="")["0"].value
+        assert (threads, *rest) == (2, "2", "PASSIVE", None)
     assert {name: os.environ.get(name) for name in before} == before
     assert not is_running(pid)
 

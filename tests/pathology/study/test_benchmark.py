@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -75,11 +74,11 @@ def external_of(clini, slide_table, features):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workers():
+def workers(forked_workers):
     """Two workers for all tests of this module: starting them takes most of the time."""
     with cluster(workers=2, devices=("cpu",)) as client, pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "cluster", lambda **_: nullcontext(client))
-        yield
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -176,19 +175,18 @@ def test_other_external_tables_are_deployed_on_anew(study, tables):
     assert not set(before.values()) & set(results(out, "external").values())
 
 
-def test_kill_9_of_a_worker_loses_nothing(tables, tmp_path):
+def test_kill_9_of_a_worker_loses_nothing(tables, tmp_path, workers):
     quiet = config_of(tables, tmp_path / "quiet", epochs=20, patience=20, auxiliary=("LF",))
     assert run_benchmark(quiet)[1] == 0
     disturbed = replace(quiet, crossval=replace(quiet.crossval, out=tmp_path / "disturbed"))
-    killed = []
+    killed, pids = [], list(workers.run(os.getpid).values())
 
     def kill_a_worker_that_trains():
         while not killed:
             for _ in disturbed.crossval.out.rglob("checkpoint.pt"):
-                for process in psutil.Process().children(recursive=True):
-                    if not killed and "spawn_main" in " ".join(process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
+                if not killed:
+                    os.kill(pids[0], signal.SIGKILL)
+                    killed.append(pids[0])
             time.sleep(0.01)
 
     hunter = threading.Thread(target=kill_a_worker_that_trains, daemon=True)
