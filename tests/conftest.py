@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+import torch._dynamo  # the first step of an optimizer does: here, so that it is frozen
 from hypothesis import settings
 
 from tests._device import compute_there
@@ -23,8 +24,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_finish() -> None:
-    """Leave what imports and collecting have made out of every later search for garbage.
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
+    """Leave what imports, collecting and earlier modules have made out of searches for garbage.
 
     Millions of objects: looking at them costs a tenth of the suite, and tenths of a second wherever
     the library looks for the modules that hold a parameter.
