@@ -1,10 +1,29 @@
-"""Looking at figures as they are written, and workers that start at once."""
+"""Figures that are drawn coarsely or looked at as they are written; workers that start at once."""
+
+from pathlib import Path
 
 import dask
 import pytest
 from matplotlib.figure import Figure
 
+from examples.pathology.figures import sheet
 from tests._forks import forking
+
+FINE = Path(__file__).parent / "figures"
+"""Tests that look at how figures are laid out."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _coarse_figures(request):
+    """Draw all that there is, but small and without arranging it: that takes most of the time."""
+    if request.path.parent == FINE:
+        yield
+        return
+    coarse = {"savefig.dpi": 20, "figure.constrained_layout.use": False}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in coarse.items():
+            patch.setitem(sheet.STYLE, name, value)
+        yield
 
 
 @pytest.fixture
