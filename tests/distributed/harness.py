@@ -153,7 +153,6 @@ def _serve(here: Here, folder: str, pipe: Connection) -> None:
             faulthandler.register(signal.SIGUSR1, stack)
         torch.set_num_threads(1)
         compute_there()
-        gc.freeze()  # imports leave no models: searches for them may pass over it
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",
@@ -167,6 +166,8 @@ def _serve(here: Here, folder: str, pipe: Connection) -> None:
                 function, arguments = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 return
+            gc.collect()
+            gc.freeze()  # what was there before leaves no models: searches may pass over it
             pipe.send_bytes(_answer(here, function, arguments))
 
 
