@@ -1,9 +1,9 @@
 """Cross-validations in processes of their own that are killed with SIGKILL, and taken up again.
 
-Run as a program by `test_resume`: it imports once and forks a child for every attempt, which is
-killed at a chosen step, at a chosen write, or from outside at some moment. The last line it prints
-tells, for every case, how often it was killed and which results differ from those of a run that
-was left alone. PyTorch computes in the children only: its threads do not survive a fork.
+`try_all` runs in a process of its own: it forks a child for every attempt, which is killed at a
+chosen step, at a chosen write, or from outside at some moment. The file that it writes tells, for
+every case, how often it was killed and which results differ from those of a run that was left
+alone. PyTorch computes in the children only: its threads do not survive a fork.
 """
 
 import csv
@@ -156,7 +156,8 @@ def differing(ours: dict[str, object], theirs: dict[str, object]) -> list[str]:
     return sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
 
 
-def main(folder: Path) -> None:
+def try_all(folder: Path) -> None:
+    """Write ``told.json``."""
     tables = make_tables(folder / "cohort", patients=10, tiles=5)
     whole = {}
     for method in METHODS:
@@ -184,8 +185,4 @@ def main(folder: Path) -> None:
     case("writes", METHODS[0], [{"write": 1}, {"write": 2}, *[{"write": 4}] * 10])
     moments = ("splits.json", "fold-1/checkpoint.pt", "fold-1/fold.json")
     case("from outside", METHODS[1], [], *moments)
-    print(json.dumps(told))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (folder / "told.json").write_text(json.dumps(told), encoding="utf-8")

@@ -252,7 +252,7 @@ def test_workers_of_a_scheduler_share_the_slides(tmp_path, network, monkeypatch)
     with (
         patch.dict(os.environ),  # which Dask changes for its processes, and does not restore
         LocalCluster(
-            n_workers=1, threads_per_worker=2, dashboard_address=None, silence_logs="ERROR"
+            n_workers=1, threads_per_worker=2, dashboard_address=":0", silence_logs="ERROR"
         ) as workers,
     ):
         address = workers.scheduler_address

@@ -2,9 +2,7 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,25 +14,21 @@ from examples.pathology.training import model
 from examples.pathology.training.checkpoint import Checkpoint
 from examples.pathology.training.fold import fit_fold
 from examples.pathology.training.learner import Learner
+from tests._forks import forking
 from tests.pathology import killing
 from tests.pathology.tiny import make_tables, training
-
-ROOT = Path(__file__).parents[3]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pathology.killing", str(tmp_path_factory.mktemp("killed"))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("killed")
+    process = forking().Process(target=killing.try_all, args=(folder,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "what it raised is on the standard error"
+    return json.loads((folder / "told.json").read_text(encoding="utf-8"))
 
 
 @needs_fork
