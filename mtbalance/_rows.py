@@ -25,7 +25,6 @@ ONE_THREAD = 2**15
 save, and where other programs keep them busy, a hundred times as long."""
 CACHED_COLUMNS = {"cpu": ONE_THREAD}
 """Columns per block for what makes temporaries of a block's size, which then stay in the cache."""
-_COPIED = ONE_THREAD
 _TOGETHER = ONE_THREAD
 """Entries of small parameters that are combined together."""
 _SMALL = 2**13
@@ -138,7 +137,7 @@ def _filled(
             stop = min(len(reached), start + matrix.shape[1] - filled)
             for line, vector in zip(lines, vectors, strict=True):
                 target = line[filled : filled + stop - start]
-                _fill(target, vector if vector is None else vector[start:stop])
+                target.zero_() if vector is None else target.copy_(vector[start:stop])
             pieces.append(Piece(parameter, start, stop))
             filled += stop - start
             start = stop
@@ -147,17 +146,6 @@ def _filled(
                 pieces, filled = [], 0
     if matrix is not None and filled:
         yield Block(matrix[:, :filled], pieces)
-
-
-def _fill(target: Tensor, source: Tensor | None) -> None:
-    """Copy numbers, or zeros."""
-    if source is None:
-        target.zero_()
-    elif len(target) <= _COPIED or target.device.type != "cpu":
-        target.copy_(source)
-    else:
-        for part, piece in zip(*(torch.split(t, _COPIED) for t in (target, source)), strict=True):
-            part.copy_(piece)
 
 
 class _Vectors(NamedTuple):
