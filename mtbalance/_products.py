@@ -24,9 +24,10 @@ _NARROW = 8
 """Up to this many rows, the lower triangle row by row is faster than the whole product."""
 _SHORT = 2**17
 """Up to this many columns, products in float64 cost little."""
-_BLOCK_ENTRIES = 2**20
-"""Entries per block of products in float32. Each block starts the threads of the CPU anew, which
-wait for each other: where other programs keep these busy, much longer than the products take."""
+_BLOCK_COLUMNS, _BLOCK_ENTRIES = 2**18, 2**20
+"""So many at least of one of them are in a block of products in float32. Each block starts the
+threads of the CPU anew, which wait for each other: where other programs keep these busy, much
+longer than the products take."""
 _RUN = 512
 """How many products are added up in float32. Equal numbers, the worst case, are 5e-7 off then."""
 _INDEPENDENT = 0.01
@@ -94,7 +95,8 @@ def _in_float32(rows: Rows) -> Tensor:
     m = len(rows)
     total = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     with torch.autocast("cpu", enabled=False):
-        for block in column_blocks(rows, torch.float32, {"cpu": max(_RUN, _BLOCK_ENTRIES // m)}):
+        columns = max(_BLOCK_COLUMNS, _BLOCK_ENTRIES // m)
+        for block in column_blocks(rows, torch.float32, {"cpu": columns}):
             runs = block.matrix.shape[1] // _RUN
             parts = block.matrix[:, : runs * _RUN].view(m, runs, _RUN).transpose(0, 1)
             total += torch.bmm(parts, parts.mT).sum(0, dtype=torch.float64)

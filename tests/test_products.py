@@ -41,6 +41,7 @@ def made() -> Iterator[list[Tensor]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_products, "_SHORT", 1000)
+        patch.setattr(_products, "_BLOCK_COLUMNS", 600)
         patch.setattr(_products, "_BLOCK_ENTRIES", 4000)
         patch.setattr(_products, "_in_float32", collecting)
         yield found
