@@ -369,6 +369,8 @@ def test_a_scheduler_that_is_lost_ends_the_run(tmp_path):
 
 
 def test_workers_without_the_package_are_told(scheduler, tmp_path):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "__init__.py").touch()  # in front of those of an editable install
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     with (
         worker_of(scheduler, cwd=tmp_path, env=environment),
