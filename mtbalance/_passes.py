@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 from torch.autograd import forward_ad
 
 from mtbalance._graphs import free, reach_of
 from mtbalance._products import inner_products
-from mtbalance._rows import Rows, all_finite, sum_of
+from mtbalance._rows import Rows, all_finite, end_to_end, sum_of
 from mtbalance._shards import local
 from mtbalance._writing import fresh_grad
 
@@ -230,11 +229,8 @@ def _filled(line: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tenso
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the entries of tensors as one vector; a single tensor as it is."""
-    if len(tensors) == 1:
-        return tensors[0]
-    vector: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return vector
+    """Return the entries of tensors as one vector; a single one, perhaps sparse, as it is."""
+    return tensors[0] if len(tensors) == 1 else end_to_end(tensors)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

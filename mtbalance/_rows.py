@@ -54,6 +54,12 @@ def flat(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the entries of dense tensors of one dtype and device as one vector."""
+    vector: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return vector
+
+
 def shaped(vector: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Undo :func:`flat`: give a vector the shape, dtype (unless given) and device of ``like``."""
     vector = vector.to(like.device)
@@ -86,7 +92,7 @@ def column_blocks(
         columns: The largest number of columns by kind of device.
         release: Whether to empty the rows, which are lists then, as they have been read.
     """
-    total = sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
+    total = columns_in(rows)
     found: Iterable[_Vectors] = _vectors_of(rows, release=release)
     if total <= _SMALL:
         found = list(found)
@@ -165,7 +171,7 @@ def _vectors_of(rows: Rows, *, release: bool) -> Iterator[_Vectors]:
         if release:
             for row in rows:
                 row[parameter] = None  # type: ignore[index]
-        reached = next((vector for vector in vectors if vector is not None), None)
+        reached = _first(vectors)
         if reached is not None:
             yield _Vectors(parameter, reached, vectors)
 
@@ -173,6 +179,11 @@ def _vectors_of(rows: Rows, *, release: bool) -> Iterator[_Vectors]:
 def columns_of(tensor: Tensor | None) -> int:
     """Return how many real numbers a tensor holds."""
     return 0 if tensor is None else tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def columns_in(rows: Rows) -> int:
+    """Return how many columns the matrix of all rows has."""
+    return sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
 
 
 def combine(
@@ -328,7 +339,7 @@ def length_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
             others.append(tensor._values() if tensor.is_sparse else tensor)
     norms = list(torch._foreach_norm(others)) if others else []
     if small:
-        joined = _flatten_dense_tensors(small)  # type: ignore[no-untyped-call]
+        joined = end_to_end(small)
         norms.append(torch.linalg.vector_norm(joined, dtype=at_least_float32(joined.dtype)))
     if len(norms) < 2:
         return norms[0].float() if norms else None

@@ -11,7 +11,6 @@ than the limit is marked with "!".
     python -m tests.benchmarks.many_tasks --sizes 100 --json
 """
 
-import argparse
 import inspect
 import json
 import os
@@ -117,13 +116,7 @@ def table(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="M")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
+    options = reporting.parser_of_sizes(__doc__, SIZES).parse_args(arguments)
     environment = reporting.describe(torch.device("cpu"))
     results = {m: measure(m, options.rounds) for m in options.sizes}
     if options.json:

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,31 @@ from tests.benchmarks.workloads import TINY, WORKLOADS
 Measure = Callable[[str, torch.device], dict[str, Any]]
 
 
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with what every script takes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def parser_of_sizes(description: str | None, sizes: Sequence[int]) -> argparse.ArgumentParser:
+    """Return a parser for what is measured on Gramians of so many tasks."""
+    parser = plain_parser(description)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, metavar="M")
+    return parser
+
+
 def parser_of(description: str | None, default: Iterable[str]) -> argparse.ArgumentParser:
-    """Return a parser with the options that all scripts have.
+    """Return a parser for what is measured on workloads.
 
     Args:
         description: What the script does.
         default: The workloads that it measures unless told otherwise.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(description)
     parser.add_argument(
         "--workload",
         nargs="+",
@@ -46,7 +61,6 @@ def parser_of(description: str | None, default: Iterable[str]) -> argparse.Argum
     parser.add_argument(
         "--busy", type=int, default=0, metavar="N", help="keep the CPU busy with N other programs"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
 

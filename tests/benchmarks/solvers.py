@@ -8,7 +8,6 @@ are left out.
     python -m tests.benchmarks.solvers --rounds 5
 """
 
-import argparse
 import json
 import math
 import os
@@ -206,13 +205,7 @@ def table(cells: dict[tuple[int, str], dict[str, Cell]], solvers: Sequence[str])
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="M")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
+    options = reporting.parser_of_sizes(__doc__, SIZES).parse_args(arguments)
     available = {"ours": ours(), "SLSQP": slsqp(), "Clarabel": clarabel()}
     solvers = {name: solver for name, solver in available.items() if solver is not None}
     environment = reporting.describe(torch.device("cpu"))

@@ -14,7 +14,6 @@ To compare two versions of the library, run both in turn, many times over, and l
 the ratios: on a machine that others use, too, single runs differ by more than the versions do.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -162,15 +161,12 @@ def table(result: dict[str, float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = reporting.plain_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=100, help="in one turn")
     parser.add_argument(
         "--parameters", type=int, default=0, help="of the trunk; 0 (the default) for the MLP"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     environment = reporting.describe(torch.device("cpu"))
     result = measure(options.rounds, options.steps, options.parameters)

@@ -14,7 +14,7 @@ MARGIN = 10.0
 def measure(setting: Setting) -> Iterator[Row]:
     """Yield a row for each workload."""
     names = ("tiny-mlp",) if setting.quick else catalogue.MEASURED
-    share = max(setting.seconds - MARGIN, 1.0) / len(names)
+    share = setting.share(len(names), MARGIN)
     for name in names:
         yield from attempted(name, _rows, name, share, setting)
 

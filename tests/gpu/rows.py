@@ -18,6 +18,10 @@ class Setting(NamedTuple):
     seconds: float
     """How long it may take in all."""
 
+    def share(self, count: int, margin: float) -> float:
+        """Return the seconds for each of so many measurements, beside a margin for the rest."""
+        return max(self.seconds - margin, 1.0) / count
+
 
 class Row(NamedTuple):
     """One line of the table."""

@@ -18,7 +18,7 @@ QUICK = ("equal+sum", "equal+cagrad", "equal+cagrad, chunk 16", "torchjd cagrad 
 def measure(setting: Setting) -> Iterator[Row]:
     """Yield a row for each workload: in float32 all of them, then under autocast."""
     workloads = TINY if setting.quick else WORKLOADS
-    share = max(setting.seconds - MARGIN, 1.0) / (len(workloads) * len(PRECISIONS))
+    share = setting.share(len(workloads) * len(PRECISIONS), MARGIN)
     for precision in PRECISIONS:
         for name in workloads:
             what = f"{name}, {precision}"

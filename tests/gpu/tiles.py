@@ -34,7 +34,7 @@ if hasattr(SDPBackend, "CUDNN_ATTENTION"):
 def measure(setting: Setting) -> Iterator[Row]:
     """Yield a row for each number of tiles and precision, and one about attention."""
     sizes = QUICK if setting.quick else TILES
-    share = max(setting.seconds - MARGIN, 1.0) / (len(sizes) * len(PRECISIONS))
+    share = setting.share(len(sizes) * len(PRECISIONS), MARGIN)
     for tiles in sizes:
         for precision in PRECISIONS:
             what = f"{tiles:,} tiles, {precision}"
