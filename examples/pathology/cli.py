@@ -34,7 +34,7 @@ app = typer.Typer(
 
 @command(app, ExtractConfig)
 def extract(config: ExtractConfig) -> None:
-    """Cut slides into tiles of 256 um and compute their CTransPath features."""
+    """Cut slides into tiles and compute a network's features of each."""
     from examples.pathology.features.extract import run_extract
 
     raise typer.Exit(run_extract(config).exit_code)

@@ -173,6 +173,11 @@ def test_extract_passes_its_options_on_and_returns_its_code(monkeypatch, tmp_pat
     )  # fmt: skip
     assert (asked[-1].rules.canny_low, asked[-1].workers) == (30, None)
     assert (asked[-1].processes, asked[-1].scheduler) == (None, None)
+    options = ["--tile-um", 112, "--tile-px", 448]
+    more = ["--extractor-option", "depth=2", "--extractor-option", "pool=cls_mean"]
+    assert run("extract", "--slides", "s", "--out", "o", *options, *more) == code
+    assert (asked[-1].rules.tile_size_um, asked[-1].rules.tile_size_px) == (112.0, 448)
+    assert asked[-1].extractor_option == ("depth=2", "pool=cls_mean")
     options = ["--processes", 2, "--scheduler", "tcp://a:1"]
     assert run("extract", "--slides", "s", "--out", "o", *options) == code
     assert (asked[-1].processes, asked[-1].scheduler) == (2, "tcp://a:1")

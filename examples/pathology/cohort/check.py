@@ -138,9 +138,9 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
     tiles = sorted(patient.tiles for patient in everybody)
     say(f"Tiles per patient: {tiles[0]} to {tiles[-1]}, median {median(tiles):g}")
     kind = cohort.kind
-    weights = " with RANDOM WEIGHTS" if kind.random_weights else ""
+    how = " with RANDOM WEIGHTS" if kind.random_weights else ""
     sha = f", weights {kind.weights_sha256[:12]}" if kind.weights_sha256 else ""
-    say(f"Features: {kind.in_features} numbers per tile by {kind.extractor}{weights}{sha}")
+    say(f"Features: {kind.in_features} numbers per tile by {kind.extractor}{how}{sha}{kind.tiles}")
     if kind.simulated:
         say(kind.simulated)
     known = values_of(everybody, cohort.targets)

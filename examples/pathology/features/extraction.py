@@ -57,7 +57,8 @@ def default_workers(device: torch.device) -> int:
 
 def make_network(config: ExtractConfig, device: torch.device) -> Network:
     """Build the network of a run on its device."""
-    extractor = make_extractor(config.extractor, config.weights, config.seed)
+    options, tile_px = config.extractor_option, config.rules.tile_size_px
+    extractor = make_extractor(config.extractor, config.weights, config.seed, options, tile_px)
     return place(extractor, device, config.precision, config.batch_size)
 
 

@@ -6,8 +6,8 @@ Layout (all but the prefix ``mtbalance_`` is as in STAMP, so that its readers ac
   corner in um, ``augmented`` bool ``(n,)``, all False;
 - attributes ``extractor``, ``unit="um"``, ``tile_size=256.0``, ``tile_size_um=256.0``,
   ``tile_size_px=224``, ``feat_type="tile"``, ``stamp_version="2.0.0"``;
-- with ``layout="stamp-v1"`` instead ``coords`` int64 in pixels of which a tile has 224, and of
-  these attributes only ``extractor`` and ``tile_size=224.0``;
+- with ``layout="stamp-v1"`` instead ``coords`` int64 in pixels of which a tile has 224, 256 um
+  each; of these attributes only ``extractor`` and ``tile_size=224.0``;
 - our provenance: ``mtbalance_version``, ``mtbalance_weights_sha256``, ``mtbalance_random_weights``,
   ``mtbalance_parameters`` (JSON) and more; ``mtbalance_simulated``, a sentence, where no network
   made the features but a program.
@@ -29,15 +29,10 @@ import numpy.typing as npt
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_bytes
 from examples.pathology.features.kind import FeatureKind
-from examples.pathology.settings.extract import LAYOUTS
+from examples.pathology.settings.extract import LAYOUTS, TILE_PX, TILE_UM
 
 FEATURE_NAMES = ("feats", "features", "patch_embeddings")
 """Names under which STAMP, TRIDENT/CLAM and others store the features."""
-
-V1_TILE_PX = 224
-"""STAMP v1 counts coordinates in pixels of which a tile of 256 um has 224."""
-
-TILE_SIZE_UM = 256.0
 
 
 class UnavailableError(UserError):
@@ -135,7 +130,7 @@ def _read_open(file: h5py.File, path: Path, mpp: tuple[float, float] | None) -> 
         raise UserError(f"`{name}` must be finite, but {path} holds NaN or infinite values.")
     attributes = dict(file.attrs)
     extractor = _text(attributes.get("extractor", file[name].attrs.get("encoder", "")))
-    um_per_unit, tile_um = _geometry(file, name, coords, attributes, extractor, mpp)
+    um_per_unit, tile_um, tile_px = _geometry(file, name, coords, attributes, extractor, mpp)
     return Bag(
         feats=feats,
         coords_um=(coords * np.array(um_per_unit)).astype(np.float32),
@@ -146,6 +141,7 @@ def _read_open(file: h5py.File, path: Path, mpp: tuple[float, float] | None) -> 
             tile_size_um=tile_um,
             random_weights=bool(attributes.get("mtbalance_random_weights", False)),
             simulated=_text(attributes.get("mtbalance_simulated", "")),
+            tile_size_px=None if tile_px is None else int(tile_px),
         ),
     )
 
@@ -157,28 +153,30 @@ def _geometry(
     attributes: Mapping[str, Any],
     extractor: str,
     mpp: tuple[float, float] | None,
-) -> tuple[tuple[float, float], float | None]:
-    """Return the um per unit of the (n, 2) coordinates (NaN: unknown), and a tile's edge in um.
+) -> tuple[tuple[float, float], float | None, float | None]:
+    """Return the um per unit of (n, 2) coordinates (NaN: unknown), and a tile's edge in um and px.
 
     The unit has a size along x and one along y; the edge is that along x, as TRIDENT counts it.
     """
     stored = attributes.get("tile_size_um", attributes.get("tile_size"))
     if "tile_size_um" in attributes or _text(attributes.get("unit", "")) == "um":
-        return (1.0, 1.0), None if stored is None else float(stored)
+        um = None if stored is None else float(stored)
+        return (1.0, 1.0), um, attributes.get("tile_size_px")
     if feature_name == "feats" and _is_stamp_v1(coords, attributes, extractor):
-        return (TILE_SIZE_UM / V1_TILE_PX,) * 2, TILE_SIZE_UM
-    level0 = file["coords"].attrs.get("patch_size_level0")  # TRIDENT's
+        return (TILE_UM / TILE_PX,) * 2, TILE_UM, TILE_PX
+    sizes = file["coords"].attrs  # TRIDENT's
+    level0 = sizes.get("patch_size_level0")
     tile_um = None if level0 is None or mpp is None else float(level0) * mpp[0]
-    return mpp or (math.nan, math.nan), tile_um
+    return mpp or (math.nan, math.nan), tile_um, sizes.get("patch_size")
 
 
 def _is_stamp_v1(coords: npt.NDArray[Any], attributes: Mapping[str, Any], extractor: str) -> bool:
-    if round(float(attributes.get("tile_size", 0))) == V1_TILE_PX:
+    if round(float(attributes.get("tile_size", 0))) == TILE_PX:
         return True
     if extractor.startswith(("STAMP-extract", "marugoto", "xiyuewang-ctranspath")):
         return True  # also right for a bag of one tile, which has no stride to measure
     strides = [step for axis in coords.T for step in np.diff(np.unique(axis))]
-    return bool(strides) and round(float(min(strides))) == V1_TILE_PX
+    return bool(strides) and round(float(min(strides))) == TILE_PX
 
 
 def _text(value: Any) -> str:
@@ -193,8 +191,8 @@ def write_features(
     extractor: str,
     weights_sha256: str | None,
     random_weights: bool,
-    tile_size_um: float = TILE_SIZE_UM,
-    tile_size_px: int = V1_TILE_PX,
+    tile_size_um: float = TILE_UM,
+    tile_size_px: int = TILE_PX,
     layout: str = "stamp-v2",
     simulated: str = "",
     provenance: Mapping[str, Any] | None = None,

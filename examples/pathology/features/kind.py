@@ -20,6 +20,7 @@ class FeatureKind:
         extractor: Name of the network that made them; empty if the files do not say.
         weights_sha256: Checksum of its weights; ``None`` if unknown or random.
         tile_size_um: Edge of a tile on the slide in um; ``None`` if the files do not say.
+        tile_size_px: Edge of a tile in pixels, as it was cut; ``None`` if the files do not say.
         random_weights: Whether the network had seeded random weights, so that the features carry
             no learned biology.
         simulated: A sentence that says so where the features are simulated; empty otherwise.
@@ -31,6 +32,7 @@ class FeatureKind:
     tile_size_um: float | None = None
     random_weights: bool = False
     simulated: str = ""
+    tile_size_px: int | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> "FeatureKind":
@@ -39,7 +41,8 @@ class FeatureKind:
         Raises:
             KeyError: A part is missing.
         """
-        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        earlier = {"tile_size_px": None}  # what runs of earlier releases do not tell
+        return cls(**{field.name: {**earlier, **stored}[field.name] for field in fields(cls)})
 
     def agrees(self, other: "FeatureKind") -> bool:
         """Return whether nothing that both say differs."""
@@ -49,9 +52,15 @@ class FeatureKind:
     def __str__(self) -> str:
         weights = "random weights" if self.random_weights else "weights"
         sha = self.weights_sha256[:8] if self.weights_sha256 else "not named"
-        size = "" if self.tile_size_um is None else f", tiles of {self.tile_size_um:g} um"
         drawn = f"; {self.simulated}" if self.simulated else ""
-        return f"{self.extractor} ({self.in_features}-d, {weights} {sha}{size}{drawn})"
+        return f"{self.extractor} ({self.in_features}-d, {weights} {sha}{self.tiles}{drawn})"
+
+    @property
+    def tiles(self) -> str:
+        """How large the tiles are, as the end of a list; empty if the files do not say."""
+        um = "" if self.tile_size_um is None else f" of {self.tile_size_um:g} um"
+        px = "" if self.tile_size_px is None else f" in {self.tile_size_px} px"
+        return f", tiles{um}{px}" if um or px else ""
 
 
 def together(kinds: Sequence[FeatureKind]) -> "FeatureKind":
@@ -64,6 +73,7 @@ def together(kinds: Sequence[FeatureKind]) -> "FeatureKind":
         kinds[0],
         weights_sha256=next((k.weights_sha256 for k in kinds if k.weights_sha256), None),
         tile_size_um=next((k.tile_size_um for k in kinds if k.tile_size_um), None),
+        tile_size_px=next((k.tile_size_px for k in kinds if k.tile_size_px), None),
     )
 
 
@@ -72,6 +82,7 @@ _WORDS = {
     "extractor": "extractor",
     "weights_sha256": "weights",
     "tile_size_um": "tile size in um",
+    "tile_size_px": "tile size in px",
     "random_weights": "random weights",
     "simulated": "simulated features",
 }

@@ -93,9 +93,12 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
     own = {"config", "help"}
     known = [str(p.name) for p in context.command.params if p.name not in own]
     values = read_section(path, section, known, sections)
-    for param in context.command.params:  # true would be read as the number 1
-        if isinstance(values.get(str(param.name)), bool) and not getattr(param, "is_flag", False):
-            said = str(values[str(param.name)]).lower()
+    for param in context.command.params:
+        value = values.get(str(param.name))
+        if isinstance(value, dict) and getattr(param, "multiple", False):
+            values[str(param.name)] = [f"{key}={value[key]}" for key in value]
+        if isinstance(value, bool) and not getattr(param, "is_flag", False):
+            said = str(value).lower()  # would be read as the number 1
             name = f"`{param.name}` of [{section}]"
             raise UserError(f"{path}: {name} is no switch, but got {said}. Give its value.")
     context.default_map = {**(context.default_map or {}), **values}

@@ -4,11 +4,15 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 
+from examples.pathology.common.errors import UserError
 from examples.pathology.settings.cohort import filename_column_option, mpp_table_option, seed_option
-from examples.pathology.settings.option import Option, Settings, between, needed, nested, option
+from examples.pathology.settings.option import Settings, between, needed, nested, option
 
 LAYOUTS = ("stamp-v2", "stamp-v1")
 """Layouts of feature files that can be written."""
+
+TILE_UM, TILE_PX = 256.0, 224
+"""Edge of a tile in STAMP, and all that its layout of version 1 can tell."""
 
 MIN_MPP = 0.08
 MAX_MPP = 4.0
@@ -20,15 +24,14 @@ default_mpp_option = partial(option, None, min=MIN_MPP, max=MAX_MPP)
 
 @dataclass(frozen=True)
 class TileRules(Settings):
-    """What a tile is and which tiles are kept.
+    """What a tile is and which tiles are kept."""
 
-    Args:
-        tile_size_um: Edge of a tile on the slide in um; 256 as in STAMP.
-        tile_size_px: Edge of a tile in pixels; 224 as CTransPath wants.
-    """
-
-    tile_size_um: float = 256.0
-    tile_size_px: int = 224
+    tile_size_um: float = option(
+        TILE_UM, "Edge of a tile on the slide in um.", flag="--tile-um", min=16, max=2048
+    )
+    tile_size_px: int = option(
+        TILE_PX, "The same in pixels, as the network takes it.", flag="--tile-px", min=32, max=2048
+    )
     brightness_cutoff: float = option(
         240.0, "Tiles at least this bright on average (0 to 255) are glass.", rule=between(0, 256)
     )
@@ -52,11 +55,6 @@ class TileRules(Settings):
         rule=between(0, 1),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("tile_size_um", "tile_size_px"):
-            Option("", min=1, max=10_000).check(name, getattr(self, name))
-
 
 @dataclass(frozen=True)
 class ExtractConfig(Settings):
@@ -73,6 +71,9 @@ class ExtractConfig(Settings):
         None, "ctranspath.pth; without it, seeded RANDOM weights that carry no biology."
     )
     extractor: str = option("ctranspath", "ctranspath, or timm:NAME for one of timm's models.")
+    extractor_option: tuple[str, ...] = option(
+        (), "Of timm's model, such as reg_tokens=4; several.", metavar="KEY=VALUE"
+    )
     slide_table: Path | None = mpp_table_option()
     filename_column: str = filename_column_option()
     default_mpp: float | None = default_mpp_option(help="um per pixel of slides that do not tell.")
@@ -104,6 +105,15 @@ class ExtractConfig(Settings):
     seed: int = seed_option()
     device: str = option("auto", "auto, cpu, cuda or cuda:N; several with commas share the slides.")
     show_tiles: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        um, px = self.rules.tile_size_um, self.rules.tile_size_px
+        if self.layout == "stamp-v1" and (um, px) != (TILE_UM, TILE_PX):
+            raise UserError(
+                f"`layout` must be stamp-v2 for tiles of {um:g} um and {px} px, since stamp-v1 "
+                f"means {TILE_UM:g} um and {TILE_PX} px. Leave --layout out, or the tile's size."
+            )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
-from examples.pathology.features.files import TILE_SIZE_UM
+from examples.pathology.settings.extract import TILE_UM
 from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import TISSUES, Tissue
 
@@ -90,7 +90,7 @@ class FeatureSpace:
         order = np.lexsort((clone, generator.permutation(len(TISSUES))[kinds]))
         cells, rank = _layout(count, generator)
         tile_of_cell = order[rank]
-        return feats[tile_of_cell], cells * TILE_SIZE_UM
+        return feats[tile_of_cell], cells * TILE_UM
 
 
 def _layout(count: int, generator: np.random.Generator) -> tuple[Array, npt.NDArray[np.intp]]:

@@ -1,8 +1,8 @@
 """Cutting a slide into tiles of tissue, in microns from the first line to the last.
 
-A tile is 256 um wide and becomes 224 px, whatever the scanner. The grid starts at the top-left
-corner of the slide; tiles that would hang over its edge are dropped. Glass is found on a small
-overview picture and never read in detail; of the other tiles, those without edges (blur, ink,
+A tile is as wide in um and in px as was asked for, whatever the scanner. The grid starts at the
+top-left corner of the slide; tiles that would hang over its edge are dropped. Glass is found on a
+small overview picture and never read in detail; of the other tiles, those without edges (blur, ink,
 empty mucus) are dropped by the Canny rule of STAMP.
 """
 

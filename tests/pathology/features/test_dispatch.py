@@ -31,7 +31,7 @@ class Patches(nn.Module):
         return tiles.unfold(1, 56, 56).unfold(2, 56, 56).mean(dim=(-1, -2)).flatten(1)
 
 
-def build(name, weights, seed):
+def build(name, weights, seed, options, tile_px):
     return Extractor(Patches(), lambda tiles: tiles.float() / 255, name, "ab")
 
 

@@ -50,7 +50,7 @@ class Colours(nn.Module):
 def network(monkeypatch):
     model = Colours()
 
-    def build(name, weights, seed):
+    def build(name, weights, seed, options, tile_px):
         name = name if weights else f"{name}-random-seed{seed}"
         return Extractor(model, lambda t: t.float() / 255, name, "ab" if weights else None)
 
@@ -97,6 +97,29 @@ def test_a_slide_becomes_features_a_picture_and_a_ledger_row(tmp_path, network):
     assert (summary.slides, summary.tiled, summary.done, summary.exit_code) == (1, 1, 1, 0)
     assert sum(float(row["seconds"]) for row in rows.values()) < summary.seconds + 0.01
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_tiles_of_another_size_are_cut_written_and_told(tmp_path, network):
+    pixels = save_slide(tmp_path / "in" / "a.tif", 1600, 2100)  # of 0.5 um
+    rules = TileRules(tile_size_um=160.0, tile_size_px=80)  # 320 px of the slide
+    run(tmp_path / "in", tmp_path / "out", rules=rules)
+    bag = read_features(tmp_path / "out" / "a.h5")
+    assert (bag.kind.tile_size_um, bag.kind.tile_size_px) == (160.0, 80)
+    assert bag.coords_um.tolist() == [[x * 160.0, y * 160.0] for y in range(5) for x in range(6)]
+    for (x, y), feats in zip(bag.coords_um, bag.feats, strict=True):
+        part = pixels[int(2 * y) : int(2 * y) + 320, int(2 * x) : int(2 * x) + 320]
+        np.testing.assert_allclose(feats[:3], part.mean(axis=(0, 1)) / 255, atol=0.01)
+    with h5py.File(tmp_path / "out" / "a.h5") as file:
+        assert (file.attrs["tile_size"], file.attrs["tile_size_px"]) == (160.0, 80)
+    assert run(tmp_path / "in", tmp_path / "out", rules=rules).skipped == 1
+
+
+def test_a_size_that_the_network_does_not_take_is_told_before_slides_are_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.svs").touch()  # would be a failure in the ledger
+    with pytest.raises(UserError, match="ctranspath takes tiles of 224 px"):
+        run(tmp_path / "in", tmp_path / "out", rules=TileRules(tile_size_px=256))
+    assert not (tmp_path / "out" / "ledger.csv").exists()
 
 
 def test_random_weights_are_written_all_over_the_file(tmp_path, network):
@@ -227,6 +250,8 @@ def test_finished_slides_are_left_alone(tmp_path, network):
         ({"precision": "bfloat16"}, "precision float32 -> bfloat16"),
         ({"layout": "stamp-v1"}, "layout stamp-v2 -> stamp-v1"),
         ({"rules": TileRules(min_edge_share=0.01)}, "min_edge_share 0.02 -> 0.01"),
+        ({"rules": TileRules(tile_size_um=250.0)}, "tile_size_um 256.0 -> 250.0"),
+        ({"rules": TileRules(tile_size_px=256)}, "tile_size_px 224 -> 256"),
         ({"slide_table": "mpp.csv"}, "slide_mpp_x 0.5 -> 0.48"),
     ],
 )
@@ -471,6 +496,14 @@ def test_broken_slide_tables_are_wrong_use(text, words, tmp_path, network):
         ({"batch_size": 0}, "`batch-size` must be at least 1"),
         ({"precision": "half"}, "`precision` must be one of float32, bfloat16, but got 'half'"),
         ({"layout": "v3"}, "`layout` must be one of stamp-v2, stamp-v1, but got 'v3'"),
+        (
+            {"layout": "stamp-v1", "rules": TileRules(tile_size_um=112.0)},
+            "`layout` must be stamp-v2 for tiles of 112 um and 224 px, .* Leave --layout out",
+        ),
+        (
+            {"layout": "stamp-v1", "rules": TileRules(tile_size_px=256)},
+            "`layout` must be stamp-v2 for tiles of 256 um and 256 px",
+        ),
         ({"device": "cpu,abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
         ({"device": "abacus"}, "`device` must be auto, cpu, cuda or cuda:N"),
         ({"slide_table": "none.csv"}, "must be a readable file, but No such file"),

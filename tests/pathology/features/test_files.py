@@ -48,7 +48,8 @@ def test_what_was_written_is_read(tmp_path_factory, feats):
     np.testing.assert_array_equal(bag.feats, feats)  # float16 holds these values exactly
     np.testing.assert_array_equal(bag.coords_um, coords)
     assert (bag.feats.dtype, bag.coords_um.dtype) == (np.float32, np.float32)
-    assert bag.kind == FeatureKind(8, "x-random-seed1", None, 256.0, random_weights=True)
+    kind = FeatureKind(8, "x-random-seed1", None, 256.0, random_weights=True, tile_size_px=224)
+    assert bag.kind == kind
 
 
 def test_the_layout_is_the_one_that_stamp_reads(tmp_path):
@@ -140,22 +141,23 @@ def clam(path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "extractor", "um"),
+    ("layout", "extractor", "um", "px"),
     [
-        (stamp_v1, V1_NAME, 256.0),
-        (stamp_v1_of_one_tile, V1_NAME, 256.0),
-        (stamp_v20, "ctranspath", 256.0),
-        (stamp_v25, "ctranspath", 256.0),
-        (trident, "ctranspath", 256.0),
-        (clam, "", None),
+        (stamp_v1, V1_NAME, 256.0, 224),
+        (stamp_v1_of_one_tile, V1_NAME, 256.0, 224),
+        (stamp_v20, "ctranspath", 256.0, None),
+        (stamp_v25, "ctranspath", 256.0, 224),
+        (trident, "ctranspath", 256.0, 224),
+        (clam, "", None, None),
     ],
 )
-def test_every_known_layout_is_read(layout, extractor, um, tmp_path):
+def test_every_known_layout_is_read(layout, extractor, um, px, tmp_path):
     layout(tmp_path / "a.h5")
     bag = read_features(tmp_path / "a.h5", mpp=0.5)
     np.testing.assert_array_equal(bag.coords_um, CORNERS_UM[: len(bag.feats)])
     np.testing.assert_array_equal(bag.feats, HALF[: len(bag.feats)])
-    assert (bag.kind.extractor, bag.kind.tile_size_um) == (extractor, um)
+    kind = bag.kind
+    assert (kind.extractor, kind.tile_size_um, kind.tile_size_px) == (extractor, um, px)
     assert bag.kind.weights_sha256 is None
     assert not bag.kind.random_weights
 
@@ -201,7 +203,7 @@ def test_stamp_2_reads_what_we_write(layout, tiles, tmp_path):
     assert size == 256.0
     bag = read_features(tmp_path / "a.h5")
     np.testing.assert_array_equal(bag.coords_um, CORNERS_UM[:tiles])
-    assert bag.kind.tile_size_um == 256.0
+    assert (bag.kind.tile_size_um, bag.kind.tile_size_px) == (256.0, 224)
     assert bag.kind.weights_sha256 == "ab12"  # our own attributes are there in every layout
 
 
@@ -221,7 +223,9 @@ def test_the_old_layout_is_what_stamp_1_writes(tmp_path):
 
 def test_other_tile_sizes_are_written_and_read(tmp_path):
     write(tmp_path / "a.h5", tile_size_um=128.0, tile_size_px=256)
-    assert read_features(tmp_path / "a.h5").kind.tile_size_um == 128.0
+    kind = read_features(tmp_path / "a.h5").kind
+    assert (kind.tile_size_um, kind.tile_size_px) == (128.0, 256)
+    assert "tiles of 128 um in 256 px" in str(kind)
     with h5py.File(tmp_path / "a.h5") as file:
         assert file.attrs["tile_size_px"] == 256
 

@@ -6,16 +6,17 @@ import pytest
 from examples.pathology.common.errors import UserError
 from examples.pathology.features.kind import FeatureKind, refuse_other_features, together
 
-KIND = FeatureKind(768, "ctranspath", "ab" * 32, 256.0)
+KIND = FeatureKind(768, "ctranspath", "ab" * 32, 256.0, tile_size_px=224)
 OTHER = {
     "in_features": 1024,
     "extractor": "uni",
     "weights_sha256": "cd" * 32,
     "tile_size_um": 128.0,
+    "tile_size_px": 512,
     "random_weights": True,
     "simulated": "Features are SIMULATED.",
 }
-UNKNOWN = [{"weights_sha256": None}, {"tile_size_um": None}]
+UNKNOWN = [{"weights_sha256": None}, {"tile_size_um": None}, {"tile_size_px": None}]
 
 
 def refuse(trained: FeatureKind, found: FeatureKind) -> None:
@@ -27,6 +28,23 @@ def test_a_kind_comes_back_from_its_parts_whatever_stands_beside_them():
     assert FeatureKind.read({"best_epoch": 3, **asdict(kind)}) == kind
     with pytest.raises(KeyError, match="simulated"):
         FeatureKind.read({name: value for name, value in asdict(kind).items() if value != "Drawn."})
+
+
+def test_runs_of_releases_that_did_not_tell_the_pixels_of_a_tile_are_read():
+    stored = asdict(KIND)
+    del stored["tile_size_px"]
+    assert FeatureKind.read(stored) == replace(KIND, tile_size_px=None)
+
+
+@pytest.mark.parametrize(
+    ("um", "px", "words"),
+    [(112.0, 224, ", tiles of 112 um in 224 px"), (256.0, None, ", tiles of 256 um"),
+     (None, 512, ", tiles in 512 px"), (None, None, "")],
+)  # fmt: skip
+def test_a_kind_says_how_large_tiles_are_as_far_as_it_knows(um, px, words):
+    kind = replace(KIND, tile_size_um=um, tile_size_px=px)
+    assert kind.tiles == words
+    assert f"abababab{words})" in str(kind)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(FeatureKind)])

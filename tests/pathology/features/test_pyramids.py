@@ -40,7 +40,7 @@ def write(path, pixels, *, resolution=(1, 1), unit="NONE", description="", level
 
 @pytest.fixture
 def network(monkeypatch):
-    def build(name, weights, seed):
+    def build(name, weights, seed, options, tile_px):
         model = torch.nn.Sequential(torch.nn.AvgPool2d(28), torch.nn.Flatten())
         return Extractor(model, lambda t: t.permute(0, 3, 1, 2).float() / 255, name, "ab")
 

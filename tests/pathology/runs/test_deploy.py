@@ -174,11 +174,15 @@ def test_features_of_another_kind_are_refused(run, external, tmp_path, change, w
 
 
 def test_features_of_another_tile_size_are_refused(run, external, tmp_path):
-    for path in external.features.glob("*.h5"):
-        with h5py.File(path, "r+") as file:
-            file.attrs["tile_size_um"] = file.attrs["tile_size"] = 112.0
-    with pytest.raises(UserError, match=r"the tile size in um that .*\(256.0\), but .* has 112"):
-        deploy(run, external, tmp_path / "out")
+    for name, value, words in (
+        ("tile_size_px", 256, r"the tile size in px that .*\(224\), but .* has 256"),
+        ("tile_size_um", 112.0, r"the tile size in um that .*\(256.0\), but .* has 112"),
+    ):
+        for path in external.features.glob("*.h5"):
+            with h5py.File(path, "r+") as file:
+                file.attrs[name] = value
+        with pytest.raises(UserError, match=words):
+            deploy(run, external, tmp_path / "out")
 
 
 def test_labels_that_were_not_trained_on_are_refused(run, external, tmp_path):

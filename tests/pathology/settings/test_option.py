@@ -68,7 +68,7 @@ def test_every_option_says_what_it_is_and_allows_its_default(settings):
 
 @pytest.mark.parametrize("settings", ALL)
 def test_every_field_is_an_option_or_known_not_to_be_one(settings):
-    others = {"show_tiles", "command", "tile_size_um", "tile_size_px"}
+    others = {"show_tiles", "command"}
     options = {each.name for each in options_of(settings)}
     names = set(settings.__dataclass_fields__) - others - {"rules", "crossval"}
     assert names <= options
@@ -145,6 +145,18 @@ def test_a_command_takes_the_options_of_its_settings(bake):
         ),
         Cake("b", out=Path("o")),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['fillings = ["a=1", "b=true", "c=[1, 0.5]"]', "fillings = {a = 1, b = true, c = [1, 0.5]}"],
+)
+def test_several_values_may_stand_in_a_table(bake, tmp_path, text):
+    asked, run = bake
+    (tmp_path / "a.toml").write_text(f"[bake-it]\n{text}\n")
+    found = run("--name", "a", "--out", "o", "--config", str(tmp_path / "a.toml"))
+    assert found.exit_code == 0
+    assert [word.lower() for word in asked[0].fillings] == ["a=1", "b=true", "c=[1, 0.5]"]
 
 
 def test_a_command_refuses_what_its_settings_do_not_take(bake):

@@ -98,7 +98,8 @@ def test_thresholds_are_configurable():
     ("options", "words"),
     [
         ({"min_edge_share": 1.5}, r"`min-edge-share` must be between 0 and 1, but got 1\.5"),
-        ({"tile_size_um": 0.0}, "`tile_size_um` must be between 1 and 10000"),
+        ({"tile_size_um": 15.0}, r"`tile-um` must be between 16 and 2048, but got 15\.0"),
+        ({"tile_size_px": 4096}, "`tile-px` must be between 32 and 2048, but got 4096"),
         ({"brightness_cutoff": float("nan")}, "`brightness-cutoff` must be between 0 and 256"),
     ],
 )
