@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.settings.crossval import HEADS
+from examples.pathology.training.attention import EncoderLayer
 
 
 class Prediction(NamedTuple):
@@ -69,9 +70,7 @@ class JointTransformer(nn.Module):
         if not outputs or min(outputs) < 1:
             raise ValueError(f"`outputs` must be widths of at least 1, but got {list(outputs)}.")
         self.projector = nn.Sequential(nn.Linear(in_features, d_model), nn.ReLU())
-        encoder_layer = nn.TransformerEncoderLayer(
-            d_model, heads, feedforward, dropout, batch_first=True
-        )
+        encoder_layer = EncoderLayer(d_model, heads, feedforward, dropout, batch_first=True)
         self.encoder = nn.TransformerEncoder(encoder_layer, layers, enable_nested_tensor=False)
         decoder_layer = nn.TransformerDecoderLayer(
             d_model, heads, feedforward, dropout, batch_first=True
