@@ -31,15 +31,14 @@ from examples.pathology.features.ledger import FEATURES, TILING, Rows, SlideRow
 from examples.pathology.features.provenance import finished_rows, parameters_of, provenance_of
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.overlay import draw_overlay
-from examples.pathology.slides.slide import LevelError, Slide, SlideFile, open_slide
+from examples.pathology.slides.slide import THUMBNAILS, LevelError, Slide, SlideFile, open_slide
 from examples.pathology.slides.tiling import (
-    SlideExcludedError,
     TilePlan,
     TileReader,
     TileStatus,
     plan_tiles,
 )
-from examples.pathology.slides.units import SlideError
+from examples.pathology.slides.units import SlideError, SlideExcludedError
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def extract_slide(
             with clock.stopped():
                 yield
             clock.enter(TILING)
-            _save_picture(config.out / "thumbnails" / f"{file.stem}.jpg", draw_overlay(plan))
+            _save_picture(config.out / THUMBNAILS / f"{file.stem}.jpg", draw_overlay(plan))
             rows = (_described(slide, plan, config.rules.tile_size_um),)
             if rows[0].status == "ok":
                 if rows[0].tiles_damaged:
@@ -279,6 +278,7 @@ def _described(slide: Slide, plan: TilePlan, tile_size_um: float) -> SlideRow:
         tiles_damaged=damaged,
         mpp=slide.mpp.x,
         mpp_source=slide.mpp.source,
+        reader=slide.reader,
     )
 
 

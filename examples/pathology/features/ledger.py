@@ -34,6 +34,7 @@ class SlideRow:
         seconds: Time spent on the stage; for a finished slide, when it was made. Tiling and
             network overlap: of reading tiles only the time counts that the network waited for.
         skipped: Whether an earlier run had finished it.
+        reader: What read its pixels; empty if it was not opened.
         tiles_damaged: Tiles left out since some of their pixels cannot be read; the ledger has
             them among the reasons.
     """
@@ -47,6 +48,7 @@ class SlideRow:
     mpp: float | None = None
     mpp_source: str = ""
     seconds: float = 0.0
+    reader: str = ""
     skipped: bool = False
     tiles_damaged: int = 0
 

@@ -32,6 +32,7 @@ def parameters_of(
         "precision": network.precision,
         "layout": config.layout,
         "slide_bytes": file.path.stat().st_size,
+        "slide_reader": slide.reader,
         "slide_quickhash": slide.quickhash,
         "slide_sample_sha256": sample_sha256(file.path),
         "slide_width_px": slide.width_px,
@@ -73,6 +74,7 @@ def provenance_of(
         "slide_mpp": slide.mpp.x,
         "slide_mpp_y": slide.mpp.y,
         "slide_mpp_source": slide.mpp.source,
+        "slide_reader": slide.reader,
         "slide_width_px": slide.width_px,
         "slide_height_px": slide.height_px,
         "precision": parameters["precision"],
@@ -116,6 +118,7 @@ def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Ro
             mpp=float(attributes["mtbalance_slide_mpp"]),
             mpp_source=str(attributes["mtbalance_slide_mpp_source"]),
             seconds=round(float(attributes["mtbalance_seconds_tiling"]), 3),
+            reader=str(attributes.get("mtbalance_slide_reader", "OpenSlide")),
             skipped=True,
         )
         seconds = round(float(attributes["mtbalance_seconds_features"]), 3)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import openslide
 from PIL import Image
 
+from examples.pathology.slides.pictures import Handle, open_handle
+
 PIECE_PX = 128
 """Least edge of a piece where a larger read fails; also the guess if a file names no tiles."""
 
@@ -38,14 +40,14 @@ class Source:
     """An open slide file that threads read; close it after use.
 
     Args:
-        handle: The open OpenSlide object.
+        handle: The open slide.
         path: The file; ``None``: it cannot be opened anew.
     """
 
-    def __init__(self, handle: openslide.OpenSlide, path: Path | None) -> None:
+    def __init__(self, handle: Handle, path: Path | None) -> None:
         self.handle = handle
         self._path = path
-        self._failed: list[openslide.OpenSlide] = []  # closed last: others may still read them
+        self._failed: list[Handle] = []  # closed last: others may still read them
         self._lock = threading.Lock()
         self._steps = {side: _step(handle, side) for side in ("width", "height")}
 
@@ -106,10 +108,10 @@ class Source:
                     problem = problem or (left, top, str(error))
         return Region(image, lost, problem) if problem else Region(image)
 
-    def _opened(self) -> openslide.OpenSlide:
+    def _opened(self) -> Handle:
         if self._path is None:
             raise openslide.OpenSlideError("the file cannot be opened anew")
-        return openslide.OpenSlide(self._path)
+        return open_handle(self._path, self._path.name)
 
     def _read_alone(
         self, corner: tuple[int, int], level: int, size: tuple[int, int]
@@ -128,7 +130,7 @@ class Source:
         return list(itertools.pairwise(cuts))
 
 
-def _step(handle: openslide.OpenSlide, side: str) -> int:
+def _step(handle: Handle, side: str) -> int:
     """Return how many pixels of level 0 to read at once: whole tiles of the file, if it has any."""
     try:
         tile = max(1, int(handle.properties.get(f"openslide.level[0].tile-{side}", PIECE_PX)))

@@ -17,24 +17,25 @@ from PIL import Image, ImageColor
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import walk
+from examples.pathology.slides.pictures import Handle, open_handle
 from examples.pathology.slides.reading import Source
-from examples.pathology.slides.units import Mpp, SlideError, find_mpp
-from examples.pathology.tables.matching import SLIDE_SUFFIXES
+from examples.pathology.slides.units import Mpp, SlideError, SlideExcludedError, find_mpp
+from examples.pathology.tables.matching import FLAT_SUFFIXES, SLIDE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-FLAT_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png"))
-"""Pictures that people do put among slides, but that have no pyramid and no pixel size."""
-
 OTHER_SUFFIXES = frozenset(
-    (".btf", ".isyntax", ".j2k", ".jp2", ".jpx", ".lif", ".nd2", ".vsi", ".webp", ".zarr")
+    (".isyntax", ".j2k", ".jp2", ".jpx", ".lif", ".nd2", ".vsi", ".webp", ".zarr")
 )
-"""Formats that slides come in and OpenSlide does not read."""
+"""Formats that slides come in and that are not read here."""
 
 WRAPPERS = frozenset(
     (".bz2", ".crdownload", ".filepart", ".gz", ".part", ".partial", ".xz", ".zip")
 )
 """What follows the suffix of a slide that is compressed or not yet copied."""
+
+THUMBNAILS = "thumbnails"
+"""Where `extract` puts its pictures of slides, which are none."""
 
 LEVEL_TOLERANCE = 0.01
 """A level this little coarser than asked for still counts as fine enough."""
@@ -62,10 +63,11 @@ class SlideFile:
 def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
     """List the slides below a folder in alphabetical order.
 
-    Suffixes count in upper and lower case. Formats that OpenSlide does not read, and slides that
-    are compressed or half copied, are left out, and one warning counts them by suffix. Two slides
-    that would share an output name, such as ``a.svs`` and ``a.tif``, get outputs with the full file
-    name, and a warning.
+    Suffixes count in upper and lower case. Formats that are not read, and slides that are
+    compressed or half copied, are left out, and one warning counts them by suffix. Two slides that
+    would share an output name, such as ``a.svs`` and ``a.tif``, get outputs with the full file
+    name, and a warning. Flat pictures are slides, but not beside others of the same name, nor where
+    `extract` puts its own.
 
     Args:
         folder: Where to look, sub-folders included.
@@ -89,6 +91,8 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
             continue
         unread.update(filter(None, map(_unread_suffix, names)))
         suffixes = {Path(name).suffix.lower() for name in names}
+        # Hamamatsu's .vms slides keep their pixels in .jpg files next to them.
+        part_of_others = suffixes & {".vms", ".vmu"} or THUMBNAILS in inside
         dicom = [directory / name for name in names if name.lower().endswith(".dcm")]
         found += _dicom_slides(folder, directory, dicom)
         for name in names:
@@ -96,20 +100,16 @@ def find_slides(folder: Path, *, skip: Path | None = None) -> list[SlideFile]:
             suffix = path.suffix.lower()
             relative = path.relative_to(folder)
             stem = relative.with_suffix("").as_posix()
-            if suffix in SLIDE_SUFFIXES - {".dcm"}:  # those are series, see above
+            # DICOM files are series, see above.
+            if suffix in SLIDE_SUFFIXES - {".dcm"} - (FLAT_SUFFIXES if part_of_others else set()):
                 found.append(SlideFile(path, relative.as_posix(), stem))
-            elif suffix in FLAT_SUFFIXES and not suffixes & {".vms", ".vmu"}:
-                # Hamamatsu's .vms slides keep their pixels in .jpg files next to them.
-                problem = f"{relative.as_posix()} is a flat picture, not a slide: {suffix} files "
-                problem += "have no pixel size. Convert it to a pyramidal TIFF with a resolution."
-                found.append(SlideFile(path, relative.as_posix(), relative.as_posix(), problem))
     if not any(slide.problem is None for slide in found):
         known = " ".join(sorted(SLIDE_SUFFIXES))
-        others = f" It holds {_counted(unread)}, which OpenSlide does not read." if unread else ""
+        others = f" It holds {_counted(unread)}, which cannot be read." if unread else ""
         raise UserError(f"{folder} must hold slides ({known}), but there are none.{others}")
     if unread:
         logger.warning(
-            "%s: %s are left out, since OpenSlide does not read them. Unpack them, copy them in "
+            "%s: %s are left out, since they cannot be read. Unpack them, copy them in "
             "full or convert them to pyramidal TIFFs.",
             folder,
             _counted(unread),
@@ -180,7 +180,12 @@ def _without_collisions(found: Iterable[SlideFile]) -> Iterator[SlideFile]:
     by_stem: dict[str, list[SlideFile]] = defaultdict(list)
     for slide in found:
         by_stem[slide.stem].append(slide)
-    for stem, slides in by_stem.items():
+    for stem, same in by_stem.items():
+        slides = [slide for slide in same if slide.path.suffix.lower() not in FLAT_SUFFIXES] or same
+        for picture in (slide for slide in same if slide not in slides):
+            problem = f"{picture.name} must be a slide, but is a flat picture beside "
+            problem += f"{slides[0].name}, as thumbnails are. Rename it if it is a slide."
+            yield replace(picture, stem=picture.name, problem=problem)
         if len(slides) == 1:
             yield slides[0]
             continue
@@ -230,7 +235,7 @@ class Slide:
     """An open slide that is read in microns; close it after use.
 
     Args:
-        handle: The open OpenSlide object.
+        handle: The open slide, of whatever reader.
         name: Name of the slide, for messages.
         mpp: Size of its level-0 pixels.
         broken_levels: Levels that are known to be unreadable and are passed by.
@@ -239,7 +244,7 @@ class Slide:
 
     def __init__(
         self,
-        handle: openslide.OpenSlide,
+        handle: Handle,
         name: str,
         mpp: Mpp,
         broken_levels: frozenset[int] = frozenset(),
@@ -250,11 +255,12 @@ class Slide:
         self.damage = ""  # where the first damaged pixels were found
         self.broken_levels = broken_levels
         self.name = name
+        self.reader: str = getattr(handle, "reader", "OpenSlide")
         self.mpp = mpp
         # After a failed read a handle does not even tell these.
         self._downsamples = tuple(handle.level_downsamples)
         self._dimensions = tuple(handle.level_dimensions)
-        self.width_px, self.height_px = handle.dimensions
+        self.width_px, self.height_px = self._dimensions[0]
         self.width_um = self.width_px * mpp.x
         self.height_um = self.height_px * mpp.y
         # A checksum of a part of the pixels and of the metadata; OpenSlide makes it on opening.
@@ -267,9 +273,13 @@ class Slide:
         self._source.close()
 
     def bits_per_sample(self) -> int:
-        """Return how many bits a TIFF has for each colour, of which we get the upper 8; or 8."""
+        """Return how many bits a file has for each colour, of which we get the upper 8; or 8."""
         if self._path is None:
             return 8
+        if self.reader == "Pillow":
+            with self._path.open("rb") as file:
+                head = file.read(25)
+            return head[24] if head.startswith(b"\x89PNG") else 8
         try:
             with tifffile.TiffFile(self._path) as file:
                 return int(file.pages.first.bitspersample)
@@ -342,7 +352,7 @@ class Slide:
             raise LevelError(
                 level,
                 f"The pixels of {self.name} must be readable, but at ({x_um:.0f}, {y_um:.0f}) um "
-                f"of level {level} OpenSlide says: {error}.",
+                f"of level {level} {self.reader} says: {error}.",
             ) from error
         if np.asarray(region.getchannel("A")).min() < 255:  # few slides have transparent pixels
             canvas = Image.new("RGBA", region.size, (*self.background, 255))
@@ -353,7 +363,7 @@ class Slide:
         if lost is None or problem is None:
             return Picture(pixels)
         x, y = problem[0] * self.mpp.x, problem[1] * self.mpp.y
-        self.damage = self.damage or f"at ({x:.0f}, {y:.0f}) um OpenSlide says: {problem[2]}."
+        self.damage = self.damage or f"at ({x:.0f}, {y:.0f}) um {self.reader} says: {problem[2]}."
         return Picture(pixels, *_lost_pixels(lost, size_px, box))
 
 
@@ -410,12 +420,12 @@ def open_slide(
         The open slide.
 
     Raises:
-        SlideError: If OpenSlide cannot open it or its pixel size is unknown or implausible.
+        SlideError: If it cannot be opened or its pixel size is unknown or implausible.
     """
     if path.stat().st_size == 0:
         raise SlideError(f"{name} must hold a slide, but the file is empty. Copy it again.")
     try:
-        handle = openslide.OpenSlide(path)
+        handle = open_handle(path, name)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideError(
             f"{name} must be a slide that OpenSlide reads, but it is damaged, incomplete or of "
@@ -425,7 +435,9 @@ def open_slide(
         raise SlideError(f"{name} must be readable, but OpenSlide says: {error}.") from error
     try:
         mpp = find_mpp(handle.properties, slide=name, table_mpp=table_mpp, default_mpp=default_mpp)
-    except SlideError:
+    except SlideError as error:
         handle.close()
+        if path.suffix.lower() in FLAT_SUFFIXES:  # beside slides, it need not be meant as one
+            raise SlideExcludedError(str(error)) from error
         raise
     return Slide(handle, name, mpp, broken_levels, path)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from examples.pathology.settings.extract import TileRules
 from examples.pathology.slides.slide import LevelError, Slide
-from examples.pathology.slides.units import SlideError
+from examples.pathology.slides.units import SlideError, SlideExcludedError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -29,10 +29,6 @@ READ_EDGE_PX = 2048
 
 OVERVIEW_EDGE_PX = 1600
 """About how large the overview picture gets at most."""
-
-
-class SlideExcludedError(SlideError):
-    """A slide that is sound, but of a kind that the protocol does not cover."""
 
 
 class TileStatus(IntEnum):
@@ -188,7 +184,7 @@ def _refuse_grey(name: str, overview: Pixels) -> None:
         raise SlideExcludedError(
             f"A slide must show stained tissue, but red, green and blue are equal everywhere on "
             f"{name}: it was scanned in grey, or its colours are stored as separate planes, of "
-            "which OpenSlide reads one. Convert it to RGB with interleaved samples."
+            "which one is read. Convert it to RGB with interleaved samples."
         )
 
 

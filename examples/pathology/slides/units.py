@@ -38,11 +38,16 @@ A list, no bound: 250 um may be 250 nm whose unit was lost, and is refused."""
 PLACEHOLDER_TOLERANCE = 0.015
 """72 dpi are also written as 28 px/cm."""
 
-_UM_PER_LENGTH = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_UM_PER_LENGTH = dict.fromkeys(("um", "µm", "μm", "micron", "\\u00B5m"), 1.0)  # two of ImageJ
+_UM_PER_LENGTH |= {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
 class SlideError(Exception):
     """A slide cannot be used; the message names the slide and says why and what to do."""
+
+
+class SlideExcludedError(SlideError):
+    """A slide that is sound, but of a kind that the protocol does not cover."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,10 @@ def find_mpp(
     """Find the size of a slide's pixels.
 
     The order is: the slide table's MPP column, OpenSlide's own value, the keys of the vendors, the
-    TIFF resolution if it has a unit, XML in the image description, the default. Placeholders (72
-    dpi, 10 px/cm) are passed by, with a warning. What the file says further on must agree with
-    what is found first, unless no scanner has such pixels. The slide table is believed whatever
-    the file says.
+    resolution of a TIFF (if it has a unit) or flat picture, XML in the image description, the
+    default. Placeholders (72 dpi, 10 px/cm) are passed by, with a warning. What the file says
+    further on must agree with what is found first, unless no scanner has such pixels. The slide
+    table is believed whatever the file says.
 
     Args:
         properties: The slide's properties as OpenSlide gives them.
@@ -213,8 +218,13 @@ def _from_hamamatsu(properties: Mapping[str, str]) -> Mpp | None:
 
 def _from_tiff_resolution(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
     um = _UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", "").lower())
+    text = properties.get("tiff.ImageDescription", "")
+    if um is None and text.startswith("ImageJ="):  # which has a unit of its own
+        unit = re.search(r"^unit=(.+?)\s*$", text, re.MULTILINE)
+        um = _UM_PER_LENGTH.get(unit.group(1)) if unit else None
     if um is not None:  # "none": the numbers are an aspect ratio
         yield _pair(properties, "tiff.XResolution", "tiff.YResolution", lambda value: um / value)
+    yield _pair(properties, "dpi-x", "dpi-y", lambda value: _UM_PER_UNIT["inch"] / value)
 
 
 def _from_xml(properties: Mapping[str, str]) -> Iterator[Mpp | None]:

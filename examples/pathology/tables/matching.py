@@ -9,10 +9,15 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.names import composed
 
+TIFF_SUFFIXES = frozenset((".btf", ".tif", ".tiff"))
+"""What OpenSlide does not read of these, tifffile does."""
+
+FLAT_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png"))
+"""Pictures without a pyramid, which Pillow reads."""
+
 # fmt: off
-SLIDE_SUFFIXES = frozenset((
-    ".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".qptiff", ".scn", ".svs", ".svslide", ".tif",
-    ".tiff", ".vms", ".vmu",
+SLIDE_SUFFIXES = TIFF_SUFFIXES | FLAT_SUFFIXES | frozenset((
+    ".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".qptiff", ".scn", ".svs", ".svslide", ".vms", ".vmu",
 ))
 # fmt: on
 # Identifiers of a study look alike: below this, the nearest one is as a rule another patient's.

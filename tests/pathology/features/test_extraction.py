@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
+from PIL import Image
 from torch import nn
 
 from examples.pathology.common.errors import UserError
@@ -86,7 +87,9 @@ def test_a_slide_becomes_features_a_picture_and_a_ledger_row(tmp_path, network):
     assert network.batches == [4, 4, 1]
     assert (tmp_path / "out" / "thumbnails" / "sub" / "a.jpg").stat().st_size > 1000
     header = (tmp_path / "out" / "ledger.csv").read_text().splitlines()[0]
-    assert header == "slide,stage,status,reason,tiles_total,tiles_kept,mpp,mpp_source,seconds"
+    assert header == (
+        "slide,stage,status,reason,tiles_total,tiles_kept,mpp,mpp_source,seconds,reader"
+    )
     rows = rows_of(tmp_path / "out")
     assert list(rows) == [("sub/a.TIF", "tiling"), ("sub/a.TIF", "features")]
     for row in rows.values():
@@ -156,7 +159,7 @@ def bad_folder(folder):
     folder.joinpath("c_empty.svs").write_bytes(b"")
     save_slide(folder / "d_glass.tif", white_left=1100)
     save_slide(folder / "e_small.tif", 300, 300)
-    folder.joinpath("f_flat.png").write_bytes(b"x")
+    Image.fromarray(tissue(1100, 1100)).save(folder / "f_flat.png", dpi=(72, 72))
     save_slide(folder / "g_mpp.tif", mpp=352.8)
 
 
@@ -176,7 +179,8 @@ def test_bad_slides_get_rows_and_stop_nothing(tmp_path, network, caplog):
     assert "OpenSlide reads" in rows["a_text.svs"]["reason"]
     assert rows["d_glass.tif"]["reason"] == "no tile left: 4 of 4 are glass, 0 have too few edges"
     assert "the slide is 150 x 150 um" in rows["e_small.tif"]["reason"]
-    assert "a placeholder, 352." in rows["g_mpp.tif"]["reason"]
+    for name in ("f_flat.png", "g_mpp.tif"):
+        assert "a placeholder, 352." in rows[name]["reason"]
     assert (summary.done, summary.empty, summary.excluded, summary.failed) == (1, 2, 1, 3)
     assert summary.exit_code == 1
     assert [path.name for path in (tmp_path / "out").glob("*.h5")] == ["b_good.h5"]

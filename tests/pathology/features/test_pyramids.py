@@ -1,10 +1,14 @@
 """One picture as several slides: whatever a file says about its pixels, the tiles are the same."""
 
+import json
+
 import cv2
+import h5py
 import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 from examples.pathology.extractors.extractor import Extractor
 from examples.pathology.features import extraction
@@ -97,6 +101,51 @@ def test_a_slide_is_the_same_whatever_tells_its_resolution(tmp_path, network):
     # Read from level 0 instead of 1, the pixels differ by the resampling alone.
     np.testing.assert_array_equal(bags["flat"].coords_um, bags["cm"].coords_um)
     np.testing.assert_allclose(bags["flat"].feats, bags["cm"].feats, atol=0.01)
+
+
+def test_features_are_the_same_whatever_reads_the_slide(tmp_path, network):
+    folder, out, pixels = tmp_path / "in", tmp_path / "out", picture()[:1100, 500:1700]
+    folder.mkdir()
+    mpp = 0.5  # which all formats can tell exactly
+    per_cm = (1e4 / mpp,) * 2
+    write(folder / "tiled.tif", pixels, resolution=per_cm, unit="CENTIMETER", levels=1)
+    tags = {"resolution": per_cm, "resolutionunit": "CENTIMETER", "compression": "lzw"}
+    tifffile.imwrite(folder / "strips.tif", pixels, photometric="rgb", **tags)
+    sizes = {f"PhysicalSize{axis}": mpp for axis in "XY"}
+    planes = np.moveaxis(pixels, -1, 0)
+    with tifffile.TiffWriter(folder / "planes.ome.tif", bigtiff=True) as file:
+        axes = {"axes": "CYX", **sizes}
+        file.write(planes, photometric="rgb", planarconfig="separate", metadata=axes)
+    Image.fromarray(pixels).save(folder / "flat.png", dpi=(25_400 / mpp,) * 2)
+    Image.fromarray(pixels).save(folder / "table.bmp")
+    (tmp_path / "t.csv").write_text(f"FILENAME,MPP\ntable.bmp,{mpp}\n")
+    options = {"weights": None, "device": "cpu", "slide_table": tmp_path / "t.csv"}
+    summary = extract(folder, out, **options)
+    assert [(row.slide, row.reader, row.mpp_source) for row in summary.rows[::2]] == [
+        ("flat.png", "Pillow", "dpi-x"),
+        ("planes.ome.tif", "tifffile", "tiff.ImageDescription PhysicalSizeX"),
+        ("strips.tif", "tifffile", "tiff.XResolution"),
+        ("table.bmp", "Pillow", "slide table"),
+        ("tiled.tif", "OpenSlide", "openslide.mpp-x"),
+    ]
+    expected = read_features(out / "tiled.h5")
+    assert len(expected.feats) == 4  # 2 x 2 of 512 px
+    for name in ("flat", "planes.ome", "strips", "table"):
+        bag = read_features(out / f"{name}.h5")
+        np.testing.assert_array_equal(bag.coords_um, expected.coords_um)
+        np.testing.assert_array_equal(bag.feats, expected.feats)
+        with h5py.File(out / f"{name}.h5") as stored:
+            reader = "tifffile" if name in ("planes.ome", "strips") else "Pillow"
+            assert stored.attrs["mtbalance_slide_reader"] == reader
+    with h5py.File(out / "tiled.h5", "a") as stored:  # as an earlier release made it
+        parameters = json.loads(stored.attrs["mtbalance_parameters"])
+        assert parameters.pop("slide_reader") == "OpenSlide"
+        stored.attrs["mtbalance_parameters"] = json.dumps(parameters)
+        del stored.attrs["mtbalance_slide_reader"]
+    again = extract(folder, out, **options)
+    assert again.skipped == 5
+    readers = [(row.slide, row.reader) for row in summary.rows]
+    assert [(row.slide, row.reader) for row in again.rows] == readers
 
 
 def test_features_are_those_of_the_tissue_at_that_place(tmp_path, network):

@@ -51,22 +51,46 @@ def test_slides_that_would_share_an_output_keep_their_full_names(tmp_path, caplo
     assert "a.svs, a.tif would share the output name a.h5" in caplog.text
 
 
-def test_flat_pictures_are_reported_but_not_those_of_vms_slides(tmp_path):
-    touch(tmp_path, "a.svs", "photo.PNG", "vms/b.vms", "vms/b-macro.jpg")
-    found = {slide.name: slide.problem for slide in find_slides(tmp_path)}
-    assert "flat picture" in found.pop("photo.PNG")
-    assert found == {"a.svs": None, "vms/b.vms": None}
+def test_flat_pictures_are_slides_but_not_those_of_vms_slides(tmp_path):
+    touch(tmp_path, "a.svs", "photo.PNG", "vms/b.vms", "vms/b-macro.jpg", "c/Scan.btf")
+    found = [(slide.name, slide.stem, slide.problem) for slide in find_slides(tmp_path)]
+    assert found == [
+        ("a.svs", "a", None),
+        ("c/Scan.btf", "c/Scan", None),
+        ("photo.PNG", "photo", None),
+        ("vms/b.vms", "vms/b", None),
+    ]
+
+
+def test_flat_pictures_beside_a_slide_of_their_name_are_none(tmp_path, caplog):
+    touch(tmp_path, "a.svs", "a.jpg", "a.png", "sub/a.png", "b.png", "b.jpg")
+    found = {slide.name: slide for slide in find_slides(tmp_path)}
+    assert found["a.svs"].stem == "a"  # features of before are not made again under another name
+    for name in ("a.jpg", "a.png"):
+        assert f"{name} must be a slide, but is a flat picture beside a.svs" in found[name].problem
+        assert found[name].stem == name
+    assert {name: found[name].stem for name in ("b.png", "b.jpg", "sub/a.png")} == {
+        "b.png": "b.png",
+        "b.jpg": "b.jpg",
+        "sub/a.png": "sub/a",
+    }
+    assert "b.jpg, b.png would share the output name b.h5" in caplog.text
+
+
+def test_pictures_that_extract_has_drawn_are_no_slides(tmp_path):
+    touch(tmp_path, "a.svs", "thumbnails/a.jpg", "out/thumbnails/sub/b.jpg", "sub/c.jpg")
+    assert [slide.name for slide in find_slides(tmp_path)] == ["a.svs", "sub/c.jpg"]
 
 
 def test_what_looks_like_a_slide_but_is_not_read_is_counted_in_one_warning(tmp_path, caplog):
-    names = ["c.isyntax", "c.VSI", "c.lif", "c.nd2", "c.jp2", "c.btf", "c.webp", "sub/d.jp2"]
+    names = ["c.isyntax", "c.VSI", "c.lif", "c.nd2", "c.jp2", "c.webp", "sub/d.jp2"]
     touch(tmp_path, *names, "c.svs.part", "c.svs.gz", "b.zarr/zarr.json", "b.zarr/0/e.zarr/0.tif")
     touch(tmp_path, "notes.txt", "table.csv.gz", "readme")
     counts = (
-        "1 x .btf, 1 x .isyntax, 2 x .jp2, 1 x .lif, 1 x .nd2, 1 x .svs.gz, 1 x .svs.part, "
+        "1 x .isyntax, 2 x .jp2, 1 x .lif, 1 x .nd2, 1 x .svs.gz, 1 x .svs.part, "
         "1 x .vsi, 1 x .webp, 1 x .zarr"
     )
-    with pytest.raises(UserError, match=f"there are none. It holds {counts}, which OpenSlide does"):
+    with pytest.raises(UserError, match=f"there are none. It holds {counts}, which cannot be read"):
         find_slides(tmp_path)
     touch(tmp_path, "TCGA-1.uuid.svs")
     caplog.clear()
@@ -92,7 +116,7 @@ def test_links_to_folders_are_followed(tmp_path):
 def test_no_folder_and_no_slides_are_wrong_use(tmp_path):
     with pytest.raises(UserError, match="folder of slides must exist"):
         find_slides(tmp_path / "none")
-    touch(tmp_path, "readme.txt", "photo.png")
+    touch(tmp_path, "readme.txt", "photo.gif")
     with pytest.raises(UserError, match=r"must hold slides \(.*\.dcm.*\.svs"):
         find_slides(tmp_path)
 
