@@ -1,4 +1,4 @@
-"""Finished runs to one page: a table, the figures, who was left out, and what it cannot say."""
+"""Runs, or a deployment, to one page: a table, figures, who was left out, what it cannot say."""
 
 import logging
 import re
@@ -10,15 +10,17 @@ from pathlib import Path
 import pandas as pd
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.figures.run import draw_figures
+from examples.pathology.figures.run import draw_figures, draw_scores
 from examples.pathology.figures.scores import compare
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.report import pages
+from examples.pathology.report.sections import sections_of
 from examples.pathology.results import metrics
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import Comparison, compare_auroc, holm
-from examples.pathology.results.runs import Run, read_run
+from examples.pathology.results.runs import Run, read_deployed, read_run
 from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.settings.runs import DEFAULT_PAGE, PageConfig
 from examples.pathology.tables.reading import PATIENT
 from examples.pathology.tables.writing import write_table
 from mtbalance import PAPER_COMBINATIONS
@@ -32,6 +34,11 @@ CAUTION = (
     "clearly larger than their spread says nothing, and no method is claimed to be better than "
     "another here."
 )
+CAUTION_DEPLOYED = (
+    "Mean ± standard deviation over the models of the folds, each on all patients of this cohort "
+    "[95 % bootstrap interval over them, the models taken as they are]. The ensemble predicts the "
+    "mean of all models. {remark}"
+)
 REMARKS = {
     "classification": "F1 is at the threshold that is best on the validation part.",
     "regression": "The mean absolute error is in the unit of the target.",
@@ -39,7 +46,12 @@ REMARKS = {
 
 
 def write_report(
-    runs: Sequence[Path], out: Path | None = None, *, seed: int = 0, preface: str = ""
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    seed: int = 0,
+    preface: str = "",
+    config: PageConfig = DEFAULT_PAGE,
 ) -> Path:
     """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
 
@@ -48,6 +60,7 @@ def write_report(
         out: Where to; ``None``: ``report/`` in the first of ``runs``.
         seed: Of the t-SNE.
         preface: A paragraph that stands first.
+        config: What the page shows.
 
     Returns:
         The page.
@@ -81,9 +94,58 @@ def write_report(
         table_of_metrics=table,
         caution=caution,
         differences=_differences(read),
+        sections=sections_of(read, out, config),
         figures_of=figures,
         used=pages.funnel_of(read[0].folder, first),
         runs=_runs_table(read),
+    )
+    logger.info("The report is %s", page)
+    return page
+
+
+def write_deployed_report(
+    folder: Path, out: Path | None = None, *, config: PageConfig = DEFAULT_PAGE
+) -> Path:
+    """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
+
+    Args:
+        folder: Of a deployment.
+        out: Where to; ``None``: to the folder itself.
+        config: What the page shows.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: A file of the deployment is damaged or gone.
+    """
+    deployed, out = read_deployed(folder), out or folder
+    summary, (ensemble, *models) = deployed.summary, deployed.runs
+    rows = [ensemble, replace(models[0], name="mean of folds")]  # each has the metrics of all
+    shown = _columns(rows)
+    caution = CAUTION_DEPLOYED.format(remark=REMARKS[summary.kind])
+    table, figures = _table(rows, shown), []
+    pages.write_markdown(out / "table.md", table, [caution, summary.caption])
+    write_table(out / "table.csv", _numbers(rows, [*shown, Metric("prevalence")]))
+    if deployed.labelled:
+        drawn = draw_scores(out / "figures", summary, deployed.results, summary.targets)
+        figures.append(("Every fold's model", drawn))
+    page = out / "index.html"
+    pages.write_page(
+        page,
+        "deployed.html.j2",
+        title=f"{summary.method} deployed: {summary.target}",
+        preface="",
+        warnings=pages.captions_of([summary]),
+        summary=summary,
+        labelled=deployed.labelled,
+        run=deployed.run,
+        table_of_metrics=table,
+        caution=caution,
+        differences=(),
+        sections=sections_of(deployed.runs, out, config),
+        figures_of=figures,
+        used=pages.funnel_of(folder, summary),
     )
     logger.info("The report is %s", page)
     return page

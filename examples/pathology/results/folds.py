@@ -47,6 +47,8 @@ class FoldResult:
         seconds: How long it took.
         threshold: The probability from which a patient is called positive; NaN without one.
         history: One row per epoch.
+        validated: The validation part as in ``validation.csv``; of an ensemble that of every model;
+            empty where it is not at hand.
     """
 
     predictions: pd.DataFrame
@@ -56,6 +58,7 @@ class FoldResult:
     seconds: float
     threshold: float = math.nan
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    validated: tuple[pd.DataFrame, ...] = ()
 
 
 def write_fold(
@@ -219,7 +222,19 @@ def read_fold(folder: Path) -> FoldResult:
     embeddings = read_embeddings(folder / "embeddings.npy", remedy)
     predictions = read_predictions(folder / "predictions.csv", remedy, rows=len(embeddings))
     history = read_table_of_ours(folder / "history.csv", remedy, rows=epochs, text=False)
-    return FoldResult(predictions, embeddings, best_epoch, epochs, seconds, threshold, history)
+    validated = read_validation(folder, remedy)
+    numbers = best_epoch, epochs, seconds, threshold
+    return FoldResult(predictions, embeddings, *numbers, history, validated)
+
+
+def read_validation(folder: Path, remedy: str) -> tuple[pd.DataFrame, ...]:
+    """Read the validation part of a fold; none where a run does not have it, or is gone.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / "validation.csv"
+    return (read_predictions(path, remedy),) if path.exists() else ()
 
 
 def read_embeddings(path: Path, remedy: str) -> NDArray[np.float32]:

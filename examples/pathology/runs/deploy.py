@@ -20,7 +20,6 @@ from examples.pathology.common.files import json_or_none, write_json
 from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.common.toml import write_toml
 from examples.pathology.features.kind import refuse_other_features
-from examples.pathology.figures.run import draw_scores
 from examples.pathology.results.folds import (
     FoldResult,
     read_fold,
@@ -31,8 +30,8 @@ from examples.pathology.results.folds import (
 )
 from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
 from examples.pathology.results.metrics import Metric
-from examples.pathology.results.runs import fold_folders, run_settings
-from examples.pathology.results.summary import RunSummary, metrics_json
+from examples.pathology.results.runs import DEPLOYED, fold_folders, run_settings
+from examples.pathology.results.summary import metrics_json
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
@@ -40,16 +39,15 @@ from examples.pathology.training.prediction import Fitted, PatientPrediction, pr
 logger = logging.getLogger(__name__)
 
 
-def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
+def run_deploy(config: DeployConfig) -> dict[str, Any]:
     """Predict for an external cohort with every fold of a run and with their mean.
 
     Writes ``predictions.csv`` (the ensemble: the mean over folds of probabilities, and of
     predicted values in the target's unit), ``fold-K/predictions.csv`` and ``embeddings.npy``,
-    ``ledger.csv``, ``deploy.toml``, ``metrics.json`` and, where labels are known, ``figures/``.
+    ``ledger.csv``, ``deploy.toml`` and ``metrics.json``. `report` makes a page of them.
 
     Args:
         config: What to predict for.
-        figures: Whether to draw what labels allow.
 
     Returns:
         What ``metrics.json`` holds.
@@ -68,15 +66,19 @@ def run_deploy(config: DeployConfig, *, figures: bool = True) -> dict[str, Any]:
     log_exclusions(cohort)
     with sole_writer(config.out):
         clean(config.out)
-        write_toml(config.out / "deploy.toml", deploy_settings(config))
+        write_toml(config.out / DEPLOYED, deploy_settings(config))
         cohort.write_ledger(config.out / "ledger.csv")
         models_only = [fitted for fitted, _ in models]
-        return _predict_all(config, cohort, folders, models_only, device, figures=figures)
+        return _predict_all(config, cohort, folders, models_only, device)
 
 
 def deploy_settings(config: DeployConfig) -> dict[str, dict[str, Any]]:
-    """Return what ``deploy.toml`` holds; a switch that is off is left out, as it was before it."""
-    settings = {name: str(value) for name, value in vars(config).items() if value is not False}
+    """Return what ``deploy.toml`` holds; a switch that is off is left out, as it was before it.
+
+    What the page shows is left out, too: it changes no prediction.
+    """
+    values = {name: value for name, value in vars(config).items() if name != "page"}
+    settings = {name: str(value) for name, value in values.items() if value is not False}
     return {"deploy": {**settings, "seed": config.seed}}
 
 
@@ -86,8 +88,6 @@ def _predict_all(
     folders: Sequence[Path],
     models: Sequence[Fitted],
     device: str,
-    *,
-    figures: bool,
 ) -> dict[str, Any]:
     targets = models[0].targets
     bags = BagStore()
@@ -106,8 +106,6 @@ def _predict_all(
     thresholds = [result.threshold for result in results if not np.isnan(result.threshold)]
     ensemble = _result(path, together, float(np.mean(thresholds)) if thresholds else np.nan)
     summary = _summary(config, cohort, targets, results, ensemble)
-    if figures and summary["labelled"]:
-        draw_scores(config.out / "figures", RunSummary.from_json(summary), results, targets)
     write_json(config.out / "metrics.json", summary)
     logger.info(
         "%d patients, %d with a label; %s", len(cohort.patients), summary["labelled"], config.out

@@ -15,9 +15,24 @@ from examples.pathology.settings.cohort import (
     slide_table_option,
 )
 from examples.pathology.settings.extract import default_mpp_option
-from examples.pathology.settings.option import Settings, needed, option
+from examples.pathology.settings.option import Settings, needed, nested, option
 
 run_option = partial(needed, "A finished run of crossval.")
+
+
+@dataclass(frozen=True)
+class PageConfig(Settings):
+    """What a page of results is to show."""
+
+    sensitivity: float = option(
+        0.95,
+        "The second threshold: the highest with this sensitivity in the validation part.",
+        min=0.01,
+        max=1.0,
+    )
+
+
+DEFAULT_PAGE = PageConfig()
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class DeployConfig(Settings):
     )
     patient_column: str = patient_column_option()
     filename_column: str = filename_column_option()
+    page: PageConfig = nested(PageConfig)
     seed: int = seed_option()
     device: str = device_option()
 
@@ -69,10 +85,13 @@ class ReportConfig(Settings):
     """Which runs to put on a page."""
 
     run: tuple[Path, ...] = needed(
-        "A run folder, or a folder of runs; may be given several times. Or a benchmark's folder: "
-        "its page is written again."
+        "A run folder, or a folder of runs; may be given several times. Or a folder of benchmark "
+        "or deploy: its page is written again."
     )
-    out: Path | None = option(None, "Where the page goes; default: report/ in the first --run.")
+    out: Path | None = option(
+        None, "Where the page goes; default: report/ in the first --run, or deploy's folder."
+    )
+    page: PageConfig = nested(PageConfig)
     seed: int = option(0, "Of the t-SNE; a benchmark has a seed of its own.", min=0)
 
 

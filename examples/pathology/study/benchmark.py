@@ -27,6 +27,7 @@ from examples.pathology.common.folders import sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.jobs.cluster import cluster
 from examples.pathology.jobs.engine import Job, Outcome, run_jobs
+from examples.pathology.results.runs import DEPLOYED
 from examples.pathology.runs.crossval import (
     Plan,
     finish,
@@ -238,11 +239,11 @@ def deploy_job(config: DeployConfig, log: Path) -> None:
     with _logged(log):
         if not _is_deployed(config):
             (config.out / "metrics.json").unlink(missing_ok=True)
-            run_deploy(config, figures=False)
+            run_deploy(config)
 
 
 def _is_deployed(config: DeployConfig) -> bool:
-    settings = config.out / "deploy.toml"
+    settings = config.out / DEPLOYED
     if not (config.out / "metrics.json").exists() or not settings.exists():
         return False
     return bool(read_toml(settings) == deploy_settings(config))

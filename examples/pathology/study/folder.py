@@ -7,8 +7,6 @@ cases are asked for: then each auxiliary target has patients, splits and a basel
 """
 
 import csv
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,34 +16,13 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.engine import Outcome
-from examples.pathology.results.folds import FoldResult, read_embeddings, read_predictions
-from examples.pathology.results.runs import Run, read_run
-from examples.pathology.results.summary import Metrics, RunSummary, metrics_from_json
+from examples.pathology.results.runs import Deployed, Run, read_deployed, read_run
 from examples.pathology.settings.benchmark import folder_name
 from examples.pathology.settings.crossval import BASELINE
 
 SETTINGS = "study.toml"  # a folder that has it belongs to a benchmark
 LEDGER = "jobs.csv"
 RUNS, EXTERNAL, REPORT = "runs", "external", "report"
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """A run deployed on the external cohort, read from its folder.
-
-    Args:
-        folder: Where it is.
-        summary: What ``metrics.json`` says.
-        labelled: How many of its patients have a label.
-        ensemble: The mean of all models; its embeddings are those of the first.
-        metrics_of_ensemble: How good it is.
-    """
-
-    folder: Path
-    summary: RunSummary
-    labelled: int
-    ensemble: FoldResult
-    metrics_of_ensemble: Metrics
 
 
 @dataclass(frozen=True)
@@ -135,23 +112,8 @@ def _read_panel(
         if (folder / RUNS / place / "metrics.json").exists():
             runs[method] = read_run(folder / RUNS / place)
             if (folder / EXTERNAL / place / "metrics.json").exists():
-                deployed[method] = _read_deployed(folder / EXTERNAL / place)
+                deployed[method] = read_deployed(folder / EXTERNAL / place, runs[method].folder)
     return Panel(auxiliary, runs, deployed)
-
-
-def _read_deployed(folder: Path) -> Deployed:
-    path = folder / "metrics.json"
-    remedy = f"Delete {path} and run `benchmark` again: other results stay."
-    with whole(path, remedy):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        threshold, labelled = stored["threshold_of_ensemble"], int(stored["labelled"])
-        threshold = math.nan if threshold is None else float(threshold)
-        metrics = metrics_from_json(stored["metrics_of_ensemble"])
-        summary = RunSummary.from_json(stored)
-    embeddings = read_embeddings(folder / "fold-1" / "embeddings.npy", remedy)
-    predictions = read_predictions(folder / "predictions.csv", remedy, rows=len(embeddings))
-    ensemble = FoldResult(predictions, embeddings, 0, 0, 0.0, threshold)
-    return Deployed(folder, summary, labelled, ensemble, metrics)
 
 
 def read_jobs(path: Path) -> tuple[Outcome, ...]:

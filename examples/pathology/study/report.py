@@ -15,11 +15,11 @@ from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
-from examples.pathology.results.runs import Run
+from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.differences import REFERENCES, all_differences
-from examples.pathology.study.folder import REPORT, Deployed, Panel, Study
+from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.tables import (
     AUPRC,
     AUROC,

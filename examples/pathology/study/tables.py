@@ -8,10 +8,10 @@ import pandas as pd
 from examples.pathology.jobs.engine import Outcome
 from examples.pathology.report import pages
 from examples.pathology.results.metrics import Metric
-from examples.pathology.results.runs import Run
+from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics, RunSummary
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.study.folder import Deployed, Panel, Study, run_folder
+from examples.pathology.study.folder import Panel, Study, run_folder
 
 NAIVE = "naive"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
