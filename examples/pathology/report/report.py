@@ -14,13 +14,13 @@ from examples.pathology.figures.run import draw_figures, draw_scores
 from examples.pathology.figures.scores import compare
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.report import pages
-from examples.pathology.report.sections import sections_of
+from examples.pathology.report.sections import SECTIONS
 from examples.pathology.results import metrics
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import Comparison, compare_auroc, holm
 from examples.pathology.results.runs import Run, read_deployed, read_run
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.settings.runs import DEFAULT_PAGE, PageConfig
+from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT
 from examples.pathology.tables.writing import write_table
 from mtbalance import PAPER_COMBINATIONS
@@ -51,7 +51,7 @@ def write_report(
     *,
     seed: int = 0,
     preface: str = "",
-    config: PageConfig = DEFAULT_PAGE,
+    config: PageConfig | None = None,
 ) -> Path:
     """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
 
@@ -79,32 +79,23 @@ def write_report(
         figures.append((run.name, [(f"{run.name}: {title}", path) for title, path in drawn]))
     if len(read) > 1:
         figures.insert(0, ("Methods side by side", _draw_comparisons(read, out / "figures")))
-    shown = _columns(read)
-    table, caution = _table(read, shown), CAUTION.format(remark=REMARKS[first.kind])
-    pages.write_markdown(out / "table.md", table, [caution, first.caption])
-    write_table(out / "table.csv", _numbers(read, [*shown, Metric("prevalence")]))
-    page = out / "index.html"
-    pages.write_page(
-        page,
-        "report.html.j2",
+    return _write(
+        out,
+        read,
+        CAUTION,
+        read,
+        config,
         title=f"Cross-validation of {first.target}",
         preface=preface,
         warnings=_warnings(read, unfinished),
-        summary=first,
-        table_of_metrics=table,
-        caution=caution,
         differences=_differences(read),
-        sections=sections_of(read, out, config),
         figures_of=figures,
-        used=pages.funnel_of(read[0].folder, first),
         runs=_runs_table(read),
     )
-    logger.info("The report is %s", page)
-    return page
 
 
 def write_deployed_report(
-    folder: Path, out: Path | None = None, *, config: PageConfig = DEFAULT_PAGE
+    folder: Path, out: Path | None = None, *, config: PageConfig | None = None
 ) -> Path:
     """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
 
@@ -120,32 +111,53 @@ def write_deployed_report(
         UserError: A file of the deployment is damaged or gone.
     """
     deployed, out = read_deployed(folder), out or folder
-    summary, (ensemble, *models) = deployed.summary, deployed.runs
-    rows = [ensemble, replace(models[0], name="mean of folds")]  # each has the metrics of all
-    shown = _columns(rows)
-    caution = CAUTION_DEPLOYED.format(remark=REMARKS[summary.kind])
-    table, figures = _table(rows, shown), []
-    pages.write_markdown(out / "table.md", table, [caution, summary.caption])
-    write_table(out / "table.csv", _numbers(rows, [*shown, Metric("prevalence")]))
-    if deployed.labelled:
-        drawn = draw_scores(out / "figures", summary, deployed.results, summary.targets)
+    models, summary, figures = deployed.models, deployed.models.summary, []
+    if summary.labelled:
+        drawn = draw_scores(out / "figures", summary, models.results, summary.targets)
         figures.append(("Every fold's model", drawn))
-    page = out / "index.html"
-    pages.write_page(
-        page,
-        "deployed.html.j2",
+    alone = [
+        replace(models, name=f"model of fold {k}", results=(result,))
+        for k, result in enumerate(models.results, start=1)
+    ]
+    return _write(
+        out,
+        [deployed.ensemble, models],
+        CAUTION_DEPLOYED,
+        [deployed.ensemble, *alone],
+        config,
         title=f"{summary.method} deployed: {summary.target}",
         preface="",
         warnings=pages.captions_of([summary]),
-        summary=summary,
-        labelled=deployed.labelled,
-        run=deployed.run,
+        differences=(),
+        figures_of=figures,
+        runs=None,
+    )
+
+
+def _write(
+    out: Path,
+    rows: Sequence[Run],
+    caution: str,
+    judged: Sequence[Run],
+    config: PageConfig | None,
+    **values: object,
+) -> Path:
+    """Write a page with a row of figures for each of some runs, and sections of those judged."""
+    first, shown = rows[0].summary, _columns(rows)
+    table, caution = _table(rows, shown), caution.format(remark=REMARKS[first.kind])
+    pages.write_markdown(out / "table.md", table, [caution, first.caption])
+    write_table(out / "table.csv", _numbers(rows, [*shown, Metric("prevalence")]))
+    sections = [make(judged, out, config or PageConfig()) for make in SECTIONS]
+    page = out / "index.html"
+    pages.write_page(
+        page,
+        "report.html.j2",
+        summary=first,
         table_of_metrics=table,
         caution=caution,
-        differences=(),
-        sections=sections_of(deployed.runs, out, config),
-        figures_of=figures,
-        used=pages.funnel_of(folder, summary),
+        sections=[section for section in sections if section is not None],
+        used=pages.funnel_of(rows[0].folder, first),
+        **values,
     )
     logger.info("The report is %s", page)
     return page

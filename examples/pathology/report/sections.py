@@ -34,15 +34,3 @@ SECTIONS: tuple[Callable[[Sequence[Run], Path, PageConfig], Section | None], ...
 Of a deployment, the ensemble comes first, and then each fold's model, as runs of one fold that
 tested all patients; some of these may have no label. The path is the page's folder.
 """
-
-
-def sections_of(runs: Sequence[Run], out: Path, config: PageConfig) -> list[Section]:
-    """Return the sections that a page has, and write the files that go with them.
-
-    Args:
-        runs: As in `SECTIONS`.
-        out: The folder of the page.
-        config: What the page was asked for.
-    """
-    made = [section(runs, out, config) for section in SECTIONS]
-    return [section for section in made if section is not None]

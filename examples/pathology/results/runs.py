@@ -1,13 +1,9 @@
 """A finished run, or its deployment on another cohort, read back."""
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
@@ -19,7 +15,7 @@ from examples.pathology.results.folds import (
     read_predictions,
     read_validation,
 )
-from examples.pathology.results.summary import Metrics, RunSummary, metrics_from_json, read_summary
+from examples.pathology.results.summary import RunSummary, read_summary
 
 DEPLOYED = "deploy.toml"  # a folder that has it holds a deployment
 
@@ -52,40 +48,19 @@ def read_run(folder: Path) -> Run:
 
 @dataclass(frozen=True)
 class Deployed:
-    """A run deployed on another cohort, read from its folder.
+    """A run deployed on another cohort.
 
     Args:
-        folder: Where it is.
-        run: The run that was deployed.
-        summary: What ``metrics.json`` says.
-        labelled: How many of its patients have a label.
-        results: Of every fold's model.
-        ensemble: The mean of all models; its embeddings are those of the first.
-        metrics_of_ensemble: How good it is.
+        models: Every fold's model, each on all patients.
+        ensemble: Their mean, as a run of one fold; its embeddings are those of the first model.
     """
 
-    folder: Path
-    run: Path
-    summary: RunSummary
-    labelled: int
-    results: tuple[FoldResult, ...]
-    ensemble: FoldResult
-    metrics_of_ensemble: Metrics
-
-    @property
-    def runs(self) -> list[Run]:
-        """The ensemble, then each fold's model, as runs of one fold that tested all patients."""
-        summary = replace(self.summary, metrics=self.metrics_of_ensemble)
-        ensemble = Run("ensemble", self.folder, summary, (self.ensemble,))
-        models = [
-            Run(f"model of fold {k}", self.folder, self.summary, (result,))
-            for k, result in enumerate(self.results, start=1)
-        ]
-        return [ensemble, *models]
+    models: Run
+    ensemble: Run
 
 
 def read_deployed(folder: Path, run: Path | None = None) -> Deployed:
-    """Read a deployment.
+    """Read a deployment, with the validation parts of its run if these are where they were.
 
     Args:
         folder: Where it is.
@@ -94,34 +69,27 @@ def read_deployed(folder: Path, run: Path | None = None) -> Deployed:
     Raises:
         UserError: A file of it is damaged or gone.
     """
-    path = folder / "metrics.json"
-    remedy = f"Delete {path} and run the command that made it again: other results stay."
-    with whole(path, remedy):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        labelled, run = int(stored["labelled"]), run or Path(stored["run"])
-        metrics = metrics_from_json(stored["metrics_of_ensemble"])
-        summary = RunSummary.from_json(stored)
-        folds = len(next(iter(summary.metrics.values())).folds)
-        thresholds = stored.get("thresholds", [None] * folds)
-        of_ensemble = stored.get("threshold_of_ensemble")
-    inside = [f"fold-{k}" for k in range(1, folds + 1)]
-    validated = [read_validation(run / name, remedy) for name in inside]
-
-    def result(
-        place: Path, embeddings: Path, threshold: float | None, parts: Sequence[pd.DataFrame]
-    ) -> FoldResult:
-        points = read_embeddings(embeddings / "embeddings.npy", remedy)
-        table = read_predictions(place / "predictions.csv", remedy, rows=len(points))
-        known = math.nan if threshold is None else float(threshold)
-        return FoldResult(table, points, 0, 0, 0.0, known, validated=tuple(parts))
-
-    results = tuple(
-        result(folder / name, folder / name, threshold, parts)
-        for name, threshold, parts in zip(inside, thresholds, validated, strict=True)
+    summary = read_summary(folder)
+    names = [f"fold-{k}" for k in range(1, len(next(iter(summary.metrics.values())).folds) + 1)]
+    remedy = f"Delete {folder / 'metrics.json'} and run the command that made it again."
+    parts = [read_validation((run or Path(summary.run)) / name, remedy) for name in names]
+    results = []
+    for place, first, threshold, validated in zip(
+        (*names, "."),
+        (*names, names[0]),
+        (*(summary.thresholds or [None] * len(names)), summary.threshold_of_ensemble),
+        (*parts, tuple(part for each in parts for part in each)),
+        strict=True,
+    ):
+        points = read_embeddings(folder / first / "embeddings.npy", remedy)
+        table = read_predictions(folder / place / "predictions.csv", remedy, rows=len(points))
+        known = math.nan if threshold is None else threshold
+        results.append(FoldResult(table, points, 0, 0, 0.0, known, validated=validated))
+    of_ensemble = replace(summary, metrics=summary.metrics_of_ensemble)
+    return Deployed(
+        Run("mean of folds", folder, summary, tuple(results[:-1])),
+        Run("ensemble", folder, of_ensemble, (results[-1],)),
     )
-    every = [part for parts in validated for part in parts]
-    ensemble = result(folder, folder / inside[0], of_ensemble, every)
-    return Deployed(folder, run, summary, labelled, results, ensemble, metrics)
 
 
 def fold_folders(run: Path) -> list[Path]:

@@ -45,6 +45,7 @@ class MetricSummary:
 
 
 Metrics = Mapping[Metric, MetricSummary]
+_METRICS = ("metrics", "metrics_of_ensemble")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class RunSummary:
         thresholds: From which a patient is called positive, in each fold; ``None``: not defined.
         share_waiting_for_data: Of the time of training; ``None``: not known.
         metrics: All figures.
+        run: The run that was deployed, and of its deployment:
+        labelled: How many patients have a label.
+        threshold_of_ensemble: The mean of the thresholds.
+        metrics_of_ensemble: All figures of the mean of the models.
     """
 
     method: str
@@ -114,6 +119,10 @@ class RunSummary:
     thresholds: Sequence[float | None] = ()
     share_waiting_for_data: float | None = None
     metrics: Metrics
+    run: str = ""
+    labelled: int | None = None
+    threshold_of_ensemble: float | None = None
+    metrics_of_ensemble: Metrics = field(default_factory=dict)
 
     @property
     def targets(self) -> list[Target]:
@@ -128,13 +137,15 @@ class RunSummary:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "RunSummary":
-        """Return what ``metrics.json`` holds; that of a deployment holds more, for its readers."""
+        """Return what ``metrics.json`` holds."""
         known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
-        return cls(**{**known, "metrics": metrics_from_json(stored["metrics"])})
+        read = {name: metrics_from_json(known[name]) for name in known if name in _METRICS}
+        return cls(**{**known, **read})
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``metrics.json`` of a cross-validation holds."""
-        optional = ("classes", "positive", "cutoff", "values", "thresholds")
+        optional = ["classes", "positive", "cutoff", "values", "thresholds", "run", "labelled"]
+        optional += ["threshold_of_ensemble", "metrics_of_ensemble"]
         stored = {
             name: value
             for name, value in vars(self).items()
@@ -176,5 +187,5 @@ def read_summary(folder: Path) -> "RunSummary":
         UserError: The file is damaged.
     """
     path = folder / "metrics.json"
-    with whole(path, "Delete it and run `crossval` again: folds that are finished stay."):
+    with whole(path, "Delete it and run the command that made it again: other results stay."):
         return RunSummary.from_json(json.loads(path.read_text(encoding="utf-8")))

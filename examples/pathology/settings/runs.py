@@ -32,9 +32,6 @@ class PageConfig(Settings):
     )
 
 
-DEFAULT_PAGE = PageConfig()
-
-
 @dataclass(frozen=True)
 class DeployConfig(Settings):
     """Whom to predict for, and with which run."""

@@ -160,7 +160,7 @@ def _refuse_other_splits(panel: Panel) -> None:
 def _folds_of_panel(panel: Panel, cohort: str) -> dict[str, list[_Fold]]:
     if cohort == "external":
         return {
-            method: [_fold(deployed.ensemble, panel.runs[method].summary.targets[0])]
+            method: [_fold(deployed.ensemble.results[0], panel.runs[method].summary.targets[0])]
             for method, deployed in panel.deployed.items()
         }
     return {

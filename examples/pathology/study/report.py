@@ -64,7 +64,7 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     tables = performance(study, signs), representation(study, signs)
     deployed = [each for panel in study.panels for each in panel.deployed.values()]
     summaries = [run.summary for panel in study.panels for run in panel.runs.values()]
-    warnings = pages.captions_of([*summaries, *(each.summary for each in deployed)])
+    warnings = pages.captions_of([*summaries, *(each.models.summary for each in deployed)])
     figures = draw_study(study, out / "figures")
     for number, table in enumerate(tables, start=1):
         pages.write_markdown(out / f"table{number}.md", table, [MARKS, *warnings])
@@ -81,7 +81,7 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
         warnings=warnings,
         study=study,
         summary=_any_run(panel).summary,
-        deployed=next(iter(panel.deployed.values()), None),
+        deployed=next((each.models.summary for each in panel.deployed.values()), None),
         verdicts=verdicts(study, differences),
         performance=tables[0],
         representation=tables[1],
@@ -174,7 +174,7 @@ def _columns(study: Study, panel: Panel) -> list[Column]:
         return Column(name, of_each, estimates.get(BASELINE, Estimate()), chance)
 
     inside = {method: run.summary.metrics for method, run in panel.runs.items()}
-    outside = {method: each.metrics_of_ensemble for method, each in panel.deployed.items()}
+    outside = {method: each.ensemble.summary.metrics for method, each in panel.deployed.items()}
     summary = _any_run(panel).summary
     columns = [
         column("AUROC", AUROC, inside, 0.5),
@@ -226,8 +226,8 @@ def _funnels(study: Study, deployed: Sequence[Deployed]) -> dict[str, Funnel]:
             run = _any_run(panel)
             found.setdefault(funnel_of(run.folder, run.summary), []).append(panel.auxiliary)
     funnels = {f"With {', '.join(names)}": funnel for funnel, names in found.items()}
-    if deployed:
-        funnels["External cohort"] = funnel_of(deployed[0].folder, deployed[0].summary)
+    for each in deployed[:1]:
+        funnels["External cohort"] = funnel_of(each.models.folder, each.models.summary)
     return funnels
 
 

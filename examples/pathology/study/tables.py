@@ -59,8 +59,8 @@ class StudyRow:
         """Its figures, by the cohort that they are of."""
         found = {} if self.run is None else {"internal": self.run.summary.metrics}
         if self.deployed is not None:
-            found["external, ensemble"] = self.deployed.metrics_of_ensemble
-            found["external, mean of folds"] = self.deployed.summary.metrics
+            found["external, ensemble"] = self.deployed.ensemble.summary.metrics
+            found["external, mean of folds"] = self.deployed.models.summary.metrics
         return found
 
 
@@ -125,7 +125,8 @@ def performance(study: Study, marks: Marks) -> pd.DataFrame:
             if cohort == "internal" and row.run is not None:
                 cells["Prevalence"] = _share(row.run.summary, row.run.summary.patients)
         if row.deployed is not None:
-            cells["External prevalence"] = _share(row.deployed.summary, row.deployed.labelled)
+            outside = row.deployed.models.summary
+            cells["External prevalence"] = _share(outside, outside.labelled)
         elif row.deploy_failure:
             cells["External AUROC, ensemble"] = row.deploy_failure
         rows.append(cells)
@@ -230,5 +231,5 @@ def _cell(found: Metrics, metric: Metric) -> str:
     return pages.metric_cell(found.get(metric), sd=False)
 
 
-def _share(summary: RunSummary, patients: int) -> str:
+def _share(summary: RunSummary, patients: int | None) -> str:
     return f"{summary.positives / patients:.3f}" if patients else pages.DASH
