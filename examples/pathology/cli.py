@@ -86,11 +86,11 @@ def benchmark(config: BenchmarkConfig) -> None:
 @command(app, DeployConfig)
 def deploy(config: DeployConfig) -> None:
     """Predict for another cohort with every fold of a run, and with their mean."""
-    from examples.pathology.report.report import write_deployed_report
+    from examples.pathology.report.report import write_report
     from examples.pathology.runs.deploy import run_deploy
 
     run_deploy(config)
-    write_deployed_report(config.out, config=config.page)
+    write_report([config.out], config=config.page)
 
 
 @command(app, DemoConfig)
@@ -112,24 +112,22 @@ def heatmap(config: HeatmapConfig) -> None:
 @command(app, ReportConfig)
 def report(config: ReportConfig) -> None:
     """Write the figures and numbers of one or more finished runs on one page."""
-    from examples.pathology.report.report import write_deployed_report, write_report
+    from examples.pathology.report.report import write_report
     from examples.pathology.results.runs import DEPLOYED
     from examples.pathology.study.folder import SETTINGS, read_study
     from examples.pathology.study.report import write_study_report
 
-    made_by = {"benchmark": SETTINGS, "deploy": DEPLOYED}
-    alone = [who for who, file in made_by.items() if any((f / file).exists() for f in config.run)]
-    if not alone:
-        typer.echo(write_report(config.run, config.out, seed=config.seed, config=config.page))
-    elif len(config.run) > 1:
-        raise UserError(
-            f"A folder of {alone[0]} must be reported alone, but got {len(config.run)} folders. "
-            "Give its --run only."
-        )
-    elif alone == ["deploy"]:
-        typer.echo(write_deployed_report(config.run[0], config.out, config=config.page))
+    for file, name in ((SETTINGS, "benchmark"), (DEPLOYED, "deployment")):
+        if len(config.run) > 1 and any((folder / file).exists() for folder in config.run):
+            raise UserError(
+                f"A {name} must be reported alone, but got {len(config.run)} folders. Give its "
+                "--run only."
+            )
+    if (config.run[0] / SETTINGS).exists():
+        study = read_study(config.run[0])
+        typer.echo(write_study_report(study, config.out, config=config.page))
     else:
-        typer.echo(write_study_report(read_study(config.run[0]), config.out))
+        typer.echo(write_report(config.run, config.out, seed=config.seed, config=config.page))
 
 
 @command(app, SimulateConfig)

@@ -252,7 +252,7 @@ def test_deploy_and_heatmap_pass_their_options_on(monkeypatch):
     asked = []
     pages = []
     monkeypatch.setattr(deploy, "run_deploy", asked.append)
-    monkeypatch.setattr(report, "write_deployed_report", lambda *given, **_: pages.append(given))
+    monkeypatch.setattr(report, "write_report", lambda runs, **_: pages.append(runs))
     monkeypatch.setattr(heatmap, "run_heatmap", asked.append)
     tables = NEEDED[: NEEDED.index("--target")]
     assert run("deploy", "--run", "r", *tables, "--out", "o", "--filename-column", "slide") == 0
@@ -262,7 +262,7 @@ def test_deploy_and_heatmap_pass_their_options_on(monkeypatch):
         "--slide-table", "t.csv", "--filename-column", "slide", "--default-mpp", 0.25,
     ) == 0  # fmt: skip
     deployed, skipping, drawn = asked
-    assert pages == [(Path("o"),)] * 2
+    assert pages == [[Path("o")]] * 2
     assert (deployed.skip_unknown_labels, skipping.skip_unknown_labels) == (False, True)
     assert (deployed.run, deployed.filename_column) == (Path("r"), "slide")
     assert (drawn.slide, drawn.features, drawn.top) == (Path("a.svs"), Path("a.h5"), 3)

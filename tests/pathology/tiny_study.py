@@ -137,6 +137,8 @@ def write_fold(
     folder.mkdir(parents=True)
     table = predictions_of(targets, "P", k, seed, shift)
     table.to_csv(folder / "predictions.csv", index=False)
+    validated = predictions_of(targets, "V", k + FOLDS, seed + 100, shift)
+    validated.to_csv(folder / "validation.csv", index=False)
     embedding = np.random.default_rng(seed).normal(size=(PATIENTS, 4))
     embedding[:, 0] += spread * (table[PRIMARY.name] == "MSIH")
     np.save(folder / "embeddings.npy", embedding.astype(np.float32))

@@ -10,15 +10,19 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from examples.pathology.figures.sheet import (
     BLACK,
+    COLOURS,
     GREY,
     MEDIUM,
+    SMALL,
     TEXT,
     Sheet,
+    Style,
     coloured_line,
     coloured_marker,
 )
-from examples.pathology.results import metrics
+from examples.pathology.results import decisions, metrics
 
+BARS = ("#bbbbbb", COLOURS[1])
 NUMBERS = {"xtick.labelsize": TEXT, "ytick.labelsize": TEXT}
 
 Floats = NDArray[np.float64]
@@ -62,6 +66,35 @@ def precision_recall(folds: Scored, sheet: Sheet) -> None:
             axes.plot([], [], " ", label=mean)
         axes.axhline(share, color=GREY, lw=1.4, ls=":", label=f"prevalence {share:.2f} = chance")
         _unit_square(axes, "Recall", "Precision")
+
+
+def draw_calibration(curves: Mapping[str, tuple[NDArray[np.bool_], Floats]], sheet: Sheet) -> None:
+    """Draw how many are positive among patients of about the same probability, a panel each.
+
+    Args:
+        curves: By the heading of its panel, truth ``(n,)`` and probability ``(n,)``.
+        sheet: Where to, and the words around it.
+    """
+    remark = "Bars: how many patients have that probability, the largest with its number."
+    of_curve: Style = {"color": COLOURS[0], "marker": "o", "ms": 5, "lw": 1.4}
+    with sheet.open((3.9, 4.1), (2.6, 1.0), len(curves), columns=3, remark=remark) as (_, panels):
+        for axes, (heading, (truth, score)) in zip(panels, curves.items(), strict=True):
+            x, share, *ends = decisions.calibration(truth, score).to_numpy(dtype=float).T[:4]
+            words = "patients of about one\nprobability, 95 % interval"
+            axes.errorbar(x, share, np.abs(ends - share), **of_curve, label=words)
+            axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":", label="calibrated")
+            parts = [np.histogram(score[t], 25, (0, 1))[0] for t in (~truth, truth)]
+            together, middles, floor = np.add(*parts), np.arange(0.02, 1, 0.04), -0.32
+            unit, bottom = 0.2 / together.max(), np.full(25, floor)
+            for part, name, colour in zip(parts, ("negative", "positive"), BARS, strict=True):
+                axes.bar(middles, part * unit, 0.035, bottom, color=colour, label=name)
+                bottom += part * unit
+            where, words = middles[together.argmax()], str(together.max())
+            axes.text(where, floor + 0.21, words, ha="center", fontsize=SMALL)
+            axes.set(xlim=(-0.02, 1.02), ylim=(floor, 1.05), yticks=np.arange(0, 1.1, 0.2))
+            axes.set(xlabel="Predicted probability", ylabel="Share of positives")
+            if len(curves) > 1:
+                axes.set_title(heading)
 
 
 def regression(folds: Sequence[tuple[Floats, Floats]], sheet: Sheet) -> None:

@@ -18,7 +18,7 @@ from examples.pathology.report.sections import SECTIONS
 from examples.pathology.results import metrics
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import Comparison, compare_auroc, holm
-from examples.pathology.results.runs import Run, read_deployed, read_run
+from examples.pathology.results.runs import DEPLOYED, Run, read_deployed, read_run
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT
@@ -56,8 +56,8 @@ def write_report(
     """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
 
     Args:
-        runs: Run folders, or folders of run folders.
-        out: Where to; ``None``: ``report/`` in the first of ``runs``.
+        runs: Run folders, or folders of run folders; or one deployment.
+        out: Where to; ``None``: ``report/`` in the first of ``runs``, or the deployment's folder.
         seed: Of the t-SNE.
         preface: A paragraph that stands first.
         config: What the page shows.
@@ -68,6 +68,8 @@ def write_report(
     Raises:
         UserError: A folder holds no finished run, or the runs are of different targets.
     """
+    if (runs[0] / DEPLOYED).exists():
+        return _write_deployed(runs[0], out or runs[0], config)
     found, unfinished = _find_runs(runs)
     read = _read_runs(found)
     first = read[0].summary
@@ -94,23 +96,9 @@ def write_report(
     )
 
 
-def write_deployed_report(
-    folder: Path, out: Path | None = None, *, config: PageConfig | None = None
-) -> Path:
-    """Write ``index.html`` (self-contained), ``table.md``, ``table.csv`` and ``figures/``.
-
-    Args:
-        folder: Of a deployment.
-        out: Where to; ``None``: to the folder itself.
-        config: What the page shows.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: A file of the deployment is damaged or gone.
-    """
-    deployed, out = read_deployed(folder), out or folder
+def _write_deployed(folder: Path, out: Path, config: PageConfig | None) -> Path:
+    """Write the page of a deployment."""
+    deployed = read_deployed(folder)
     models, summary, figures = deployed.models, deployed.models.summary, []
     if summary.labelled:
         drawn = draw_scores(out / "figures", summary, models.results, summary.targets)

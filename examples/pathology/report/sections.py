@@ -2,12 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
+from examples.pathology.figures.scores import draw_calibration
+from examples.pathology.figures.sheet import Sheet
+from examples.pathology.results import decisions as deciding
 from examples.pathology.results.runs import Run
 from examples.pathology.settings.runs import PageConfig
+from examples.pathology.tables.writing import write_table
+
+JUDGED = (
+    "A fold's model judges the patients that it was tested on, at its own threshold; an ensemble "
+    "judges at the mean of its models' thresholds. Patients of all folds are counted together: one "
+    "fold has too few of a class. Thresholds come from the validation parts: the one with the best "
+    "F1, and the highest with a sensitivity of at least {:g} % there. Where such a part has one "
+    "class only, or is gone, there is none, and the fold's patients are not judged."
+)
+INTERVALS = (
+    "Brackets: 95 % intervals over patients, with models and thresholds as they are; Wilson's of a "
+    "share, the bootstrap's of a Brier score. PPV and NPV are those at the prevalence beside them. "
+    "Skill: how much lower the Brier score is than that of always saying the prevalence, as a "
+    "share of the latter."
+)
+_VALUE = ("value", "ci95_low", "ci95_high")
 
 
 class Section(NamedTuple):
@@ -28,7 +47,72 @@ class Section(NamedTuple):
     remarks: Sequence[str] = ()
 
 
-SECTIONS: tuple[Callable[[Sequence[Run], Path, PageConfig], Section | None], ...] = ()
+def decided(found: pd.DataFrame, *, ruled: bool) -> pd.DataFrame:
+    """Return `decisions` as a page shows them: those of thresholds, or what needs none."""
+    found = found[(found["rule"] != "") == ruled]
+    names = [*found.columns[: -len(deciding.COLUMNS) + (3 if ruled else 1)]]
+    short = found["thresholds"].map(_shorter)
+    found = found.assign(cell=found.apply(_cell, axis=1), thresholds=short)
+    table = found.pivot_table("cell", names, "figure", "first", sort=False).reset_index()
+    shown: pd.DataFrame = table.rename(columns=_heading)
+    return shown
+
+
+def _heading(name: str) -> str:
+    return name.upper() if len(name) < 4 else name.replace("_", " ").capitalize()
+
+
+def _cell(row: "pd.Series[Any]") -> str:
+    if row["undefined"]:
+        return f"undefined: {row['undefined']}"
+    if row["ci95_low"] is None:
+        return f"{row['value']:.3g}"
+    value, low, high = (f"{row[c]:.{2 if row['rule'] else 3}f}" for c in _VALUE)
+    return f"{value} [{low}, {high}]"
+
+
+def _shorter(thresholds: str) -> str:
+    return " ".join(t if t == "none" else f"{float(t):.2g}" for t in thresholds.split())
+
+
+def judged(found: pd.DataFrame, config: PageConfig) -> Section:
+    """Return the section of the `decisions` of one or several runs."""
+    tables = [decided(found, ruled=ruled) for ruled in (True, False)]
+    said = [JUDGED.format(100 * config.sensitivity), INTERVALS]
+    return Section("Decisions and calibration", said, tables)
+
+
+def decide(runs: Sequence[Run], out: Path, config: PageConfig) -> Section | None:
+    """Show what is decided at thresholds, and how far probabilities can be believed.
+
+    Writes ``decisions.csv``, ``calibration.csv`` and, of several classes, ``confusion.csv``.
+    """
+    target, caption = runs[0].summary.targets[0], runs[0].summary.caption
+    if target.kind == "regression" or not (runs[0].results[0].predictions[target.name] != "").any():
+        return None
+    found = pd.concat([deciding.decisions(r, config.sensitivity, method=r.name) for r in runs])
+    write_table(out / "decisions.csv", found)
+    section, bins, figures = judged(found, config), [], []
+    for number, label in enumerate(deciding.judged_classes(target), start=1):
+        curves = {run.name: deciding.pooled(run, label)[:2] for run in runs}
+        for method, curve in curves.items():
+            names = {"method": method, "class": label}
+            bins.append(pd.DataFrame({**names, **deciding.calibration(*curve)}))
+        path, title = out / "figures" / f"calibration-{number}.png", f"{target.name} = {label}"
+        title = f"{'Calibration' if len(runs) > 1 else runs[0].name}: {title}"
+        draw_calibration(curves, Sheet(path, title, caption))
+        figures.append((title, path))
+    write_table(out / "calibration.csv", pd.concat(bins))
+    counts = []
+    if len(target.classes) > 2:
+        counts = [pd.concat([deciding.confusion(run, method=run.name) for run in runs])]
+        write_table(out / "confusion.csv", counts[0])
+        counts = [counts[0].rename(columns={"method": "Method", "class": "True class"})]
+    return section._replace(tables=[*section.tables, *counts], figures=figures)
+
+
+Make = Callable[[Sequence[Run], Path, PageConfig], Section | None]
+SECTIONS: tuple[Make, ...] = (decide,)
 """Makes a section of runs, in order of the page; None where they have nothing for it.
 
 Of a deployment, the ensemble comes first, and then each fold's model, as runs of one fold that

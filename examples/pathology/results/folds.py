@@ -47,8 +47,7 @@ class FoldResult:
         seconds: How long it took.
         threshold: The probability from which a patient is called positive; NaN without one.
         history: One row per epoch.
-        validated: The validation part as in ``validation.csv``; of an ensemble that of every model;
-            empty where it is not at hand.
+        validated: The validation part, of an ensemble that of every model, where it is at hand.
     """
 
     predictions: pd.DataFrame
@@ -228,11 +227,7 @@ def read_fold(folder: Path) -> FoldResult:
 
 
 def read_validation(folder: Path, remedy: str) -> tuple[pd.DataFrame, ...]:
-    """Read the validation part of a fold; none where a run does not have it, or is gone.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """Read the validation part of a fold; none where a run does not have it, or is gone."""
     path = folder / "validation.csv"
     return (read_predictions(path, remedy),) if path.exists() else ()
 

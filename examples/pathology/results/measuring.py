@@ -95,7 +95,7 @@ def _measure_classes(
     table: pd.DataFrame, embeddings: NDArray[np.float32], threshold: float, primary: Target
 ) -> dict[Metric, Measured]:
     strata = _strata(table, primary)
-    positive, score = _scores(table, primary, primary.positive)
+    positive, score = scores_of(table, primary, primary.positive)
     auprc, f1 = metrics.auprc(positive, score), metrics.f1(positive, score, threshold)
     called = score >= threshold
     silhouette = metrics.silhouette(embeddings, strata)
@@ -120,7 +120,7 @@ def _strata(table: pd.DataFrame, primary: Target) -> NDArray[np.str_]:
     return table[primary.name].to_numpy(dtype=str)
 
 
-def _scores(
+def scores_of(
     table: pd.DataFrame, target: Target, label: str
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Return who is of a class, and the probability of it."""
@@ -137,7 +137,7 @@ def _numbers(
 
 
 def _auroc(table: pd.DataFrame, target: Target, label: str, strata: NDArray[np.str_]) -> Measured:
-    scores = _scores(table, target, label)
+    scores = scores_of(table, target, label)
     return _measured(metrics.auroc(*scores), strata, partial(resampling.auroc, *scores))
 
 

@@ -150,6 +150,21 @@ def best_threshold(positive: ArrayLike, score: ArrayLike) -> float:
     return float(candidates[int(np.argmax(reached))])
 
 
+def threshold_at(positive: ArrayLike, score: ArrayLike, sensitivity: float) -> float:
+    """Return the highest threshold with a sensitivity of at least this; NaN without positives.
+
+    Args:
+        positive: ``(n,)``, true for patients of the positive class.
+        score: ``(n,)``, higher means more likely positive; at least the threshold is called so.
+        sensitivity: Above 0 and at most 1.
+    """
+    found = np.sort(np.asarray(score, dtype=float)[np.asarray(positive, dtype=bool)])[::-1]
+    if len(found) == 0:
+        return math.nan
+    reached = np.arange(1, len(found) + 1) / len(found)  # divided as the sensitivity was rounded
+    return float(found[int(np.argmax(reached >= sensitivity))])
+
+
 def prevalence(positive: ArrayLike) -> Score:
     """Share of positive patients: what a random score reaches in AUPRC."""
     truth = np.asarray(positive, dtype=bool)

@@ -10,6 +10,7 @@ from examples.pathology.common.errors import UserError, listing
 from examples.pathology.settings.cohort import Sources, kind_option
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig, with_reference_protocol
 from examples.pathology.settings.option import Settings, needed, nested, option
+from examples.pathology.settings.runs import PageConfig
 
 _ALL = ("naive", "uncert", "dwa", "autol", "graddrop", "pcgrad", "cagrad")
 METHODS = (
@@ -70,6 +71,7 @@ class BenchmarkConfig(Settings):
     external_features: Path | None = option(None, "Its feature files.")
     max_failures: int | None = option(None, "End when more jobs than this have failed.", min=0)
     kind: tuple[str, ...] = kind_option()
+    page: PageConfig = nested(PageConfig)
     crossval: CrossvalConfig = nested(
         without=("balancer",),
         help={

@@ -25,10 +25,7 @@ class PageConfig(Settings):
     """What a page of results is to show."""
 
     sensitivity: float = option(
-        0.95,
-        "The second threshold: the highest with this sensitivity in the validation part.",
-        min=0.01,
-        max=1.0,
+        0.95, "Of the second threshold, in the validation part.", min=0.01, max=1.0
     )
 
 

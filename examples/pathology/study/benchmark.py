@@ -85,7 +85,7 @@ def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
             raise RunError(
                 f"At least one run must be finished, but none is: {first.key}: {first.error}"
             )
-        page = write_study_report(read_study(out))
+        page = write_study_report(read_study(out), config=config.page)
     done = len(rows) - len(missing)
     logger.info("%d of %d jobs are done; the report is %s", done, len(rows), page)
     return page, len(missing)

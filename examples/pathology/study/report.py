@@ -13,11 +13,13 @@ from examples.pathology.figures.sheet import Sheet
 from examples.pathology.figures.study import Column, Estimate, conflicts, dots, weights_over_time
 from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
+from examples.pathology.report.sections import judged
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study.differences import REFERENCES, all_differences
 from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.tables import (
@@ -27,6 +29,7 @@ from examples.pathology.study.tables import (
     SILHOUETTE,
     costs,
     costs_in_words,
+    decisions,
     numbers,
     performance,
     representation,
@@ -45,12 +48,15 @@ logger = logging.getLogger(__name__)
 EMBEDDED = (BASELINE, NAIVE, "cagrad", "autol+cagrad")  # whose t-SNE is shown, if they are there
 
 
-def write_study_report(study: Study, out: Path | None = None) -> Path:
+def write_study_report(
+    study: Study, out: Path | None = None, *, config: PageConfig | None = None
+) -> Path:
     """Write ``index.html`` (self-contained), its tables as Markdown and CSV, and ``figures/``.
 
     Args:
         study: The benchmark, read back.
         out: Where to; ``None``: ``report/`` in its folder.
+        config: What the page shows.
 
     Returns:
         The page.
@@ -58,7 +64,7 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
     Raises:
         UserError: Methods were not tested on the same patients.
     """
-    out = out or study.folder / REPORT
+    out, config = out or study.folder / REPORT, config or PageConfig()
     differences = all_differences(study)
     signs, cost = marks(differences), costs(study)
     tables = performance(study, signs), representation(study, signs)
@@ -72,6 +78,8 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
         write_table(out / f"{name}.csv", in_full)
     write_table(out / "differences.csv", differences_in_full(differences))
     write_table(out / "cost.csv", cost)
+    decided = decisions(study, config.sensitivity)
+    write_table(out / "decisions.csv", decided)
     page = out / "index.html"
     panel = next(panel for panel in study.panels if panel.runs)
     pages.write_page(
@@ -85,6 +93,7 @@ def write_study_report(study: Study, out: Path | None = None) -> Path:
         verdicts=verdicts(study, differences),
         performance=tables[0],
         representation=tables[1],
+        decisions=judged(decided, config),
         marks=MARKS,
         differences={name: differences_table(differences, name) for name in REFERENCES},
         compared=bool(differences),

@@ -7,6 +7,7 @@ import pandas as pd
 
 from examples.pathology.jobs.engine import Outcome
 from examples.pathology.report import pages
+from examples.pathology.results.decisions import decisions as of_run
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics, RunSummary
@@ -154,6 +155,23 @@ def representation(study: Study, marks: Marks) -> pd.DataFrame:
             )
         rows.append(cells)
     return _table(rows)
+
+
+def decisions(study: Study, share: float) -> pd.DataFrame:
+    """Return what every method decides, in its own test folds and as an ensemble outside.
+
+    Args:
+        study: The benchmark.
+        share: The sensitivity of the second threshold.
+    """
+    found = []
+    for row in study_rows(study):
+        runs = {"internal": row.run}
+        if row.deployed is not None:
+            runs["external, ensemble"] = row.deployed.ensemble
+        names = {"auxiliary": row.auxiliary, "method": row.method}
+        found += [of_run(run, share, **names, cohort=c) for c, run in runs.items() if run]
+    return pd.concat(found)
 
 
 def costs(study: Study) -> pd.DataFrame:

@@ -2,11 +2,14 @@
 
 import html
 import json
+import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from examples.pathology.cli import main
-from examples.pathology.report.report import write_deployed_report
+from examples.pathology.report.report import write_report
 from tests.pathology.parsing import sources_of
 from tests.pathology.tiny_study import write_study
 
@@ -24,7 +27,7 @@ def deployed(tmp_path_factory):
 
 
 def test_the_page_has_a_row_for_the_ensemble_and_one_for_the_models(deployed, tmp_path):
-    page = write_deployed_report(deployed, tmp_path)
+    page = write_report([deployed], tmp_path)
     written = page.read_text(encoding="utf-8")
     text = html.unescape(written).replace("\N{NO-BREAK SPACE}", " ")
     assert page == tmp_path / "index.html"
@@ -50,4 +53,39 @@ def test_report_knows_the_folder_of_a_deployment(deployed, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["report", "--run", str(deployed), "--run", str(deployed)])
     assert ended.value.code == 2
-    assert "of deploy must be reported alone, but got 2" in capsys.readouterr().err
+    assert "A deployment must be reported alone, but got 2" in capsys.readouterr().err
+
+
+def test_the_ensemble_and_each_model_decide_at_thresholds_of_the_run(deployed, tmp_path):
+    write_report([deployed], tmp_path)
+    table = pd.read_csv(tmp_path / "decisions.csv")
+    assert table["method"].unique().tolist() == ["ensemble", "model of fold 1", "model of fold 2"]
+    chosen = []
+    for k in (1, 2):
+        part = pd.read_csv(deployed.parents[1] / f"runs/baseline/fold-{k}/validation.csv")
+        positive = part[part["isMSIH"] == "MSIH"]["isMSIH_MSIH"].sort_values(ascending=False)
+        chosen.append(positive.iloc[11])  # 12 of 12 are needed for 95 %
+    at_sensitivity = table[table["rule"] == "sensitivity 95 %"].set_index(["method", "figure"])
+    for name, threshold, place in (
+        ("model of fold 2", chosen[1], "fold-2"),
+        ("ensemble", np.mean(chosen), "."),
+    ):
+        tested = pd.read_csv(deployed / place / "predictions.csv")
+        called = tested["isMSIH_MSIH"] >= threshold
+        right = (called & (tested["isMSIH"] == "MSIH")).sum()
+        row = at_sensitivity.loc[(name, "ppv")]
+        assert float(row["thresholds"]) == pytest.approx(threshold, rel=1e-5)
+        assert (row["patients"], row["of"]) == (right, called.sum())
+
+
+def test_a_run_that_is_gone_leaves_the_threshold_of_f1(deployed, tmp_path):
+    moved = shutil.copytree(deployed, tmp_path / "moved")
+    path = moved / "metrics.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**about, "run": "/not/here"}), encoding="utf-8")
+    write_report([moved])
+    table = pd.read_csv(moved / "decisions.csv")
+    assert table[table["rule"] == "best F1"]["undefined"].isna().all()
+    shares = table[(table["rule"] == "sensitivity 95 %") & table["value"].isna()]
+    assert len(shares) == 3 * 5
+    assert (shares["undefined"] == "nobody is judged").all()

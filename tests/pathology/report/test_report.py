@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from examples.pathology.cli import main
 from examples.pathology.common.errors import UserError
 from examples.pathology.report.report import CAUTION, REMARKS, write_report
+from examples.pathology.results.decisions import decisions
 from examples.pathology.results.resampling import compare_auroc
+from examples.pathology.results.runs import read_run
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.training import model
@@ -77,7 +80,8 @@ def copy_of(runs, tmp_path, change, name="naive"):
 
 def test_the_page_stands_alone(page):
     sources = sources_of(text_of(page))
-    assert len(sources) == 2 + 6 + 4  # comparisons; naive; the baseline, which has no LF
+    # Comparisons; calibration; naive; the baseline, which has no LF.
+    assert len(sources) == 2 + 1 + 6 + 4
     for source in sources:
         head, data = source.split(",", 1)
         assert head == "data:image/png;base64"
@@ -134,11 +138,47 @@ def test_it_lists_who_was_left_out(page):
         assert expected in text
 
 
+def test_decisions_are_those_of_the_runs_and_stand_on_the_page(page, runs):
+    table = pd.read_csv(page.parent / "decisions.csv")
+    for name in ("baseline", "naive"):
+        run = read_run(runs / name)
+        expected = decisions(run, 0.95)
+        ours = table[table["method"] == name]
+        assert ours["figure"].tolist() == expected["figure"].tolist()
+        assert ours["value"].tolist() == pytest.approx(
+            list(expected["value"].astype(float)), nan_ok=True
+        )
+        known = ["none" if t is None else f"{t:.6g}" for t in run.summary.thresholds]
+        assert ours["thresholds"].iloc[0].split() == known
+        row = ours[(ours["rule"] == "best F1") & (ours["figure"] == "specificity")].iloc[0]
+        cell = f"{row['value']:.2f} [{row['ci95_low']:.2f}, {row['ci95_high']:.2f}]"
+        assert f"<td>{cell}</td>" in text_of(page).replace("\N{NO-BREAK SPACE}", " ")
+    bins = pd.read_csv(page.parent / "calibration.csv")
+    assert bins.groupby("method")["patients"].sum().tolist() == [15, 15]
+
+
+def test_the_sensitivity_is_asked_for_and_needs_the_validation_part(runs, tmp_path):
+    run, tables = shutil.copytree(runs / "naive", tmp_path / "naive"), []
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            main(["report", "--run", str(run), "--sensitivity", "0.6"])
+        table = pd.read_csv(run / "report/decisions.csv", dtype=str, keep_default_na=False)
+        tables.append(table.set_index(["rule", "figure"])[["thresholds", "undefined"]])
+        for part in run.glob("fold-*/validation.csv"):
+            part.unlink()
+    with_it, without = tables
+    assert (with_it.loc["best F1"] == without.loc["best F1"]).all().all()  # it is in fold.json
+    rows = [each.loc[("sensitivity 60 %", "sensitivity")] for each in tables]
+    assert rows[0]["thresholds"] != "none none"
+    assert rows[1].tolist() == ["none none", "nobody is judged"]
+    assert "undefined: nobody is judged" in text_of(run / "report/index.html")
+
+
 def test_one_run_goes_into_its_own_folder(runs, tmp_path):
     shutil.copytree(runs / "naive", tmp_path / "naive")
     page = write_report([tmp_path / "naive"])
     assert page == tmp_path / "naive/report/index.html"
-    assert text_of(page).count("<img") == 6
+    assert text_of(page).count("<img") == 7
 
 
 def test_random_weights_are_said(runs, tmp_path):

@@ -17,6 +17,7 @@ FILES = (
     "metrics.json",
     "fold-2/fold.json",
     "fold-2/predictions.csv",
+    "fold-2/validation.csv",
     "fold-2/embeddings.npy",
     "fold-2/history.csv",
 )
@@ -65,6 +66,8 @@ def without_last_line(data):
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_with_what_to_do(name, damage, run):
     path = run / name
+    if name == "fold-2/validation.csv" and damage in (without_last_line, None):
+        pytest.skip("nothing says how many rows it had, and old runs may lack it")
     if damage is None:
         if name in ("metrics.json", "fold-2/fold.json"):
             pytest.skip("without it, nothing is finished, and that is told")

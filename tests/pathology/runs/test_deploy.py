@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.report.report import write_deployed_report
+from examples.pathology.report.report import write_report
 from examples.pathology.results.folds import read_model
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.runs.deploy import run_deploy
@@ -121,9 +121,9 @@ def test_figures_are_per_fold_and_of_the_ensemble(run, external, tmp_path):
     low, high = ensemble["ci95_over_patients"]
     assert low <= ensemble["mean"] <= high
     assert value["metrics"]["pearson/LF"]["mean"] is None
-    write_deployed_report(tmp_path / "out")
+    write_report([tmp_path / "out"])
     drawn = {path.name for path in (tmp_path / "out/figures").iterdir()}
-    assert drawn == {"roc.png", "pr.png"}  # nobody's LF is known
+    assert drawn == {"roc.png", "pr.png", "calibration-1.png"}  # nobody's LF is known
     assert (tmp_path / "out/fold-2/predictions.csv").exists()
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == value
 
@@ -145,7 +145,7 @@ def test_a_cohort_without_any_label_gets_predictions(run, external, tmp_path):
     table = pd.read_csv(tmp_path / "out/predictions.csv", keep_default_na=False)
     assert len(table) == 9
     assert table["isMSIH_MSS"].between(0, 1).all()
-    page = write_deployed_report(tmp_path / "out").read_text(encoding="utf-8")
+    page = write_report([tmp_path / "out"]).read_text(encoding="utf-8")
     assert "9 patients, 0 of them with a known isMSIH" in page
     assert "undefined: no patients" in page
     assert not (tmp_path / "out/figures").exists()

@@ -154,6 +154,8 @@ def test_the_report_compares_by_pearsons_r_and_tests_nothing(runs, tmp_path):
     heading = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()[0]
     assert heading == "| Method | Pearson r | Mean absolute error | AUROC, isMSIH |"
     assert (tmp_path / "figures/compare-pearson.png").exists()
+    assert "Decisions" not in page
+    assert not (tmp_path / "decisions.csv").exists()
     assert "naive minus baseline, Pearson r fold by fold: " in text
     assert "LF runs from" in text
     for word in ("DeLong", "F1", "AUPRC", "prevalence", "ROC curve"):

@@ -255,6 +255,25 @@ def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
     write_study_report(study)
 
 
+def test_decisions_of_every_method_inside_and_outside(page, planted):
+    table = pd.read_csv(page.parent / "decisions.csv").set_index("figure")
+    rows = table.loc["sensitivity"].groupby(["auxiliary", "method", "cohort"])["rule"].apply(list)
+    assert len(rows) == 2 * (1 + 2 * 3)  # inside and outside: the baseline, three methods twice
+    assert {tuple(rules) for rules in rows} == {("best F1", "sensitivity 95 %")}
+    for cohort, places in (
+        ("internal", ["runs/lf/dwa/fold-1", "runs/lf/dwa/fold-2"]),
+        ("external, ensemble", ["external/lf/dwa"]),
+    ):
+        tested = pd.concat([pd.read_csv(planted / p / "predictions.csv") for p in places])
+        called = tested["isMSIH_MSIH"] >= 0.5  # as fold.json and metrics.json say
+        right = (called & (tested["isMSIH"] == "MSIH")).sum()
+        names = ("auxiliary", "method", "cohort", "rule")
+        given = zip(names, ("LF", "dwa", cohort, "best F1"), strict=True)
+        row = table.loc["ppv"].query(" and ".join(f"{name} == '{it}'" for name, it in given))
+        assert (row["patients"].item(), row["of"].item()) == (right, called.sum())
+    assert "sensitivity of at least 95 %" in text_of(page)
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
