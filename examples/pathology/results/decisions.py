@@ -144,7 +144,7 @@ def calibration(truth: Truth, score: Floats) -> pd.DataFrame:
         ``predicted`` is the mean probability, ``observed`` the share with Wilson's interval.
     """
     count = max(1, min(BINS, len(truth) // SMALLEST_BIN))
-    place = np.searchsorted(np.unique(np.quantile(score, np.arange(1, count) / count)), score)
+    place = np.searchsorted(np.quantile(score, np.arange(1, count) / count), score)
     bins = [place == k for k in np.unique(place)]
     rows = [(score[b].mean(), *share(int(truth[b].sum()), int(b.sum()), "")[:5]) for b in bins]
     columns = ["predicted", "observed", "ci95_low", "ci95_high", "positives", "patients"]

@@ -158,8 +158,9 @@ def test_what_is_undefined_says_why(labels, scores, figure, reason):
         assert table.loc[("MSIH", "", "skill"), "undefined"] == why
 
 
-def test_the_stored_threshold_of_f1_needs_no_validation_part():
-    table = found([fold_of(TWO, (["MSIH", "MSS"], [0.9, 0.1]), threshold=0.3)])
+def test_the_stored_threshold_of_f1_needs_no_validation_part_and_is_called_itself():
+    table = found([fold_of(TWO, (["MSIH", "MSS"], [0.3, 0.1]), threshold=0.3)])
+    assert table.loc[("MSIH", BEST, "tp"), "value"] == 1
     assert table.loc[("MSIH", BEST, "ppv"), "thresholds"] == "0.3"
     assert table.loc[("MSIH", SENSITIVE, "ppv"), "thresholds"] == "none"
 
