@@ -14,9 +14,9 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.report.report import write_report
 from examples.pathology.results.folds import read_model
 from examples.pathology.runs.crossval import run_crossval
-from examples.pathology.runs.deploy import run_deploy
+from examples.pathology.runs.deploy import deploy_settings, run_deploy
 from examples.pathology.settings.crossval import CrossvalConfig
-from examples.pathology.settings.runs import DeployConfig
+from examples.pathology.settings.runs import DeployConfig, PageConfig
 from examples.pathology.training.bags import BagStore
 from tests.pathology.killing import small_models
 from tests.pathology.tiny import make_tables, write_bag, write_table
@@ -134,6 +134,14 @@ def test_the_threshold_is_that_of_the_run(run, external, tmp_path):
     assert value["thresholds"] == trained["thresholds"]
     known = [t for t in trained["thresholds"] if t is not None]
     assert value["threshold_of_ensemble"] == pytest.approx(np.mean(known))
+
+
+def test_what_the_page_shows_is_no_setting_of_the_predictions(tmp_path):
+    """A benchmark deploys anew where these differ, and earlier ones do not say it."""
+    config = DeployConfig(*map(tmp_path.joinpath, ("run", "c.csv", "s.csv", "features", "out")))
+    stored = deploy_settings(config)["deploy"]
+    assert "page" not in stored
+    assert stored == deploy_settings(replace(config, page=PageConfig(0.5)))["deploy"]
 
 
 def test_a_cohort_without_any_label_gets_predictions(run, external, tmp_path):
