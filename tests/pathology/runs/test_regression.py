@@ -179,6 +179,10 @@ def test_it_is_deployed(runs, other, tmp_path):
     known = table[table["LF"].notna()]
     r = np.corrcoef(known["LF"], known["LF_pred"])[0, 1]
     assert value["metrics_of_ensemble"]["pearson"]["mean"] == pytest.approx(r)
+    page = write_report([tmp_path]).read_text(encoding="utf-8")
+    assert f"10 patients, 8 of them with a known LF; the run is {runs / 'naive'}" in page
+    assert re.search(rf"<th>ensemble</th><td>{r:.3f} \[", page.replace("\N{NO-BREAK SPACE}", " "))
+    assert "Decisions" not in page
 
 
 def test_tiles_have_values_in_the_unit(runs, tables):
