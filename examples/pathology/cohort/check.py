@@ -4,17 +4,20 @@ Nothing is written and nothing trained. Everything that would leave a patient ou
 the nearest name on the other side where one may have been meant.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from examples.pathology.cohort.cohort import Cohort, load_cohort
 from examples.pathology.cohort.joining import Joined, join
-from examples.pathology.cohort.patients import values_of
+from examples.pathology.cohort.patients import Patient, values_of
 from examples.pathology.cohort.splits import Fold, check_sizes, make_splits
 from examples.pathology.cohort.targets import Target, describe, prediction_columns
+from examples.pathology.common.errors import listing
 from examples.pathology.settings.cohort import CheckConfig
 from examples.pathology.tables.matching import near_matches
+
+COUNTED = "patients, and of each target the positive / the known ones"
 
 
 def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
@@ -38,6 +41,8 @@ def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
     cohort = load_cohort(config)
     problems += _say_files(cohort, config.limit, say)
     _say_cohort(cohort, say)
+    if cohort.by_site:
+        _say_sites(cohort, config, say)
     prediction_columns(cohort.targets)
     check_sizes(cohort, config.folds)
     _say_folds(cohort, make_splits(cohort, config.folds, config.seed), say)
@@ -153,17 +158,36 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
         say(f"  {alone} without {cohort.target.name} are trained on for the others only")
 
 
+def _say_sites(cohort: Cohort, config: CheckConfig, say: Callable[[str], None]) -> None:
+    """Say of every site how many patients it has, and how many know each target."""
+    members: dict[str, list[Patient]] = defaultdict(list)
+    for patient in [*cohort.patients, *cohort.training_only]:
+        members[patient.site].append(patient)
+    notes = {
+        site: f"  {len(patients):5d}   {_cells(patients, cohort.targets)}"
+        for site, patients in sorted(members.items(), key=lambda item: -len(item[1]))
+    }
+    heading = f"Sites ({config.group_column}), {len(notes)}: {COUNTED}"
+    _say_list(heading, list(notes), notes, config.limit, say)
+
+
 def _say_folds(cohort: Cohort, folds: Sequence[Fold], say: Callable[[str], None]) -> None:
     """Say how many know each target in every part of every fold, and how many are positive."""
     by_name = {patient.name: patient for patient in cohort.patients}
     say("")
-    say("Folds: patients, and of each target the positive / the known ones")
+    say(f"Folds: {COUNTED}")
     for k, fold in enumerate(folds, start=1):
         for part in ("train", "validation", "test"):
             members = [by_name[name] for name in getattr(fold, part)]
-            known = values_of(members, cohort.targets)
-            cells = [_counted(known[target.name], target) for target in cohort.targets]
+            sites = Counter(patient.site for patient in members if patient.site).most_common()
+            from_ = [f"{len(sites)} sites: " + listing(f"{site} ({n})" for site, n in sites)]
+            cells = [_cells(members, cohort.targets), *from_ * bool(sites)]
             say(f"  fold {k} {part:<10} {len(members):5d}   " + "   ".join(cells))
+
+
+def _cells(patients: Sequence[Patient], targets: Sequence[Target]) -> str:
+    known = values_of(patients, targets)
+    return "   ".join(_counted(known[target.name], target) for target in targets)
 
 
 def _counted(values: Sequence[str | float], target: Target) -> str:

@@ -39,7 +39,8 @@ from examples.pathology.cohort.targets import (
 )
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.features.kind import FeatureKind
-from examples.pathology.settings.cohort import CohortConfig, Kind, Sources
+from examples.pathology.settings.cohort import TCGA_SITE, CohortConfig, Kind, Sources
+from examples.pathology.tables.sites import sites_of
 from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ class Cohort:
     Args:
         targets: The primary target, then the auxiliary ones.
         patients: Whom to train and test on, sorted by name: all have the primary label.
-        training_only: Those without it but with an auxiliary value: a part of every training part,
-            and of no other.
+        training_only: Those without it but with an auxiliary value: a part of every training part
+            (with folds by site, of those that have none of their site held out), and of no other.
         ledger: One row per patient, slide and unclaimed feature file.
         funnel: ``(stage, number of patients)`` from the clinical table to the patients used.
         kind: What made the features.
@@ -96,9 +97,14 @@ class Cohort:
         """The primary target."""
         return self.targets[0]
 
+    @property
+    def by_site(self) -> bool:
+        """Whether sites are known, so that folds are divided by them."""
+        return any(patient.site for patient in self.patients)
+
     def labels_sha256(self) -> str:
-        """Return a hash of patients and primary labels: what a split into folds depends on."""
-        return _sha256(f"{p.name}\t{p.label}" for p in self.patients)
+        """Return a hash of patients, labels and sites: what a split into folds depends on."""
+        return _sha256(f"{p.name}\t{p.label}{_of_site(p)}" for p in self.patients)
 
     def write_ledger(self, path: Path) -> None:
         """Write the ledger as a CSV table."""
@@ -119,13 +125,17 @@ def load_cohort(config: CohortConfig) -> Cohort:
             are mixed, or nobody is left.
     """
     target = config.target
-    joined = join(config.sources, [target, *config.auxiliary])
+    grouping = [name for name in (config.group_column,) if name not in (None, TCGA_SITE)]
+    joined = join(config.sources, [target, *config.auxiliary, *grouping])
     joined = _cut(joined, target, config.cutoff, config.clini)
     kinds = _kinds(joined.clinical, config)
-    joined = _one_spelling(joined, kinds, config.clini)
+    labels = [name for name, kind in kinds.items() if kind == "classification"]
+    joined = _one_spelling(joined, [*labels, *grouping], config.clini)
     people = _read_patients(joined.clinical, target, kinds)
     refused = {person.name: _refusal(person, config) for person in people}
     found, ledger, inspection = _gather(people, joined, refused)
+    if config.group_column is not None:
+        found = _with_sites(found, config.group_column, joined.clinical)
     labelled = [patient for patient in found if patient.label]
     training_only = [patient for patient in found if not patient.label]
     usable = {person.name for person in people if person.label and not refused[person.name]}
@@ -241,9 +251,8 @@ def _kinds(clinical: pd.DataFrame, config: CohortConfig) -> dict[str, Kind]:
     return kinds
 
 
-def _one_spelling(joined: Joined, kinds: Mapping[str, Kind], table: Path) -> Joined:
-    """Make equal numbers of a classification one class, and refuse classes that look alike."""
-    labels = [name for name, kind in kinds.items() if kind == "classification"]
+def _one_spelling(joined: Joined, labels: Sequence[str], table: Path) -> Joined:
+    """Make equal numbers in columns of classes one class, and refuse classes that look alike."""
     columns = {name: one_spelling(joined.clinical[name]) for name in labels}
     for name, column in columns.items():
         refuse_look_alikes(name, column, table)
@@ -262,6 +271,22 @@ def _read_patients(clinical: pd.DataFrame, target: str, kinds: Mapping[str, Kind
         label = row[target] if target in kinds else ""
         people.append(Patient(str(name), label, known, (), 0))
     return sorted(people, key=lambda person: person.name)
+
+
+def _with_sites(patients: Sequence[Patient], column: str, table: pd.DataFrame) -> list[Patient]:
+    """Return patients with their sites, all of which must be known: one that is not may be any."""
+    sites = sites_of([patient.name for patient in patients], column, table)
+    if missing := [name for name, site in sites.items() if not site]:
+        raise UserError(
+            f"`group-column` must tell the site of every patient who is used, but {column} tells "
+            f"none of {listing(missing)}. Fill in a column: with one word for those who may share "
+            "a site, with a word for each of the others."
+        )
+    return [replace(patient, site=sites[patient.name]) for patient in patients]
+
+
+def _of_site(patient: Patient) -> str:
+    return f"\tof {patient.site}" if patient.site else ""
 
 
 def _refusal(patient: Patient, config: CohortConfig) -> str:
@@ -383,6 +408,7 @@ def _cohort(
         kind=kind,
         digest=_sha256(
             f"{p.name}\t{p.label}\t{sorted(p.known.items())}\t{[crc[file] for file in p.files]}"
+            + _of_site(p)
             for p in sorted([*patients, *training_only], key=lambda p: p.name)
         ),
     )

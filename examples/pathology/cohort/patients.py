@@ -19,6 +19,7 @@ class Patient:
             unit.
         files: Feature files, in a stable order.
         tiles: Number of tiles over all files.
+        site: Where they come from; empty without folds by site.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Patient:
     known: Mapping[str, str | float]
     files: tuple[Path, ...]
     tiles: int
+    site: str = ""
 
 
 def known_values(patient: Patient, targets: Sequence[Target]) -> dict[str, str | float]:

@@ -116,6 +116,12 @@ def make_plan(config: CrossvalConfig, cohort: Cohort) -> Plan:
     cohort.write_ledger(config.out / "ledger.csv")
     folds = tuple(load_or_make_splits(config, cohort))
     lookahead = needs_lookahead(config.balancer, [target.name for target in cohort.targets])
+    none = [k for k, fold in enumerate(folds, start=1) if not fold.lookahead]
+    if lookahead and config.lookahead_data == "heldout" and none:
+        raise UserError(
+            f"`{config.balancer}` must look ahead on sites that it does not step on, but the "
+            f"training part of fold {none[0]} has too few. Use --lookahead-data train."
+        )
     return Plan(config, cohort, folds, lookahead)
 
 
@@ -166,7 +172,9 @@ def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
         for names in (*_steps_and_lookahead(plan, fold), fold.validation, fold.test)
     )
     if config.balancer != BASELINE:  # it knows the primary target alone
-        train += cohort.training_only
+        stepped_on = {patient.name for patient in train}
+        held_out = {p.site for p in cohort.patients if p.site and p.name not in stepped_on}
+        train += [patient for patient in cohort.training_only if patient.site not in held_out]
     fitted = fit_fold(
         cohort,
         train,

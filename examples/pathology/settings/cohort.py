@@ -18,6 +18,7 @@ features_option = partial(needed, "Folder of feature files (.h5).")
 patient_column_option = partial(option, "PATIENT", "Column of the patient in both tables.")
 filename_column_option = partial(option, "FILENAME", "Column of the file name in the slide table.")
 mpp_table_option = partial(option, None, "Table whose MPP column gives um per pixel by file name.")
+TCGA_SITE = "tcga-site"  # in place of a column: the tissue source site in a patient's barcode
 folds_option = partial(option, 5, "Number of folds.", min=2, source="the paper")
 kind_option = partial(
     option,
@@ -70,6 +71,11 @@ class CohortConfig(Settings):
     complete_cases: bool = option(
         False, "Leave out patients who lack a value of any target, as the paper does."
     )
+    group_column: str | None = option(
+        None,
+        "Folds by site: column of the patient's site, or tcga-site (XX of TCGA-XX-....).",
+        metavar=f"COLUMN|{TCGA_SITE}",
+    )
     patient_column: str = patient_column_option()
     filename_column: str = filename_column_option()
 
@@ -78,6 +84,9 @@ class CohortConfig(Settings):
         if not self.target:
             raise UserError("`target` must name a column of the clinical table, but got ''.")
         names = [self.target, *self.auxiliary]
+        if self.group_column in [*names, self.patient_column, ""]:
+            got = f"but got {self.group_column!r}"
+            raise UserError(f"`group-column` must be neither a target's nor the patient's, {got}.")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from examples.pathology.common.errors import UserError
 from examples.pathology.settings.cohort import (
     CohortConfig,
     device_option,
@@ -108,9 +109,17 @@ def with_reference_protocol(config: CrossvalConfig) -> CrossvalConfig:
     for the baseline; 8 epochs of patience, which an off-by-one makes of the 7 in the paper;
     Auto-Lambda looking ahead on the training stream. What the code gets wrong beyond such choices
     (frozen uncertainty weights, DWA fed the wrong loss, ...) is not repeated.
+
+    Raises:
+        UserError: Folds by site are asked for as well.
     """
     if not config.reference_protocol:
         return config
+    if config.group_column is not None:
+        raise UserError(
+            "`reference-protocol` draws folds as the paper's code, which knows no sites, so "
+            "`group-column` must not be given with it. Give one of them."
+        )
     return replace(
         config,
         complete_cases=True,

@@ -175,3 +175,32 @@ def test_what_a_cross_validation_would_refuse_is_refused_after_the_lists(tables)
 )  # fmt: skip
 def test_near_names(names, candidates, near):
     assert near_matches(names, candidates) == near
+
+
+def test_sites_are_counted_and_shown_by_fold(tmp_path):
+    sites = ["north", "south", "east"] * 8 + ["north"] * 2
+    tables = make_tables(tmp_path, patients=26, extra={"SITE": sites})
+    _, lines = check(tables, group_column="SITE", folds=3)
+    assert [line.split() for line in following(lines, "Sites (SITE), ")] == [
+        ["north", "10", "isMSIH:", "5", "/", "10", "LF:", "9"],
+        ["south", "8", "isMSIH:", "4", "/", "8", "LF:", "8"],
+        ["east", "8", "isMSIH:", "4", "/", "8", "LF:", "8"],
+    ]
+    folds = following(lines, "Folds: ")
+    tested = [line for line in folds if line.split()[2] == "test"]
+    assert sorted(line.split("   ")[-1] for line in tested) == [
+        "1 sites: east (8)", "1 sites: north (10)", "1 sites: south (8)",
+    ]  # fmt: skip
+
+
+def test_sites_are_shown_before_folds_are_refused(tmp_path):
+    tables = make_tables(tmp_path, patients=20, extra={"SITE": ["north", "south"] * 10})
+    lines: list[str] = []
+    config = CheckConfig(
+        tables.clini, tables.slides, tables.features, "isMSIH", group_column="SITE", folds=2
+    )
+    with pytest.raises(UserError, match="they are of 1 sites"):
+        run_check(config, lines.append)
+    assert following(lines, "Sites (SITE), ") == [
+        "north     10   isMSIH: 0 / 10", "south     10   isMSIH: 10 / 10",
+    ]  # fmt: skip

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import random
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ from examples.pathology.features.files import read_features
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import read_clinical_table, read_table
+from examples.pathology.tables.sites import sites_of
 from examples.pathology.training.bags import BagStore
 from tests.pathology.holding import held
 from tests.pathology.tiny import Tables, make_tables, write_bag, write_table
@@ -685,3 +687,62 @@ def test_a_number_that_single_precision_cannot_hold_is_refused(value, tmp_path):
     sources = Sources(tables.clini, tables.slides, tables.features)
     with pytest.raises(UserError, match=words):
         load_external(sources, [Target("X", "regression")])
+
+
+# --- sites ----------------------------------------------------------------------------------------
+
+
+def with_sites(tmp_path, sites, **options):
+    made = make_tables(tmp_path, patients=len(sites), extra={"SITE": list(sites)})
+    return made.load(group_column="SITE", **options)
+
+
+def test_a_column_tells_the_site_of_every_patient(tmp_path):
+    cohort = with_sites(tmp_path, ["north", "south", "7", "7.0"] * 3)
+    assert [p.site for p in cohort.patients] == ["north", "south", "7", "7"] * 3
+    assert cohort.by_site
+
+
+def test_without_a_column_nothing_changes(tmp_path):
+    made = make_tables(tmp_path, extra={"SITE": ["north"] * 12})
+    plain, grouped = made.load(), made.load(group_column="SITE")
+    assert not plain.by_site
+    assert {p.site for p in plain.patients} == {""}
+    assert plain.digest != grouped.digest
+    assert plain.labels_sha256() != grouped.labels_sha256()
+    lines = "\n".join(f"{p.name}\t{p.label}" for p in plain.patients)
+    assert plain.labels_sha256() == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_a_patient_without_a_site_could_be_of_any(tmp_path):
+    with pytest.raises(UserError, match="of every patient who is used, but SITE tells none of P02"):
+        with_sites(tmp_path, ["north", "south", "Not Reported"] + ["north"] * 9)
+
+
+def test_who_is_not_used_needs_no_site(tmp_path):
+    made = make_tables(tmp_path, extra={"SITE": ["north", "south", ""] + ["north"] * 9})
+    (made.features / "P02-1.h5").unlink()
+    assert len(made.load(group_column="SITE").patients) == 11
+
+
+def test_sites_that_look_alike_are_refused(tmp_path):
+    with pytest.raises(UserError, match="`SITE` must spell each class in one way"):
+        with_sites(tmp_path, ["north", "North"] * 6)
+
+
+def test_names_that_are_no_barcodes_have_no_tissue_source_site(tmp_path):
+    with pytest.raises(UserError, match="but tcga-site tells none of P00, P01"):
+        make_tables(tmp_path).load(group_column="tcga-site")
+
+
+def test_tissue_source_sites_are_those_of_real_barcodes():
+    barcodes = ["TCGA-3L-AA1B", "tcga-aa-3489", "TCGA-A6-2671-01Z-00-DX1", "TCGA-A6", "TCGA-A6X-1"]
+    assert list(sites_of(barcodes, "tcga-site", pd.DataFrame()).values()) == [
+        "3L", "AA", "A6", "A6", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["isMSIH", "LF", "PATIENT", ""])
+def test_a_group_must_be_a_column_of_its_own(tmp_path, column):
+    with pytest.raises(UserError, match="must be neither a target's nor the patient's, but got"):
+        make_tables(tmp_path).load(group_column=column)

@@ -17,6 +17,7 @@ from examples.pathology.cohort.splits import (
     fold_seed,
     load_or_make_splits,
     make_splits,
+    site_share,
     splits_sha256,
     strata_of,
     stratified_share,
@@ -258,3 +259,190 @@ def test_too_few_patients_are_told(cohort, folds, words):
     with pytest.raises(UserError, match=words):
         check_sizes(cohort, folds)
     check_sizes(replace(cohort, patients=cohort.patients * 2), folds)
+
+
+# --- folds by site --------------------------------------------------------------------------------
+
+
+def of_sites(cohort: Cohort, sites) -> Cohort:
+    pairs = zip(cohort.patients, sites, strict=True)
+    return replace(cohort, patients=tuple(replace(p, site=str(site)) for p, site in pairs))
+
+
+def sites_of(cohort, names):
+    site = {p.name: p.site for p in cohort.patients}
+    return {site[name] for name in names}
+
+
+@st.composite
+def hospitals(draw, kind=None):
+    """Patients of a classification or regression in sites of any size, and a number of folds."""
+    folds = draw(st.integers(2, 5))
+    sizes = draw(st.lists(st.integers(1, 30), min_size=2, max_size=12))
+    sites = [f"S{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    values = st.integers(0, 60) if draw(st.booleans()) else st.sampled_from("ab")
+    labels = draw(st.lists(values, min_size=len(sites), max_size=len(sites)))
+    words = isinstance(labels[0], str)
+    return of_sites(cohort_of("".join(labels)) if words else measured(labels), sites), folds
+
+
+@settings(max_examples=60, deadline=None)
+@given(hospitals(), st.integers(0, 2**32 - 1))
+def test_no_site_is_on_both_sides_of_a_split(made, seed):
+    cohort, folds = made
+    try:
+        drawn = make_splits(cohort, folds, seed)
+    except UserError as error:
+        assert "from sites of its own, but too few are left for the" in str(error)  # noqa: PT017
+        return
+    assert drawn == make_splits(cohort, folds, seed)
+    check_splits(drawn, cohort)
+    everyone = {p.name for p in cohort.patients}
+    label = {p.name: p.label for p in cohort.patients}
+    assert Counter(name for fold in drawn for name in fold.test) == dict.fromkeys(everyone, 1)
+    for fold in drawn:
+        steps = set(fold.train) - set(fold.lookahead)
+        parts = [steps, set(fold.lookahead), set(fold.validation), set(fold.test)]
+        assert sum(map(len, parts)) == len(everyone)
+        sites = [sites_of(cohort, part) for part in parts]
+        assert sum(map(len, sites)) == len(set.union(*sites)) == len(sites_of(cohort, everyone))
+        assert all(len(part) > 0 for part in (steps, fold.validation, fold.test))
+        for part in (steps, fold.validation, fold.test) if cohort.target.classes else ():
+            assert {label[name] for name in part} == set(cohort.target.classes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 8), st.integers(0, 5), st.integers(0, 99))
+def test_as_many_sites_as_folds_are_tested_one_by_one(folds, extra, seed):
+    """Leave one site out: whatever their sizes, where every site has both classes."""
+    sizes = np.random.default_rng(seed).integers(1, 20, folds)
+    sites = [f"S{i}" for i, size in enumerate(sizes) for _ in range(2 * size + extra)]
+    labels = "".join("ab"[i % 2] for i in range(len(sites)))
+    cohort = of_sites(cohort_of(labels), sites)
+    drawn = make_splits(cohort, folds, seed)
+    tested = [sites_of(cohort, fold.test) for fold in drawn]
+    assert sorted(map(len, tested)) == [1] * folds
+    assert (folds > 3) == all(fold.lookahead for fold in drawn)  # one site alone cannot be parted
+    assert all(len(sites_of(cohort, fold.train)) >= 1 for fold in drawn)
+
+
+def test_sites_that_fit_are_drawn_in_exact_shares():
+    sites, labels = zip(*[(f"S{i}", label) for i in range(10) for label in "aab"], strict=True)
+    cohort = of_sites(cohort_of("".join(labels)), sites)
+    label = {p.name: p.label for p in cohort.patients}
+    for fold in make_splits(cohort, 5, 0):
+        assert len(sites_of(cohort, fold.test)) == 2
+        assert Counter(label[name] for name in fold.test) == {"a": 4, "b": 2}
+        assert len(sites_of(cohort, fold.validation)) == 2  # of 8 a fifth is 1.6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=7), st.integers(0, 99))
+def test_few_sites_have_the_best_share_there_is(sizes, seed):
+    """Against every set of sites: nothing else is nearer, of the class that is furthest off."""
+    random = np.random.default_rng(seed)
+    sites = np.repeat(np.arange(len(sizes)).astype(str), sizes)
+    labels = random.choice(["a", "b"], len(sites))
+
+    def cost(members):
+        inside = np.isin(sites, members)
+        counts = [(inside & (labels == each)).sum() for each in np.unique(labels)]
+        totals = [(labels == each).sum() for each in np.unique(labels)]
+        far = max(abs(n / of - 0.3) for n, of in zip(counts, totals, strict=True))
+        emptied = sum(n == of for n, of in zip(counts, totals, strict=True))
+        return far + counts.count(0) + len(sizes) * emptied
+
+    names = np.unique(sites)
+    every = [
+        names[[bool(chosen >> i & 1) for i in range(len(names))]]
+        for chosen in range(1, 2 ** len(names) - 1)
+    ]
+    drawn = site_share(labels, sites, 0.3, random)
+    assert cost(np.unique(sites[drawn])) == pytest.approx(min(map(cost, every)))
+
+
+def test_no_class_is_left_to_looking_ahead_alone():
+    """One site of each class is left to train on."""
+    sites = [f"S{i // 6}" for i in range(36)]
+    cohort = of_sites(cohort_of("a" * 18 + "b" * 18), sites)
+    for fold in make_splits(cohort, 3, 0):
+        assert len(sites_of(cohort, fold.train)) == 2
+        assert fold.lookahead == ()
+
+
+def test_sites_of_a_regression_may_have_values_of_their_own():
+    cohort = of_sites(measured(range(50)), [f"S{i // 10}" for i in range(50)])
+    drawn = make_splits(cohort, 5, 0)
+    assert [len(sites_of(cohort, fold.test)) for fold in drawn] == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "sites", "folds", "words"),
+    [
+        ("aaaaabbbbb", "1111122222", 2, "patients of a .* they are of 1 sites"),
+        ("aabb" * 5, "1" * 20, 2, "they are of 1 sites"),
+        ("aabb" * 5, "1111111111" + "2" * 10, 3, "they are of 2 sites"),
+        ("ab" * 5 + "b" * 10, "1" * 10 + "2345678912", 5, "part of fold 1: they are of 1 sites"),
+    ],
+)
+def test_sites_that_cannot_be_divided_are_refused(labels, sites, folds, words):
+    with pytest.raises(UserError, match=words):
+        make_splits(of_sites(cohort_of(labels), sites), folds, 0)
+
+
+def hundred():
+    return of_sites(cohort_of("ab" * 50), [f"S{i // 5}" for i in range(100)])
+
+
+def test_sites_are_stored_with_the_splits_and_their_hash(tmp_path):
+    cohort = hundred()
+    made = load_or_make_splits(config_in(tmp_path), cohort)
+    path = tmp_path / "run/splits.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert value["groups"] == {p.name: p.site for p in cohort.patients}
+    assert load_or_make_splits(config_in(tmp_path), cohort) == made
+    value["groups"]["P000"] = "S7"
+    path.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(UserError, match="but its hash is"):
+        load_or_make_splits(config_in(tmp_path), cohort)
+
+
+def test_without_sites_the_file_is_as_it_was(tmp_path):
+    load_or_make_splits(config_in(tmp_path), cohort_of("ab" * 10))
+    value = json.loads((tmp_path / "run/splits.json").read_text(encoding="utf-8"))
+    assert list(value) == ["format", "target", "cohort_sha256", "folds"]
+
+
+def test_splits_of_another_run_are_held_against_the_sites(tmp_path):
+    cohort = hundred()
+    plain = of_sites(cohort, [""] * 100)
+    by_site = load_or_make_splits(config_in(tmp_path), cohort)
+    theirs = replace(config_in(tmp_path, splits=tmp_path / "run/splits.json"), out=tmp_path / "b")
+    assert load_or_make_splits(theirs, plain) == by_site  # folds by site are folds by patient
+    stored = json.loads((tmp_path / "b/splits.json").read_text(encoding="utf-8"))
+    assert "groups" not in stored
+    fits = replace(theirs, splits=tmp_path / "b/splits.json", out=tmp_path / "c")
+    assert load_or_make_splits(fits, cohort) == by_site  # they were drawn by site, as they show
+    ours = replace(config_in(tmp_path), out=tmp_path / "d")
+    load_or_make_splits(ours, plain)
+    leak = replace(theirs, splits=tmp_path / "d/splits.json", out=tmp_path / "e")
+    with pytest.raises(UserError, match=r"A site must be in one part of fold 1, but S\d+ is in"):
+        load_or_make_splits(leak, cohort)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("part", ["validation", "lookahead"])
+def test_a_site_may_not_be_trained_and_validated_or_looked_ahead_on(part):
+    cohort = hundred()
+    first, *others = make_splits(cohort, 5, 0)
+    stays = next(name for name in first.train if name not in first.lookahead)
+    moved = next(
+        name
+        for name in first.train
+        if name != stays and sites_of(cohort, [name]) == sites_of(cohort, [stays])
+    )
+    changed = replace(first, **{part: (*getattr(first, part), moved)})
+    if part == "validation":
+        changed = replace(changed, train=tuple(name for name in first.train if name != moved))
+    with pytest.raises(UserError, match=f"is in (train and {part}|{part} and train)"):
+        check_splits([changed, *others], cohort)

@@ -392,6 +392,84 @@ def test_training_only_patients_are_in_every_training_part_and_no_other(
     assert seen == [("autol", True, False)] * 2 + [("baseline", False, True)] * 2
 
 
+@pytest.mark.parametrize(
+    ("balancer", "ahead"), [("naive", "heldout"), ("autol", "heldout"), ("autol", "train")]
+)
+def test_nobody_of_a_site_that_is_held_out_trains(tmp_path, monkeypatch, balancer, ahead):
+    """Neither with a label nor without one: P00 and P01 have none, and are of two sites."""
+    sites = [f"S{i // 2 % 6}" for i in range(36)]
+    made = make_tables(tmp_path / "c", patients=36, extra={"SITE": sites})
+    with made.clini.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    for row in (rows[0], rows[3]):
+        row[1:3] = "", "0.5"
+    write_table(made.clini, header, rows)
+    site = {row[0]: row[3] for row in rows}
+    assert site["P00"] != site["P03"]
+    trained = []
+
+    class StoppedError(Exception):
+        pass
+
+    def spy(cohort, train, validation, config, *, lookahead, **_):
+        inside, held = ({p.name for p in part} for part in (train, (*validation, *lookahead)))
+        if ahead == "train":
+            held = {p.name for p in validation}
+        assert {site[name] for name in inside}.isdisjoint(site[name] for name in held)
+        trained.append({p.name for p in (*train, *lookahead)})
+        assert {p.site for p in cohort.training_only} == {site["P00"], site["P03"]}
+        raise StoppedError
+
+    monkeypatch.setattr(crossval, "fit_fold", spy)
+    options = {"balancer": balancer, "lookahead_data": ahead, "group_column": "SITE", "folds": 3}
+    config = config_of(made, tmp_path / "run", **options)
+    plan = crossval.make_plan(config, crossval.load_cohort_of(config))
+    for k, fold in enumerate(plan.folds, start=1):
+        with pytest.raises(StoppedError):
+            crossval.run_fold(plan, k, BagStore())
+        assert {site[name] for name in trained[-1]}.isdisjoint(site[name] for name in fold.test)
+    for name in ("P00", "P03"):
+        where = [
+            {site[other] for other in part}
+            for fold in plan.folds
+            for part in (set(fold.train) - set(fold.lookahead if plan.lookahead else ()),)
+        ]
+        if ahead == "heldout":
+            assert [name in each for each in trained] == [site[name] in each for each in where]
+    assert read_toml(tmp_path / "run/config.toml")["crossval"]["group_column"] == "SITE"
+
+
+def test_a_run_is_not_taken_up_with_other_sites(tmp_path):
+    made = make_tables(tmp_path / "c", patients=20, extra={"SITE": [*"aabbccddaabbccddabcd"]})
+    config = config_of(made, tmp_path / "run", group_column="SITE", folds=2)
+    crossval.make_plan(config, crossval.load_cohort_of(config))
+    plain = replace(config, group_column=None)
+    with pytest.raises(UserError, match="differs in group_column: 'SITE' -> None"):
+        crossval.make_plan(plain, crossval.load_cohort_of(plain))
+    with made.clini.open(encoding="utf-8", newline="") as file:
+        header, first, *rows = csv.reader(file)
+    write_table(made.clini, header, [[*first[:3], "e"], *rows])
+    with pytest.raises(UserError, match="differs in the content of tables or features"):
+        crossval.make_plan(config, crossval.load_cohort_of(config))
+
+
+def test_looking_ahead_needs_two_sites_to_train_on(tmp_path):
+    made = make_tables(tmp_path / "c", patients=30, extra={"SITE": [*"aabbcc"] * 5})
+    config = config_of(made, tmp_path / "run", group_column="SITE", folds=3, balancer="autol")
+    cohort = crossval.load_cohort_of(config)
+    with pytest.raises(UserError, match=r"`autol` must look ahead on sites .* --lookahead-data"):
+        crossval.make_plan(config, cohort)
+    for change in ({"balancer": "naive"}, {"lookahead_data": "train"}):
+        other = replace(config, out=tmp_path / "-".join(change.values()), **change)
+        assert len(crossval.make_plan(other, cohort).folds) == 3
+
+
+def test_the_reference_protocol_knows_no_sites(tables, tmp_path):
+    config = config_of(tables, tmp_path / "run", reference_protocol=True, group_column="LF2")
+    with pytest.raises(UserError, match="`group-column` must not be given with it"):
+        run_crossval(config)
+
+
 def test_the_reference_protocol_is_resolved_and_saved(tables, tmp_path):
     out = tmp_path / "run"
     config = config_of(tables, out, reference_protocol=True, epochs=1)
