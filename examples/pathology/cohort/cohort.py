@@ -40,7 +40,7 @@ from examples.pathology.cohort.targets import (
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.settings.cohort import TCGA_SITE, CohortConfig, Kind, Sources
-from examples.pathology.tables.sites import sites_of
+from examples.pathology.tables.reading import sites_of
 from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)

@@ -50,7 +50,12 @@ class Column:
     chance: float | None
 
 
-def dots(methods: Sequence[str], columns: Sequence[Column], sheet: Sheet) -> None:
+def dots(
+    methods: Sequence[str],
+    columns: Sequence[Column],
+    sheet: Sheet,
+    words: tuple[str, str] = ("method", "baseline"),
+) -> None:
     """Draw a row per method and a panel per metric: a dot with its interval.
 
     The baseline is a line with a band through all rows, so that each method is seen against it.
@@ -59,6 +64,7 @@ def dots(methods: Sequence[str], columns: Sequence[Column], sheet: Sheet) -> Non
         methods: Names of the rows.
         columns: The panels.
         sheet: Where to, and the words around it.
+        words: What a row is, and what the line is.
     """
     of_interval: Style = {"color": BLACK, "lw": 1.6}
     of_method: Style = {**of_interval, "marker": "o", "ms": 6}
@@ -81,8 +87,8 @@ def dots(methods: Sequence[str], columns: Sequence[Column], sheet: Sheet) -> Non
         first = panels[0]
         first.set_yticks(range(len(methods)), list(methods), fontsize=TEXT)
         first.set_ylim(len(methods) - 0.5, -0.5)
-        first.plot([], [], **of_method, label="method, 95 % interval\nover patients")
-        first.plot([], [], **of_baseline, label="baseline")
+        first.plot([], [], **of_method, label=f"{words[0]}, 95 % interval\nover patients")
+        first.plot([], [], **of_baseline, label=words[1])
         first.fill_between([], [], **of_band, label="its 95 % interval")
         first.plot([], [], **of_chance, label="chance")
 

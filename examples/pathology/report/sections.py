@@ -8,8 +8,9 @@ import pandas as pd
 
 from examples.pathology.figures.scores import draw_calibration
 from examples.pathology.figures.sheet import Sheet
+from examples.pathology.figures.study import Column, Estimate, dots
 from examples.pathology.results import decisions as deciding
-from examples.pathology.results.runs import Run
+from examples.pathology.results.runs import Run, sites_in
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.writing import write_table
 
@@ -25,6 +26,15 @@ INTERVALS = (
     "share, the bootstrap's of a Brier score. PPV and NPV are those at the prevalence beside them. "
     "Skill: how much lower the Brier score is than that of always saying the prevalence, as a "
     "share of the latter."
+)
+SMALL_SITE, EVERYBODY = 20, "all patients"
+BY_SITE = (
+    "Each patient is judged by the model that tested it, at its threshold of best F1; those of a "
+    f"site are taken together, and sites of fewer than {SMALL_SITE} patients in one row (sites.csv "
+    "has a row for each). No dot: nobody is of the class in question. An AUROC over several folds "
+    "compares scores of several models, which may lower it, and one of fewer than "
+    f"{deciding.FEW} patients of a class has no interval. Differences between sites of few "
+    "patients say nothing: look at the intervals."
 )
 _VALUE = ("value", "ci95_low", "ci95_high")
 
@@ -111,8 +121,41 @@ def decide(runs: Sequence[Run], out: Path, config: PageConfig) -> Section | None
     return section._replace(tables=[*section.tables, *counts], figures=figures)
 
 
+def show_sites(runs: Sequence[Run], out: Path, config: PageConfig) -> Section | None:
+    """Show how good runs are at each site, and write ``sites.csv``."""
+    target, tables, figures = runs[0].summary.targets[0], [], []
+    once = {run.folder: run for run in reversed(runs)}  # of a deployment, the ensemble
+    for number, run in enumerate(reversed(once.values()), start=1):
+        if not target.classes or not (sites := sites_in(run, config)):
+            continue
+        small = [site for site, members in sites.items() if len(members) < SMALL_SITE]
+        small *= len(small) > 1  # one would only lose its name
+        other = {f"{len(small)} smaller sites": [name for site in small for name in sites[site]]}
+        shown = {site: members for site, members in sites.items() if site not in small}
+        shown |= other if small else {}
+        groups = {**sites, **shown, EVERYBODY: [name for each in sites.values() for name in each]}
+        found = deciding.by_site(run, groups)
+        tables.append(pd.DataFrame({"method": run.name, **found[found["site"].isin(sites)]}))
+        columns, named = list[Column](), list[str]()
+        for figure, chance in (("Specificity", None), ("Sensitivity", None), ("AUROC", 0.5)):
+            rows = (
+                found[found["figure"] == figure.lower()].set_index("site").loc[[*shown, EVERYBODY]]
+            )
+            *of_sites, of_all = [Estimate(*row) for row in rows.iloc[:, 1:4].to_numpy(dtype=float)]
+            columns.insert(0, Column(figure, of_sites, of_all, chance))
+            named = [f"{site}: {row['patients']} / {row['of']}" for site, row in rows.iterrows()]
+        path, title = out / "figures" / f"sites-{number}.png", f"{run.name}: by site"
+        sheet = Sheet(path, f"{title} ({target.positive} / patients)", run.summary.caption)
+        dots(named[:-1], columns, sheet, ("site", EVERYBODY))
+        figures.append((title, path))
+    if not figures:
+        return None
+    write_table(out / "sites.csv", pd.concat(tables))
+    return Section("By site", [BY_SITE], (), figures)
+
+
 Make = Callable[[Sequence[Run], Path, PageConfig], Section | None]
-SECTIONS: tuple[Make, ...] = (decide,)
+SECTIONS: tuple[Make, ...] = (decide, show_sites)
 """Makes a section of runs, in order of the page; None where they have nothing for it.
 
 Of a deployment, the ensemble comes first, and then each fold's model, as runs of one fold that

@@ -5,7 +5,8 @@ all folds are counted together: one fold has so few of a class that its shares m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from examples.pathology.cohort.targets import Target
+from examples.pathology.common.files import json_or_none
 from examples.pathology.results import metrics, resampling
 from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.measuring import scores_of
 from examples.pathology.results.runs import Run
+from examples.pathology.tables.reading import PATIENT
 
 COLUMNS = ["class", "rule", "thresholds", "figure", "value", "ci95_low", "ci95_high"]
 COLUMNS += ["patients", "of", "undefined"]
 _SCORES = ("brier", "brier_of_prevalence", "skill")
+FEW = 5
 BINS, SMALLEST_BIN = 10, 20  # of a calibration curve; patients
 
 Choose = Callable[[ArrayLike, ArrayLike], float]
@@ -109,6 +113,35 @@ def share(patients: int, of: int, missing: str) -> tuple[object, ...]:
         return None, None, None, patients, of, missing
     low, high = stats.binomtest(patients, of).proportion_ci(method="wilson")
     return patients / of, float(low), float(high), patients, of, ""
+
+
+def by_site(run: Run, sites: Mapping[str, Collection[str]]) -> pd.DataFrame:
+    """Return how well the patients of each site are ranked, and how often they are called rightly.
+
+    Args:
+        run: Of a classification, with the thresholds of best F1.
+        sites: Names and patients.
+
+    Returns:
+        A row per site and figure: shares as in `decisions`; of the AUROC, with scores of several
+        folds taken together, ``patients`` is how many are positive, and there is no interval
+        below `FEW` patients of a class.
+    """
+    rows: list[list[object]] = []
+    for site, members in sites.items():
+        tables = [each.predictions[each.predictions[PATIENT].isin(members)] for each in run.results]
+        inside = [replace(r, predictions=t) for r, t in zip(run.results, tables, strict=True)]
+        truth, score, fold = pooled(replace(run, results=tuple(inside)), run.summary.positive)
+        area = metrics.auroc(truth, score)
+        resampled = (truth.astype(str), partial(resampling.auroc, truth, score))
+        few = min(truth.sum(), len(truth) - truth.sum()) < FEW  # resamples would be too much alike
+        ends = resampling.interval([] if few else [resampled], seed=run.summary.seed)
+        numbers = [json_or_none(number) for number in (area.value, *ends)]
+        rows.append([site, "auroc", *numbers, int(truth.sum()), len(truth), area.reason])
+        limits = np.array([each.threshold for each in run.results])[fold]
+        judged = ~np.isnan(limits)
+        rows += [[site, *each] for each in _shares(truth[judged], (score >= limits)[judged])]
+    return _table(rows, columns=["site", *COLUMNS[3:]], dtype=object)
 
 
 def _brier(truth: Truth, score: Floats, seed: int) -> list[tuple[object, ...]]:

@@ -1,9 +1,13 @@
 """A finished run, or its deployment on another cohort, read back."""
 
+import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
@@ -16,6 +20,9 @@ from examples.pathology.results.folds import (
     read_validation,
 )
 from examples.pathology.results.summary import RunSummary, read_summary
+from examples.pathology.settings.cohort import TCGA_SITE
+from examples.pathology.settings.runs import PageConfig
+from examples.pathology.tables.reading import PATIENT, read_clinical_table, sites_of
 
 DEPLOYED = "deploy.toml"  # a folder that has it holds a deployment
 
@@ -90,6 +97,33 @@ def read_deployed(folder: Path, run: Path | None = None) -> Deployed:
         Run("mean of folds", folder, summary, tuple(results[:-1])),
         Run("ensemble", folder, of_ensemble, (results[-1],)),
     )
+
+
+def sites_in(run: Run, config: PageConfig) -> dict[str, list[str]]:
+    """Return by site the patients with a label, largest first: of the folds, or of a column.
+
+    Raises:
+        UserError: The table with the column is gone, or lacks it.
+    """
+    tested = pd.concat([result.predictions for result in run.results])
+    names = set(tested.loc[tested[run.summary.target] != "", PATIENT])
+    column, splits, clinical = config.site_column, run.folder / "splits.json", pd.DataFrame()
+    if column is None:
+        if not splits.exists():
+            return {}
+        with whole(splits, "Put it back."):
+            found = json.loads(splits.read_text(encoding="utf-8")).get("groups", {})
+    else:
+        if column != TCGA_SITE:
+            settings = [run.folder / name for name in ("config.toml", DEPLOYED)]
+            made = next(iter(read_toml(next(p for p in settings if p.exists())).values()))
+            table = config.site_table or Path(made["clini"])
+            clinical = read_clinical_table(table, [column], made.get("patient_column", PATIENT))
+        found = sites_of(names, column, clinical)
+    sites: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names & found.keys()):
+        sites[found[name] or "not known"].append(name)
+    return dict(sorted(sites.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def fold_folders(run: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from examples.pathology.settings.cohort import (
+    TCGA_SITE,
     Sources,
     device_option,
     features_option,
@@ -27,6 +28,12 @@ class PageConfig(Settings):
     sensitivity: float = option(
         0.95, "Of the second threshold, in the validation part.", min=0.01, max=1.0
     )
+    site_column: str | None = option(
+        None,
+        "Results by site, of a column of the clinical table or tcga-site; default: of folds.",
+        metavar=f"COLUMN|{TCGA_SITE}",
+    )
+    site_table: Path | None = option(None, "Where --site-column is, if the table has moved.")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from examples.pathology.figures.sheet import Sheet
 from examples.pathology.figures.study import Column, Estimate, conflicts, dots, weights_over_time
 from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
-from examples.pathology.report.sections import judged
+from examples.pathology.report.sections import judged, show_sites
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
@@ -45,7 +45,7 @@ from examples.pathology.tables.writing import write_table
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = (BASELINE, NAIVE, "cagrad", "autol+cagrad")  # whose t-SNE is shown, if they are there
+EMBEDDED = (BASELINE, NAIVE, "cagrad", "autol+cagrad")  # have own figures, if they are there
 
 
 def write_study_report(
@@ -94,6 +94,7 @@ def write_study_report(
         performance=tables[0],
         representation=tables[1],
         decisions=judged(decided, config),
+        sites=show_sites(_shown(study, panel), out, config),
         marks=MARKS,
         differences={name: differences_table(differences, name) for name in REFERENCES},
         compared=bool(differences),
@@ -203,19 +204,24 @@ def _estimate(found: Metrics, metric: Metric) -> Estimate:
 
 
 def _draw_embeddings(study: Study, panel: Panel, sheet: Sheet) -> None:
-    wanted = [*EMBEDDED, *study.methods]
-    methods = list(dict.fromkeys(name for name in wanted if name in panel.runs))[: len(EMBEDDED)]
-    target = study.settings["target"]
-    results = [panel.runs[method].results[0] for method in methods]
+    runs, target = _shown(study, panel), study.settings["target"]
+    results = [run.results[0] for run in runs]
     tsne(
         [(r.embeddings, r.predictions[target].to_numpy(dtype=str)) for r in results],
         _any_run(panel).summary.classes,
         sheet,
         seed=study.settings["seed"],
-        names=methods,
+        names=[run.name for run in runs],
         about="t-SNE of the test patients of fold 1, by each method's own model; panels share no "
         "axes, and distances between groups mean little.",
     )
+
+
+def _shown(study: Study, panel: Panel) -> list[Run]:
+    """Return the runs that have figures of their own."""
+    wanted = [*EMBEDDED, *study.methods]
+    methods = list(dict.fromkeys(name for name in wanted if name in panel.runs))
+    return [panel.runs[method] for method in methods[: len(EMBEDDED)]]
 
 
 def _histories(run: Run) -> list[pd.DataFrame]:

@@ -15,6 +15,7 @@ import pandas as pd
 from examples.pathology.common.errors import UserError, listing, nearest, one_line
 from examples.pathology.common.files import readable
 from examples.pathology.common.names import composed
+from examples.pathology.settings.cohort import TCGA_SITE
 from examples.pathology.tables.matching import slide_key
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
@@ -31,6 +32,7 @@ NOT_KNOWN = frozenset((
 # fmt: on
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
+BARCODE = re.compile(r"TCGA-([0-9A-Z]{2})(-|$)", re.IGNORECASE)
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
@@ -240,6 +242,20 @@ def read_clinical_words(
         )
     indexed: pd.DataFrame = table.set_index(patient_column)
     return indexed, words
+
+
+def sites_of(patients: Iterable[str], column: str, clinical: pd.DataFrame) -> dict[str, str]:
+    """Return the site of every patient, empty where it is not known.
+
+    Args:
+        patients: Their names.
+        column: A column of the table; or ``tcga-site``, for XX of a barcode TCGA-XX-....
+        clinical: Indexed by patient; not looked at for ``tcga-site``.
+    """
+    if column != TCGA_SITE:
+        return {name: str(clinical[column].get(name, "")) for name in patients}
+    found = {name: BARCODE.match(name) for name in patients}
+    return {name: match[1].upper() if match else "" for name, match in found.items()}
 
 
 def read_slide_table(

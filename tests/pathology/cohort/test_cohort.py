@@ -18,8 +18,7 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.features.files import read_features
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files, slide_key
-from examples.pathology.tables.reading import read_clinical_table, read_table
-from examples.pathology.tables.sites import sites_of
+from examples.pathology.tables.reading import read_clinical_table, read_table, sites_of
 from examples.pathology.training.bags import BagStore
 from tests.pathology.holding import held
 from tests.pathology.tiny import Tables, make_tables, write_bag, write_table

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from examples.pathology import cli
 from examples.pathology.common.errors import UserError
@@ -23,6 +24,7 @@ from examples.pathology.figures.study import (
 )
 from examples.pathology.report import pages
 from examples.pathology.results.summary import MetricSummary
+from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study import report as study_report
 from examples.pathology.study.differences import CRITERIA, Difference, all_differences
 from examples.pathology.study.folder import read_study
@@ -398,6 +400,24 @@ def test_the_page_stands_alone_and_says_all(page):
         assert expected in text
     for name in ("table1.md", "table2.md"):
         assert NOTE in (page.parent / name).read_text(encoding="utf-8")
+
+
+def test_results_by_site_are_those_of_the_runs_with_figures_of_their_own(
+    planted, tmp_path, no_figures
+):
+    study = read_study(planted)
+    page = write_study_report(study, tmp_path, config=PageConfig(site_column="tcga-site"))
+    assert "<h2>By site</h2>" in text_of(page)
+    found = rows_of(tmp_path / "sites.csv")
+    assert {row["site"] for row in found} == {"not known"}  # no barcodes
+    runs = {m: run for m, run in study.panels[0].runs.items() if m in ("baseline", "naive")}
+    assert {row["method"] for row in found} >= set(runs)
+    for row in found:
+        if row["figure"] == "auroc" and row["method"] in runs:
+            tables = [result.predictions for result in runs[row["method"]].results]
+            table = pd.concat(tables)
+            truth, score = table["isMSIH"] == "MSIH", table["isMSIH_MSIH"].astype(float)
+            assert float(row["value"]) == pytest.approx(roc_auc_score(truth, score))
 
 
 def test_the_same_study_gives_the_same_tables(planted, page, tmp_path, no_figures):
