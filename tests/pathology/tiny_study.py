@@ -67,7 +67,7 @@ def write_study(
                 "metrics": metrics_json(summarise_metrics(results, targets, 0)),
             }
             write_json(run / "metrics.json", summary)
-            write_ledger(run)
+            write_ledger(run, "crossval")
             if deployed:
                 write_deployed(folder / EXTERNAL / place, method, seed, shift)
     settings = {
@@ -190,11 +190,21 @@ def write_deployed(folder: Path, method: str, seed: int, shift: float) -> None:
         "metrics_of_ensemble": metrics_json(summarise_metrics([ensemble], [PRIMARY], 0)),
     }
     write_json(folder / "metrics.json", summary)
-    write_ledger(folder)
+    write_ledger(folder, "deploy")
 
 
-def write_ledger(folder: Path) -> None:
-    rows = ["item,name,status,reason", "patient,P1-00,used,", "patient,X,excluded,no <label>"]
+def write_ledger(folder: Path, command: str) -> None:
+    """Write the ledger, in which patient P1-00 has two slides, and where the features were."""
+    settings = {"crossval": "config.toml", "deploy": "deploy.toml"}[command]
+    write_toml(folder / settings, {command: {"features": "no/features"}})
+    rows = [
+        "item,name,patient,status,reason",
+        "patient,P1-00,P1-00,used,",
+        "patient,X,X,excluded,no <label>",
+        "slide,A/<P1-00>,P1-00,used,",
+        "slide,B,P1-00,used,",
+        "slide,C,P1-00,excluded,no feature file",
+    ]
     (folder / "ledger.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from examples.pathology.cohort.cohort import TRAINING_ONLY
 from examples.pathology.common.files import write_text
 from examples.pathology.results.summary import MetricSummary, RunSummary
+from examples.pathology.slides.overlay import COLOURS
 from examples.pathology.tables.writing import read_table_of_ours
 
 DASH = "–"
@@ -147,3 +148,5 @@ ENVIRONMENT = Environment(
 ENVIRONMENT.filters.update(
     groups=_groups, unbroken=_unbroken, inlined=_inlined, shown_width=_shown_width
 )
+ENVIRONMENT.filters["short"] = lambda cell: f"{cell:.3g}" if isinstance(cell, float) else cell
+ENVIRONMENT.globals["tile_colours"] = COLOURS

@@ -14,6 +14,7 @@ from examples.pathology.figures.run import draw_figures, draw_scores
 from examples.pathology.figures.scores import compare
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.report import pages
+from examples.pathology.report.patients import worst_errors
 from examples.pathology.report.sections import SECTIONS
 from examples.pathology.results import metrics
 from examples.pathology.results.metrics import Metric
@@ -135,7 +136,9 @@ def _write(
     table, caution = _table(rows, shown), caution.format(remark=REMARKS[first.kind])
     pages.write_markdown(out / "table.md", table, [caution, first.caption])
     write_table(out / "table.csv", _numbers(rows, [*shown, Metric("prevalence")]))
-    sections = [make(judged, out, config or PageConfig()) for make in SECTIONS]
+    config = config or PageConfig()
+    sections = [make(judged, out, config) for make in SECTIONS]
+    worst = {run.name: [run] for run in (rows[:1] if first.run else rows)}  # or the ensemble's
     page = out / "index.html"
     pages.write_page(
         page,
@@ -144,6 +147,7 @@ def _write(
         table_of_metrics=table,
         caution=caution,
         sections=[section for section in sections if section is not None],
+        worst_errors=worst_errors(worst, out, config.worst),
         used=pages.funnel_of(rows[0].folder, first),
         **values,
     )

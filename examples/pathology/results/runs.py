@@ -23,6 +23,7 @@ from examples.pathology.results.summary import RunSummary, read_summary
 from examples.pathology.settings.cohort import TCGA_SITE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT, read_clinical_table, sites_of
+from examples.pathology.tables.writing import read_table_of_ours
 
 DEPLOYED = "deploy.toml"  # a folder that has it holds a deployment
 
@@ -154,3 +155,19 @@ def run_settings(run: Path) -> dict[str, Any]:
         if "balancer" not in settings:
             raise ValueError("it does not say which `balancer` it was made with")
     return settings
+
+
+def features_of(folder: Path) -> Path:
+    """Return where a run or a deployment found its features; they may have moved since."""
+    path, section = folder / "config.toml", "crossval"
+    if not path.exists():
+        path, section = folder / DEPLOYED, "deploy"
+    with whole(path, "Put it back."):
+        return Path(read_toml(path)[section]["features"])
+
+
+def slides_of(folder: Path) -> dict[str, list[str]]:
+    """Return the slides of every patient that a run or a deployment used, by their names there."""
+    ledger = read_table_of_ours(folder / "ledger.csv", "Put it back.")
+    used = ledger[(ledger["item"] == "slide") & (ledger["status"] == "used")]
+    return {str(who): [*names] for who, names in used.groupby("patient")["name"]}

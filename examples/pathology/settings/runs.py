@@ -34,6 +34,7 @@ class PageConfig(Settings):
         metavar=f"COLUMN|{TCGA_SITE}",
     )
     site_table: Path | None = option(None, "Where --site-column is, if the table has moved.")
+    worst: int = option(12, "How many of the patients with the largest losses to show.", min=1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _LOOKS = {
     TileStatus.DAMAGED: _Look("damaged", (240, 228, 66), 0.5),
 }
 _OVERHANG = _Look("over the edge: no whole tile", (0, 114, 178), 0.3)
+COLOURS = {each.label: f"rgb{each.colour}" for each in (*_LOOKS.values(), _OVERHANG)}
 
 
 def draw_overlay(plan: TilePlan) -> Pixels:

@@ -13,6 +13,7 @@ from examples.pathology.figures.sheet import Sheet
 from examples.pathology.figures.study import Column, Estimate, conflicts, dots, weights_over_time
 from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
+from examples.pathology.report.patients import worst_errors
 from examples.pathology.report.sections import judged, show_sites
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
@@ -33,6 +34,7 @@ from examples.pathology.study.tables import (
     numbers,
     performance,
     representation,
+    study_rows,
 )
 from examples.pathology.study.verdicts import (
     MARKS,
@@ -101,6 +103,7 @@ def write_study_report(
         permutations=PERMUTATIONS,
         cost=costs_in_words(cost),
         figures_of_study=figures,
+        worst_errors=worst_errors(_groups(study), out, config.worst),
         funnels=_funnels(study, deployed),
         not_done=_not_done(study),
         again=sum(job.attempts > 1 for job in study.jobs),
@@ -244,6 +247,14 @@ def _funnels(study: Study, deployed: Sequence[Deployed]) -> dict[str, Funnel]:
     for each in deployed[:1]:
         funnels["External cohort"] = funnel_of(each.models.folder, each.models.summary)
     return funnels
+
+
+def _groups(study: Study) -> dict[str, list[Run]]:
+    """Return runs and ensembles of all methods, to tell who is hard for all of them."""
+    rows = study_rows(study)
+    ensembles = [row.deployed.ensemble for row in rows if row.deployed]
+    groups = {"all methods": [row.run for row in rows if row.run], "external cohort": ensembles}
+    return {name: runs for name, runs in groups.items() if runs}
 
 
 def _not_done(study: Study) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from examples.pathology.cli import main
 from examples.pathology.report.report import write_report
+from examples.pathology.settings.runs import PageConfig
 from tests.pathology.parsing import sources_of
 from tests.pathology.tiny_study import write_study
 
@@ -22,7 +24,6 @@ def deployed(tmp_path_factory):
     path = place / "metrics.json"
     about = {**json.loads(path.read_text(encoding="utf-8")), "run": str(folder / "runs/baseline")}
     path.write_text(json.dumps(about), encoding="utf-8")
-    (place / "deploy.toml").write_text("[deploy]\n", encoding="utf-8")
     return place
 
 
@@ -46,9 +47,25 @@ def test_the_page_has_a_row_for_the_ensemble_and_one_for_the_models(deployed, tm
     assert (tmp_path / "figures/roc.png").exists()
 
 
+def test_the_worst_errors_are_the_ensembles(deployed, tmp_path):
+    page = write_report([deployed], tmp_path, config=PageConfig(worst=5))
+    written = pd.read_csv(tmp_path / "patients.csv", keep_default_na=False)
+    table = pd.read_csv(deployed / "predictions.csv").set_index("PATIENT")
+    assert set(written["run"]) == {"ensemble"}
+    assert set(written["fold"]) == {""}
+    assert sorted(written["PATIENT"]) == sorted(table.index)
+    for row in written.itertuples():
+        assert row.probability == table.loc[row.PATIENT, f"isMSIH_{row.truth}"]
+    shown = re.findall(r"<b>\d+\. (.*?)</b></div>", page.read_text(encoding="utf-8"))
+    assert shown == list(written.sort_values("probability")["PATIENT"][:5])
+    assert "<p>No thumbnails: no/features has none" in page.read_text(encoding="utf-8")
+
+
 def test_report_knows_the_folder_of_a_deployment(deployed, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["report", "--run", str(deployed)])
+        main(["report", "--run", str(deployed), "--worst", "3"])
+    page = (deployed / "index.html").read_text(encoding="utf-8")
+    assert page.count("loss 1.") + page.count("loss 2.") == 3
     assert (ended.value.code, capsys.readouterr().out) == (0, f"{deployed / 'index.html'}\n")
     with pytest.raises(SystemExit) as ended:
         main(["report", "--run", str(deployed), "--run", str(deployed)])

@@ -127,6 +127,21 @@ def test_it_says_what_it_is_made_of_and_what_it_cannot_say(page):
     assert "naive minus baseline, AUROC fold by fold" in text
 
 
+def test_it_shows_the_worst_errors_of_every_run(page, runs):
+    written = pd.read_csv(page.parent / "patients.csv").groupby("run", sort=False)
+    assert list(written.groups) == ["baseline", "naive"]
+    for name, table in written:
+        tested = [pd.read_csv(path) for path in sorted(runs.glob(f"{name}/fold-*/predictions.csv"))]
+        folds = {patient: k for k, fold in enumerate(tested, 1) for patient in fold["PATIENT"]}
+        assert dict(zip(table["PATIENT"], table["fold"], strict=True)) == folds
+        assert (table["slides"] == table["PATIENT"] + "-1").all()
+        part = text_of(page).partition(f"<summary><b>{name}</b>")[2].partition("</details>")[0]
+        assert part.count("<figcaption>") == 12  # of 15
+        patient = table["PATIENT"].iloc[0]
+        assert f"<b>1. {patient}</b>, fold {folds[patient]}</div>" in part
+        assert f"<figcaption>{patient}-1</figcaption>" in part
+
+
 def test_it_lists_who_was_left_out(page):
     text = text_of(page)
     for expected in (

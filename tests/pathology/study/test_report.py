@@ -426,6 +426,42 @@ def test_the_same_study_gives_the_same_tables(planted, page, tmp_path, no_figure
         assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
 
 
+def test_who_is_hard_for_all_methods_stands_first(planted, page):
+    study = read_study(planted)
+    written = {row["PATIENT"]: row for row in rows_of(page.parent / "patients.csv")}
+    rows = study_rows(study)
+    cohorts = {
+        "P": [row.run.results for row in rows],
+        "E": [row.deployed.ensemble.results for row in rows],
+    }
+    assert {name[0] for name in written} == cohorts.keys()
+    assert len(rows) == 7  # the baseline stands once
+    for cohort, runs in cohorts.items():
+        losses, wrong = {}, {}
+        for table in (result.predictions for results in runs for result in results):
+            for name, truth, score in zip(
+                table["PATIENT"], table["isMSIH"], table["isMSIH_MSIH"].astype(float), strict=True
+            ):
+                p = score if truth == "MSIH" else 1 - score
+                losses.setdefault(name, []).append(-np.log(p))
+                called = "MSIH" if score >= 0.5 else "MSS"  # the threshold of all runs
+                wrong[name] = wrong.get(name, 0) + (called != truth)
+        means = {name: np.mean(values) for name, values in losses.items()}
+        mine = [name for name in written if name[0] == cohort]
+        assert mine == sorted(means, key=means.get, reverse=True)
+        for name in mine:
+            assert float(written[name]["loss"]) == pytest.approx(means[name], rel=1e-6)
+            assert (written[name]["wrong"], written[name]["runs"]) == (str(wrong[name]), "7")
+        by_all, by_none = (sum(count == n for count in wrong.values()) for n in (7, 0))
+        sentence = f"every run calls {by_all} patients wrongly, and none calls {by_none} wrongly."
+        assert sentence in text_of(page)
+        hardest = f"<b>1. {mine[0]}</b>"
+        assert hardest in text_of(page)
+        card = text_of(page).partition(hardest)[2].partition("loss")[0]
+        assert f"called wrongly by {wrong[mine[0]]} of 7</div>" in card
+    assert written["P1-00"]["slides"] == "A/<P1-00>; B"
+
+
 def test_an_auxiliary_target_without_runs_has_no_figures(planted, tmp_path):
     study = read_study(planted)
     first, second = study.panels
