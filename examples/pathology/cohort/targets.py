@@ -29,6 +29,9 @@ where it has sd 1."""
 MOST = float(np.finfo(np.float32).max) / 3
 """Largest number of a regression."""
 
+CALLED, FOLD = "pred", "fold"
+"""Columns of predictions: what the primary target is called, and who of the folds says so."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -52,6 +55,11 @@ class Target:
     def width(self) -> int:
         """Width of the head: the number of classes, or 1."""
         return len(self.classes) if self.kind == "classification" else 1
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of predictions: a probability of every class, or the number."""
+        return [f"{self.name}_{label}" for label in self.classes or ("pred",)]
 
 
 def kind_of(column: "pd.Series[str]", most_classes: int) -> Kind:
@@ -307,7 +315,7 @@ def _is_number(value: str) -> bool:
 
 
 def prediction_columns(targets: Sequence[Target]) -> list[str]:
-    """Return the columns of ``predictions.csv``.
+    """Return the columns of ``predictions.csv``; the table of all folds has `FOLD` as well.
 
     Raises:
         UserError: Two of them have the same name.
@@ -318,11 +326,12 @@ def prediction_columns(targets: Sequence[Target]) -> list[str]:
         if i > 0 or target.kind == "regression":
             columns.append(f"{target.name}_pred")
         columns += [f"{target.name}_{label}" for label in target.classes]
-    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
+    columns.append(CALLED)
+    twice = sorted(name for name, count in Counter([*columns, FOLD]).items() if count > 1)
     if twice:
         raise UserError(
-            "The columns of predictions.csv must have different names, but two targets or classes "
-            "give "
-            f"{listing(twice)}. Rename a column of the clinical table."
+            f"The columns of predictions.csv (`{CALLED}` and `{FOLD}` are two of them) must have "
+            f"different names, but two targets or classes give {listing(twice)}. Rename a column "
+            "of the clinical table."
         )
     return columns

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology.cohort.targets import Target, prediction_columns
+from examples.pathology.cohort.targets import CALLED, FOLD, Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.common.files import (
     json_or_none,
@@ -180,7 +180,7 @@ def write_embeddings(path: Path, predictions: Sequence[PatientPrediction]) -> No
 def write_predictions(
     path: Path, targets: Sequence[Target], predictions: Sequence[PatientPrediction]
 ) -> None:
-    """Write one row per patient: what is known, and what is predicted."""
+    """Write one row per patient: what is known, what is predicted, and what that amounts to."""
     rows = []
     for prediction in predictions:
         patient = prediction.patient
@@ -197,7 +197,26 @@ def write_predictions(
             else:
                 row[f"{target.name}_pred"] = prediction.numbers[target.name]
         rows.append(row)
-    write_table(path, pd.DataFrame(rows, columns=prediction_columns(targets), dtype=object))
+    table = pd.DataFrame(rows, columns=prediction_columns(targets), dtype=object)
+    write_table(path, _called(table, targets[0]))
+
+
+def _called(table: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """Return predictions with what the primary one amounts to: the likeliest class, or the number.
+
+    Readers of STAMP's tables look for it under this name; earlier releases did not write it.
+    """
+    if target.kind == "regression":
+        return table.assign(**{CALLED: table[target.columns[0]]})
+    likeliest = table[target.columns].astype(float).to_numpy().argmax(axis=1)
+    return table.assign(**{CALLED: np.asarray(target.classes, dtype=object)[likeliest]})
+
+
+def write_all_predictions(path: Path, target: Target, results: Sequence[FoldResult]) -> None:
+    """Write what all folds say of their test patients, with the fold (from 1) that says so."""
+    tables = [_called(result.predictions, target) for result in results]
+    folds = [table.assign(**{FOLD: k}) for k, table in enumerate(tables, start=1)]
+    write_table(path, pd.concat(folds))
 
 
 def read_fold(folder: Path) -> FoldResult:

@@ -22,7 +22,12 @@ from examples.pathology.common.files import write_json
 from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
-from examples.pathology.results.folds import DONE, read_fold, write_fold
+from examples.pathology.results.folds import (
+    DONE,
+    read_fold,
+    write_all_predictions,
+    write_fold,
+)
 from examples.pathology.results.summary import RunSummary
 from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
@@ -155,6 +160,7 @@ def finish(plan: Plan, *, figures: bool = True) -> RunSummary:
     summary = summarise(config, plan.cohort, plan.folds, results)
     if figures:
         draw_figures(config.out / "figures", summary, results, seed=config.seed)
+    write_all_predictions(config.out / "predictions.csv", plan.cohort.target, results)
     write_json(config.out / "metrics.json", summary.to_json())
     _log_summary(summary)
     return summary

@@ -79,6 +79,7 @@ def test_the_run_folder_is_complete(run):
         "config.toml",
         "splits.json",
         "ledger.csv",
+        "predictions.csv",
         "metrics.json",
         *(f"figures/{name}.png" for name in FIGURES),
         *(f"fold-{k}/{name}" for k in (1, 2) for name in fold),
@@ -91,7 +92,7 @@ def test_predictions_have_the_documented_columns_and_every_patient_once(run):
     tables = [pd.read_csv(run / f"fold-{k}/predictions.csv") for k in (1, 2)]
     for table in tables:
         assert table.columns.tolist() == [
-            "PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS", "LF", "LF_pred",
+            "PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS", "LF", "LF_pred", "pred",
         ]  # fmt: skip
         np.testing.assert_allclose(table["isMSIH_MSIH"] + table["isMSIH_MSS"], 1.0, atol=1e-12)
     both = pd.concat(tables)
@@ -243,7 +244,7 @@ def test_methods_share_splits(run, tables, tmp_path):
     value = run_crossval(replace(config, splits=run / "splits.json")).to_json()
     assert value["splits_sha256"] == read(run / "metrics.json")["splits_sha256"]
     columns = pd.read_csv(tmp_path / "baseline/fold-1/predictions.csv").columns.tolist()
-    assert columns == ["PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS"]
+    assert columns == ["PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS", "pred"]
     assert set(value["metrics"]) == {"auroc", "auprc", "f1", "prevalence", "silhouette"}
 
 

@@ -87,7 +87,7 @@ def test_the_ensemble_is_the_mean_of_the_folds_models(run, external, tmp_path):
     table = pd.read_csv(tmp_path / "out/predictions.csv", keep_default_na=False)
     assert table["PATIENT"].tolist() == [f"P{i:02d}" for i in range(9)]
     assert table.columns.tolist() == [
-        "PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS", "LF", "LF_pred",
+        "PATIENT", "isMSIH", "isMSIH_MSIH", "isMSIH_MSS", "LF", "LF_pred", "pred",
     ]  # fmt: skip
     assert (table["LF"] == "").all()
     cohort = external.load(auxiliary=())

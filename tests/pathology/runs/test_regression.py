@@ -226,7 +226,7 @@ def test_a_cut_off_makes_classes(cut, tables):
     assert {"auroc", "auprc", "f1"} < set(value["metrics"])
     assert read_toml(cut / "config.toml")["crossval"]["cutoff"] == 0.5
     table = pd.read_csv(cut / "fold-1/predictions.csv", index_col="PATIENT")
-    assert list(table.columns) == ["LF", "LF_<0.5", "LF_>=0.5"]
+    assert list(table.columns) == ["LF", "LF_<0.5", "LF_>=0.5", "pred"]
     above = truth_of(tables)[table.index] >= 0.5
     assert (table["LF"] == np.where(above, ">=0.5", "<0.5")).all()
 
