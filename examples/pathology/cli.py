@@ -103,9 +103,15 @@ def demo(config: DemoConfig) -> None:
 
 @command(app, HeatmapConfig)
 def heatmap(config: HeatmapConfig) -> None:
-    """Show what each tile of a slide says: attention and class score over the slide, top tiles."""
-    from examples.pathology.runs.heatmap import run_heatmap
+    """Show what tiles of a slide, or of all slides of a run, say: attention, scores, top tiles.
 
+    The exit code is 1 if one of several slides failed; run again, only what is missing is drawn.
+    """
+    from examples.pathology.runs.heatmap import run_heatmap
+    from examples.pathology.runs.heatmaps import run_heatmaps
+
+    if config.slides is not None:
+        raise typer.Exit(run_heatmaps(config, config.slides))
     run_heatmap(config)
 
 

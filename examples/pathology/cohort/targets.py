@@ -61,6 +61,11 @@ class Target:
         """Columns of predictions: a probability of every class, or the number."""
         return [f"{self.name}_{label}" for label in self.classes or ("pred",)]
 
+    @property
+    def main(self) -> int:
+        """Which of these is that of the positive class, or of the number."""
+        return self.classes.index(self.positive) if self.classes else 0
+
 
 def kind_of(column: "pd.Series[str]", most_classes: int) -> Kind:
     """Return what a column is taken for: numbers of more different values make a regression."""

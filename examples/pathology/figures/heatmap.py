@@ -1,6 +1,7 @@
 """Values of tiles to pictures: over the slide, and the tiles that stand out."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,8 +9,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
-from examples.pathology.figures.sheet import PICTURES, SMALL, TEXT, Sheet
-from examples.pathology.training.tile_values import TileValues
+from examples.pathology.figures.sheet import PICTURES, SMALL, TEXT, Sheet, Style
 
 LEAST_SPAN = 0.1
 """Of the colours: tiles that hardly differ must not look as if they did."""
@@ -17,69 +17,77 @@ LEAST_SPAN = 0.1
 Picture = NDArray[np.uint8]
 
 
+class Layer(NamedTuple):
+    """A value of every tile.
+
+    Args:
+        name: In short.
+        title: Above its panel.
+        shown: ``(n,)``.
+        colours: Name of the map.
+        least_span: Of the colours.
+    """
+
+    name: str
+    title: str
+    shown: NDArray[np.float64]
+    colours: str = "viridis"
+    least_span: float = LEAST_SPAN
+
+
 def heatmap(
     overview: Picture,
     um_per_px: float,
     corners_um: NDArray[np.float32],
     tile_um: float,
-    values: TileValues,
+    layers: Sequence[Layer],
     sheet: Sheet,
     *,
-    what: str = "Class score",
-    least_span: float = LEAST_SPAN,
+    columns: int = 3,
 ) -> None:
-    """Draw the slide, and over it the attention and the score of every tile.
+    """Draw the slide, and over it each layer of values.
 
     Args:
         overview: The whole slide, ``(h, w, 3)``.
         um_per_px: Size of its pixels.
         corners_um: x and y of the top-left corner of every tile ``(n, 2)``.
         tile_um: Edge of a tile.
-        values: What the models say of every tile.
+        layers: What there is to show of every tile.
         sheet: Where to, and the words around it.
-        what: The score's name.
-        least_span: Of the score's colours.
+        columns: How many panels stand side by side.
     """
     height_mm, width_mm = (side * um_per_px / 1000 for side in overview.shape[:2])
     width = 4.6 if width_mm >= height_mm else max(2.8, 4.6 * width_mm / height_mm)
     height = min(width * height_mm / width_mm, 9.0)
+    own = [f"{x.name}: {x.least_span:.3g}" for x in layers if x.least_span != LEAST_SPAN]
     remark = "Colours span the 1st to 99th percentile of this slide's tiles, and at least 0.1"
-    remark += f" ({what.lower()}: {least_span:.3g})." if least_span != LEAST_SPAN else "."
-    parts = [
-        ("Slide", None, "", 0.0),
-        ("Attention (1: the average tile)", values.attention, "magma", LEAST_SPAN),
-        (f"{what} of each tile alone", values.score, "viridis", least_span),
-    ]
-    with sheet.open(
-        (width, height), (2.4, 1.6), len(parts), remark=remark, letters=140 / 3, style=PICTURES
-    ) as (figure, panels):
-        for axes, (name, shown, colours, span) in zip(panels, parts, strict=True):
+    remark += f" ({'; '.join(own)})." if own else "."
+    count = 1 + len(layers)
+    panel, margin = (width, height), (2.4, 1.6 * -(-count // columns))
+    words: Style = {"remark": remark, "letters": 140 / 3, "style": PICTURES}
+    with sheet.open(panel, margin, count, columns=columns, **words) as (figure, panels):
+        panels[0].set_title("Slide")
+        for axes, layer in zip(panels[1:], layers, strict=True):
+            corners = corners_um.astype(float) / 1000
+            drawn = _squares(axes, corners, tile_um / 1000, layer)
+            figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
+            axes.set_title(layer.title)
+        for axes in panels:
             axes.imshow(overview, extent=(0, width_mm, height_mm, 0))
-            if shown is not None:
-                corners = corners_um.astype(float) / 1000
-                drawn = _squares(axes, corners, tile_um / 1000, shown, colours, span)
-                figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.02)
-            axes.set(xlim=(0, width_mm), ylim=(height_mm, 0), title=name)
+            axes.set(xlim=(0, width_mm), ylim=(height_mm, 0))
             axes.set_xlabel("mm", fontsize=SMALL)
             axes.tick_params(labelsize=SMALL)
 
 
-def _squares(
-    axes: Axes,
-    corners: NDArray[np.float64],
-    edge: float,
-    values: NDArray[np.float64],
-    colours: str,
-    least_span: float,
-) -> PolyCollection:
+def _squares(axes: Axes, corners: NDArray[np.float64], edge: float, layer: Layer) -> PolyCollection:
     """Draw a half transparent square per tile, wherever it lies."""
     steps = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * edge
-    low, high = np.percentile(values, [1, 99])
-    short = max(0.0, least_span - (high - low)) / 2
+    low, high = np.percentile(layer.shown, [1, 99])
+    short = max(0.0, layer.least_span - (high - low)) / 2
     squares = PolyCollection(
         list(corners[:, None, :] + steps),
-        array=values,
-        cmap=colours,
+        array=layer.shown,
+        cmap=layer.colours,
         norm=Normalize(low - short, high + short, clip=True),
         alpha=0.6,
         linewidth=0,
@@ -90,17 +98,22 @@ def _squares(
 
 
 def top_tiles(
-    rows: Sequence[tuple[str, Sequence[Picture], NDArray[np.float64]]], sheet: Sheet
+    rows: Sequence[tuple[str, Sequence[Picture], NDArray[np.float64]]],
+    sheet: Sheet,
+    *,
+    small: bool = False,
 ) -> None:
     """Draw the tiles with the highest values, a row for each kind of value.
 
     Args:
         rows: Name of the value, pictures of tiles, and their values, highest first.
         sheet: Where to, and the words around it.
+        small: Whether there are many rows: names stand above them, and not at every tile.
     """
     columns = max(len(pictures) for _, pictures, _ in rows)
     count, style = len(rows) * columns, {**PICTURES, "figure.titlesize": TEXT}
-    with sheet.open((1.9, 2.3), (0.8, 1.0), count, columns=columns, letters=22, style=style) as (
+    panel, letters = ((1.25, 1.75), 16) if small else ((1.9, 2.3), 22)
+    with sheet.open(panel, (0.8, 1.0), count, columns=columns, letters=letters, style=style) as (
         _,
         panels,
     ):
@@ -110,4 +123,10 @@ def top_tiles(
             line = panels[number * columns :]
             for axes, picture, value in zip(line, pictures, values, strict=False):
                 axes.imshow(picture)
-                axes.set_title(f"{name} {value:.4g}", fontsize=SMALL)
+                title = f"\n{value:.4g}" if small else f"{name} {value:.4g}"
+                axes.set_title(title, fontsize=SMALL)
+            if small:
+                font: Style = {"fontsize": SMALL, "fontweight": "bold"}
+                where: Style = {"xycoords": "axes fraction", "textcoords": "offset points"}
+                heading = line[0].annotate(name, (0, 1), (0, 20), **where, **font)
+                heading.set_in_layout(False)  # a long name must not push columns apart

@@ -206,10 +206,12 @@ def _called(table: pd.DataFrame, target: Target) -> pd.DataFrame:
 
     Readers of STAMP's tables look for it under this name; earlier releases did not write it.
     """
-    if target.kind == "regression":
-        return table.assign(**{CALLED: table[target.columns[0]]})
-    likeliest = table[target.columns].astype(float).to_numpy().argmax(axis=1)
-    return table.assign(**{CALLED: np.asarray(target.classes, dtype=object)[likeliest]})
+    called = table[target.columns[0]].to_numpy()
+    if target.kind == "classification":
+        likeliest = table[target.columns].astype(float).to_numpy().argmax(axis=1)
+        called = np.asarray(target.classes, dtype=object)[likeliest]
+    called_so: pd.DataFrame = table.assign(**{CALLED: called})
+    return called_so
 
 
 def write_all_predictions(path: Path, target: Target, results: Sequence[FoldResult]) -> None:

@@ -1,17 +1,19 @@
-"""What each tile of a slide says, by the models of a run: attention, class score, top tiles.
+"""What each tile of a slide says, by the models of a run: attention, scores, top tiles.
 
 Attention is how much the [cls] token looks at a tile, relative to the average tile. The score of a
 tile is what a model says of a slide that consists of this tile alone: it shows what the model takes
-for a sign of the class, or of a high value, and is no calibrated probability of the tile. Both are
-means over folds.
+for a sign of a class, or of a high value, and is no calibrated probability of the tile. Both are
+means over the models that are asked: of all folds for a single slide, whoever its patient is; of
+those that have not seen the patient for all slides of a run, see `heatmaps`.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,16 +23,17 @@ from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_json
 from examples.pathology.features.files import Bag, read_features
-from examples.pathology.features.kind import refuse_other_features
-from examples.pathology.figures.heatmap import LEAST_SPAN, Picture, heatmap, top_tiles
+from examples.pathology.features.kind import FeatureKind, refuse_other_features
+from examples.pathology.figures.heatmap import LEAST_SPAN, Layer, Picture, heatmap, top_tiles
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import read_model
 from examples.pathology.results.runs import fold_folders, run_settings
 from examples.pathology.results.summary import warning_of
+from examples.pathology.runs.geojson import annotations, boxes_px
 from examples.pathology.settings.extract import TileRules
 from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.slides.pixelsizes import mpp_of_slide
-from examples.pathology.slides.slide import LevelError, Slide, open_slide, slide_file
+from examples.pathology.slides.slide import LevelError, Slide, SlideFile, open_slide, slide_file
 from examples.pathology.slides.tiling import plan_tiles
 from examples.pathology.slides.units import SlideError
 from examples.pathology.tables.writing import write_table
@@ -41,24 +44,19 @@ logger = logging.getLogger(__name__)
 
 TOP_TILE_PX = 224
 
+Models = Mapping[str, tuple[Fitted, FeatureKind]]
+"""By the name of its folder, what a fold has trained, and on what features."""
+
 Opener = Callable[[frozenset[int]], Slide]
 """Opens the slide, given its broken levels."""
 
 
-class Score(NamedTuple):
-    """What the score of a tile is called, and how much its colours cover at least."""
-
-    column: str  # of the table
-    words: str  # in the figure
-    of: str  # a class, or a target
-    least_span: float
-
-
 def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
-    """Draw heat maps of one slide.
+    """Draw heat maps of one slide, by the mean of all folds.
 
     Writes ``heatmap.png`` (the slide, attention, score), ``top-tiles.png``, ``tiles.csv`` with
-    every tile's position and values, and ``heatmap.json``.
+    every tile's position and values, ``tiles.geojson`` for QuPath, and at last ``heatmap.json``.
+    Where models say more than one number, ``all-scores.png`` and ``all-top-tiles.png`` have them.
 
     Args:
         config: Of what.
@@ -70,55 +68,94 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
         UserError: The run is not finished, slide or features cannot be read, or the features are
             of another kind than those of the run.
     """
-    started = time.perf_counter()
+    models, path, table = read_models(config), config.slide, config.slide_table
+    if path is None or not path.is_file():
+        raise UserError(f"`slide` must be readable, but there is no file {path}.")
+    name = PurePosixPath(slide_file(path.absolute()).name).name  # of DICOM, the folder's
+    mpp = None if table is None else mpp_of_slide(table, path, config.filename_column)
+    file = SlideFile(path, name, name, table_mpp=mpp)
+    return draw_slide(config, models, file, config.features, config.out)
+
+
+def read_models(config: HeatmapConfig) -> Models:
+    """Read the models of all folds of a finished run."""
     device = resolve_device(config.device)
-    folders = fold_folders(config.run)
-    read = [read_model(folder / "model.pt", device) for folder in folders]
-    opener = _opener(config)
+    return {each.name: read_model(each / "model.pt", device) for each in fold_folders(config.run)}
+
+
+def draw_slide(
+    config: HeatmapConfig, models: Models, file: SlideFile, features: Path, out: Path, **more: Any
+) -> dict[str, Any]:
+    """Draw heat maps of a slide by the mean of some models; otherwise as `run_heatmap`.
+
+    Args:
+        config: How.
+        models: Of the run; one that is alone has tested the patient.
+        file: The slide.
+        features: Its feature file.
+        out: Where to.
+        more: What ``heatmap.json`` holds besides.
+    """
+    started = time.perf_counter()
+    opener = _opener(config, file)
     with closing(opener(frozenset())) as slide:
-        bag = read_features(config.features, mpp=(slide.mpp.x, slide.mpp.y))
-        size_um = _check(bag, slide, config.features)
-    for folder, (_, kind) in zip(folders, read, strict=True):
-        refuse_other_features(kind, bag.kind, folder, config.features)
-    models = [fitted for fitted, _ in read]
-    values, score = tile_values(models, bag.feats, device), _score(models)
-    target = models[0].targets[0]
+        bag = read_features(features, mpp=(slide.mpp.x, slide.mpp.y))
+        size_um = _check(bag, slide, features)
+    for name, (_, kind) in models.items():
+        refuse_other_features(kind, bag.kind, config.run / name, features)
+    fitted = [each for each, _ in models.values()]
+    target, note = fitted[0].targets[0], run_settings(config.run).get("note", "")
+    values = tile_values(fitted, bag.feats, resolve_device(config.device))
+    layers = _layers(fitted, values)
+    main, of_slide = layers[target.main], values.of_slide[target.columns[target.main]]
+    short, words = "score", "Class score"
+    if target.kind == "regression":
+        short, words = "value", "Predicted value"
     summary: dict[str, Any] = {
         "slide": slide.name,
         "run": str(config.run.resolve()),
         "target": target.name,
         **({"positive": target.positive} if target.positive else {}),
-        f"{score.column}_of_the_slide": values.slide_score,
+        f"{short}_of_the_slide": of_slide,
         "tiles": len(bag.feats),
         "tile_size_um": size_um,
         "random_weights": bag.kind.random_weights,
         "simulated": bag.kind.simulated,
-        "note": run_settings(config.run).get("note", ""),
+        "note": note,
+        "folds": list(models),
+        "scores_of_the_slide": values.of_slide,
+        **more,
     }
-    _draw(config, opener, bag.coords_um, values, score, summary)
-    columns = {"attention": values.attention, score.column: values.score}
+    caption = warning_of(note, bag.kind.simulated, random_weights=bag.kind.random_weights)
+    if len(models) == 1:
+        caption += f" Drawn by the model of {summary['folds'][0]}, which tested this patient."
+    rows = [
+        ("attention", Layer("", "Attention (1: the average tile)", values.attention, "magma")),
+        (short, main._replace(name=words.lower(), title=f"{words} of each tile alone")),
+        *((layer.name, layer) for layer in layers),
+    ]
+    title = f"{slide.name}: {main.name}, {short} of the slide {of_slide:.3g}"
+    place, sheet = (bag.coords_um, size_um), Sheet(out / "heatmap.png", title, caption.strip())
+    _draw(opener, place, rows, sheet, slide.name, config.top)
+    boxes = boxes_px(*place, (slide.mpp.x, slide.mpp.y), slide.bounds_px)
+    by_name = {layer.name: layer.shown for layer in layers}
+    marked = annotations(boxes, by_name, values.attention, top=config.top, quantile=config.areas)
+    write_json(out / "tiles.geojson", {**marked, "note": sheet.caption})
+    columns = {"attention": values.attention, short: main.shown, **values.scores}
     corners = pd.DataFrame(bag.coords_um.astype(float), columns=["x_um", "y_um"])
-    write_table(config.out / "tiles.csv", corners.assign(**columns))
+    write_table(out / "tiles.csv", pd.concat([corners, pd.DataFrame(columns)], axis=1))
     summary["seconds"] = round(time.perf_counter() - started, 3)
-    write_json(config.out / "heatmap.json", summary)
-    said = slide.name, len(bag.feats), summary["seconds"], config.out
+    write_json(out / "heatmap.json", summary)
+    said = slide.name, len(bag.feats), summary["seconds"], out
     logger.info("%s: %d tiles, %.1f s; %s", *said)
     return summary
 
 
-def _opener(config: HeatmapConfig) -> Opener:
-    """Return what opens the slide; the size of its pixels is looked up once."""
-    path, table = config.slide, config.slide_table
-    if not path.is_file():
-        raise UserError(f"`slide` must be readable, but there is no file {path}.")
-    name = PurePosixPath(slide_file(path.absolute()).name).name  # of DICOM, the folder's
-    mpp = None if table is None else mpp_of_slide(table, path, config.filename_column)
-
+def _opener(config: HeatmapConfig, file: SlideFile) -> Opener:
     def opener(broken: frozenset[int]) -> Slide:
+        known = {"table_mpp": file.table_mpp, "default_mpp": config.default_mpp}
         try:
-            return open_slide(
-                path, name, table_mpp=mpp, default_mpp=config.default_mpp, broken_levels=broken
-            )
+            return open_slide(file.path, file.name, **known, broken_levels=broken)
         except (SlideError, OSError) as error:
             raise UserError(f"`slide` must be readable: {error}") from error
 
@@ -145,42 +182,48 @@ def _check(bag: Bag, slide: Slide, path: Path) -> float:
     return size_um
 
 
-def _score(models: Sequence[Fitted]) -> Score:
-    target = models[0].targets[0]
-    if target.kind == "classification":
-        return Score("score", "Class score", f"{target.name} = {target.positive}", LEAST_SPAN)
-    # Colours span a tenth of what training has seen, as for probabilities.
-    seen = [fitted.scalers[target.name] for fitted in models]
-    least_span = LEAST_SPAN * float(np.mean([scaler.high - scaler.low for scaler in seen]))
-    return Score("value", "Predicted value", target.name, least_span)
+def _layers(models: Sequence[Fitted], values: TileValues) -> list[Layer]:
+    """Return the scores of every class, or the number, of every target."""
+    layers = []
+    for target in models[0].targets:
+        least_span = LEAST_SPAN
+        if target.kind == "regression":
+            # Colours span a tenth of what training has seen, as for probabilities.
+            seen = [fitted.scalers[target.name] for fitted in models]
+            least_span *= float(np.mean([scaler.high - scaler.low for scaler in seen]))
+        for column, label in zip(target.columns, target.classes or ("",), strict=True):
+            name = f"{target.name} = {label}" if label else target.name
+            layers.append(Layer(name, name, values.scores[column], least_span=least_span))
+    return layers
 
 
 def _draw(
-    config: HeatmapConfig,
     opener: Opener,
-    corners_um: NDArray[np.float32],
-    values: TileValues,
-    score: Score,
-    summary: dict[str, Any],
+    place: tuple[NDArray[np.float32], float],
+    rows: Sequence[tuple[str, Layer]],
+    sheet: Sheet,
+    slide: str,
+    top: int,
 ) -> None:
-    """Draw the values over the slide, and the tiles with the highest."""
-    name, size_um = summary["slide"], summary["tile_size_um"]
-    caption = warning_of(
-        summary["note"], summary["simulated"], random_weights=summary["random_weights"]
-    )
-    by_kind = {"attention": values.attention, score.column: values.score}
-    best = [np.argsort(-value, kind="stable")[: config.top] for value in by_kind.values()]
+    """Draw values over the slide, and the tiles with the highest: of two rows, then of the rest."""
+    corners_um, size_um = place
+    best = [np.argsort(-layer.shown, kind="stable")[:top] for _, layer in rows]
     overview, um_per_px, tiles = _read_pictures(opener, size_um, [corners_um[i] for i in best])
-    title = f"{name}: {score.of}, {score.column} of the slide {values.slide_score:.3g}"
-    sheet = Sheet(config.out / "heatmap.png", title, caption)
-    place = overview, um_per_px, corners_um, size_um
-    heatmap(*place, values, sheet, what=score.words, least_span=score.least_span)
-    title = f"{name}: tiles of {size_um:g} um with the highest values"
-    rows = [
-        (kind, pictures, value[indices])
-        for (kind, value), indices, pictures in zip(by_kind.items(), best, tiles, strict=True)
+    layers = [layer for _, layer in rows]
+    highest = [
+        (name, pictures, layer.shown[indices])
+        for (name, layer), indices, pictures in zip(rows, best, tiles, strict=True)
     ]
-    top_tiles(rows, Sheet(config.out / "top-tiles.png", title, caption))
+    heatmap(overview, um_per_px, *place, layers[:2], sheet)
+    title, out = f"{slide}: tiles of {size_um:g} um with the highest values", sheet.path.parent
+    top_tiles(highest[:2], replace(sheet, path=out / "top-tiles.png", title=title))
+    if len(rows) > 3:
+        top_tiles(
+            highest[2:], replace(sheet, path=out / "all-top-tiles.png", title=title), small=True
+        )
+        title = f"{slide}: every class and number, of each tile alone"
+        sheet = replace(sheet, path=out / "all-scores.png", title=title)
+        heatmap(overview, um_per_px, *place, layers[2:], sheet, columns=2)
 
 
 def _read_pictures(

@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 
+from examples.pathology.common.errors import UserError
 from examples.pathology.settings.cohort import (
     TCGA_SITE,
     Sources,
@@ -16,7 +17,7 @@ from examples.pathology.settings.cohort import (
     slide_table_option,
 )
 from examples.pathology.settings.extract import default_mpp_option
-from examples.pathology.settings.option import Settings, needed, nested, option
+from examples.pathology.settings.option import Settings, inside, needed, nested, option
 
 run_option = partial(needed, "A finished run of crossval.")
 
@@ -66,20 +67,35 @@ class DeployConfig(Settings):
 
 @dataclass(frozen=True)
 class HeatmapConfig(Settings):
-    """Of what to draw a heat map."""
+    """Of what to draw heat maps."""
 
     run: Path = run_option()
-    slide: Path = needed("The slide; of a DICOM series, any file.")
-    features: Path = needed("The slide's feature file (.h5).")
+    features: Path = needed("The slide's feature file (.h5); with --slides a folder of them.")
     out: Path = needed("Where the pictures go.")
     _: KW_ONLY
+    slide: Path | None = option(None, "The slide; of a DICOM series, any file.")
+    slides: Path | None = option(None, "Folder of slides: all of the run are drawn.")
     slide_table: Path | None = mpp_table_option()
     filename_column: str = filename_column_option()
     default_mpp: float | None = default_mpp_option(
         help="um per pixel of a slide that does not tell its own."
     )
     top: int = option(8, "How many top tiles to show.", min=1, max=32)
+    areas: float | None = option(
+        None,
+        "In tiles.geojson, merge the tiles above this quantile of their score (0.9: the highest "
+        "tenth) into areas, instead of the top tiles.",
+        rule=inside(0, 1),
+    )
     device: str = device_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.slide is None) == (self.slides is None):
+            raise UserError(
+                "`slide` must be one slide, or `slides` a folder of them, but got "
+                f"{'neither' if self.slide is None else 'both'}."
+            )
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,10 @@ class Slide:
         self.height_um = self.height_px * mpp.y
         # A checksum of a part of the pixels and of the metadata; OpenSlide makes it on opening.
         self.quickhash = handle.properties.get(openslide.PROPERTY_NAME_QUICKHASH1, "")
+        # Where the scanned part begins, in pixels of level 0; QuPath counts them from there.
+        sides = (f"openslide.bounds-{side}" for side in ("x", "y", "width", "height"))
+        x, y, *size = (int(handle.properties.get(side, -1)) for side in sides)
+        self.bounds_px = (x, y) if min(x, y, *size) >= 0 else (0, 0)
         hexcode = handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
         self.background: tuple[int, ...] = ImageColor.getrgb(f"#{hexcode.lstrip('#')}")[:3]
 

@@ -1,6 +1,6 @@
 """What the model says of every tile."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,18 @@ TILES_PER_PASS = 4096  # each a bag of its own
 class TileValues:
     """What the models say about the tiles of one slide.
 
+    Scores are by column of ``predictions.csv``, target by target: the probability of each class, or
+    the predicted value in the target's unit.
+
     Args:
         attention: Of the [cls] token, ``(n,)``; the average tile has 1.
-        score: Of each tile alone, ``(n,)``: the probability of the positive class, or the predicted
-            value in the target's unit.
-        slide_score: Of the whole slide.
+        scores: Of each tile alone, ``(n,)``.
+        of_slide: Of the whole slide.
     """
 
     attention: NDArray[np.float64]
-    score: NDArray[np.float64]
-    slide_score: float
+    scores: Mapping[str, NDArray[np.float64]]
+    of_slide: Mapping[str, float]
 
 
 def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: str) -> TileValues:
@@ -45,14 +47,22 @@ def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: st
             parts = np.split(feats[:, None], range(TILES_PER_PASS, len(feats), TILES_PER_PASS))
             scores.append(np.concatenate([_scores(fitted, part, where) for part in parts]))
             of_slide.append(_scores(fitted, feats, where)[0])
-    return TileValues(np.mean(attention, axis=0), np.mean(scores, axis=0), float(np.mean(of_slide)))
+    columns = [column for target in models[0].targets for column in target.columns]
+    return TileValues(
+        np.mean(attention, axis=0),
+        dict(zip(columns, np.mean(scores, axis=0).T, strict=True)),
+        dict(zip(columns, np.mean(of_slide, axis=0).tolist(), strict=True)),
+    )
 
 
 def _scores(fitted: Fitted, bags: NDArray[np.float32], device: torch.device) -> NDArray[np.float64]:
-    """Return the positive class's probability, or the value in its unit, of every bag ``(b,)``."""
-    target = fitted.targets[0]
-    output = forward(fitted.model, bags, device, fitted.precision).outputs[0].double()
-    if target.kind == "regression":
-        return fitted.scalers[target.name].unscale(output[:, 0].cpu().numpy())
-    positive = output.softmax(dim=1)[:, target.classes.index(target.positive)]
-    return np.asarray(positive.cpu().numpy())
+    """Return the probability of every class, or the value in its unit, of every bag ``(b, k)``."""
+    outputs = forward(fitted.model, bags, device, fitted.precision).outputs
+    scores = []
+    for target, output in zip(fitted.targets, outputs, strict=True):
+        if target.kind == "regression":
+            unscaled = fitted.scalers[target.name].unscale(output.double().cpu().numpy())
+            scores.append(np.asarray(unscaled))
+        else:
+            scores.append(output.double().softmax(dim=1).cpu().numpy())
+    return np.concatenate(scores, axis=1)

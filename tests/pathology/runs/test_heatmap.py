@@ -9,7 +9,7 @@ import torch
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.features.files import write_features
-from examples.pathology.figures.heatmap import heatmap
+from examples.pathology.figures.heatmap import Layer, heatmap
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import read_model
 from examples.pathology.runs import heatmap as heatmap_run
@@ -20,7 +20,7 @@ from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.simulation.slides import MPP, write_pyramid
 from examples.pathology.slides import slide as slides
 from examples.pathology.training import tile_values as tile_values_module
-from examples.pathology.training.tile_values import TileValues, tile_values
+from examples.pathology.training.tile_values import tile_values
 from tests.pathology.killing import small_models
 from tests.pathology.slide_helpers import SHARED, FakeHandle, plain
 from tests.pathology.tiny import make_tables, write_table
@@ -127,11 +127,16 @@ def test_the_planted_tile_is_found_where_it_is(run, slide, tmp_path, monkeypatch
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def layers(attention, score, name="class score", **options):
+    first = Layer("attention", "Attention", np.array(attention), "magma")
+    return [first, Layer(name, "Score", np.array(score), **options)]
+
+
 def test_squares_lie_where_tiles_lie_and_carry_their_values(tmp_path, drawn):
     corners = np.array([[0, 0], [256, 0], [0, 512]], dtype=np.float32)
     heatmap(
         np.zeros((30, 20, 3), dtype=np.uint8), 25.6, corners, 256.0,
-        TileValues(np.array([1.0, 2.0, 0.0]), np.array([0.1, 0.2, 0.3]), 0.5),
+        layers([1.0, 2.0, 0.0], [0.1, 0.2, 0.3]),
         Sheet(tmp_path / "x.png", "t"),
     )  # fmt: skip
     panels = [axes for axes in drawn[0].axes if axes.get_title()]
@@ -150,7 +155,7 @@ def test_squares_lie_where_tiles_lie_and_carry_their_values(tmp_path, drawn):
 def test_tiles_that_hardly_differ_do_not_get_all_colours(tmp_path, drawn):
     heatmap(
         np.zeros((30, 20, 3), dtype=np.uint8), 25.6, np.zeros((2, 2), dtype=np.float32), 256.0,
-        TileValues(np.array([1.0, 1.0]), np.array([0.5, 0.502]), 0.5),
+        layers([1.0, 1.0], [0.5, 0.502]),
         Sheet(tmp_path / "x.png", "t"),
     )  # fmt: skip
     for axes, centre in zip(drawn[0].axes[1:3], (1.0, 0.501), strict=True):
@@ -158,13 +163,11 @@ def test_tiles_that_hardly_differ_do_not_get_all_colours(tmp_path, drawn):
         assert (norm.vmin, norm.vmax) == pytest.approx((centre - 0.05, centre + 0.05), abs=1e-3)
     heatmap(
         np.zeros((30, 20, 3), dtype=np.uint8), 25.6, np.zeros((2, 2), dtype=np.float32), 256.0,
-        TileValues(np.array([1.0, 1.0]), np.array([50.0, 50.2]), 0.5),
+        layers([1.0, 1.0], [50.0, 50.2], name="predicted value", least_span=8.0),
         Sheet(tmp_path / "x.png", "t"),
-        what="Predicted value", least_span=8.0,
     )  # fmt: skip
     norm = drawn[1].axes[2].collections[0].norm
     assert (norm.vmin, norm.vmax) == pytest.approx((46.1, 54.1), abs=0.01)
-    assert drawn[1].axes[2].get_title() == "Predicted value of each tile alone"
     assert "0.1 (predicted value: 8)." in drawn[1].get_supxlabel().replace("\n", " ")
 
 
@@ -176,13 +179,14 @@ def test_a_regression_has_values_in_its_unit(slide, tmp_path, monkeypatch):
     value = draw(run, slide, tmp_path / "out", top=2)
     with (tmp_path / "out/tiles.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["x_um", "y_um", "attention", "value"]
+    assert list(rows[0]) == ["x_um", "y_um", "attention", "value", "LF_pred"]
     assert not {"positive", "score_of_the_slide"} & set(value)
-    ((*_, sheet), options), ((tiles, *_), _) = figures
+    ((*_, shown, sheet), _), ((tiles, *_), _) = figures  # and no more, of one number
     assert f"LF, value of the slide {value['value_of_the_slide']:.3g}" in sheet.title
-    assert options["what"] == "Predicted value"
+    assert shown[1].title == "Predicted value of each tile alone"
+    assert shown[1].name == "predicted value"
     scalers = [read_model(run / f"fold-{k}/model.pt", "cpu")[0].scalers["LF"] for k in (1, 2)]
-    assert options["least_span"] == pytest.approx(np.mean([s.high - s.low for s in scalers]) / 10)
+    assert shown[1].least_span == pytest.approx(np.mean([s.high - s.low for s in scalers]) / 10)
     assert [name for name, _, _ in tiles] == ["attention", "value"]
 
 
@@ -196,12 +200,12 @@ def test_values_are_means_over_the_folds_models(run, monkeypatch, tiles_per_pass
         for i in range(5):  # one by one
             alone = [m.model(torch.from_numpy(feats[i : i + 1])).outputs[0] for m in models]
             expected = np.mean([float(output.softmax(1)[0, 0]) for output in alone])
-            assert values.score[i] == pytest.approx(expected, abs=1e-6)
+            assert values.scores["isMSIH_MSIH"][i] == pytest.approx(expected, abs=1e-6)
         whole = [
             float(m.model(torch.from_numpy(feats)).outputs[0].softmax(1)[0, 0]) for m in models
         ]
         looks = [m.model.attention(torch.from_numpy(feats)).numpy() for m in models]
-    assert values.slide_score == pytest.approx(np.mean(whole), abs=1e-6)
+    assert values.of_slide["isMSIH_MSIH"] == pytest.approx(np.mean(whole), abs=1e-6)
     np.testing.assert_allclose(values.attention, 5 * np.mean(looks, axis=0), rtol=1e-5)
 
 
@@ -230,6 +234,33 @@ def test_a_broken_level_is_replaced_by_a_finer_one(run, slide, tmp_path, monkeyp
             draw(run, slide, tmp_path)
     else:
         assert draw(run, slide, tmp_path)["tiles"] == 12
+
+
+@pytest.mark.parametrize(("left_out", "origin"), [((), (64, 32)), (("width",), (0, 0))])
+def test_qupath_counts_pixels_from_the_bounds(run, slide, tmp_path, monkeypatch, left_out, origin):
+    """It crops a slide to them if all four are told."""
+    bounds = {"x": "64", "y": "32", "width": "1900", "height": "1400"}
+    told = {f"openslide.bounds-{k}": v for k, v in bounds.items() if k not in left_out}
+    size = COLUMNS * EDGE, ROWS * EDGE
+
+    def opened(path):
+        return FakeHandle(size, plain((200, 150, 180)), properties=told)
+
+    monkeypatch.setattr(slides.openslide, "OpenSlide", opened)
+    draw(run, slide, tmp_path, top=1)
+    table = np.genfromtxt(tmp_path / "tiles.csv", delimiter=",", names=True, deletechars="")
+    text = (tmp_path / "tiles.geojson").read_text(encoding="utf-8")
+    features = {f["properties"]["classification"]["name"]: f for f in json.loads(text)["features"]}
+    assert list(features) == ["isMSIH = MSIH", "isMSIH = MSS", "LF"]
+    for column, feature in zip(
+        ("isMSIH_MSIH", "isMSIH_MSS", "LF_pred"), features.values(), strict=True
+    ):
+        best = table[np.argmax(table[column])]
+        assert feature["properties"]["measurements"]["score"] == best[column]
+        corners = np.array(feature["geometry"]["coordinates"][0])
+        corner_px = np.array([best["x_um"], best["y_um"]]) / 0.5
+        np.testing.assert_array_equal(corners.min(axis=0), corner_px - origin)
+        np.testing.assert_array_equal(corners.max(axis=0), corner_px + EDGE - origin)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
