@@ -192,6 +192,9 @@ def direct_by_columns(
         split = torch.split(columns, [stop - start for _, start, stop in pieces])
         for (parameter, start, stop), values in zip(pieces, split, strict=True):
             part = parts[parameter]
+            if part is None and stop - start == columns_of(like[parameter]):
+                parts[parameter] = values.clone()
+                continue
             if part is None:
                 parts[parameter] = part = _empty(like[parameter])
             part[start:stop].copy_(values)
@@ -225,7 +228,8 @@ def _empty(like: Tensor) -> Tensor:
 def _blocks(rows: Rows, *, in_blocks: bool) -> Iterator[tuple[Tensor, list[Piece]]]:
     """Yield blocks of columns, or all of them as one matrix on the first one's device."""
     if in_blocks:
-        yield from column_blocks(rows, columns=CACHED_COLUMNS, release=True)
+        for block in column_blocks(rows, columns=CACHED_COLUMNS, release=True):
+            yield block.matrix, block.pieces
         return
     # One block per device and dtype, none of which is written to again.
     devices = {t.device.type for row in rows for t in row if t is not None}

@@ -15,7 +15,7 @@ from mtbalance._rows import (
     Rows,
     at_least_float32,
     column_blocks,
-    columns_in,
+    columns_of_each,
     flat,
     sum_of,
 )
@@ -71,7 +71,7 @@ def gramian_of(rows: Rows, exponents: Sequence[int] = ()) -> Tensor:
 
 def _may_be_float32(rows: Rows) -> bool:
     """Return whether products in float32 save time, and would be what they say."""
-    if columns_in(rows) <= _SHORT:
+    if sum(columns_of_each(rows)) <= _SHORT:
         return False
     tensors = [tensor for row in rows for tensor in row if tensor is not None]
     return (

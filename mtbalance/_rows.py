@@ -7,6 +7,7 @@ bounded.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -39,13 +40,35 @@ class Piece(NamedTuple):
     stop: int
 
 
+class Strip(NamedTuple):
+    """Consecutive columns of all rows, as they are read: one parameter, or small ones joined."""
+
+    parameters: list[tuple[int, int]]
+    """Number, and last column (excluded), of each parameter."""
+    vectors: list[Tensor | None]
+    """The columns of each row; None for zeros."""
+
+
 class Block(NamedTuple):
     """Consecutive columns of the matrix of all rows."""
 
     matrix: Tensor
     """Shape (m, n). Valid until the next block is asked for."""
-    pieces: list[Piece]
-    """Which entries of which parameters the columns are."""
+    stretches: list[tuple[list[tuple[int, int]], int, int]]
+    """The parameters of each strip in it, and which of their columns."""
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Which entries of which parameters the columns are."""
+        found = []
+        for parameters, start, stop in self.stretches:
+            first = 0
+            for parameter, last in parameters:
+                if first < stop and start < last:
+                    piece = Piece(parameter, max(start - first, 0), min(stop, last) - first)
+                    found.append(piece)
+                first = last
+        return found
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -92,88 +115,112 @@ def column_blocks(
         columns: The largest number of columns by kind of device.
         release: Whether to empty the rows, which are lists then, as they have been read.
     """
-    total = columns_in(rows)
-    found: Iterable[_Vectors] = _vectors_of(rows, release=release)
+    sizes = columns_of_each(rows)
+    total = sum(sizes)
+    strips: Iterable[Strip] = _strips_of(rows, sizes, release=release)
     if total <= _SMALL:
-        found = list(found)
-        block = _joined(found, dtype)
+        strips = list(strips)
+        block = _of_one_strip(strips, dtype)
         if block is not None and total <= columns.get(block.matrix.device.type, total):
             yield block
             return
-    yield from _filled(found, len(rows), total, dtype, columns)
+    yield from _filled(strips, len(rows), total, dtype, columns)
 
 
-def _joined(found: Sequence["_Vectors"], dtype: torch.dtype | None) -> Block | None:
-    """Return all columns as one block; None if there are none, or of several kinds."""
-    kinds = {(v.device, v.dtype) for _, _, vectors in found for v in vectors if v is not None}
-    if len(kinds) != 1:
+def _of_one_strip(strips: Sequence[Strip], dtype: torch.dtype | None) -> Block | None:
+    """Return all columns as one block, if they are one strip."""
+    vectors = [v for v in strips[0].vectors if v is not None] if len(strips) == 1 else []
+    if not vectors or len(vectors) < len(strips[0].vectors):
         return None
-    ((_, own),) = kinds
-    lines: list[list[Tensor]] = [[] for _ in found[0].of_tasks]
-    for _, reached, vectors in found:
-        for line, vector in zip(lines, vectors, strict=True):
-            line.append(torch.zeros_like(reached) if vector is None else vector)
-    matrix = torch.stack([torch.cat(line) for line in lines])
-    pieces = [Piece(parameter, 0, len(reached)) for parameter, reached, _ in found]
-    return Block(matrix.to(dtype or at_least_float32(own)), pieces)
+    matrix = torch.stack(vectors).to(dtype or at_least_float32(vectors[0].dtype))
+    return Block(matrix, [(strips[0].parameters, 0, matrix.shape[1])])
 
 
 def _filled(
-    found: Iterable["_Vectors"],
+    strips: Iterable[Strip],
     count: int,
     total: int,
     dtype: torch.dtype | None,
     columns: Mapping[str, int],
 ) -> Iterator[Block]:
-    """Yield blocks that are filled parameter by parameter: ``count`` rows, ``total`` columns."""
+    """Yield blocks that are filled strip by strip: ``count`` rows, ``total`` columns."""
     matrix: Tensor | None = None
     lines: Sequence[Tensor] = ()
-    pieces: list[Piece] = []
+    stretches: list[tuple[list[tuple[int, int]], int, int]] = []
     filled = 0
-    for parameter, reached, vectors in found:
+    for parameters, vectors in strips:
+        reached = next(vector for vector in vectors if vector is not None)
         wanted = dtype or at_least_float32(reached.dtype)
         if matrix is None or (matrix.device, matrix.dtype) != (reached.device, wanted):
             if matrix is not None and filled:
-                yield Block(matrix[:, :filled], pieces)
+                yield Block(matrix[:, :filled], stretches)
             most = columns.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
             matrix = torch.empty(count, min(total, most), dtype=wanted, device=reached.device)
-            lines, pieces, filled = matrix.unbind(), [], 0
+            lines, stretches, filled = matrix.unbind(), [], 0
         start = 0
         while start < len(reached):
             stop = min(len(reached), start + matrix.shape[1] - filled)
             for line, vector in zip(lines, vectors, strict=True):
                 target = line[filled : filled + stop - start]
                 target.zero_() if vector is None else target.copy_(vector[start:stop])
-            pieces.append(Piece(parameter, start, stop))
+            stretches.append((parameters, start, stop))
             filled += stop - start
             start = stop
             if filled == matrix.shape[1]:
-                yield Block(matrix, pieces)
-                pieces, filled = [], 0
+                yield Block(matrix, stretches)
+                stretches, filled = [], 0
     if matrix is not None and filled:
-        yield Block(matrix[:, :filled], pieces)
+        yield Block(matrix[:, :filled], stretches)
 
 
-class _Vectors(NamedTuple):
-    """A parameter that a task reaches."""
+def _strips_of(rows: Rows, sizes: Sequence[int], *, release: bool) -> Iterator[Strip]:
+    """Yield all columns: of large parameters one by one, of small ones together.
 
-    parameter: int
-    reached: Tensor
-    """One of its vectors."""
-    of_tasks: list[Tensor | None]
+    Copying one costs as much as joining a dozen.
+
+    Args:
+        rows: The rows.
+        sizes: How many columns each parameter has.
+        release: Whether to empty the rows on the way.
+    """
+    for start, stop in _stretches(sizes):
+        lines = _taken(rows, start, stop, release=release)
+        there = [number for number in range(stop - start) if sizes[start + number]]
+        counts = [sizes[start + number] for number in there]
+        if there and sum(counts) <= _TOGETHER and _kind_of(lines) is not None:
+            parameters = [start + number for number in there]
+            lasts = itertools.accumulate(counts)
+            vectors = _joined([[line[number] for number in there] for line in lines])
+            yield Strip(list(zip(parameters, lasts, strict=True)), vectors)
+            continue
+        for number, count in zip(there, counts, strict=True):
+            found = [line[number] for line in lines]
+            yield Strip([(start + number, count)], [None if t is None else flat(t) for t in found])
 
 
-def _vectors_of(rows: Rows, *, release: bool) -> Iterator[_Vectors]:
-    """Yield the vectors of each parameter that a task reaches."""
-    for parameter, tensors in enumerate(zip(*rows, strict=True)):
-        vectors = [None if tensor is None else flat(tensor) for tensor in tensors]
-        del tensors
-        if release:
-            for row in rows:
-                row[parameter] = None  # type: ignore[index]
-        reached = _first(vectors)
-        if reached is not None:
-            yield _Vectors(parameter, reached, vectors)
+def _joined(lines: Rows) -> list[Tensor | None]:
+    """Return the entries of parameters of one kind in each row, with zeros where it has none."""
+    reached = first_of(lines)
+    return [
+        flat(
+            end_to_end(
+                [
+                    torch.zeros_like(one) if tensor is None else tensor
+                    for tensor, one in zip(line, reached, strict=True)
+                    if one is not None
+                ]
+            )
+        )
+        for line in lines
+    ]
+
+
+def first_of(rows: Rows) -> list[Tensor | None]:
+    """Return a tensor of each parameter; None where no row reaches it."""
+    found = list(rows[0]) if rows else []
+    for row in rows[1:]:
+        found = [tensor if one is None else one for one, tensor in zip(found, row, strict=True)]
+    return found
 
 
 def columns_of(tensor: Tensor | None) -> int:
@@ -181,9 +228,9 @@ def columns_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
-def columns_in(rows: Rows) -> int:
-    """Return how many columns the matrix of all rows has."""
-    return sum(max(map(columns_of, tensors)) for tensors in zip(*rows, strict=True))
+def columns_of_each(rows: Rows) -> list[int]:
+    """Return how many columns each parameter has in the matrix of all rows."""
+    return list(map(columns_of, first_of(rows)))
 
 
 def combine(
@@ -212,44 +259,47 @@ def combine(
     else:
         numbers = coefficients.unbind()
     directions: list[Tensor | None] = []
-    for start, stop in _stretches(rows):
-        tensors = [row[start:stop] for row in rows]
-        if release:
-            for row in rows:
-                if isinstance(row, list):
-                    row[start:stop] = [None] * (stop - start)
-        of_dtype = map(_first, zip(*tensors, strict=True)) if like is None else like[start:stop]
-        for total, tensor in zip(_combined(tensors, numbers), of_dtype, strict=True):
+    for start, stop in _stretches(columns_of_each(rows)):
+        lines = _taken(rows, start, stop, release=release)
+        of_dtype = first_of(lines) if like is None else like[start:stop]
+        for total, tensor in zip(_combined(lines, numbers), of_dtype, strict=True):
             if total is not None and tensor is not None and total.dtype != tensor.dtype:
                 total = total.to(tensor.dtype)  # noqa: PLW2901
             directions.append(total)
     return directions
 
 
-def _first(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    return next((tensor for tensor in tensors if tensor is not None), None)
-
-
-def _stretches(rows: Rows) -> Iterator[tuple[int, int]]:
+def _stretches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield stretches of consecutive parameters: large ones alone, small ones together."""
     start = entries = 0
-    tensors = max(rows, key=len, default=())
-    for number, tensor in enumerate(tensors):
-        size = 0 if tensor is None else tensor.numel()
+    for number, size in enumerate(sizes):
         if number > start and entries + size > _TOGETHER:
             yield start, number
             start, entries = number, 0
         entries += size
-    if start < len(tensors):
-        yield start, len(tensors)
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def _taken(rows: Rows, start: int, stop: int, *, release: bool) -> Rows:
+    """Return a stretch of the rows, and empty these there if that is asked for."""
+    lines = [row[start:stop] for row in rows]
+    if release:
+        for row in rows:
+            if isinstance(row, list):
+                row[start:stop] = [None] * (stop - start)
+    return lines
 
 
 def _combined(tensors: Rows, numbers: Sequence[float | Tensor]) -> Sequence[Tensor | None]:
     """Return the combination of the rows of some parameters, in the dtypes they add up in."""
-    alike = _alike(tensors)
-    if alike is not None and isinstance(numbers[0], float):
-        totals = torch._foreach_mul(alike[0], numbers[0])
-        for row, number in zip(alike[1:], numbers[1:], strict=True):
+    kind = _kind_of(tensors)
+    found = [[tensor for tensor in row if tensor is not None] for row in tensors]
+    whole = all(len(f) == len(row) for f, row in zip(found, tensors, strict=True))
+    adds_up = kind is not None and kind is at_least_float32(kind)
+    if whole and adds_up and isinstance(numbers[0], float):
+        totals = torch._foreach_mul(found[0], numbers[0])
+        for row, number in zip(found[1:], numbers[1:], strict=True):
             torch._foreach_add_(totals, row, alpha=float(number))
         return totals
     directions: list[Tensor | None] = []
@@ -262,14 +312,13 @@ def _combined(tensors: Rows, numbers: Sequence[float | Tensor]) -> Sequence[Tens
     return directions
 
 
-def _alike(rows: Rows) -> list[list[Tensor]] | None:
-    """Return the rows if all is there, dense, and of one dtype that numbers add up in."""
-    found = [[tensor for tensor in row if tensor is not None] for row in rows]
-    kinds = {(tensor.dtype, tensor.layout) for row in found for tensor in row}
-    if len(kinds) != 1 or any(len(f) < len(row) for f, row in zip(found, rows, strict=True)):
+def _kind_of(rows: Rows) -> torch.dtype | None:
+    """Return the dtype of tensors that are dense, of one dtype and on one device; else None."""
+    kinds = {(t.dtype, t.layout, t.device) for row in rows for t in row if t is not None}
+    if len(kinds) != 1:
         return None
-    ((dtype, layout),) = kinds
-    return found if layout is torch.strided and dtype is at_least_float32(dtype) else None
+    ((dtype, layout, _),) = kinds
+    return dtype if layout is torch.strided else None
 
 
 def with_room_for(total: Tensor, addend: Tensor) -> Tensor:

@@ -76,6 +76,29 @@ def test_blocks_are_the_columns_in_order(monkeypatch, size: int, dtype: torch.dt
     assert torch.equal(torch.cat(blocks, 1).double(), dense(rows))
 
 
+@pytest.mark.parametrize("together", [0, 4, 2**15])
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 2**15])
+def test_pieces_say_where_columns_are_from(monkeypatch, size: int, together: int) -> None:
+    """Each column is named once, however small parameters are joined and blocks are cut."""
+    monkeypatch.setitem(_rows._BLOCK_COLUMNS, DEVICE.type, size)
+    monkeypatch.setattr(_rows, "_TOGETHER", together)
+    rows = rows_with_gaps()
+    named: list[tuple[int, int]] = []
+    for block in column_blocks(rows):
+        at = 0
+        for parameter, start, stop in block.pieces:
+            columns = block.matrix[:, at : at + stop - start]
+            for row, line in zip(rows, columns, strict=True):
+                tensor = row[parameter]
+                expected = 0 * line if tensor is None else flat(tensor)[start:stop]
+                assert torch.equal(line, expected)
+            named += [(parameter, entry) for entry in range(start, stop)]
+            at += stop - start
+        assert at == block.matrix.shape[1]
+    sizes = [0 if number == 3 else math.prod(shape) for number, shape in enumerate(SHAPES)]
+    assert named == [(number, entry) for number, n in enumerate(sizes) for entry in range(n)]
+
+
 def test_blocks_of_mixed_dtypes_keep_each() -> None:
     """A float64 parameter among float32 ones is not rounded."""
     third = torch.full((2,), 1 / 3, dtype=torch.float64)
@@ -87,6 +110,7 @@ def test_blocks_of_mixed_dtypes_keep_each() -> None:
 
 def test_blocks_of_nothing() -> None:
     assert list(column_blocks([[None, None], [None, None]])) == []
+    assert list(column_blocks([[torch.empty(0)], [torch.empty(0)]])) == []  # as shards may be
     assert gramian_of([[None], [None]]).tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert combine([[None], [None]], torch.tensor([1.0, 2.0])) == [None]
 
