@@ -190,14 +190,8 @@ def direct_by_columns(
         first += matrix.shape[1]
         progress.append(_products(raw, columns, power))
         split = torch.split(columns, [stop - start for _, start, stop in pieces])
-        for (parameter, start, stop), values in zip(pieces, split, strict=True):
-            part = parts[parameter]
-            if part is None and stop - start == columns_of(like[parameter]):
-                parts[parameter] = values.clone()
-                continue
-            if part is None:
-                parts[parameter] = part = _empty(like[parameter])
-            part[start:stop].copy_(values)
+        for (parameter, start, _), values in zip(pieces, split, strict=True):
+            parts[parameter] = _extended(parts[parameter], start, values, like[parameter])
     # What has no entries (a shard may) has no columns, but a direction nevertheless.
     directions = [
         shaped(part, tensor) if part is not None else torch.zeros_like(tensor) if found else None
@@ -217,6 +211,15 @@ def _products(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
         return torch.stack([part @ piece for part, piece in parts]).sum(0, dtype=torch.float64)
     factor = 2.0**-power
     return (matrix.double() * factor) @ (columns.double() * factor)
+
+
+def _extended(part: Tensor | None, start: int, values: Tensor, like: Tensor) -> Tensor:
+    """Return a parameter's direction with some more entries, from the first of them on."""
+    if len(values) == columns_of(like):
+        return values.clone()
+    part = _empty(like) if part is None else part
+    part[start : start + len(values)].copy_(values)
+    return part
 
 
 def _empty(like: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""Figures that are drawn coarsely or looked at as they are written; workers that start at once."""
+"""Figures drawn coarsely or looked at as they are written; logs; workers that start at once."""
 
+import logging
 from pathlib import Path
 
 import dask
 import pytest
 from matplotlib.figure import Figure
 
+from examples.pathology.common.logs import OURS
 from examples.pathology.figures import sheet
 from tests._forks import forking
 
@@ -24,6 +26,17 @@ def _coarse_figures(request):
         for name, value in coarse.items():
             patch.setitem(sheet.STYLE, name, value)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before():
+    """Take back what a command that runs in this process does to logging."""
+    loggers = [logging.getLogger(name) for name in (None, *OURS)]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture

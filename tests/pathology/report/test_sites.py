@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.toml import write_toml
 from examples.pathology.report import sections
 from examples.pathology.report.report import write_report
 from examples.pathology.report.sections import SMALL_SITE, show_sites
@@ -199,7 +200,7 @@ def test_of_a_deployment_the_ensemble_alone_is_shown_by_site(tmp_path):
     path.write_text(json.dumps(about), encoding="utf-8")
     names = pd.read_csv(place / "predictions.csv")["PATIENT"]
     table = write_table(tmp_path / "c.csv", ["PATIENT", "SITE"], [[name, "x"] for name in names])
-    (place / "deploy.toml").write_text(f'[deploy]\nclini = "{table}"\n', encoding="utf-8")
+    write_toml(place / "deploy.toml", {"deploy": {"clini": str(table), "features": "no/features"}})
     page = write_report([place], config=PageConfig(site_column="SITE"))
     assert "<h2>By site</h2>" in page.read_text(encoding="utf-8")
     written = pd.read_csv(place / "sites.csv").query("figure == 'auroc'")

@@ -58,7 +58,7 @@ def numbers(tmp_path_factory):
 def deployed(config):
     sources = config.clini, config.slide_table, config.features
     out = config.out.parent / "deployed"
-    run_deploy(DeployConfig(config.out, *sources, out, device="cpu"), figures=False)
+    run_deploy(DeployConfig(config.out, *sources, out, device="cpu"))
     return out
 
 

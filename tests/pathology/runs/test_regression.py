@@ -197,8 +197,10 @@ def test_tiles_have_values_in_the_unit(runs, tables):
             raw = float(fitted.model(torch.from_numpy(feats)).outputs[0])
         expected.append([scaler.low + value * (scaler.high - scaler.low) for value in alone])
         whole.append(scaler.low + raw * (scaler.high - scaler.low))
-    np.testing.assert_allclose(values.score, np.mean(expected, axis=0), rtol=1e-4, atol=1e-5)
-    assert values.slide_score == pytest.approx(np.mean(whole), rel=1e-4, abs=1e-5)
+    np.testing.assert_allclose(
+        values.scores["LF_pred"], np.mean(expected, axis=0), rtol=1e-4, atol=1e-5
+    )
+    assert values.of_slide["LF_pred"] == pytest.approx(np.mean(whole), rel=1e-4, abs=1e-5)
 
 
 def test_the_reference_protocol_takes_a_regression(tables, tmp_path):
