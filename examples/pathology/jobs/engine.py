@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from logging.handlers import BufferingHandler
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from distributed import Client, Future, KilledWorker, as_completed, get_client
@@ -31,6 +31,7 @@ from examples.pathology.common.errors import (
     nearest,
     one_line,
 )
+from examples.pathology.common.logs import OURS
 from examples.pathology.jobs.cluster import threads_of
 from examples.pathology.jobs.progress import JobProgress
 
@@ -90,19 +91,12 @@ _TURN = threading.Lock()
 whole. A worker with several threads has its jobs wait here."""
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """What a worker sends of a job.
-
-    Attributes:
-        outcome: What became of it.
-        lines: Its log lines, warnings and worse: level and text.
-        trace: Where an error came from that nobody foresaw.
-    """
+class _Reply(NamedTuple):
+    """What a worker sends of a job."""
 
     outcome: Outcome
-    lines: tuple[tuple[int, str], ...] = ()
-    trace: str = ""
+    lines: tuple[tuple[int, str], ...] = ()  # of its log, warnings and worse: level and text
+    trace: str = ""  # of an error that nobody foresaw
 
 
 def _work(job: Job, run: str, threads: int, deaths: int) -> bytes:
@@ -152,7 +146,7 @@ def _records_kept() -> Iterator[list[logging.LogRecord]]:
     """Keep the warnings of a job, and worse, for the process that has asked for it."""
     handler = BufferingHandler(capacity=sys.maxsize)
     handler.setLevel(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("examples", "mtbalance")]
+    loggers = [logging.getLogger(name) for name in OURS]
     for each in loggers:
         each.addHandler(handler)
     try:

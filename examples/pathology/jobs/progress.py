@@ -17,13 +17,7 @@ nothing about those that are left."""
 
 
 class JobProgress:
-    """Jobs done, running and failed, and the time left; on stderr.
-
-    Args:
-        title: What the jobs are called.
-        total: How many there are.
-        shown: False: say nothing.
-    """
+    """Jobs done, running and failed of a total, and the time left; on stderr, if `shown`."""
 
     def __init__(self, title: str, total: int, *, shown: bool = True) -> None:
         self._title, self._total = title, total

@@ -26,12 +26,8 @@ def folder_name(auxiliary: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", auxiliary.casefold()).strip("-.") or "auxiliary"
 
 
-def refuse_clashes(auxiliary: Sequence[str]) -> None:
-    """Raise if two auxiliary targets would have one folder.
-
-    Raises:
-        UserError: They do.
-    """
+def _refuse_clashes(auxiliary: Sequence[str]) -> None:
+    """Raise if two auxiliary targets would have one folder."""
     names = [folder_name(name) for name in auxiliary]
     clashing = [name for name in auxiliary if names.count(folder_name(name)) > 1]
     if clashing or BASELINE in names:
@@ -96,7 +92,7 @@ class BenchmarkConfig(Settings):
                 raise UserError(f"`{name}` must name each once, but got {listing(twice)} twice.")
         if not self.methods:
             raise UserError("`methods` must name at least one method, but names none.")
-        refuse_clashes(self.auxiliary)
+        _refuse_clashes(self.auxiliary)
         external = (self.external_clini, self.external_slide_table, self.external_features)
         if None in external and any(external):
             raise UserError(

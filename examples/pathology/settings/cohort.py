@@ -30,15 +30,7 @@ kind_option = partial(
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a cohort comes from.
-
-    Args:
-        clini: Clinical table, one row per patient.
-        slide_table: The patient and the file name, one row per slide.
-        features: Folder of feature files (``.h5``), searched with its sub-folders.
-        patient_column: Column of the patient in both tables.
-        filename_column: Column of the file name in the slide table.
-    """
+    """Where a cohort comes from, in the words of the options of these names."""
 
     clini: Path
     slide_table: Path

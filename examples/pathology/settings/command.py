@@ -37,11 +37,8 @@ def command(app: typer.Typer, settings: type[Made], name: str | None = None) -> 
                 require_writable(out)
             run(settings_from(settings, values))
 
-        own = options_of(settings)
-        names = {each.name for each in own}
-        taken = [*own, *(each for each in EVERYWHERE if each.name not in names)]
-        ordered = sorted(taken, key=_place)
-        parameters = [_parameter(each) for each in ordered]
+        taken = {each.name: each for each in (*EVERYWHERE, *options_of(settings))}
+        parameters = [_parameter(each) for each in sorted(taken.values(), key=_place)]
         called.__signature__ = inspect.Signature([*parameters, *_COMMON])  # type: ignore[attr-defined]
         called.__doc__ = run.__doc__
         app.command(name or run.__name__)(called)
@@ -58,29 +55,22 @@ def _place(each: OptionField) -> int:
 def _parameter(each: OptionField) -> inspect.Parameter:
     """Return a field as the parameter of a function that typer reads."""
     about, several = each.about, each.several
-    numbers = each.type in (int, float)
-    option = typer.Option(
-        *_flags(each),
-        help=about.help,
-        metavar=about.metavar,
-        min=about.min if numbers else None,
-        max=about.max if numbers else None,
-    )
+    # Where typer would not guess how it is typed; a switch has no opposite.
+    flags = [f"--{each.typed}"] if about.flag or each.type is bool else []
+    ends: dict[str, Any] = {"min": about.min, "max": about.max} if each.type in (int, float) else {}
+    option = typer.Option(*flags, help=about.help, metavar=about.metavar, **ends)
     kind: Any = list[each.type] if several else each.type  # type: ignore[name-defined]
     default = each.default
     if default is MISSING:
         default = inspect.Parameter.empty
     elif several or default is None:
         kind, default = kind | None, None
-    annotation = Annotated[kind, option]
-    return inspect.Parameter(
-        each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return _keyword(each.name, default, Annotated[kind, option])
 
 
-def _flags(each: OptionField) -> list[str]:
-    """Return how an option is typed, where typer would not guess it: a switch has no opposite."""
-    return [f"--{each.typed}"] if each.about.flag or each.type is bool else []
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
 
 def _use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -120,16 +110,6 @@ _CONFIG = typer.Option(
 )
 _VERBOSE = typer.Option("--verbose", help="Log more.", callback=_quiet_or_not)
 _COMMON = [
-    inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[Path | None, _CONFIG],
-    ),
-    inspect.Parameter(
-        "verbose",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[bool, _VERBOSE],
-    ),
+    _keyword("config", None, Annotated[Path | None, _CONFIG]),
+    _keyword("verbose", False, Annotated[bool, _VERBOSE]),
 ]

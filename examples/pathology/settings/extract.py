@@ -47,7 +47,6 @@ class TileRules(Settings):
     max_dark_share: float = option(
         0.5, "Slides with a larger share of dark pixels are fluorescence.", rule=between(0, 1)
     )
-
     max_damaged_share: float = option(
         0.1,
         "Tiles with pixels that cannot be read are left out; slides fail if a larger share of the "

@@ -17,7 +17,6 @@ TARGETS = ("isMSIH", "HRD")
 STRENGTHS = {"tumour_shift": 6.0, "signature_effect": 0.8}
 """Defaults of what a measured composition leaves out unless it is asked for."""
 
-
 _positive = at_least(0)
 
 
@@ -85,10 +84,6 @@ class SimulateConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_combination()
-
-    def _check_combination(self) -> None:
-        """Raise if options do not go together, rather than ignore one of them."""
         measured = self.composition == "measured"
         if measured != (self.tissue_fractions is not None):
             raise UserError(
