@@ -21,11 +21,7 @@ COUNTED = "patients, and of each target the positive / the known ones"
 
 
 def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
-    """Say what fits together and what does not.
-
-    Args:
-        config: What to check.
-        say: Takes one line of the report.
+    """Say what fits together and what does not, line by line.
 
     Returns:
         0 if everything fits, 1 if something is listed as left out.
@@ -46,11 +42,9 @@ def run_check(config: CheckConfig, say: Callable[[str], None]) -> int:
     prediction_columns(cohort.targets)
     check_sizes(cohort, config.folds)
     _say_folds(cohort, make_splits(cohort, config.folds, config.seed), say)
+    listed = f"{problems} names do not fit together; see the lists above."
     say("")
-    if problems:
-        say(f"{problems} names do not fit together; see the lists above.")
-    else:
-        say("Everything fits together.")
+    say(listed if problems else "Everything fits together.")
     return int(problems > 0)
 
 
@@ -150,9 +144,10 @@ def _say_cohort(cohort: Cohort, say: Callable[[str], None]) -> None:
         say(kind.simulated)
     known = values_of(everybody, cohort.targets)
     for target in cohort.targets:
-        values = known[target.name]
-        absent = len(everybody) - len(values)
-        what = describe(target, values)
+        what, absent = (
+            describe(target, known[target.name]),
+            len(everybody) - len(known[target.name]),
+        )
         say(f"  {target.name}: {what}; missing for {absent} of {len(everybody)}")
     if alone := len(cohort.training_only):
         say(f"  {alone} without {cohort.target.name} are trained on for the others only")
@@ -186,12 +181,8 @@ def _say_folds(cohort: Cohort, folds: Sequence[Fold], say: Callable[[str], None]
 
 
 def _cells(patients: Sequence[Patient], targets: Sequence[Target]) -> str:
-    known = values_of(patients, targets)
-    return "   ".join(_counted(known[target.name], target) for target in targets)
-
-
-def _counted(values: Sequence[str | float], target: Target) -> str:
-    if target.kind == "regression":
-        return f"{target.name}: {len(values)}"
-    positives = sum(value == target.positive for value in values)
-    return f"{target.name}: {positives} / {len(values)}"
+    cells = []
+    for target, values in zip(targets, values_of(patients, targets).values(), strict=True):
+        positives = "" if target.kind == "regression" else f"{values.count(target.positive)} / "
+        cells.append(f"{target.name}: {positives}{len(values)}")
+    return "   ".join(cells)

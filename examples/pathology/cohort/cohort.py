@@ -114,12 +114,6 @@ class Cohort:
 def load_cohort(config: CohortConfig) -> Cohort:
     """Join the clinical table, the slide table and the feature files.
 
-    Args:
-        config: What to join, and what of it to predict.
-
-    Returns:
-        The patients to use, and the ledger of the others.
-
     Raises:
         UserError: The tables contradict themselves or each other, features of several extractors
             are mixed, or nobody is left.
@@ -301,11 +295,7 @@ def _refusal(patient: Patient, config: CohortConfig) -> str:
 def _gather(
     people: Sequence[Patient], joined: Joined, refused: Mapping[str, str]
 ) -> tuple[list[Patient], list[CohortRow], Inspection]:
-    """Look for the feature files of everybody who is not refused, for a reason given by name.
-
-    Returns:
-        Those who have some, with their files; what became of everybody and everything; the files.
-    """
+    """Return who has usable feature files, unless refused, the ledger of all, and the files."""
     inspection = Inspection()
     slides_of = joined.slides_of
     ledger = [
@@ -417,8 +407,7 @@ def _cohort(
 def log_unknown(cohort: Cohort) -> None:
     """Log which words of the targets were taken for "not known", and how often."""
     for name, words in cohort.unknown.items():
-        text = "%s: taken for not known: %s. Rename what is a class."
-        logger.warning(text, name, words)
+        logger.warning("%s: taken for not known: %s. Rename what is a class.", name, words)
 
 
 def log_exclusions(cohort: Cohort) -> None:
@@ -436,9 +425,9 @@ def log_cohort(cohort: Cohort) -> None:
     everybody = [*cohort.patients, *cohort.training_only]
     known = values_of(everybody, cohort.targets)
     for target in cohort.targets:
-        values, what = known[target.name], describe(target, known[target.name])
+        what, count = describe(target, known[target.name]), len(known[target.name])
         text = "%s: %s; known for %d of %d patients"
-        logger.info(text, target.name, what, len(values), len(everybody))
+        logger.info(text, target.name, what, count, len(everybody))
     kind = cohort.kind
     logger.info("Features: %s%s", kind.extractor, " (RANDOM WEIGHTS)" * kind.random_weights)
     if kind.simulated:

@@ -57,9 +57,7 @@ class Joined:
 
 
 def join(
-    sources: Sources,
-    columns: Sequence[str],
-    classes: Mapping[str, Collection[str]] | None = None,
+    sources: Sources, columns: Sequence[str], classes: Mapping[str, Collection[str]] | None = None
 ) -> Joined:
     """Read both tables and match the slide table with the feature files.
 

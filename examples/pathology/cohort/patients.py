@@ -31,12 +31,7 @@ class Patient:
 
 
 def known_values(patient: Patient, targets: Sequence[Target]) -> dict[str, str | float]:
-    """Return what is known of a patient by target: a class, or a number in the target's unit.
-
-    Args:
-        patient: Who.
-        targets: Of what, the primary target first.
-    """
+    """Return what is known of a patient by target: a class, or a number in the target's unit."""
     values: dict[str, str | float] = {}
     for target in targets:
         if target is not targets[0]:

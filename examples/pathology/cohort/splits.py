@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import readable, write_json
+from examples.pathology.common.files import DAMAGED, readable, write_json
 from examples.pathology.settings.crossval import REFERENCE_SEED, CrossvalConfig
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ VALIDATION_SHARE = 0.2  # of the training part: 64 / 16 / 20, as in the paper's 
 LOOKAHEAD_SHARE = 0.1  # of what is left to train on
 ORDERS = 300  # of sites that are tried for each part
 PARTS = ("train", "validation", "test", "lookahead")
+Strings = NDArray[np.str_]
+Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,7 @@ def make_splits(cohort: Cohort, folds: int, seed: int, *, reference: bool = Fals
     labels = strata_of(cohort, folds)
     sites = np.array([p.site for p in cohort.patients])
 
-    def share_of(
-        part: NDArray[np.intp], share: float, random: np.random.Generator
-    ) -> NDArray[np.intp]:
+    def share_of(part: Indices, share: float, random: np.random.Generator) -> Indices:
         if cohort.by_site:
             return site_share(labels[part], sites[part], share, random)
         return stratified_share(labels[part], share, random)
@@ -103,18 +103,12 @@ def make_splits(cohort: Cohort, folds: int, seed: int, *, reference: bool = Fals
     return drawn
 
 
-def strata_of(cohort: Cohort, folds: int) -> NDArray[np.str_]:
+def strata_of(cohort: Cohort, folds: int) -> Strings:
     """Return what to stratify patients by: the class, or of a regression the fifth of its values.
 
     The fifths are of equal size, by rank; equal values at a border fall by name. There are fewer
-    and larger parts where a fifth could be missing from a test or validation part.
-
-    Args:
-        cohort: Whose patients.
-        folds: How many parts are to be drawn.
-
-    Returns:
-        ``(n,)``, in the order of ``cohort.patients``.
+    and larger parts where a fifth could be missing from a test or validation part. They come in the
+    order of ``cohort.patients``, ``(n,)``.
     """
     labels = np.array([p.label for p in cohort.patients])
     if cohort.target.kind == "classification":
@@ -148,9 +142,7 @@ def check_sizes(cohort: Cohort, folds: int) -> None:
             )
 
 
-def stratified_share(
-    labels: NDArray[np.str_], share: float, random: np.random.Generator
-) -> NDArray[np.intp]:
+def stratified_share(labels: Strings, share: float, random: np.random.Generator) -> Indices:
     """Draw about a share of every class, by largest remainders, at least one member in all.
 
     Args:
@@ -165,8 +157,7 @@ def stratified_share(
     exact = counts * share
     take = np.floor(exact).astype(int)
     missing = max(1, round(share * len(labels))) - take.sum()
-    for i in np.argsort(-(exact - take), kind="stable")[: max(0, missing)]:
-        take[i] += 1
+    take[np.argsort(take - exact, kind="stable")[: max(0, missing)]] += 1
     take = np.minimum(take, counts - 1)
     drawn = [
         random.permutation(np.flatnonzero(labels == label))[:n]
@@ -176,12 +167,8 @@ def stratified_share(
 
 
 def site_share(
-    labels: NDArray[np.str_],
-    sites: NDArray[np.str_],
-    share: float,
-    random: np.random.Generator,
-    parts_left: int = 1,
-) -> NDArray[np.intp]:
+    labels: Strings, sites: Strings, share: float, random: np.random.Generator, parts_left: int = 1
+) -> Indices:
     """Draw whole sites that have about a share of every class.
 
     Of the beginnings of many random orders of the sites, the one is taken in which the class that
@@ -212,8 +199,8 @@ def site_share(
 
 
 def _test_sites(
-    labels: NDArray[np.str_], sites: NDArray[np.str_], folds: int, random: np.random.Generator
-) -> list[NDArray[np.intp]]:
+    labels: Strings, sites: Strings, folds: int, random: np.random.Generator
+) -> list[Indices]:
     """Divide patients into test parts of whole sites, one part after the other."""
     left, parts = np.arange(len(sites)), []
     for others in range(folds - 1, 0, -1):
@@ -280,14 +267,12 @@ def load_or_make_splits(config: CrossvalConfig, cohort: Cohort) -> list[Fold]:
     stored = [_read_splits(path, cohort, config.folds) for path in sources]
     if len(stored) == 2 and stored[0] != stored[1]:
         raise UserError(f"{own} must hold the splits of {config.splits}, but holds others.")
-    folds = (
-        stored[0]
-        if stored
-        else make_splits(cohort, config.folds, config.seed, reference=config.reference_protocol)
-    )
-    check_splits(folds, cohort)
-    if sources:
+    if stored:
+        folds = stored[0]
         logger.debug("Splits taken from %s", sources[0])
+    else:
+        folds = make_splits(cohort, config.folds, config.seed, reference=config.reference_protocol)
+    check_splits(folds, cohort)
     if not own.exists():
         value = {
             "format": 1,
@@ -304,14 +289,12 @@ def _read_splits(path: Path, cohort: Cohort, folds: int) -> list[Fold]:
     with readable(path):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-            read = [
-                Fold(*(tuple(map(str, fold[part])) for part in PARTS)) for fold in value["folds"]
-            ]
+            parts = [[tuple(map(str, fold[part])) for part in PARTS] for fold in value["folds"]]
             digest, groups = value["cohort_sha256"], dict(value.get("groups", {}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} must hold splits of ours, but does not ({error!r})."
-            ) from error
+        except DAMAGED as error:
+            message = f"{path} must hold splits of ours, but does not ({error!r})."
+            raise UserError(message) from error
+    read = [Fold(*each) for each in parts]
     # With the sites of the file: `check_splits` compares its folds with those of the tables.
     patients = [replace(p, site=groups.get(p.name, "")) for p in cohort.patients]
     expected = replace(cohort, patients=tuple(patients)).labels_sha256()

@@ -112,14 +112,9 @@ def refuse_look_alikes(name: str, column: "pd.Series[str]", table: Path) -> None
 
 
 def words_among_numbers(column: "pd.Series[str]", most_classes: int) -> dict[str, int]:
-    """Return how often each word stands in a column that would be a measurement without them.
+    """Return how often each word stands in a column that `kind_of` takes for numbers without them.
 
-    Args:
-        column: Cells as text.
-        most_classes: As for `kind_of`.
-
-    Returns:
-        Counts by word, the most frequent first; empty for classes, and for nothing but numbers.
+    The most frequent comes first; there are none in classes, nor in nothing but numbers.
     """
     words = Counter(value for value in column if value and not _is_number(value))
     numbers = [value for value in column if _is_number(value)]
@@ -134,12 +129,6 @@ def cut_classes(cutoff: float) -> tuple[str, str]:
 
 def cut(name: str, column: "pd.Series[str]", cutoff: float, table: Path) -> "pd.Series[str]":
     """Return a column whose numbers are cut into two classes; what is not known stays empty.
-
-    Args:
-        name: Of the column, for the error.
-        column: Cells as text.
-        cutoff: The least number of the upper class.
-        table: Where the column stands, for the error.
 
     Raises:
         UserError: It holds words.
@@ -158,16 +147,7 @@ def refuse_words(name: str, column: "pd.Series[str]", table: Path) -> None:
 
 
 def refuse_too_large(name: str, values: Mapping[str, float], table: Path) -> None:
-    """Raise if single precision cannot hold a number of a regression, or a difference of two.
-
-    Args:
-        name: Of the column.
-        values: What is known, by patient.
-        table: Where the column stands.
-
-    Raises:
-        UserError: It cannot; the patient is named.
-    """
+    """Raise if single precision cannot hold a regression's number, by patient, or differences."""
     for patient, value in values.items():
         if abs(value) > MOST:
             raise UserError(
@@ -181,11 +161,6 @@ def warn_of_far_value(name: str, values: Mapping[str, float], table: Path) -> No
 
     A regression is scaled to [0, 1] by its smallest and largest value: one of 1e9 for "missing"
     leaves nothing of the differences between the others.
-
-    Args:
-        name: Of the column.
-        values: What is known, by patient.
-        table: Where the column stands.
     """
     ordered = sorted(values, key=lambda patient: values[patient])
     if len(ordered) < 4:
@@ -195,28 +170,18 @@ def warn_of_far_value(name: str, values: Mapping[str, float], table: Path) -> No
     rest_of = {ordered[0]: numbers[-1] - numbers[1], ordered[-1]: numbers[-2] - numbers[0]}
     for patient, rest in rest_of.items():
         if 0 < rest * FAR < width:
-            logger.warning(
+            text = (
                 "%s: `%s` of patient %s is %g and lies so far from all others that these differ by "
                 "%.2g of the range in which values are scaled. Correct it if it is an error, or "
-                "leave the cell empty if it stands for a missing value.",
-                table,
-                name,
-                patient,
-                values[patient],
-                rest / width,
+                "leave the cell empty if it stands for a missing value."
             )
+            logger.warning(text, table, name, patient, values[patient], rest / width)
 
 
 def make_target(
     name: str, kind: Kind, values: Sequence[str | float], config: CohortConfig
 ) -> Target:
-    """Return what a column is to predict.
-
-    Args:
-        name: The column.
-        kind: What it is taken for.
-        values: What is known of the patients used.
-        config: Tells the primary target, its positive class and its cut-off.
+    """Return what a column is to predict, given what is known of the patients used.
 
     Raises:
         UserError: There are too few or too many values, or `positive` is none of them.
@@ -263,12 +228,7 @@ def rarer_class(labels: Sequence[str]) -> str:
 
 
 def foreign_values(target: Target, column: "pd.Series[str]") -> "pd.Series[str]":
-    """Return the cells of a column that are no value of a trained target, with their index.
-
-    Args:
-        target: What was trained.
-        column: Cells as text, not yet cut where the target has a cut-off; empty ones are no value.
-    """
+    """Return the cells of a column, not yet cut, that are no value of a trained target."""
     numbers = target.kind == "regression" or target.cutoff is not None
     known = _is_number if numbers else target.classes.__contains__
     return column[[bool(value) and not known(value) for value in column]]
@@ -277,17 +237,7 @@ def foreign_values(target: Target, column: "pd.Series[str]") -> "pd.Series[str]"
 def refuse_foreign_values(
     target: Target, column: "pd.Series[str]", table: Path, remedy: str = ""
 ) -> None:
-    """Raise if an external table has values of a target that was not trained on them.
-
-    Args:
-        target: What was trained.
-        column: Cells as text by patient, as for `foreign_values`.
-        table: Where the column stands, for the error.
-        remedy: What else can be done, for the error.
-
-    Raises:
-        UserError: It has; the first patients are named.
-    """
+    """Raise if an external table has `foreign_values` of a target; the first patients are named."""
     foreign = foreign_values(target, column)
     if foreign.empty:
         return

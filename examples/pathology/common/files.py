@@ -14,17 +14,12 @@ from typing import Any
 from examples.pathology.common.errors import OutputError, UserError, one_line
 
 NO_MORE_OUTPUT = frozenset(
-    (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EIO,
-        errno.ESTALE,
-    )
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 )
 """What the system says where the next file would fare no better: a full disk, say."""
+
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, EOFError)
+"""What readers raise of content that is not as it was written."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +54,7 @@ def whole(path: Path, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+    except (OSError, *DAMAGED) as error:
         reason = f"{error!r}" if isinstance(error, KeyError) else one_line(error)
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
