@@ -10,10 +10,11 @@ import pandas as pd
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.toml import write_toml
-from examples.pathology.results.folds import FoldResult, read_fold, read_predictions
+from examples.pathology.results.folds import REMEDY, FoldResult, read_fold
 from examples.pathology.results.measuring import summarise_metrics
 from examples.pathology.results.summary import metrics_json
 from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, run_folder
+from examples.pathology.tables.writing import read_table_of_ours
 from examples.pathology.training.fold import BASELINE
 
 PRIMARY = Target("isMSIH", "classification", ("MSS", "MSIH"), "MSIH")
@@ -171,7 +172,7 @@ def write_deployed(folder: Path, method: str, seed: int, shift: float) -> None:
     places = [*(folder / f"fold-{k + 1}" for k in range(FOLDS)), folder]
     results = [
         FoldResult(
-            read_predictions(place / "predictions.csv"),
+            read_table_of_ours(place / "predictions.csv", REMEDY),
             np.load(place / "embeddings.npy"),
             0,
             0,

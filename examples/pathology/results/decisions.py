@@ -25,7 +25,7 @@ from examples.pathology.tables.reading import PATIENT
 
 COLUMNS = ["class", "rule", "thresholds", "figure", "value", "ci95_low", "ci95_high"]
 COLUMNS += ["patients", "of", "undefined"]
-_SCORES = ("brier", "brier_of_prevalence", "skill")
+_CELLS, _SCORES = ("tp", "fp", "fn", "tn"), ("brier", "brier_of_prevalence", "skill")
 FEW = 5
 BINS, SMALLEST_BIN = 10, 20  # of a calibration curve; patients
 
@@ -55,10 +55,8 @@ def decisions(run: Run, sensitivity: float, **names: str) -> pd.DataFrame:
         truth, score, fold = pooled(run, label)
         for rule, choose in rules.items():
             found = [_threshold(each, target, label, choose) for each in run.results]
-            limits = np.array(found)[fold]
-            judged = ~np.isnan(limits)
             named = " ".join("none" if math.isnan(t) else f"{t:.6g}" for t in found)
-            shares = _shares(truth[judged], (score >= limits)[judged])
+            shares = _shares(truth, score, np.array(found)[fold])
             rows += [[label, rule, named, *share] for share in shares]
         rows += [[label, "", "", *figure] for figure in _brier(truth, score, run.summary.seed)]
     return _table({**names, **_table(rows, columns=COLUMNS, dtype=object)})
@@ -86,7 +84,9 @@ def _threshold(fold: FoldResult, target: Target, label: str, choose: Choose) -> 
     return metrics.over_folds([metrics.Score(threshold) for threshold in found]).mean
 
 
-def _shares(truth: Truth, called: Truth) -> list[tuple[object, ...]]:
+def _shares(truth: Truth, score: Floats, limits: Floats) -> list[tuple[object, ...]]:
+    judged = ~np.isnan(limits)
+    truth, called = truth[judged], (score >= limits)[judged]
     pairs = ((truth, called), (~truth, called), (truth, ~called), (~truth, ~called))
     counts = tp, fp, fn, tn = [int((a & b).sum()) for a, b in pairs]
     nobody = "" if len(truth) else "nobody is judged"
@@ -96,10 +96,7 @@ def _shares(truth: Truth, called: Truth) -> list[tuple[object, ...]]:
         ("ppv", *share(tp, tp + fp, nobody or "no patient called positive")),
         ("npv", *share(tn, tn + fn, nobody or "no patient called negative")),
         ("prevalence", *share(tp + fn, len(truth), nobody)),
-        *(
-            (name, n, None, None, n, len(truth), "")
-            for name, n in zip(["tp", "fp", "fn", "tn"], counts, strict=True)
-        ),
+        *((k, n, None, None, n, len(truth), "") for k, n in zip(_CELLS, counts, strict=True)),
     ]
 
 
@@ -139,16 +136,13 @@ def by_site(run: Run, sites: Mapping[str, Collection[str]]) -> pd.DataFrame:
         numbers = [json_or_none(number) for number in (area.value, *ends)]
         rows.append([site, "auroc", *numbers, int(truth.sum()), len(truth), area.reason])
         limits = np.array([each.threshold for each in run.results])[fold]
-        judged = ~np.isnan(limits)
-        rows += [[site, *each] for each in _shares(truth[judged], (score >= limits)[judged])]
+        rows += [[site, *each] for each in _shares(truth, score, limits)]
     return _table(rows, columns=["site", *COLUMNS[3:]], dtype=object)
 
 
 def _brier(truth: Truth, score: Floats, seed: int) -> list[tuple[object, ...]]:
     if not len(truth):
-        return [
-            (name, *share(0, 0, "no patient")) for name in ("brier", "brier_of_prevalence", "skill")
-        ]
+        return [(name, *share(0, 0, "no patient")) for name in _SCORES]
     errors, n, reference = (score - truth) ** 2, len(truth), float(np.var(truth))
     of_resamples = partial(resampling.mean, errors)
     brier = [errors.mean(), *resampling.interval([(truth.astype(str), of_resamples)], seed=seed)]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from examples.pathology.cohort.targets import CALLED, FOLD, Target, prediction_columns
 from examples.pathology.common.errors import UserError, one_line
 from examples.pathology.common.files import (
+    DAMAGED,
     json_or_none,
     readable,
     whole,
@@ -70,13 +71,7 @@ def write_fold(
 ) -> None:
     """Write what a fold leaves behind; the file that says it is finished comes last.
 
-    Args:
-        folder: Of the fold.
-        fitted: The trained fold.
-        tested: Its predictions for the test part.
-        validated: Its predictions for the validation part, which set the threshold of F1.
-        kind: What the features are.
-        seconds: How long it took.
+    The threshold of F1 is set on the validation part, of which `validated` are the predictions.
     """
     write_predictions(folder / "predictions.csv", fitted.targets, tested)
     write_predictions(folder / "validation.csv", fitted.targets, validated)
@@ -96,16 +91,13 @@ def write_fold(
         buffer,
     )
     write_bytes(folder / "model.pt", buffer.getvalue())
-    threshold = threshold_of(fitted.targets[0], validated)
-    write_json(
-        folder / DONE,
-        {
-            "best_epoch": fitted.best_epoch,
-            "epochs": len(fitted.history),
-            "threshold": json_or_none(threshold),
-            "seconds": round(seconds, 3),
-        },
-    )
+    done = {
+        "best_epoch": fitted.best_epoch,
+        "epochs": len(fitted.history),
+        "threshold": json_or_none(threshold_of(fitted.targets[0], validated)),
+        "seconds": round(seconds, 3),
+    }
+    write_json(folder / DONE, done)
 
 
 def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
@@ -135,15 +127,7 @@ def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
                 saved["precision"],
             )
             kind = FeatureKind.read(saved)
-        except (
-            RuntimeError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
+        except (*DAMAGED, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"{path} must hold a model of this release, but does not: {one_line(error)}."
             ) from error
@@ -235,12 +219,11 @@ def read_fold(folder: Path) -> FoldResult:
     )
     with whole(folder / DONE, remedy):
         done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        threshold = done.get("threshold")
         best_epoch, epochs = int(done["best_epoch"]), int(done["epochs"])
         seconds = float(done["seconds"])
-        threshold = math.nan if threshold is None else float(threshold)
+        threshold = math.nan if done.get("threshold") is None else float(done["threshold"])
     embeddings = read_embeddings(folder / "embeddings.npy", remedy)
-    predictions = read_predictions(folder / "predictions.csv", remedy, rows=len(embeddings))
+    predictions = read_table_of_ours(folder / "predictions.csv", remedy, rows=len(embeddings))
     history = read_table_of_ours(folder / "history.csv", remedy, rows=epochs, text=False)
     validated = read_validation(folder, remedy)
     numbers = best_epoch, epochs, seconds, threshold
@@ -250,7 +233,7 @@ def read_fold(folder: Path) -> FoldResult:
 def read_validation(folder: Path, remedy: str) -> tuple[pd.DataFrame, ...]:
     """Read the validation part of a fold; none where a run does not have it, or is gone."""
     path = folder / "validation.csv"
-    return (read_predictions(path, remedy),) if path.exists() else ()
+    return (read_table_of_ours(path, remedy),) if path.exists() else ()
 
 
 def read_embeddings(path: Path, remedy: str) -> NDArray[np.float32]:
@@ -262,17 +245,3 @@ def read_embeddings(path: Path, remedy: str) -> NDArray[np.float32]:
     with whole(path, remedy):
         embeddings: NDArray[np.float32] = np.load(path, allow_pickle=False)
     return embeddings
-
-
-def read_predictions(path: Path, remedy: str = REMEDY, *, rows: int | None = None) -> pd.DataFrame:
-    """Read back what `write_predictions` wrote, all as text.
-
-    Args:
-        path: The file.
-        remedy: A sentence for the error.
-        rows: How many patients it must have, where that is known.
-
-    Raises:
-        UserError: The file is damaged or gone.
-    """
-    return read_table_of_ours(path, remedy, rows=rows)

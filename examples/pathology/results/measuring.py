@@ -19,12 +19,7 @@ from examples.pathology.results.summary import MetricSummary
 
 
 def describe_primary(target: Target, labels: Sequence[str]) -> dict[str, Any]:
-    """Return what a summary says of the primary target.
-
-    Args:
-        target: The primary target.
-        labels: Its values of the patients who have one.
-    """
+    """Return what a summary says of the primary target, and of its values that are known."""
     about: dict[str, Any] = {"target": target.name, "kind": target.kind}
     if target.kind == "classification":
         cut = {} if target.cutoff is None else {"cutoff": target.cutoff}
@@ -76,8 +71,7 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, 
         if target.kind == "regression":
             measured[Metric("pearson", target.name)] = _pearson(table, target, strata)
         else:
-            auroc = _auroc(table, target, target.positive, strata)
-            measured[Metric("auroc", target.name)] = auroc
+            measured[Metric("auroc", target.name)] = _auroc(table, target, target.positive, strata)
     return measured
 
 
@@ -153,13 +147,7 @@ def _measured(score: Score, strata: NDArray[np.str_], resampled: Resampled) -> M
 def summarise_metrics(
     results: Sequence[FoldResult], targets: Sequence[Target], seed: int
 ) -> dict[Metric, MetricSummary]:
-    """Return every figure in every fold, its mean, its spread and its intervals.
-
-    Args:
-        results: Of all folds.
-        targets: What is predicted, the primary target first.
-        seed: Of the bootstrap.
-    """
+    """Return every figure in every fold, its mean, its spread and its bootstrap intervals."""
     folds = [measure_fold(result, targets) for result in results]
     return {metric: _summarise([fold[metric] for fold in folds], seed) for metric in folds[0]}
 

@@ -6,7 +6,7 @@ or to invent 0.5.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,21 +102,12 @@ def auroc(positive: ArrayLike, score: ArrayLike) -> Score:
         positive: ``(n,)``, true for patients of the positive class.
         score: ``(n,)``, higher means more likely positive; ties count half.
     """
-    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
-    return _needs_both_classes(truth) or Score(float(sklearn_metrics.roc_auc_score(truth, scores)))
+    return _of_both_classes(sklearn_metrics.roc_auc_score, positive, score)
 
 
 def auprc(positive: ArrayLike, score: ArrayLike) -> Score:
-    """Average precision, whose chance level is the `prevalence`.
-
-    Args:
-        positive: ``(n,)``, true for patients of the positive class.
-        score: ``(n,)``, higher means more likely positive.
-    """
-    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
-    return _needs_both_classes(truth) or Score(
-        float(sklearn_metrics.average_precision_score(truth, scores))
-    )
+    """Average precision, whose chance level is the `prevalence`; otherwise as `auroc`."""
+    return _of_both_classes(sklearn_metrics.average_precision_score, positive, score)
 
 
 def f1(positive: ArrayLike, score: ArrayLike, threshold: float) -> Score:
@@ -127,12 +118,10 @@ def f1(positive: ArrayLike, score: ArrayLike, threshold: float) -> Score:
         score: ``(n,)``, higher means more likely positive.
         threshold: From `best_threshold` on other patients; NaN if there was none.
     """
-    truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
     if math.isnan(threshold):
         return Score(math.nan, "no threshold: the validation part has one class only")
-    return _needs_both_classes(truth) or Score(
-        float(sklearn_metrics.f1_score(truth, scores >= threshold))
-    )
+    called = np.asarray(score, dtype=float) >= threshold
+    return _of_both_classes(sklearn_metrics.f1_score, positive, called)
 
 
 def best_threshold(positive: ArrayLike, score: ArrayLike) -> float:
@@ -143,7 +132,7 @@ def best_threshold(positive: ArrayLike, score: ArrayLike) -> float:
         score: ``(n,)``, higher means more likely positive.
     """
     truth, scores = np.asarray(positive, dtype=bool), np.asarray(score, dtype=float)
-    if _needs_both_classes(truth):
+    if truth.all() or not truth.any():
         return math.nan
     candidates = np.unique(scores)
     reached = [sklearn_metrics.f1_score(truth, scores >= c) for c in candidates]
@@ -257,9 +246,10 @@ def paired_difference(ours: Sequence[Score], theirs: Sequence[Score]) -> Summary
     return over_folds([Score(a.value - b.value, a.reason or b.reason) for a, b in pairs])
 
 
-def _needs_both_classes(truth: NDArray[np.bool_]) -> Score | None:
+def _of_both_classes(figure: Callable[..., float], positive: ArrayLike, score: ArrayLike) -> Score:
+    truth = np.asarray(positive, dtype=bool)
     if len(truth) == 0:
         return Score(math.nan, "no patients")
     if truth.all() or not truth.any():
         return Score(math.nan, "one class only")
-    return None
+    return Score(float(figure(truth, np.asarray(score))))

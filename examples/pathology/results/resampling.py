@@ -268,12 +268,7 @@ def exchange_ranks(
 
 
 def exchange_values(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Exchange:
-    """Return two methods that can exchange a patient's values, compared by the mean.
-
-    Args:
-        ours: One value per patient ``(n,)``.
-        theirs: Those of the second method ``(n,)``.
-    """
+    """Return two methods that can exchange a patient's values ``(n,)``, compared by the mean."""
     differences = ours - theirs
     return Exchange(len(differences), lambda swaps: (1 - 2 * swaps) @ differences / len(ours))
 
@@ -328,12 +323,7 @@ def permutation_p(
 
 
 def permuted_differences(folds: Sequence[Exchange], swaps: Sequence[Swaps]) -> NDArray[np.float64]:
-    """Return the mean over folds of the difference under each exchange ``(b,)``.
-
-    Args:
-        folds: Both methods in every fold.
-        swaps: For each fold ``(b, n)``, 1 where the methods change places.
-    """
+    """Return the mean over folds of the difference ``(b,)`` under each fold's swaps ``(b, n)``."""
     rows = [fold.difference(each) for fold, each in zip(folds, swaps, strict=True)]
     return np.asarray(np.mean(rows, axis=0), dtype=np.float64)
 

@@ -12,13 +12,7 @@ import pandas as pd
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
-from examples.pathology.results.folds import (
-    FoldResult,
-    read_embeddings,
-    read_fold,
-    read_predictions,
-    read_validation,
-)
+from examples.pathology.results.folds import FoldResult, read_embeddings, read_fold, read_validation
 from examples.pathology.results.summary import RunSummary, read_summary
 from examples.pathology.settings.cohort import TCGA_SITE
 from examples.pathology.settings.runs import PageConfig
@@ -49,9 +43,8 @@ def read_run(folder: Path) -> Run:
     """Read a finished run, under the name of its method."""
     summary = read_summary(folder)
     folds = range(1, len(summary.seconds) + 1)
-    return Run(
-        summary.method, folder, summary, tuple(read_fold(folder / f"fold-{k}") for k in folds)
-    )
+    results = tuple(read_fold(folder / f"fold-{k}") for k in folds)
+    return Run(summary.method, folder, summary, results)
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def read_deployed(folder: Path, run: Path | None = None) -> Deployed:
         strict=True,
     ):
         points = read_embeddings(folder / first / "embeddings.npy", remedy)
-        table = read_predictions(folder / place / "predictions.csv", remedy, rows=len(points))
+        table = read_table_of_ours(folder / place / "predictions.csv", remedy, rows=len(points))
         known = math.nan if threshold is None else threshold
         results.append(FoldResult(table, points, 0, 0, 0.0, known, validated=validated))
     of_ensemble = replace(summary, metrics=summary.metrics_of_ensemble)

@@ -45,7 +45,6 @@ class MetricSummary:
 
 
 Metrics = Mapping[Metric, MetricSummary]
-_METRICS = ("metrics", "metrics_of_ensemble")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +138,10 @@ class RunSummary:
     def from_json(cls, stored: Mapping[str, Any]) -> "RunSummary":
         """Return what ``metrics.json`` holds."""
         known = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
-        read = {name: metrics_from_json(known[name]) for name in known if name in _METRICS}
-        return cls(**{**known, **read})
+        for name in known.keys() & {"metrics", "metrics_of_ensemble"}:
+            figures = known[name].items()
+            known[name] = {Metric.read(each): MetricSummary(**value) for each, value in figures}
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``metrics.json`` of a cross-validation holds."""
@@ -161,19 +162,8 @@ def metrics_json(metrics: Metrics) -> dict[str, Any]:
     return {str(metric): vars(value) for metric, value in metrics.items()}
 
 
-def metrics_from_json(stored: Mapping[str, Any]) -> dict[Metric, MetricSummary]:
-    """Return what `metrics_json` gave."""
-    return {Metric.read(name): MetricSummary(**value) for name, value in stored.items()}
-
-
 def warning_of(note: str, simulated: str, *, random_weights: bool) -> str:
-    """Return the warning that belongs under every figure.
-
-    Args:
-        note: The user's.
-        simulated: A sentence that says so if features or labels are simulated.
-        random_weights: Whether features come from a network with random weights.
-    """
+    """Return the warning that belongs under every figure, of what a `RunSummary` says."""
     note = note.strip().rstrip(".")
     random = "Features come from a network with RANDOM weights and carry no biology."
     parts = (f"{note}." if note else "", simulated, random if random_weights else "")

@@ -22,12 +22,7 @@ from examples.pathology.common.files import write_json
 from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
-from examples.pathology.results.folds import (
-    DONE,
-    read_fold,
-    write_all_predictions,
-    write_fold,
-)
+from examples.pathology.results.folds import DONE, read_fold, write_all_predictions, write_fold
 from examples.pathology.results.summary import RunSummary
 from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
@@ -69,13 +64,7 @@ class Plan:
 
 
 def run_crossval(config: CrossvalConfig) -> RunSummary:
-    """Cross-validate one method and write its run folder.
-
-    Args:
-        config: All settings.
-
-    Returns:
-        What ``metrics.json`` says.
+    """Cross-validate one method, write its run folder, and return what ``metrics.json`` says.
 
     Raises:
         UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
@@ -146,14 +135,9 @@ def run_fold(plan: Plan, k: int, bags: BagStore) -> None:
 
 
 def finish(plan: Plan, *, figures: bool = True) -> RunSummary:
-    """Sum up a run all of whose folds are finished.
+    """Sum up a run all of whose folds are finished, and return what ``metrics.json`` says.
 
-    Args:
-        plan: The run.
-        figures: Whether to draw it; `report` draws it as well.
-
-    Returns:
-        What ``metrics.json`` says; it is written last: a run that has it is finished.
+    That is written last: a run that has it is finished. `report` draws the `figures` as well.
     """
     config = plan.config
     results = [read_fold(plan.folder(k)) for k in range(1, len(plan.folds) + 1)]

@@ -21,18 +21,19 @@ from examples.pathology.common.folders import clean, sole_writer
 from examples.pathology.common.toml import write_toml
 from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.results.folds import (
+    REMEDY,
     FoldResult,
     read_fold,
     read_model,
-    read_predictions,
     write_embeddings,
     write_predictions,
 )
 from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
-from examples.pathology.results.metrics import Metric
+from examples.pathology.results.metrics import Metric, Score, over_folds
 from examples.pathology.results.runs import DEPLOYED, fold_folders, run_settings
 from examples.pathology.results.summary import metrics_json
 from examples.pathology.settings.runs import DeployConfig
+from examples.pathology.tables.writing import read_table_of_ours
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.prediction import Fitted, PatientPrediction, predict
 
@@ -44,13 +45,8 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
 
     Writes ``predictions.csv`` (the ensemble: the mean over folds of probabilities, and of
     predicted values in the target's unit), ``fold-K/predictions.csv`` and ``embeddings.npy``,
-    ``ledger.csv``, ``deploy.toml`` and ``metrics.json``. `report` makes a page of them.
-
-    Args:
-        config: What to predict for.
-
-    Returns:
-        What ``metrics.json`` holds.
+    ``ledger.csv``, ``deploy.toml`` and ``metrics.json``, whose content is returned. `report` makes
+    a page of them.
 
     Raises:
         UserError: The run is not finished, the features are of another kind, or nobody is left.
@@ -68,8 +64,7 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
         clean(config.out)
         write_toml(config.out / DEPLOYED, deploy_settings(config))
         cohort.write_ledger(config.out / "ledger.csv")
-        models_only = [fitted for fitted, _ in models]
-        return _predict_all(config, cohort, folders, models_only, device)
+        return _predict_all(config, cohort, folders, [fitted for fitted, _ in models], device)
 
 
 def deploy_settings(config: DeployConfig) -> dict[str, dict[str, Any]]:
@@ -100,11 +95,11 @@ def _predict_all(
         by_fold.append(predictions)
         threshold = read_fold(folder).threshold
         results.append(_result(out / "predictions.csv", predictions, threshold))
-    together = mean_prediction(by_fold)
+    together = _mean_prediction(by_fold)
     path = config.out / "predictions.csv"
     write_predictions(path, targets, together)
-    thresholds = [result.threshold for result in results if not np.isnan(result.threshold)]
-    ensemble = _result(path, together, float(np.mean(thresholds)) if thresholds else np.nan)
+    threshold = over_folds([Score(result.threshold) for result in results]).mean
+    ensemble = _result(path, together, threshold)
     summary = _summary(config, cohort, targets, results, ensemble)
     write_json(config.out / "metrics.json", summary)
     logger.info(
@@ -113,35 +108,24 @@ def _predict_all(
     return summary
 
 
-def mean_prediction(by_fold: Sequence[Sequence[PatientPrediction]]) -> list[PatientPrediction]:
-    """Return the mean over models of what each says of the same patients.
+def _mean_prediction(by_fold: Sequence[Sequence[PatientPrediction]]) -> list[PatientPrediction]:
+    """Return the mean probabilities and numbers of several models, of the same patients in order.
 
-    Args:
-        by_fold: Predictions of every model, in the same order of patients.
-
-    Returns:
-        Mean probabilities and mean numbers. Embeddings of different models have no common axes:
-        those of the first model stand in.
+    Embeddings of different models have no common axes: those of the first model stand in.
     """
-    return [
-        replace(
-            first,
-            probabilities={
-                name: np.mean([p.probabilities[name] for p in (first, *others)], axis=0)
-                for name in first.probabilities
-            },
-            numbers={
-                name: float(np.mean([p.numbers[name] for p in (first, *others)]))
-                for name in first.numbers
-            },
-        )
-        for first, *others in zip(*by_fold, strict=True)
-    ]
+    means = []
+    for each in zip(*by_fold, strict=True):
+        shares = {
+            k: np.mean([p.probabilities[k] for p in each], axis=0) for k in each[0].probabilities
+        }
+        numbers = {k: float(np.mean([p.numbers[k] for p in each])) for k in each[0].numbers}
+        means.append(replace(each[0], probabilities=shares, numbers=numbers))
+    return means
 
 
 def _result(path: Path, predictions: Sequence[PatientPrediction], threshold: float) -> FoldResult:
     embeddings = np.stack([p.embedding for p in predictions])
-    return FoldResult(read_predictions(path), embeddings, 0, 0, 0.0, threshold)
+    return FoldResult(read_table_of_ours(path, REMEDY), embeddings, 0, 0, 0.0, threshold)
 
 
 def _summary(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,12 +58,7 @@ def run_heatmap(config: HeatmapConfig) -> dict[str, Any]:
     Writes ``heatmap.png`` (the slide, attention, score), ``top-tiles.png``, ``tiles.csv`` with
     every tile's position and values, ``tiles.geojson`` for QuPath, and at last ``heatmap.json``.
     Where models say more than one number, ``all-scores.png`` and ``all-top-tiles.png`` have them.
-
-    Args:
-        config: Of what.
-
-    Returns:
-        What ``heatmap.json`` holds.
+    What ``heatmap.json`` holds is returned.
 
     Raises:
         UserError: The run is not finished, slide or features cannot be read, or the features are
@@ -97,7 +93,7 @@ def draw_slide(
         more: What ``heatmap.json`` holds besides.
     """
     started = time.perf_counter()
-    opener = _opener(config, file)
+    opener = partial(_open, file, config.default_mpp)
     with closing(opener(frozenset())) as slide:
         bag = read_features(features, mpp=(slide.mpp.x, slide.mpp.y))
         size_um = _check(bag, slide, features)
@@ -146,20 +142,16 @@ def draw_slide(
     write_table(out / "tiles.csv", pd.concat([corners, pd.DataFrame(columns)], axis=1))
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_json(out / "heatmap.json", summary)
-    said = slide.name, len(bag.feats), summary["seconds"], out
-    logger.info("%s: %d tiles, %.1f s; %s", *said)
+    logger.info("%s: %d tiles, %.1f s; %s", slide.name, len(bag.feats), summary["seconds"], out)
     return summary
 
 
-def _opener(config: HeatmapConfig, file: SlideFile) -> Opener:
-    def opener(broken: frozenset[int]) -> Slide:
-        known = {"table_mpp": file.table_mpp, "default_mpp": config.default_mpp}
-        try:
-            return open_slide(file.path, file.name, **known, broken_levels=broken)
-        except (SlideError, OSError) as error:
-            raise UserError(f"`slide` must be readable: {error}") from error
-
-    return opener
+def _open(file: SlideFile, default_mpp: float | None, broken: frozenset[int]) -> Slide:
+    known = {"table_mpp": file.table_mpp, "default_mpp": default_mpp}
+    try:
+        return open_slide(file.path, file.name, **known, broken_levels=broken)
+    except (SlideError, OSError) as error:
+        raise UserError(f"`slide` must be readable: {error}") from error
 
 
 def _check(bag: Bag, slide: Slide, path: Path) -> float:

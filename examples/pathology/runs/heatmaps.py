@@ -14,8 +14,8 @@ from examples.pathology.common.errors import UserError, listing, one_line
 from examples.pathology.common.files import whole
 from examples.pathology.common.folders import clean_below, sole_writer
 from examples.pathology.features.provenance import sample_sha256
-from examples.pathology.results.folds import REMEDY, read_predictions
-from examples.pathology.results.runs import run_settings
+from examples.pathology.results.folds import REMEDY
+from examples.pathology.results.runs import run_settings, slides_of
 from examples.pathology.runs.heatmap import Models, draw_slide, read_models
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import HeatmapConfig
@@ -47,10 +47,9 @@ def run_heatmaps(config: HeatmapConfig, folder: Path) -> int:
         UserError: The run is not finished, or none of its slides has features there.
     """
     models = read_models(config)
-    ledger = read_table_of_ours(config.run / "ledger.csv", REMEDY)
-    used = ledger[(ledger["item"] == "slide") & (ledger["status"] == "used")]
+    used = [(key, who) for who, keys in slides_of(config.run).items() for key in keys]
     files = find_feature_files(config.features)
-    found = match_files(used["name"], files)
+    found = match_files((key for key, _ in used), files)
     if not any(found.values()):
         raise UserError(
             f"`features` must hold those of the run's slides, but {config.features} holds none of "
@@ -64,15 +63,14 @@ def run_heatmaps(config: HeatmapConfig, folder: Path) -> int:
     tested = {
         patient: name
         for name in models
-        for patient in read_predictions(config.run / name / "predictions.csv")["PATIENT"]
+        for patient in read_table_of_ours(config.run / name / "predictions.csv", REMEDY)["PATIENT"]
     }
     # The baseline is trained on nobody who lacks the primary label.
     unseen = models if run_settings(config.run)["balancer"] == BASELINE else {}
     rows: list[dict[str, Any]] = []
     with sole_writer(config.out):
         clean_below(config.out)
-        people = zip(used["name"], used["patient"], strict=True)
-        for key, patient in tqdm(list(people), desc="heatmaps", unit="slide"):
+        for key, patient in tqdm(used, desc="heatmaps", unit="slide"):
             fold = tested.get(patient, "")
             own = {fold: models[fold]} if fold else unseen
             row = {"slide": key, "patient": patient, "drawn_by": " ".join(own), "status": "ok"}
@@ -84,9 +82,8 @@ def run_heatmaps(config: HeatmapConfig, folder: Path) -> int:
                 row |= {"status": "failed", "reason": one_line(error)}
                 logger.warning("%s: %s", key, row["reason"])
             rows.append(row)
-            write_table(
-                config.out / "ledger.csv", pd.DataFrame(rows, columns=COLUMNS, dtype=object)
-            )
+            table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
+            write_table(config.out / "ledger.csv", table)
     failed = sum(row["status"] == "failed" for row in rows)
     logger.info("%d slides, %d failed; %s", len(rows), failed, config.out / "ledger.csv")
     return int(failed > 0)
@@ -101,11 +98,7 @@ def _only(candidates: list[str], what: str) -> str:
 def _drawn(
     config: HeatmapConfig, models: Models, slide: SlideFile, features: Path, out: Path
 ) -> dict[str, Any]:
-    """Draw a slide, unless that is done, and return what its row tells of it.
-
-    Raises:
-        UserError: It cannot be drawn.
-    """
+    """Draw a slide, unless that is done, and return what its row tells of it."""
     if not models:
         return {"status": "excluded", "reason": "all models were trained on its patient"}
     if slide.problem is not None:
