@@ -52,17 +52,13 @@ TRAINING_ONLY = "training only"
 class CohortRow:
     """What became of one patient, slide or feature file.
 
-    Args:
-        item: ``patient``, ``slide`` or ``feature file``.
-        name: Which one.
-        patient: Whose it is, as far as known.
-        status: ``used``, ``training only``, ``excluded`` or ``unclaimed``.
-        reason: Why it is not used, or not for all.
+    The status is ``used``, ``training only``, ``excluded`` or ``unclaimed``; the reason says why it
+    is not used, or not for all.
     """
 
-    item: str
+    item: str  # `patient`, `slide` or `feature file`
     name: str
-    patient: str
+    patient: str  # whose it is, as far as known
     status: str
     reason: str = ""
 

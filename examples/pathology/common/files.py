@@ -41,11 +41,7 @@ def readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path, remedy: str) -> Iterator[None]:
-    """Say of a file that we have written that it must be as it was written.
-
-    Args:
-        path: The file.
-        remedy: A sentence.
+    """Say of a file that we have written that it must be as it was written; the remedy comes last.
 
     Raises:
         UserError: It cannot be read, or what was read within is damaged or not there.
@@ -138,12 +134,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished, closed file its name, so that a crash leaves the old file or the new one.
-
-    Args:
-        temporary: The finished file.
-        path: The name it gets; a file of that name is replaced.
-    """
+    """Give a finished, closed file its name, so that a crash leaves the old file or the new one."""
     with temporary.open("rb+") as handle:
         os.fsync(handle.fileno())
     temporary.replace(path)
@@ -152,11 +143,7 @@ def publish(temporary: Path, path: Path) -> None:
 def walk(folder: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and those below it, links followed, with their visible files in order.
 
-    A warning names folders that the system does not let us look into.
-
-    Args:
-        folder: Where to begin.
-        skip: A folder to leave out.
+    A warning names folders that the system does not let us look into; `skip` is left out.
     """
     seen = {skip.resolve()} if skip is not None else set()
     for directory, children, names in os.walk(folder, onerror=_warn, followlinks=True):

@@ -18,10 +18,7 @@ logger = logging.getLogger(__name__)
 def claim_folder(out: Path, what: str, settings: Mapping[str, Any]) -> None:
     """Mark a folder with what is made in it, ``<what>.toml``, or check that it is the same.
 
-    Args:
-        out: The folder, made if missing; hidden files in it do not count.
-        what: What is made, such as ``demo``.
-        settings: All that decides the content, as `write_toml` takes it.
+    The settings are all that decides its content. Hidden files in it do not count.
 
     Raises:
         UserError: The folder holds another one, or other files.

@@ -335,9 +335,8 @@ class _Run:
         if outcome.status == "failed":
             logger.error("%s failed: %s", outcome.key, trace or outcome.error)
         elif outcome.attempts > 1:
-            logger.warning(
-                "%s was begun %d times, since its worker died", outcome.key, outcome.attempts
-            )
+            text = "%s was begun %d times, since its worker died"
+            logger.warning(text, outcome.key, outcome.attempts)
         self._on_outcome(outcome)
         limit, reason = self._max_failures, ""
         if outcome.ends_run:

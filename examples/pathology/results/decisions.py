@@ -115,9 +115,7 @@ def share(patients: int, of: int, missing: str) -> tuple[object, ...]:
 def by_site(run: Run, sites: Mapping[str, Collection[str]]) -> pd.DataFrame:
     """Return how well the patients of each site are ranked, and how often they are called rightly.
 
-    Args:
-        run: Of a classification, with the thresholds of best F1.
-        sites: Names and patients.
+    The run is of a classification, and the thresholds are those of best F1.
 
     Returns:
         A row per site and figure: shares as in `decisions`; of the AUROC, with scores of several

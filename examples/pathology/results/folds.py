@@ -101,11 +101,7 @@ def write_fold(
 
 
 def read_model(path: Path, device: str) -> tuple[Fitted, FeatureKind]:
-    """Read a trained fold, and on what kind of features it was trained.
-
-    Args:
-        path: ``model.pt`` of a fold.
-        device: Where the model goes.
+    """Read ``model.pt`` of a trained fold, and on what kind of features it was trained.
 
     Raises:
         UserError: The file is missing or holds no model of ours.
@@ -237,11 +233,7 @@ def read_validation(folder: Path, remedy: str) -> tuple[pd.DataFrame, ...]:
 
 
 def read_embeddings(path: Path, remedy: str) -> NDArray[np.float32]:
-    """Read back what `write_embeddings` wrote.
-
-    Raises:
-        UserError: The file is damaged or gone.
-    """
+    """Read back what `write_embeddings` wrote."""
     with whole(path, remedy):
         embeddings: NDArray[np.float32] = np.load(path, allow_pickle=False)
     return embeddings

@@ -61,11 +61,7 @@ class Deployed:
 
 
 def read_deployed(folder: Path, run: Path | None = None) -> Deployed:
-    """Read a deployment, with the validation parts of its run if these are where they were.
-
-    Args:
-        folder: Where it is.
-        run: The run that was deployed; ``None``: where it was then.
+    """Read a deployment, with the validation parts of its run, by default where it was then.
 
     Raises:
         UserError: A file of it is damaged or gone.
@@ -121,11 +117,7 @@ def sites_in(run: Run, config: PageConfig) -> dict[str, list[str]]:
 
 
 def fold_folders(run: Path) -> list[Path]:
-    """Return the folders of the folds of a finished run.
-
-    Raises:
-        UserError: It is none.
-    """
+    """Return the folders of the folds of a finished run; raise if it is none."""
     if not (run / "metrics.json").exists():
         raise UserError(
             f"`run` must be a finished run of `crossval`, but {run} is none. Run `crossval` first, "

@@ -84,13 +84,7 @@ def draw_slide(
 ) -> dict[str, Any]:
     """Draw heat maps of a slide by the mean of some models; otherwise as `run_heatmap`.
 
-    Args:
-        config: How.
-        models: Of the run; one that is alone has tested the patient.
-        file: The slide.
-        features: Its feature file.
-        out: Where to.
-        more: What ``heatmap.json`` holds besides.
+    A model that is alone has tested the patient; ``heatmap.json`` holds `more` as well.
     """
     started = time.perf_counter()
     opener = partial(_open, file, config.default_mpp)

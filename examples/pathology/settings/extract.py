@@ -57,11 +57,7 @@ class TileRules(Settings):
 
 @dataclass(frozen=True)
 class ExtractConfig(Settings):
-    """Which slides become feature files, and how.
-
-    Args:
-        show_tiles: Whether a slide that takes long gets a progress bar of its own.
-    """
+    """Which slides become feature files, and how."""
 
     slides: Path = needed("Folder of slides, searched with its sub-folders.")
     out: Path = needed("Where the feature files go.")
@@ -103,7 +99,7 @@ class ExtractConfig(Settings):
     )
     seed: int = seed_option()
     device: str = option("auto", "auto, cpu, cuda or cuda:N; several with commas share the slides.")
-    show_tiles: bool = True
+    show_tiles: bool = True  # a progress bar of its own for a slide that takes long
 
     def __post_init__(self) -> None:
         super().__post_init__()
