@@ -101,9 +101,6 @@ class _Fold:
 def all_differences(study: Study) -> list[Difference]:
     """Compare every method with the baseline and with naive, panel by panel.
 
-    Args:
-        study: The benchmark.
-
     Returns:
         The differences, by criterion, then reference, panel and method.
 
@@ -113,7 +110,13 @@ def all_differences(study: Study) -> list[Difference]:
     for panel in study.panels:
         _refuse_other_splits(panel)
     folds = {
-        cohort: {panel.auxiliary: _folds_of_panel(panel, cohort) for panel in study.panels}
+        cohort: {
+            panel.auxiliary: {
+                method: [_fold(result, run.summary.targets[0]) for result in run.results]
+                for method, run in panel.of(cohort).items()
+            }
+            for panel in study.panels
+        }
         for cohort in ("internal", "external")
     }
     seed = int(study.settings["seed"])
@@ -155,18 +158,6 @@ def _refuse_other_splits(panel: Panel) -> None:
                 f"Methods must be compared on equal splits, but {run.folder} has others than "
                 f"{runs[0].folder}. Delete one of them and run `benchmark` again."
             )
-
-
-def _folds_of_panel(panel: Panel, cohort: str) -> dict[str, list[_Fold]]:
-    if cohort == "external":
-        return {
-            method: [_fold(deployed.ensemble.results[0], panel.runs[method].summary.targets[0])]
-            for method, deployed in panel.deployed.items()
-        }
-    return {
-        method: [_fold(result, run.summary.targets[0]) for result in run.results]
-        for method, run in panel.runs.items()
-    }
 
 
 def _fold(result: FoldResult, target: Target) -> _Fold:

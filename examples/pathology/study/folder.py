@@ -6,8 +6,7 @@ baseline knows the primary target only and is the same for every auxiliary targe
 cases are asked for: then each auxiliary target has patients, splits and a baseline of its own.
 """
 
-import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from examples.pathology.jobs.engine import Outcome
 from examples.pathology.results.runs import Deployed, Run, read_deployed, read_run
 from examples.pathology.settings.benchmark import folder_name
 from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.tables.writing import read_table_of_ours
 
 SETTINGS = "study.toml"  # a folder that has it belongs to a benchmark
 LEDGER = "jobs.csv"
 RUNS, EXTERNAL, REPORT = "runs", "external", "report"
+REMEDY = "Run `benchmark` again: what is finished stays."
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Panel:
     """One auxiliary target with every method.
 
     Args:
-        auxiliary: The auxiliary target.
+        auxiliary: Its name.
         runs: Finished runs by method, the baseline first; a method that failed is not in it.
         deployed: Those of them that were deployed, by method.
     """
@@ -38,6 +39,12 @@ class Panel:
     auxiliary: str
     runs: Mapping[str, Run]
     deployed: Mapping[str, Deployed]
+
+    def of(self, cohort: str) -> dict[str, Run]:
+        """Return by method its run, or the ensemble of the ``external`` cohort."""
+        if cohort == "external":
+            return {method: each.ensemble for method, each in self.deployed.items()}
+        return dict(self.runs)
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,7 @@ class Study:
 
 
 def run_folder(auxiliary: str, method: str, *, own_baseline: bool) -> Path:
-    """Return where a run is, relative to ``runs/`` or ``external/``.
-
-    Args:
-        auxiliary: The auxiliary target.
-        method: The method.
-        own_baseline: Whether each auxiliary target has a baseline of its own.
-    """
+    """Return where a run is, relative to ``runs/`` or ``external/``."""
     if method == BASELINE and not own_baseline:
         return Path(BASELINE)
     return Path(folder_name(auxiliary)) / method
@@ -88,24 +89,19 @@ def read_study(folder: Path) -> Study:
     path = folder / SETTINGS
     if not path.exists():
         raise UserError(f"`run` must be the folder of a benchmark, but {folder} has no {SETTINGS}.")
-    with whole(path, "Run `benchmark` again: what is finished stays."):
+    with whole(path, REMEDY):
         stored = read_toml(path)
         settings = stored["benchmark"]
         methods, auxiliaries = tuple(settings["methods"]), tuple(settings["auxiliary"])
         own_baseline = bool(settings["complete_cases"])
-    panels = [
-        _read_panel(folder, auxiliary, methods, own_baseline=own_baseline)
-        for auxiliary in auxiliaries
-    ]
+    panels = [_read_panel(folder, name, methods, own_baseline) for name in auxiliaries]
     if not any(panel.runs for panel in panels):
         raise UserError(f"`run` must hold a finished run, but none of {folder} is finished.")
     made, jobs = stored.get("provenance", {}), read_jobs(folder / LEDGER)
     return Study(folder, settings, made, methods, tuple(panels), jobs)
 
 
-def _read_panel(
-    folder: Path, auxiliary: str, methods: Sequence[str], *, own_baseline: bool
-) -> Panel:
+def _read_panel(folder: Path, auxiliary: str, methods: Sequence[str], own_baseline: bool) -> Panel:
     runs, deployed = {}, {}
     for method in methods:
         place = run_folder(auxiliary, method, own_baseline=own_baseline)
@@ -120,16 +116,6 @@ def read_jobs(path: Path) -> tuple[Outcome, ...]:
     """Read what became of the jobs; a benchmark that was stopped early does not say."""
     if not path.exists():
         return ()
-    remedy = "Run `benchmark` again: what is finished stays."
-    with whole(path, remedy), path.open(encoding="utf-8", newline="") as file:
-        rows: Iterator[Mapping[str, Any]] = csv.DictReader(file)
-        return tuple(
-            Outcome(
-                row["job"],
-                row["status"],
-                row["error"],
-                seconds=float(row["seconds"]),
-                attempts=int(row["attempts"]),
-            )
-            for row in rows
-        )
+    with whole(path, REMEDY):
+        rows = read_table_of_ours(path, REMEDY).to_numpy().tolist()
+        return tuple(Outcome(*row[:3], None, float(row[3]), int(row[4])) for row in rows)

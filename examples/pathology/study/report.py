@@ -18,7 +18,6 @@ from examples.pathology.report.sections import judged, show_sites
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
-from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study.differences import REFERENCES, all_differences
@@ -26,6 +25,7 @@ from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.tables import (
     AUPRC,
     AUROC,
+    ENSEMBLE,
     NAIVE,
     SILHOUETTE,
     costs,
@@ -123,12 +123,7 @@ def _tables_in_full(study: Study) -> dict[str, pd.DataFrame]:
 
 
 def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
-    """Draw what is compared; return what each figure shows, and its file.
-
-    Args:
-        study: The benchmark.
-        folder: The folder to write to.
-    """
+    """Draw what is compared to a folder; return what each figure shows, and its file."""
     drawn = []
     for number, panel in enumerate(study.panels, start=1):
         if not panel.runs:
@@ -179,28 +174,21 @@ def conflict_rates(run: Run) -> list[float]:
 
 
 def _columns(study: Study, panel: Panel) -> list[Column]:
-    def column(
-        name: str, metric: Metric, found: Mapping[str, Metrics], chance: float | None
-    ) -> Column:
-        estimates = {method: _estimate(values, metric) for method, values in found.items()}
-        of_each = [estimates.get(method, Estimate()) for method in study.methods]
-        return Column(name, of_each, estimates.get(BASELINE, Estimate()), chance)
-
-    inside = {method: run.summary.metrics for method, run in panel.runs.items()}
-    outside = {method: each.ensemble.summary.metrics for method, each in panel.deployed.items()}
-    summary = _any_run(panel).summary
-    columns = [
-        column("AUROC", AUROC, inside, 0.5),
-        column("AUPRC", AUPRC, inside, summary.positives / summary.patients),
-        column("Silhouette of [cls]", SILHOUETTE, inside, 0.0),
-    ]
-    if outside:
-        columns.append(column("External AUROC, ensemble", AUROC, outside, 0.5))
+    summary, columns = _any_run(panel).summary, []
+    for name, metric, cohort, chance in (
+        ("AUROC", AUROC, "internal", 0.5),
+        ("AUPRC", AUPRC, "internal", summary.positives / summary.patients),
+        ("Silhouette of [cls]", SILHOUETTE, "internal", 0.0),
+        ("External AUROC, ensemble", AUROC, "external", 0.5),
+    ):
+        if runs := panel.of(cohort):
+            *of_each, of_baseline = (_estimate(runs, m, metric) for m in (*study.methods, BASELINE))
+            columns.append(Column(name, of_each, of_baseline, chance))
     return columns
 
 
-def _estimate(found: Metrics, metric: Metric) -> Estimate:
-    if (value := found.get(metric)) is None:
+def _estimate(runs: Mapping[str, Run], method: str, metric: Metric) -> Estimate:
+    if method not in runs or (value := runs[method].summary.metrics.get(metric)) is None:
         return Estimate()
     numbers = (value.mean, *value.ci95_over_patients)
     return Estimate(*(math.nan if number is None else number for number in numbers))
@@ -251,10 +239,10 @@ def _funnels(study: Study, deployed: Sequence[Deployed]) -> dict[str, Funnel]:
 
 def _groups(study: Study) -> dict[str, list[Run]]:
     """Return runs and ensembles of all methods, to tell who is hard for all of them."""
-    rows = study_rows(study)
-    ensembles = [row.deployed.ensemble for row in rows if row.deployed]
-    groups = {"all methods": [row.run for row in rows if row.run], "external cohort": ensembles}
-    return {name: runs for name, runs in groups.items() if runs}
+    rows = [row.runs for row in study_rows(study)]
+    groups = {"all methods": "internal", "external cohort": ENSEMBLE}
+    found = {name: [runs[c] for runs in rows if c in runs] for name, c in groups.items()}
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def _not_done(study: Study) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.folder import Panel, Study, run_folder
 
 NAIVE = "naive"
+ENSEMBLE = "external, ensemble"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
 AUROC, AUPRC, SILHOUETTE = Metric("auroc"), Metric("auprc"), Metric("silhouette")
 
@@ -33,11 +34,11 @@ class StudyRow:
     """A method on an auxiliary target.
 
     Args:
-        auxiliary: The auxiliary target as it stands in the table.
-        method: The method.
+        auxiliary: As it stands in the table.
+        method: Its name.
         panel: Where its run belongs.
-        run: Its run; ``None`` if it is not finished.
-        deployed: Its deployment; ``None`` if there is none.
+        run: ``None`` if it is not finished.
+        deployed: ``None`` if there is no deployment.
         failure: Why the run is missing; empty if it is there.
         deploy_failure: Why the deployment is missing; empty if it is there or was not asked for.
     """
@@ -56,12 +57,12 @@ class StudyRow:
         return {"Auxiliary target": self.auxiliary, "Method": self.method}
 
     @property
-    def metrics(self) -> dict[str, Metrics]:
-        """Its figures, by the cohort that they are of."""
-        found = {} if self.run is None else {"internal": self.run.summary.metrics}
+    def runs(self) -> dict[str, Run]:
+        """Its run and what was deployed, by the cohort that their figures are of."""
+        found = {} if self.run is None else {"internal": self.run}
         if self.deployed is not None:
-            found["external, ensemble"] = self.deployed.ensemble.summary.metrics
-            found["external, mean of folds"] = self.deployed.models.summary.metrics
+            found[ENSEMBLE] = self.deployed.ensemble
+            found["external, mean of folds"] = self.deployed.models
         return found
 
 
@@ -99,32 +100,25 @@ def study_rows(study: Study) -> list[StudyRow]:
 
 def _why_missing(jobs: Sequence[Outcome]) -> str:
     """Return why a result is not there, from the jobs that should have made it."""
-    failed = next((job for job in jobs if job.status == "failed"), None)
-    if failed is not None:
-        return f"failed: {failed.key.rpartition('/')[2]}: {failed.error}"
-    skipped = next((job for job in jobs if job.status == "skipped"), None)
-    return f"skipped: {skipped.error}" if skipped is not None else "not finished"
+    why = [f"failed: {j.key.rpartition('/')[2]}: {j.error}" for j in jobs if j.status == "failed"]
+    why += [f"skipped: {job.error}" for job in jobs if job.status == "skipped"]
+    return why[0] if why else "not finished"
 
 
 def performance(study: Study, marks: Marks) -> pd.DataFrame:
-    """Return Table 1: AUROC and AUPRC within the cohort and, where there is one, outside it.
-
-    Args:
-        study: The benchmark.
-        marks: What to write before figures.
-    """
+    """Return Table 1: AUROC and AUPRC within the cohort and, where there is one, outside it."""
     rows = []
     for row in study_rows(study):
         cells = {**row.names, "AUROC": row.failure}
-        for cohort, found in row.metrics.items():
+        for cohort, run in row.runs.items():
             for metric in (AUROC, AUPRC):
                 heading = metric.title
                 if cohort != "internal":
                     heading = cohort.replace("external", f"External {metric.title}")
                 place = (cohort.removesuffix(", ensemble"), metric, row.panel.auxiliary, row.method)
-                cells[heading] = marks.get(place, "") + _cell(found, metric)
-            if cohort == "internal" and row.run is not None:
-                cells["Prevalence"] = _share(row.run.summary, row.run.summary.patients)
+                cells[heading] = marks.get(place, "") + _cell(run.summary.metrics, metric)
+            if cohort == "internal":
+                cells["Prevalence"] = _share(run.summary, run.summary.patients)
         if row.deployed is not None:
             outside = row.deployed.models.summary
             cells["External prevalence"] = _share(outside, outside.labelled)
@@ -135,12 +129,7 @@ def performance(study: Study, marks: Marks) -> pd.DataFrame:
 
 
 def representation(study: Study, marks: Marks) -> pd.DataFrame:
-    """Return Table 2: silhouette of the [cls] embedding, and how well the auxiliary value is met.
-
-    Args:
-        study: The benchmark.
-        marks: What to write before figures.
-    """
+    """Return Table 2: silhouette of the [cls] embedding, and how the auxiliary value is met."""
     silhouette = f"{SILHOUETTE.title} by true class"
     rows = []
     for row in study_rows(study):
@@ -164,14 +153,12 @@ def decisions(study: Study, share: float) -> pd.DataFrame:
         study: The benchmark.
         share: The sensitivity of the second threshold.
     """
-    found = []
-    for row in study_rows(study):
-        runs = {"internal": row.run}
-        if row.deployed is not None:
-            runs["external, ensemble"] = row.deployed.ensemble
-        names = {"auxiliary": row.auxiliary, "method": row.method}
-        found += [of_run(run, share, **names, cohort=c) for c, run in runs.items() if run]
-    return pd.concat(found)
+    return pd.concat(
+        of_run(run, share, auxiliary=row.auxiliary, method=row.method, cohort=cohort)
+        for row in study_rows(study)
+        for cohort, run in row.runs.items()
+        if cohort in ("internal", ENSEMBLE)
+    )
 
 
 def costs(study: Study) -> pd.DataFrame:
@@ -217,18 +204,13 @@ def _seconds_per_epoch(run: Run | None) -> float | None:
 
 
 def numbers(study: Study, wanted: Callable[[Metric], bool]) -> pd.DataFrame:
-    """Return a row per method, cohort and metric, nothing rounded or left out.
-
-    Args:
-        study: The benchmark.
-        wanted: Which metrics.
-    """
+    """Return a row per method, cohort and wanted metric, nothing rounded or left out."""
     rows: list[list[object]] = []
     for row in study_rows(study):
-        for cohort, found in row.metrics.items():
+        for cohort, run in row.runs.items():
             rows += [
                 [row.auxiliary, row.method, cohort, metric, *pages.metric_numbers(value), "done"]
-                for metric, value in found.items()
+                for metric, value in run.summary.metrics.items()
                 if wanted(metric)
             ]
         blank = [""] * (1 + len(pages.METRIC_COLUMNS))
