@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.pathology.cohort.targets import Target
 from examples.pathology.figures.embedding import tsne
 from examples.pathology.figures.history import balance, training
 from examples.pathology.figures.scores import precision_recall, regression, roc
@@ -30,18 +29,11 @@ def draw_figures(
         A title and the file of every figure.
     """
     primary, method, caption = summary.targets[0], summary.method, summary.caption
-    drawn = draw_scores(figures, summary, results, summary.targets)
-    truth = [result.predictions[primary.name].to_numpy(dtype=str) for result in results]
-    path = figures / "tsne.png"
-    tsne(
-        [
-            (result.embeddings, each if primary.classes else each.astype(float))
-            for result, each in zip(results, truth, strict=True)
-        ],
-        primary.classes,
-        Sheet(path, f"{method}: [cls] embedding by {primary.name}", caption),
-        seed=seed,
-    )
+    drawn = draw_scores(figures, summary, results)
+    dtype: type = str if primary.classes else float
+    points = [(r.embeddings, r.predictions[primary.name].to_numpy(dtype=dtype)) for r in results]
+    path, title = figures / "tsne.png", f"{method}: [cls] embedding by {primary.name}"
+    tsne(points, primary.classes, Sheet(path, title, caption), seed=seed)
     drawn.append(("t-SNE", path))
     trained = [result for result in results if len(result.history)]
     if trained:
@@ -58,10 +50,7 @@ def draw_figures(
 
 
 def draw_scores(
-    figures: Path,
-    summary: RunSummary,
-    results: Sequence[FoldResult],
-    targets: Sequence[Target],
+    figures: Path, summary: RunSummary, results: Sequence[FoldResult]
 ) -> list[tuple[str, Path]]:
     """Draw ROC and PR curves of a primary class, and measured against predicted values.
 
@@ -69,12 +58,11 @@ def draw_scores(
         figures: The folder to write to.
         summary: What ``metrics.json`` says.
         results: Of all folds; patients without a label are left out.
-        targets: What was predicted, the primary target first.
 
     Returns:
         A title and the file of every figure.
     """
-    primary, drawn = targets[0], []
+    primary, drawn = summary.targets[0], []
     if primary.kind == "classification":
         positive = primary.positive
         scored = [
@@ -85,7 +73,7 @@ def draw_scores(
         drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
         for draw, (_, path) in zip((roc, precision_recall), drawn, strict=True):
             draw(scored, Sheet(path, title, summary.caption))
-    for number, target in enumerate(targets):
+    for number, target in enumerate(summary.targets):
         if target.kind != "regression":
             continue
         points = [

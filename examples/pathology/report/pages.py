@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from examples.pathology.results.summary import MetricSummary, RunSummary
 from examples.pathology.slides.overlay import COLOURS
 from examples.pathology.tables.writing import read_table_of_ours
 
+logger = logging.getLogger(__name__)
+
 DASH = "–"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 METRIC_COLUMNS = (
@@ -28,15 +31,11 @@ _PNG_WIDTH = slice(16, 20)  # of every PNG file: the first number of its first c
 _SCALE = 0.46  # two plain figures of 150 dpi stand side by side
 
 
-def write_page(path: Path, template: str, **values: object) -> None:
-    """Write a page that needs no other file.
-
-    Args:
-        path: The page.
-        template: Its template in ``templates/``.
-        values: What the template names.
-    """
+def write_page(path: Path, template: str, **values: object) -> Path:
+    """Write a page that needs no other file, with the values that its template names; return it."""
     write_text(path, ENVIRONMENT.get_template(template).render(values))
+    logger.info("The report is %s", path)
+    return path
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> pd.DataFrame:
@@ -87,26 +86,15 @@ def captions_of(summaries: Iterable[RunSummary]) -> list[str]:
 
 
 class Funnel(NamedTuple):
-    """Who was used, and who was not.
+    """Who was used, and who was not."""
 
-    Args:
-        stages: From the clinical table to those used, with their numbers.
-        training_only: How many were trained on for other targets only.
-        left_out: How many were left out, of what, and why.
-    """
-
-    stages: tuple[str, ...]
-    training_only: int
-    left_out: tuple[str, ...]
+    stages: tuple[str, ...]  # from the clinical table to those used, with their numbers
+    training_only: int  # how many were trained on for other targets only
+    left_out: tuple[str, ...]  # how many, of what, and why
 
 
 def funnel_of(folder: Path, summary: RunSummary) -> Funnel:
-    """Return who was used, and who was left out and why.
-
-    Args:
-        folder: Of a run or a deployment.
-        summary: What its ``metrics.json`` says.
-    """
+    """Return who was used of a run or a deployment, and who was left out and why."""
     remedy = "Run the command that made it again, with metrics.json deleted."
     ledger = read_table_of_ours(folder / "ledger.csv", remedy)
     out = ledger[~ledger["status"].isin(("used", TRAINING_ONLY))]
@@ -130,8 +118,9 @@ def _unbroken(cell: object) -> str:
     return re.sub(r"\[[^\[\]]+\]| ± | = ", lambda found: found[0].replace(" ", NO_BREAK), str(cell))
 
 
-def _inlined(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+def inlined(picture: bytes, kind: str = "png") -> str:
+    """Return a picture as a page holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
 
 
 def _shown_width(picture: Path) -> int:
@@ -145,8 +134,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters.update(
-    groups=_groups, unbroken=_unbroken, inlined=_inlined, shown_width=_shown_width
-)
+ENVIRONMENT.filters.update(groups=_groups, unbroken=_unbroken, shown_width=_shown_width)
+ENVIRONMENT.filters["inlined"] = lambda path: inlined(path.read_bytes())
 ENVIRONMENT.filters["short"] = lambda cell: f"{cell:.3g}" if isinstance(cell, float) else cell
 ENVIRONMENT.globals["tile_colours"] = COLOURS

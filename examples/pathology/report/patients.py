@@ -1,6 +1,5 @@
 """Patients sorted by their loss: a table of all, and the worst errors with their slides."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from examples.pathology.common.files import walk, whole
+from examples.pathology.report.pages import inlined
 from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.runs import Run, features_of, slides_of
 from examples.pathology.tables.matching import match_files
@@ -113,7 +113,7 @@ def _card(patient: dict[str, Any], thumbnails: Mapping[str, Path]) -> dict[str, 
     """Add the picture of every slide; it is empty where there is none, or are enough already."""
     found = match_files(patient["slides"], thumbnails)
     clear = [slide for slide, names in found.items() if len(names) == 1][:SHOWN]
-    pictures = {slide: _inlined(thumbnails[found[slide][0]]) for slide in clear}
+    pictures = {slide: _small(thumbnails[found[slide][0]]) for slide in clear}
     return {**patient, "pictures": [(slide, pictures.get(slide, "")) for slide in found]}
 
 
@@ -128,12 +128,12 @@ def _thumbnails(features: Path) -> dict[str, Path]:
     }
 
 
-def _inlined(picture: Path) -> str:
-    """Return a picture as a page holds it, of at most `MOST_BYTES`."""
+def _small(picture: Path) -> str:
+    """Return a thumbnail as a page holds it, of at most `MOST_BYTES`."""
     with whole(picture, "Delete it: the page can do without."), Image.open(picture) as image:
         for edge in EDGES:
             image.thumbnail((edge, edge))
             image.save(buffer := io.BytesIO(), "JPEG", quality=75)
             if buffer.tell() <= MOST_BYTES:
                 break
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return inlined(buffer.getvalue(), "jpeg")

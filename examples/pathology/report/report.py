@@ -98,11 +98,10 @@ def write_report(
 
 
 def _write_deployed(folder: Path, out: Path, config: PageConfig | None) -> Path:
-    """Write the page of a deployment."""
     deployed = read_deployed(folder)
     models, summary, figures = deployed.models, deployed.models.summary, []
     if summary.labelled:
-        drawn = draw_scores(out / "figures", summary, models.results, summary.targets)
+        drawn = draw_scores(out / "figures", summary, models.results)
         figures.append(("Every fold's model", drawn))
     alone = [
         replace(models, name=f"model of fold {k}", results=(result,))
@@ -115,11 +114,8 @@ def _write_deployed(folder: Path, out: Path, config: PageConfig | None) -> Path:
         [deployed.ensemble, *alone],
         config,
         title=f"{summary.method} deployed: {summary.target}",
-        preface="",
         warnings=pages.captions_of([summary]),
-        differences=(),
         figures_of=figures,
-        runs=None,
     )
 
 
@@ -139,9 +135,8 @@ def _write(
     config = config or PageConfig()
     sections = [make(judged, out, config) for make in SECTIONS]
     worst = {run.name: [run] for run in (rows[:1] if first.run else rows)}  # or the ensemble's
-    page = out / "index.html"
-    pages.write_page(
-        page,
+    return pages.write_page(
+        out / "index.html",
         "report.html.j2",
         summary=first,
         table_of_metrics=table,
@@ -151,8 +146,6 @@ def _write(
         used=pages.funnel_of(rows[0].folder, first),
         **values,
     )
-    logger.info("The report is %s", page)
-    return page
 
 
 def _find_runs(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
@@ -277,9 +270,17 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _delong_sentences(runs: Sequence[Run], base: Run) -> list[str]:
-    tests = [_delong(run, base) for run in runs]
-    corrected = holm([test.p for test in tests])
-    return [_test_sentence(test, p, len(runs)) for test, p in zip(tests, corrected, strict=True)]
+    """Return what DeLong's test says of each run; nothing if no fold can be tested."""
+    tests, many = [_delong(run, base) for run in runs], len(runs)
+    sentences = []
+    for test, corrected in zip(tests, holm([test.p for test in tests]), strict=True):
+        several = f" ({corrected:.3f} corrected for {many} comparisons)" * (many > 1)
+        sentence = (
+            " DeLong's test over the same test patients, the trained models taken as they are: "
+            f"{test.low:+.3f} to {test.high:+.3f}, p = {test.p:.3f}{several}."
+        )
+        sentences.append(sentence if test.folds else "")
+    return sentences
 
 
 def _delong(ours: Run, theirs: Run) -> Comparison:
@@ -292,16 +293,6 @@ def _delong(ours: Run, theirs: Run) -> Comparison:
         scores = (both[name].to_numpy(dtype=float) for name in (score, f"{score}_theirs"))
         folds.append(((both[target.name] == target.positive).to_numpy(), *scores))
     return compare_auroc(folds)
-
-
-def _test_sentence(test: Comparison, corrected: float, comparisons: int) -> str:
-    if test.folds == 0:
-        return ""
-    several = f" ({corrected:.3f} corrected for {comparisons} comparisons)" * (comparisons > 1)
-    return (
-        f" DeLong's test over the same test patients, the trained models taken as they are: "
-        f"{test.low:+.3f} to {test.high:+.3f}, p = {test.p:.3f}{several}."
-    )
 
 
 def _warnings(runs: Sequence[Run], unfinished: Sequence[Path]) -> list[str]:
@@ -317,17 +308,13 @@ def _warnings(runs: Sequence[Run], unfinished: Sequence[Path]) -> list[str]:
 
 def _runs_table(runs: Sequence[Run]) -> pd.DataFrame:
     headings = ("Method", "Folder", "Epochs per fold", "Best epoch", "Seconds", "Seed")
-    rows = [
-        (
-            run.name,
-            run.folder.name,
-            ", ".join(map(str, run.summary.epochs)),
-            ", ".join(map(str, run.summary.best_epochs)),
-            f"{sum(run.summary.seconds):.0f}",
-            run.summary.seed,
+    rows = []
+    for run in runs:
+        epochs, best = (
+            ", ".join(map(str, e)) for e in (run.summary.epochs, run.summary.best_epochs)
         )
-        for run in runs
-    ]
+        seconds = f"{sum(run.summary.seconds):.0f}"
+        rows.append((run.name, run.folder.name, epochs, best, seconds, run.summary.seed))
     return pages.table(headings, rows)
 
 

@@ -1,6 +1,5 @@
 """A benchmark to one page: what came out, the tables behind it, figures, and what was done."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +44,6 @@ from examples.pathology.study.verdicts import (
 )
 from examples.pathology.tables.writing import write_table
 
-logger = logging.getLogger(__name__)
-
 EMBEDDED = (BASELINE, NAIVE, "cagrad", "autol+cagrad")  # have own figures, if they are there
 
 
@@ -82,10 +79,9 @@ def write_study_report(
     write_table(out / "cost.csv", cost)
     decided = decisions(study, config.sensitivity)
     write_table(out / "decisions.csv", decided)
-    page = out / "index.html"
     panel = next(panel for panel in study.panels if panel.runs)
-    pages.write_page(
-        page,
+    return pages.write_page(
+        out / "index.html",
         "study.html.j2",
         title=f"Benchmark of {study.settings['target']}",
         warnings=warnings,
@@ -110,8 +106,6 @@ def write_study_report(
         settings=_settings_table(study.settings),
         provenance=_settings_table(study.provenance),
     )
-    logger.info("The report is %s", page)
-    return page
 
 
 def _tables_in_full(study: Study) -> dict[str, pd.DataFrame]:
