@@ -39,9 +39,6 @@ def run_demo(config: DemoConfig) -> Path:
 
     Run again with the same settings, it takes up what is there.
 
-    Args:
-        config: How large, and where.
-
     Returns:
         The report's page.
 
@@ -57,16 +54,10 @@ def run_demo(config: DemoConfig) -> Path:
     with _timed("draw slides", seconds):
         cohort = _cohort(out / "cohort", patients=config.patients, seed=seed)
     with _timed("extract", seconds):
-        extracted = run_extract(
-            ExtractConfig(
-                cohort.slides,
-                out / "features",
-                workers=2,
-                batch_size=32,
-                seed=seed,
-                device=device,
-            )
+        wanted = ExtractConfig(
+            cohort.slides, out / "features", workers=2, batch_size=32, seed=seed, device=device
         )
+        extracted = run_extract(wanted)
         if extracted.exit_code:
             raise RunError(f"All slides must give features, but some did not. {extracted}")
     runs: list[Path] = []

@@ -38,7 +38,7 @@ class Column:
     """One metric of all methods.
 
     Args:
-        name: The metric.
+        name: Of the metric.
         estimates: One for each method.
         reference: The baseline's.
         chance: What chance would reach; ``None`` if there is no such value.

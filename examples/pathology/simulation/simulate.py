@@ -58,11 +58,7 @@ class SimulatedCohort:
         sources: Its tables and feature files; the clinical table has the target and the auxiliary
             columns.
         truth: What made each patient's bags.
-        target: The biomarker.
-        positive: Its label that alters tumour tiles.
-        auxiliary: The auxiliary columns.
-        patients: Number of patients.
-        slides: Number of slides.
+        positive: The label that alters tumour tiles.
         simulated: The sentence that every file bears.
         external: The cohort of the other site.
     """

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -33,6 +32,7 @@ Image = npt.NDArray[np.uint8]
 MPP = 0.5
 """Microns per pixel of the synthetic slides, as a 20x scanner gives."""
 
+TARGET, AUXILIARY = "isMSIH", "Leukocyte Fraction"
 TIFF_TILE_PX = 256
 PYRAMID_LEVELS = 3
 GLASS = (247, 246, 247)
@@ -50,14 +50,12 @@ class SlideCohort:
     """Where a synthetic cohort lies and what is in it.
 
     Attributes:
-        folder: The folder that holds everything.
         slides: The folder with the slide files.
         clini: Clinical table with columns PATIENT, `target`, `auxiliary` and Source.
         slide_table: Slide table with columns PATIENT and FILENAME (stem of the slide file).
         target: Name of the label column, with values MSIH and nonMSIH.
         auxiliary: Name of the continuous column; some values are missing.
-        n_patients: Number of patients.
-        n_slides: Number of slides; some patients have two.
+        n_slides: Some patients have two.
     """
 
     folder: Path
@@ -85,14 +83,6 @@ class TissueTraits:
     gland_pallor: float
 
 
-class _Patient(NamedTuple):
-    name: str
-    positive: bool
-    fraction: float  # of leukocytes, as measured; NaN where that is missing
-    traits: TissueTraits
-    slides: int
-
-
 def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
     """Draw a cohort of small synthetic slides with the tables that belong to it.
 
@@ -111,23 +101,16 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
     """
     if patients < 2:
         raise UserError(f"`patients` must be at least 2 (one per class), but got {patients}.")
-    sampled = _sample_patients(patients, np.random.default_rng([seed, 0]))
+    clinical, traits, counts = _sample_patients(patients, np.random.default_rng([seed, 0]))
     folder = out / "slides"
     slides = []
-    for index, patient in enumerate(tqdm(sampled, desc="drawing slides", unit="patient")):
-        for number in range(patient.slides):
-            stem = f"{patient.name}-{number + 1}"
-            pixels = draw_slide(patient.traits, np.random.default_rng([seed, 1, index, number]))
+    for index, name in enumerate(tqdm(clinical[PATIENT], desc="drawing slides", unit="patient")):
+        for number in range(counts[index]):
+            stem = f"{name}-{number + 1}"
+            pixels = draw_slide(traits[index], np.random.default_rng([seed, 1, index, number]))
             write_pyramid(folder / f"{stem}.tif", pixels, mpp=MPP)
-            slides.append((patient.name, stem))
-    target, auxiliary = "isMSIH", "Leukocyte Fraction"
-    columns = {
-        PATIENT: [patient.name for patient in sampled],
-        target: ["MSIH" if patient.positive else "nonMSIH" for patient in sampled],
-        auxiliary: np.round([patient.fraction for patient in sampled], 4),
-        "Source": "synthetic",
-    }
-    write_table(out / "clini.csv", pd.DataFrame(columns))
+            slides.append((name, stem))
+    write_table(out / "clini.csv", clinical)
     write_table(out / "slides.csv", pd.DataFrame(slides, columns=[PATIENT, FILENAME]))
     write_text(out / "README.txt", NOTICE)
     logger.info("%d synthetic patients with %d slides are in %s.", patients, len(slides), out)
@@ -136,15 +119,17 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
         slides=folder,
         clini=out / "clini.csv",
         slide_table=out / "slides.csv",
-        target=target,
-        auxiliary=auxiliary,
+        target=TARGET,
+        auxiliary=AUXILIARY,
         n_patients=patients,
         n_slides=len(slides),
     )
 
 
-def _sample_patients(patients: int, rng: np.random.Generator) -> list[_Patient]:
-    """Sample what is planted in each patient, and what is measured of it."""
+def _sample_patients(
+    patients: int, rng: np.random.Generator
+) -> tuple[pd.DataFrame, list[TissueTraits], list[int]]:
+    """Sample the clinical table, what is planted in each patient, and how many slides there are."""
     positives = np.zeros(patients, dtype=bool)
     positives[: max(1, round(0.4 * patients))] = True
     rng.shuffle(positives)
@@ -154,15 +139,15 @@ def _sample_patients(patients: int, rng: np.random.Generator) -> list[_Patient]:
     two_slides = set(rng.permutation(patients)[: max(1, patients // 5)].tolist())
     mucin = np.clip(0.15 + 0.15 * positives + 0.10 * _spread(positives, rng), 0.0, 0.8)
     pallor = np.clip(0.30 + 0.25 * positives + 0.20 * _spread(positives, rng), 0.0, 1.0)
-    drawn = []
-    for i in range(patients):
-        lymphocytes = float(150 + 3000 * _squash(inflammation[i] - 0.8))
-        traits = TissueTraits(lymphocytes, float(mucin[i]), float(pallor[i]))
-        slides = 2 if i in two_slides else 1
-        drawn.append(
-            _Patient(f"SYN-{i + 1:03d}", bool(positives[i]), float(fraction[i]), traits, slides)
-        )
-    return drawn
+    columns = {
+        PATIENT: [f"SYN-{i + 1:03d}" for i in range(patients)],
+        TARGET: np.where(positives, "MSIH", "nonMSIH"),
+        AUXILIARY: np.round(fraction, 4),
+        "Source": "synthetic",
+    }
+    lymphocytes = [150 + 3000 * _squash(each - 0.8) for each in inflammation]
+    traits = [TissueTraits(*map(float, t)) for t in zip(lymphocytes, mucin, pallor, strict=True)]
+    return pd.DataFrame(columns), traits, [2 if i in two_slides else 1 for i in range(patients)]
 
 
 def _spread(positives: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -108,14 +108,9 @@ def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[Outcome]:
             _run(config, left, note)
     finally:  # after Ctrl-C as well
         ended = [rows[job.key] for job in jobs if job.key in rows]
-        table = {
-            "job": [outcome.key for outcome in ended],
-            "status": [outcome.status for outcome in ended],
-            "error": [outcome.error for outcome in ended],
-            "seconds": [f"{outcome.seconds:.3f}" for outcome in ended],
-            "attempts": [outcome.attempts for outcome in ended],
-        }
-        write_table(config.crossval.out / LEDGER, pd.DataFrame(table))
+        cells = [(o.key, o.status, o.error, f"{o.seconds:.3f}", o.attempts) for o in ended]
+        table = pd.DataFrame(cells, columns=["job", "status", "error", "seconds", "attempts"])
+        write_table(config.crossval.out / LEDGER, table)
     return ended
 
 

@@ -31,16 +31,10 @@ AREAS = {AUROC: resampling.auroc, AUPRC: resampling.auprc}
 
 @dataclass(frozen=True)
 class Criterion:
-    """What methods are compared by.
-
-    Args:
-        metric: Which figure.
-        cohort: Of which cohort: ``internal`` or ``external``.
-        title: Both in words.
-    """
+    """What methods are compared by."""
 
     metric: Metric
-    cohort: str
+    cohort: str  # internal or external
     title: str
 
 
@@ -57,13 +51,10 @@ class Difference:
     """A method minus a reference, by one criterion.
 
     Args:
-        criterion: The criterion.
         reference: The method it is compared with.
         auxiliary: The auxiliary target of both (the baseline's is that of its panel).
-        method: The method.
         difference: Mean over folds; NaN if no fold has both figures.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
+        low: Lower end of its 95 % interval, which ends at `high`.
         p: Two-sided.
         corrected: p corrected for all comparisons by this criterion with this reference.
         family: How many these are.

@@ -40,38 +40,22 @@ def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
 
 
 def verdict(criterion: Criterion, reference: str, family: Sequence[Difference]) -> str:
-    """Return what the comparisons of one kind say; it names no winner.
-
-    Args:
-        criterion: What methods are compared by.
-        reference: The reference.
-        family: All comparisons of them.
-    """
+    """Return what all comparisons of one kind say; it names no winner."""
     known = [each for each in family if not math.isnan(each.corrected)]
     if not known:
         return f"Nothing could be compared with {reference} in {criterion.title}."
     better = [each for each in known if each.significant and each.difference > 0]
     worse = [each for each in known if each.significant and each.difference < 0]
-    many = len(known)
+    many, others = len(known), f"Significantly worse: {_named(worse)}."
     after = f"after correction for {many} comparison{'s' * (many > 1)}"
-    found = f"{reference} in {criterion.title} {after}"
+    found = f"better than {reference} in {criterion.title} {after}"
     if better:
-        others = (
-            f" Significantly worse: {_named(worse)}." if worse else " None is significantly worse."
-        )
-        return f"Significantly better than {found}: {_named(better)}.{others}"
-    if worse:
-        higher = [each.corrected for each in known if each.difference > 0]
-        least = f"smallest corrected p = {p_text(min(higher))}" if higher else "none is higher"
-        return (
-            f"No method is significantly better than {found} ({least}). Significantly worse: "
-            f"{_named(worse)}."
-        )
-    smallest = p_text(min(each.corrected for each in known))
-    return (
-        f"No method is significantly better than {found} (smallest corrected p = {smallest}); none "
-        "is significantly worse."
-    )
+        others = others if worse else "None is significantly worse."
+        return f"Significantly {found}: {_named(better)}. {others}"
+    higher = [each.corrected for each in known if each.difference > 0 or not worse]
+    least = f"smallest corrected p = {p_text(min(higher))}" if higher else "none is higher"
+    end = f". {others}" if worse else "; none is significantly worse."
+    return f"No method is significantly {found} ({least}){end}"
 
 
 def _named(differences: Sequence[Difference]) -> str:
