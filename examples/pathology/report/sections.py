@@ -47,14 +47,12 @@ class Section(NamedTuple):
         paragraphs: What it says first.
         tables: Below them; the first column of each names the row.
         figures: Below those, a title and the file of each.
-        remarks: What it says last.
     """
 
     heading: str
     paragraphs: Sequence[str] = ()
     tables: Sequence[pd.DataFrame] = ()
     figures: Sequence[tuple[str, Path]] = ()
-    remarks: Sequence[str] = ()
 
 
 def decided(found: pd.DataFrame, *, ruled: bool) -> pd.DataFrame:
@@ -130,23 +128,22 @@ def show_sites(runs: Sequence[Run], out: Path, config: PageConfig) -> Section | 
             continue
         small = [site for site, members in sites.items() if len(members) < SMALL_SITE]
         small *= len(small) > 1  # one would only lose its name
-        other = {f"{len(small)} smaller sites": [name for site in small for name in sites[site]]}
         shown = {site: members for site, members in sites.items() if site not in small}
-        shown |= other if small else {}
+        if small:
+            shown[f"{len(small)} smaller sites"] = [n for site in small for n in sites[site]]
         groups = {**sites, **shown, EVERYBODY: [name for each in sites.values() for name in each]}
         found = deciding.by_site(run, groups)
         tables.append(pd.DataFrame({"method": run.name, **found[found["site"].isin(sites)]}))
-        columns, named = list[Column](), list[str]()
-        for figure, chance in (("Specificity", None), ("Sensitivity", None), ("AUROC", 0.5)):
-            rows = (
-                found[found["figure"] == figure.lower()].set_index("site").loc[[*shown, EVERYBODY]]
-            )
-            *of_sites, of_all = [Estimate(*row) for row in rows.iloc[:, 1:4].to_numpy(dtype=float)]
-            columns.insert(0, Column(figure, of_sites, of_all, chance))
-            named = [f"{site}: {row['patients']} / {row['of']}" for site, row in rows.iterrows()]
+        columns, rows = list[Column](), found.set_index(["figure", "site"])
+        for figure, chance in (("AUROC", 0.5), ("Sensitivity", None), ("Specificity", None)):
+            values = rows.loc[figure.lower()].loc[[*shown, EVERYBODY], list(_VALUE)]
+            *of_sites, of_all = [Estimate(*row) for row in values.to_numpy(dtype=float)]
+            columns.append(Column(figure, of_sites, of_all, chance))
+        counts = rows.loc["auroc"].loc[[*shown], ["patients", "of"]].itertuples(name=None)
+        named = [f"{site}: {positive} / {of}" for site, positive, of in counts]
         path, title = out / "figures" / f"sites-{number}.png", f"{run.name}: by site"
         sheet = Sheet(path, f"{title} ({target.positive} / patients)", run.summary.caption)
-        dots(named[:-1], columns, sheet, ("site", EVERYBODY))
+        dots(named, columns, sheet, ("site", EVERYBODY))
         figures.append((title, path))
     if not figures:
         return None

@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -55,9 +55,6 @@ Located = TypeVar("Located", CrossvalConfig, Sources)
 
 def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
     """Run what is not finished yet, and write the report.
-
-    Args:
-        config: What to compare, and where.
 
     Returns:
         The report's page, and the number of jobs that are not done.
@@ -105,23 +102,20 @@ def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[Outcome]:
 
     try:
         if left:
-            _run(config, left, note)
+            with cluster(
+                workers=config.workers,
+                scheduler=config.scheduler,
+                threads_per_worker=config.threads,
+                devices=config.devices,
+            ) as client:
+                most = config.max_failures
+                run_jobs(left, client, on_outcome=note, title="benchmark", max_failures=most)
     finally:  # after Ctrl-C as well
         ended = [rows[job.key] for job in jobs if job.key in rows]
         cells = [(o.key, o.status, o.error, f"{o.seconds:.3f}", o.attempts) for o in ended]
         table = pd.DataFrame(cells, columns=["job", "status", "error", "seconds", "attempts"])
         write_table(config.crossval.out / LEDGER, table)
     return ended
-
-
-def _run(config: BenchmarkConfig, jobs: Sequence[Job], note: Callable[[Outcome], None]) -> None:
-    with cluster(
-        workers=config.workers,
-        scheduler=config.scheduler,
-        threads_per_worker=config.threads,
-        devices=config.devices,
-    ) as client:
-        run_jobs(jobs, client, on_outcome=note, title="benchmark", max_failures=config.max_failures)
 
 
 def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
@@ -143,10 +137,11 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
             if place in plans:
                 continue
             alone = method == BASELINE and not config.own_baseline
+            targets = () if alone else (auxiliary,)
             run = replace(
                 common,
-                auxiliary=() if alone else (auxiliary,),
-                kind=config.kind_of(common.target, *(() if alone else (auxiliary,))),
+                auxiliary=targets,
+                kind=config.kind_of(common.target, *targets),
                 balancer=method,
                 out=common.out / RUNS / place,
                 splits=splits,
@@ -191,20 +186,11 @@ def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
         results = f"{key}/results"
         jobs.append(Job(results, results_job, (plan, _log_file(logs, results)), needs=tuple(folds)))
         if external is not None:
-            deploy = DeployConfig(
-                plan.config.out,
-                external.clini,
-                external.slide_table,
-                external.features,
-                out / EXTERNAL / place,
-                patient_column=external.patient_column,
-                filename_column=external.filename_column,
-                seed=plan.config.seed,
-                device=plan.config.device,
-            )
-            name = f"{key}/deploy"
-            log = _log_file(logs, name)
-            jobs.append(Job(name, deploy_job, (deploy, log), needs=(results,)))
+            run, name = plan.config, f"{key}/deploy"
+            how: dict[str, Any] = {"seed": run.seed, "device": run.device, **vars(external)}
+            deploy = DeployConfig(run=run.out, out=out / EXTERNAL / place, **how)
+            job = Job(name, deploy_job, (deploy, _log_file(logs, name)), needs=(results,))
+            jobs.append(job)
     return jobs
 
 
@@ -238,10 +224,8 @@ def deploy_job(config: DeployConfig, log: Path) -> None:
 
 
 def _is_deployed(config: DeployConfig) -> bool:
-    settings = config.out / DEPLOYED
-    if not (config.out / "metrics.json").exists() or not settings.exists():
-        return False
-    return bool(read_toml(settings) == deploy_settings(config))
+    settings, there = config.out / DEPLOYED, (config.out / "metrics.json").exists()
+    return there and settings.exists() and bool(read_toml(settings) == deploy_settings(config))
 
 
 @functools.lru_cache(maxsize=1)
