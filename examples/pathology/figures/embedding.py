@@ -75,12 +75,7 @@ def _points(axes: Axes, points: NDArray[np.float64], **options: Any) -> PathColl
 
 
 def tsne_map(embedding: NDArray[np.float32], seed: int) -> NDArray[np.float64]:
-    """Return a two-dimensional t-SNE map ``(n, 2)``; fewer than 4 points are shown as they are.
-
-    Args:
-        embedding: ``(n, d)``.
-        seed: Of the optimisation.
-    """
+    """Return a t-SNE map ``(n, 2)`` of ``(n, d)``; fewer than 4 points are shown as they are."""
     points = np.asarray(embedding, dtype=np.float64)
     if len(points) < 4:
         centred = points - points.mean(axis=0)

@@ -18,19 +18,11 @@ Picture = NDArray[np.uint8]
 
 
 class Layer(NamedTuple):
-    """A value of every tile.
+    """A value of every tile."""
 
-    Args:
-        name: In short.
-        title: Above its panel.
-        shown: ``(n,)``.
-        colours: Name of the map.
-        least_span: Of the colours.
-    """
-
-    name: str
+    name: str  # in short
     title: str
-    shown: NDArray[np.float64]
+    shown: NDArray[np.float64]  # (n,)
     colours: str = "viridis"
     least_span: float = LEAST_SPAN
 

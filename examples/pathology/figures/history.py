@@ -28,11 +28,7 @@ def training(
 ) -> None:
     """Draw the loss of every task by epoch, on the training and on the validation part.
 
-    Args:
-        folds: History of each fold, one row per epoch.
-        best_epochs: The epoch that each fold kept.
-        tasks: A panel each; the first decides when to stop.
-        sheet: Where to, and the words around it.
+    A fold is its history, one row per epoch; the best epoch is the one that it kept.
     """
     remark = "Training losses are means over steps with dropout, validation losses without."
     with sheet.open(*LAYOUT, len(tasks), columns=3, remark=remark, letters=60) as (_, panels):
@@ -62,10 +58,8 @@ def training(
 def balance(folds: Sequence[pd.DataFrame], tasks: Sequence[str], sheet: Sheet) -> bool:
     """Draw the weight of every task and the cosine of every two gradients, by epoch.
 
-    Args:
-        folds: History of each fold; its columns ``weight/<task>`` and ``cosine/<task>/<task>``.
-        tasks: In the balancer's order.
-        sheet: Where to, and the words around it.
+    They are the columns ``weight/<task>`` and ``cosine/<task>/<task>`` of the histories, tasks in
+    the balancer's order.
 
     Returns:
         Whether there was anything to draw: the baseline has no weights.

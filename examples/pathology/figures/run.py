@@ -17,13 +17,7 @@ from examples.pathology.results.summary import RunSummary
 def draw_figures(
     figures: Path, summary: RunSummary, results: Sequence[FoldResult], *, seed: int
 ) -> list[tuple[str, Path]]:
-    """Draw what a run says: its ranking, its embedding, its measurements and its training.
-
-    Args:
-        figures: The folder to write to.
-        summary: What ``metrics.json`` says.
-        results: Of all folds.
-        seed: Of the t-SNE.
+    """Draw what a run says to a folder; the seed is that of the t-SNE.
 
     Returns:
         A title and the file of every figure.
@@ -54,10 +48,7 @@ def draw_scores(
 ) -> list[tuple[str, Path]]:
     """Draw ROC and PR curves of a primary class, and measured against predicted values.
 
-    Args:
-        figures: The folder to write to.
-        summary: What ``metrics.json`` says.
-        results: Of all folds; patients without a label are left out.
+    Patients without a label are left out.
 
     Returns:
         A title and the file of every figure.

@@ -32,10 +32,7 @@ Scored = Sequence[tuple[NDArray[np.bool_], Floats]]
 def roc(folds: Scored, sheet: Sheet) -> None:
     """Draw the ROC curve of every fold, their mean, and one standard deviation around it.
 
-    Args:
-        folds: For each fold ``(n,)`` truth and ``(n,)`` score; a fold with one class only is named,
-            not drawn.
-        sheet: Where to, and the words around it.
+    A fold is ``(n,)`` truth and ``(n,)`` score; one with one class only is named, not drawn.
     """
     areas = [metrics.auroc(*fold) for fold in folds]
     with sheet.open(_size(sheet), legend="center", style=NUMBERS) as (_, (axes,)):
@@ -51,12 +48,7 @@ def roc(folds: Scored, sheet: Sheet) -> None:
 
 
 def precision_recall(folds: Scored, sheet: Sheet) -> None:
-    """Draw the precision-recall curve of every fold, and the prevalence that chance would reach.
-
-    Args:
-        folds: As for `roc`.
-        sheet: Where to, and the words around it.
-    """
+    """Draw the precision-recall curve of every fold, and the prevalence that chance would reach."""
     areas = [metrics.auprc(*fold) for fold in folds]
     share = float(np.concatenate([truth for truth, _ in folds]).mean())
     with sheet.open(_size(sheet), legend="center", style=NUMBERS) as (_, (axes,)):
@@ -71,9 +63,7 @@ def precision_recall(folds: Scored, sheet: Sheet) -> None:
 def draw_calibration(curves: Mapping[str, tuple[NDArray[np.bool_], Floats]], sheet: Sheet) -> None:
     """Draw how many are positive among patients of about the same probability, a panel each.
 
-    Args:
-        curves: By the heading of its panel, truth ``(n,)`` and probability ``(n,)``.
-        sheet: Where to, and the words around it.
+    A curve is truth ``(n,)`` and probability ``(n,)``, by the heading of its panel.
     """
     remark = "Bars: how many patients have that probability, the largest with its number."
     of_curve: Style = {"color": COLOURS[0], "marker": "o", "ms": 5, "lw": 1.4}
@@ -100,9 +90,7 @@ def draw_calibration(curves: Mapping[str, tuple[NDArray[np.bool_], Floats]], she
 def regression(folds: Sequence[tuple[Floats, Floats]], sheet: Sheet) -> None:
     """Draw predicted over measured values, a colour and a marker per fold.
 
-    Args:
-        folds: For each fold measured ``(n,)`` and predicted ``(n,)`` values, in the target's unit.
-        sheet: Where to, and the words around it.
+    A fold is measured ``(n,)`` and predicted ``(n,)`` values, in the target's unit.
     """
     scores = [metrics.pearson(*fold) for fold in folds]
     every = np.concatenate([measured for measured, _ in folds])
@@ -124,13 +112,8 @@ def compare(
 ) -> None:
     """Draw a metric in every fold, method beside method; a line joins the values of one fold.
 
-    The value axis runs from 0 to 1, or from the lowest value if that is below 0.
-
-    Args:
-        methods: For each method one value per fold, NaN where it is not defined.
-        sheet: Where to, and the words around it.
-        metric: Name of the value axis.
-        chance: What a random score would reach.
+    The value axis, named by the metric, runs from 0 to 1, or from the lowest value if that is
+    below 0. A value that is not defined is NaN.
     """
     values = np.array([list(row) for row in methods.values()], dtype=float)  # (methods, folds)
     x = np.arange(len(methods))

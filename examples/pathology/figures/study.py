@@ -35,19 +35,12 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of all methods.
-
-    Args:
-        name: Of the metric.
-        estimates: One for each method.
-        reference: The baseline's.
-        chance: What chance would reach; ``None`` if there is no such value.
-    """
+    """One metric of all methods."""
 
     name: str
     estimates: Sequence[Estimate]
-    reference: Estimate
-    chance: float | None
+    reference: Estimate  # the baseline's
+    chance: float | None  # the value of chance, if there is one
 
 
 def dots(
@@ -58,13 +51,8 @@ def dots(
 ) -> None:
     """Draw a row per method and a panel per metric: a dot with its interval.
 
-    The baseline is a line with a band through all rows, so that each method is seen against it.
-
-    Args:
-        methods: Names of the rows.
-        columns: The panels.
-        sheet: Where to, and the words around it.
-        words: What a row is, and what the line is.
+    The baseline is a line with a band through all rows, so that each method is seen against it;
+    the words say what a row is, and what the line is.
     """
     of_interval: Style = {"color": BLACK, "lw": 1.6}
     of_method: Style = {**of_interval, "marker": "o", "ms": 6}
@@ -107,10 +95,8 @@ def weights_over_time(
 ) -> bool:
     """Draw the weights that each method gave to the tasks, epoch by epoch, a panel per method.
 
-    Args:
-        methods: History of every fold; methods whose weights never change are left out.
-        tasks: Whose ``weight/<task>`` to draw.
-        sheet: Where to, and the words around it.
+    They are the columns ``weight/<task>`` of every fold's history. Methods whose weights never
+    change are left out.
 
     Returns:
         Whether there was a method to draw.
@@ -151,10 +137,7 @@ def conflicts(
 ) -> None:
     """Draw how often the gradients of the two tasks point apart: every fold, and their mean.
 
-    Args:
-        methods: The rows.
-        rates: By auxiliary target and method, the share of steps in every fold.
-        sheet: Where to, and the words around it.
+    Rates are, by auxiliary target and method, the share of steps in every fold.
     """
     step = 0.8 / len(rates)
     size = 10.5, (0.22 + 0.14 * len(rates)) * len(methods) + 2.1

@@ -53,12 +53,7 @@ def write_markdown(path: Path, frame: pd.DataFrame, remarks: Sequence[str]) -> N
 
 
 def metric_cell(value: MetricSummary | None, *, sd: bool = True) -> str:
-    """Return a figure of a run in words: mean ± sd [95 % interval over patients].
-
-    Args:
-        value: The figure; ``None`` if the run has none.
-        sd: Whether to give the standard deviation over folds.
-    """
+    """Return a figure in words, or a dash: mean ± sd over folds [95 % interval over patients]."""
     if value is None:
         return DASH
     if value.mean is None:

@@ -247,10 +247,6 @@ def draw_tissue(
 def shares_from(row: Mapping[str, str], patient: str) -> Vector:
     """Return measured tissue fractions as shares of `TISSUES` ``(8,)``, without background.
 
-    Args:
-        row: A fraction per tissue class.
-        patient: Whose they are, for the error.
-
     Raises:
         UserError: A fraction is no number of at least 0, or all of them are 0.
     """

@@ -81,12 +81,6 @@ def run_simulate(config: SimulateConfig) -> SimulatedCohort:
     ``external/`` where asked for, ``simulation.toml`` and ``README.txt``. The same settings give
     the same content; bags that are there already are kept.
 
-    Args:
-        config: All settings.
-
-    Returns:
-        Where everything is.
-
     Raises:
         UserError: Tables or settings are wrong, or the folder holds another simulation.
     """
@@ -267,9 +261,7 @@ def _planted(config: SimulateConfig, cohort: SimulatedCohort) -> str:
 def settings_of(config: SimulateConfig, positive: str) -> dict[str, Any]:
     """Return all that decides the content of a simulation, for ``simulation.toml``.
 
-    Args:
-        config: As given; strengths and the positive label are resolved, tables hashed.
-        positive: The positive label.
+    Strengths and the positive label are resolved, tables hashed.
     """
     settings: dict[str, Any] = {"format": FORMAT}
     for name, value in vars(config).items():

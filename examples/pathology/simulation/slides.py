@@ -93,9 +93,6 @@ def make_slide_cohort(out: Path, *, patients: int, seed: int) -> SlideCohort:
         patients: Number of patients, at least 2; about 40 % of them are MSI-high.
         seed: Seed of everything random.
 
-    Returns:
-        The paths and names of what was written.
-
     Raises:
         UserError: If there are fewer than 2 patients.
     """
@@ -168,10 +165,6 @@ def _squash(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def draw_slide(traits: TissueTraits, rng: np.random.Generator) -> Image:
     """Draw one piece of tissue on glass.
-
-    Args:
-        traits: What the tissue looks like.
-        rng: Source of anatomy, stain and noise.
 
     Returns:
         RGB pixels at 0.5 um each, ``(h, w, 3)`` with edges of 1700 to 2400 px.

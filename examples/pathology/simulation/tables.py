@@ -81,10 +81,7 @@ def tables_of(config: SimulateConfig) -> CohortTables:
 def read_tables(clini: Path, slide_table: Path | None, config: SimulateConfig) -> CohortTables:
     """Read the target and all signatures of a clinical table, and its slides.
 
-    Args:
-        clini: Clinical table.
-        slide_table: One row per slide; ``None``: each patient has one, of the patient's name.
-        config: Names the columns.
+    Without a slide table, each patient has one slide, of the patient's name.
 
     Raises:
         UserError: A table is wrong, or the two have no patient in common.
@@ -128,11 +125,8 @@ def _draw(config: SimulateConfig) -> CohortTables:
 def shuffled(clinical: pd.DataFrame, config: SimulateConfig) -> pd.DataFrame:
     """Give every patient the auxiliary values of another one, whole rows at a time.
 
-    Those with and without a label are shuffled apart, so that as many stay usable as before.
-
-    Args:
-        clinical: The target in the first column, the auxiliary values in the others.
-        config: Of the seed.
+    Those with and without a label are shuffled apart, so that as many stay usable as before. The
+    target is the first column.
     """
     table: pd.DataFrame = clinical.copy()
     for labelled in (True, False):

@@ -35,10 +35,6 @@ class StudyRow:
 
     Args:
         auxiliary: As it stands in the table.
-        method: Its name.
-        panel: Where its run belongs.
-        run: ``None`` if it is not finished.
-        deployed: ``None`` if there is no deployment.
         failure: Why the run is missing; empty if it is there.
         deploy_failure: Why the deployment is missing; empty if it is there or was not asked for.
     """
@@ -146,15 +142,13 @@ def representation(study: Study, marks: Marks) -> pd.DataFrame:
     return _table(rows)
 
 
-def decisions(study: Study, share: float) -> pd.DataFrame:
+def decisions(study: Study, sensitivity: float) -> pd.DataFrame:
     """Return what every method decides, in its own test folds and as an ensemble outside.
 
-    Args:
-        study: The benchmark.
-        share: The sensitivity of the second threshold.
+    The second threshold has that sensitivity.
     """
     return pd.concat(
-        of_run(run, share, auxiliary=row.auxiliary, method=row.method, cohort=cohort)
+        of_run(run, sensitivity, auxiliary=row.auxiliary, method=row.method, cohort=cohort)
         for row in study_rows(study)
         for cohort, run in row.runs.items()
         if cohort in ("internal", ENSEMBLE)
