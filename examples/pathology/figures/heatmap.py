@@ -37,16 +37,9 @@ def heatmap(
     *,
     columns: int = 3,
 ) -> None:
-    """Draw the slide, and over it each layer of values.
+    """Draw the slide ``(h, w, 3)``, and over it each layer of values.
 
-    Args:
-        overview: The whole slide, ``(h, w, 3)``.
-        um_per_px: Size of its pixels.
-        corners_um: x and y of the top-left corner of every tile ``(n, 2)``.
-        tile_um: Edge of a tile.
-        layers: What there is to show of every tile.
-        sheet: Where to, and the words around it.
-        columns: How many panels stand side by side.
+    Corners are x and y of the top-left corner of every tile ``(n, 2)``.
     """
     height_mm, width_mm = (side * um_per_px / 1000 for side in overview.shape[:2])
     width = 4.6 if width_mm >= height_mm else max(2.8, 4.6 * width_mm / height_mm)

@@ -55,7 +55,7 @@ class Section(NamedTuple):
     figures: Sequence[tuple[str, Path]] = ()
 
 
-def decided(found: pd.DataFrame, *, ruled: bool) -> pd.DataFrame:
+def _decided(found: pd.DataFrame, *, ruled: bool) -> pd.DataFrame:
     """Return `decisions` as a page shows them: those of thresholds, or what needs none."""
     found = found[(found["rule"] != "") == ruled]
     names = [*found.columns[: -len(deciding.COLUMNS) + (3 if ruled else 1)]]
@@ -85,7 +85,7 @@ def _shorter(thresholds: str) -> str:
 
 def judged(found: pd.DataFrame, config: PageConfig) -> Section:
     """Return the section of the `decisions` of one or several runs."""
-    tables = [decided(found, ruled=ruled) for ruled in (True, False)]
+    tables = [_decided(found, ruled=ruled) for ruled in (True, False)]
     said = [JUDGED.format(100 * config.sensitivity), INTERVALS]
     return Section("Decisions and calibration", said, tables)
 

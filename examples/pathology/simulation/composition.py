@@ -49,15 +49,13 @@ class Population:
 
     Args:
         target: Column of the biomarker.
-        positive: Its rarer label.
-        negative: Its other label.
+        positive: Its rarer label; `negative` is the other.
         prevalence: Share of positives among the labelled.
         unlabelled: Share of patients without a label.
         signatures: Names of the signatures, of which there are k.
         mean: Of each signature, in its own unit ``(k,)``.
         sd: Of each signature ``(k,)``.
-        low: Smallest value measured ``(k,)``.
-        high: Largest value measured ``(k,)``.
+        low: Smallest value measured ``(k,)``; `high` is the largest.
         missing: Share of patients who lack it ``(k,)``.
         correlation: Point-biserial correlation with the biomarker ``(k,)``.
         within: Correlation of the signatures within a class, the lower triangle row by row
@@ -206,20 +204,11 @@ def draw_tissue(
     positive: bool,
     measured: Vector | None = None,
 ) -> Tissue:
-    """Draw what a patient's slides are made of.
+    """Draw what a patient's slides are made of, given the status and signatures without gaps.
 
-    Args:
-        population: Whose signatures `z` are.
-        z: Signatures without gaps ``(k,)``.
-        config: How strongly status and signatures show.
-        generator: Of the draw.
-        positive: The biomarker status.
-        measured: Shares of `TISSUES` ``(8,)`` to take as they are; neither status nor signatures
-            nor noise change them.
-
-    Returns:
-        The tissue. Lymphocytes follow the mean of leukocyte fraction and lymphocyte infiltration,
-        stroma the stromal fraction, the second clone intratumor heterogeneity.
+    Lymphocytes follow the mean of leukocyte fraction and lymphocyte infiltration, stroma the
+    stromal fraction, the second clone intratumor heterogeneity. Measured shares of `TISSUES`
+    ``(8,)`` are taken as they are; neither status nor signatures nor noise change them.
     """
     of = dict(zip(population.signatures, (float(value) for value in z), strict=True))
     noise = config.composition_noise * generator.standard_normal(len(TISSUES))

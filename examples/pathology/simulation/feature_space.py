@@ -55,16 +55,11 @@ class FeatureSpace:
         *,
         external: bool = False,
     ) -> tuple[Array, Array]:
-        """Draw the tiles of one slide.
+        """Draw the tiles of one slide, at least 1.
 
-        Args:
-            tissue: What the slide is made of.
-            count: How many tiles, at least 1.
-            config: How strongly it shows: the tumour shift in altered tumour tiles; the signature
-                shift in all tumour tiles by a growth of 1, and in tiles of the second clone by four
-                times that. Both are in standard deviations of tumour tiles along their direction.
-            generator: Of the draw.
-            external: Whether the slide is of the external site.
+        The tumour shift shows in altered tumour tiles; the signature shift in all tumour tiles by a
+        growth of 1, and in tiles of the second clone by four times that. Both are in standard
+        deviations of tumour tiles along their direction.
 
         Returns:
             Features ``(count, 768)``, and x and y of the tiles in um ``(count, 2)``, row by row.

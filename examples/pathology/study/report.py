@@ -52,13 +52,7 @@ def write_study_report(
 ) -> Path:
     """Write ``index.html`` (self-contained), its tables as Markdown and CSV, and ``figures/``.
 
-    Args:
-        study: The benchmark, read back.
-        out: Where to; ``None``: ``report/`` in its folder.
-        config: What the page shows.
-
-    Returns:
-        The page.
+    Where not told, it is ``report/`` in the benchmark's folder. Returns the page.
 
     Raises:
         UserError: Methods were not tested on the same patients.
@@ -80,6 +74,7 @@ def write_study_report(
     decided = decisions(study, config.sensitivity)
     write_table(out / "decisions.csv", decided)
     panel = next(panel for panel in study.panels if panel.runs)
+    sections = [judged(decided, config), show_sites(_shown(study, panel), out, config)]
     return pages.write_page(
         out / "index.html",
         "study.html.j2",
@@ -91,8 +86,7 @@ def write_study_report(
         verdicts=verdicts(study, differences),
         performance=tables[0],
         representation=tables[1],
-        decisions=judged(decided, config),
-        sites=show_sites(_shown(study, panel), out, config),
+        sections=[section for section in sections if section is not None],
         marks=MARKS,
         differences={name: differences_table(differences, name) for name in REFERENCES},
         compared=bool(differences),
@@ -123,13 +117,12 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         if not panel.runs:
             continue
         auxiliary, caption = panel.auxiliary, _any_run(panel).summary.caption
-        path = folder / f"methods-{number}.png"  # its name may hold any character
-        title = f"All methods with {auxiliary}"
+        # Files have numbers, since the name of a target may hold any character.
+        path, title = folder / f"methods-{number}.png", f"All methods with {auxiliary}"
         names = [m if m in panel.runs else f"{m} (missing)" for m in study.methods]
         dots(names, _columns(study, panel), Sheet(path, title, caption))
         drawn.append((title, path))
-        path = folder / f"weights-{number}.png"
-        title = f"Task weights over time with {auxiliary}"
+        path, title = folder / f"weights-{number}.png", f"Task weights over time with {auxiliary}"
         tasks = [study.settings["target"], auxiliary]
         histories = {method: _histories(run) for method, run in panel.runs.items()}
         if weights_over_time(histories, tasks, Sheet(path, title, caption)):

@@ -166,16 +166,15 @@ def costs(study: Study) -> pd.DataFrame:
     """
     rows: list[tuple[object, ...]] = []
     for panel in study.panels:
-        naive = _seconds_per_epoch(panel.runs.get(NAIVE))
+        known = {method: _seconds_per_epoch(run) for method, run in panel.runs.items()}
+        naive = known.get(NAIVE)
         for method in study.methods:
-            run = panel.runs.get(method)
-            seconds = _seconds_per_epoch(run)
-            if run is None or seconds is None:
+            if (seconds := known.get(method)) is None:
                 rows.append((panel.auxiliary, method, None, None, "", None))
                 continue
-            relative = seconds / naive if naive else None
-            epochs = " ".join(str(result.epochs) for result in run.results)
-            total = sum(result.seconds for result in run.results)
+            relative, results = seconds / naive if naive else None, panel.runs[method].results
+            epochs = " ".join(str(result.epochs) for result in results)
+            total = sum(result.seconds for result in results)
             rows.append((panel.auxiliary, method, seconds, relative, epochs, total))
     return pages.table([*COST], rows)
 
@@ -189,10 +188,8 @@ def costs_in_words(found: pd.DataFrame) -> pd.DataFrame:
     return pages.table([*shown], [*zip(*shown.values(), strict=True)])
 
 
-def _seconds_per_epoch(run: Run | None) -> float | None:
+def _seconds_per_epoch(run: Run) -> float | None:
     """Return the median over the epochs of all folds; ``None`` if no time was kept."""
-    if run is None:
-        return None
     kept = [result.history["seconds"] for result in run.results if "seconds" in result.history]
     return float(pd.concat(kept).median()) if kept else None
 
