@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
+from examples.pathology.cohort.targets import Target
 from examples.pathology.figures.embedding import tsne
 from examples.pathology.figures.history import balance, training
 from examples.pathology.figures.scores import precision_recall, regression, roc
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.results.folds import FoldResult
+from examples.pathology.results.measuring import numbers_of, scores_of
 from examples.pathology.results.summary import RunSummary
 
 
@@ -55,22 +56,16 @@ def draw_scores(
     """
     primary, drawn = summary.targets[0], []
     if primary.kind == "classification":
-        positive = primary.positive
-        scored = [
-            (labels == positive, scores)
-            for labels, scores in _known(results, primary.name, f"{primary.name}_{positive}")
-        ]
-        title = f"{summary.method}: {primary.name} = {positive}"
+        known = _known(results, primary)
+        scored = [scores_of(table, primary, primary.positive) for table in known]
+        title = f"{summary.method}: {primary.name} = {primary.positive}"
         drawn = [("ROC", figures / "roc.png"), ("precision-recall", figures / "pr.png")]
         for draw, (_, path) in zip((roc, precision_recall), drawn, strict=True):
             draw(scored, Sheet(path, title, summary.caption))
     for number, target in enumerate(summary.targets):
         if target.kind != "regression":
             continue
-        points = [
-            (labels.astype(float), values)
-            for labels, values in _known(results, target.name, f"{target.name}_pred")
-        ]
+        points = [numbers_of(table, target) for table in _known(results, target)]
         if any(len(measured) for measured, _ in points):  # an external cohort need not know it
             # A target's name may hold any character.
             path = figures / (f"regression-{number}.png" if number else "regression.png")
@@ -80,10 +75,7 @@ def draw_scores(
     return drawn
 
 
-def _known(
-    results: Sequence[FoldResult], target: str, prediction: str
-) -> list[tuple[NDArray[np.str_], NDArray[np.float64]]]:
-    """Return each fold's labels and predictions of the patients who have a label."""
+def _known(results: Sequence[FoldResult], target: Target) -> list[pd.DataFrame]:
+    """Return each fold's predictions for the patients who have a label."""
     tables = [result.predictions for result in results]
-    tables = [table[table[target] != ""] for table in tables]
-    return [(t[target].to_numpy(dtype=str), t[prediction].to_numpy(dtype=float)) for t in tables]
+    return [table[table[target.name] != ""] for table in tables]

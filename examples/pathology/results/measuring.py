@@ -62,7 +62,7 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, 
     known = (result.predictions[primary.name] != "").to_numpy()
     table = result.predictions[known]
     if primary.kind == "regression":
-        measured = _measure_numbers(table, primary)
+        measured = _measurenumbers_of(table, primary)
     else:
         measured = _measure_classes(table, result.embeddings[known], result.threshold, primary)
     for target in targets[1:]:
@@ -75,9 +75,9 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, 
     return measured
 
 
-def _measure_numbers(table: pd.DataFrame, primary: Target) -> dict[Metric, Measured]:
+def _measurenumbers_of(table: pd.DataFrame, primary: Target) -> dict[Metric, Measured]:
     strata = _strata(table, primary)
-    truth, predicted = _numbers(table, primary)
+    truth, predicted = numbers_of(table, primary)
     distances = partial(resampling.mean, np.abs(truth - predicted))
     return {
         Metric("pearson"): _pearson(table, primary, strata),
@@ -122,7 +122,7 @@ def scores_of(
     return positive, table[f"{target.name}_{label}"].to_numpy(dtype=float)
 
 
-def _numbers(
+def numbers_of(
     table: pd.DataFrame, target: Target
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return measured and predicted values."""
@@ -136,7 +136,7 @@ def _auroc(table: pd.DataFrame, target: Target, label: str, strata: NDArray[np.s
 
 
 def _pearson(table: pd.DataFrame, target: Target, strata: NDArray[np.str_]) -> Measured:
-    numbers = _numbers(table, target)
+    numbers = numbers_of(table, target)
     return _measured(metrics.pearson(*numbers), strata, partial(resampling.pearson, *numbers))
 
 

@@ -11,7 +11,7 @@ from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 from examples.pathology.results import resampling
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import Measured, measure_fold
+from examples.pathology.results.measuring import Measured, measure_fold, scores_of
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import (
     Resampled,
@@ -156,13 +156,9 @@ def _fold(result: FoldResult, target: Target) -> _Fold:
     order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
     table = result.predictions[known].iloc[order]
     embeddings = result.embeddings[known][order]
-    labels = table[target.name].to_numpy(dtype=str)
-    return _Fold(
-        table[PATIENT].to_numpy(dtype=str),
-        labels == target.positive,
-        table[f"{target.name}_{target.positive}"].to_numpy(dtype=float),
-        measure_fold(replace(result, predictions=table, embeddings=embeddings), [target]),
-    )
+    measured = measure_fold(replace(result, predictions=table, embeddings=embeddings), [target])
+    names, scores = table[PATIENT].to_numpy(dtype=str), scores_of(table, target, target.positive)
+    return _Fold(names, *scores, measured)
 
 
 def _measure(
