@@ -29,16 +29,8 @@ def tsne(
     """Draw the t-SNE of each fold's test patients, one panel per fold.
 
     Every fold has a model, and so an embedding, of its own: one map of all folds would show the
-    folds apart.
-
-    Args:
-        folds: For each fold embeddings ``(n, d)`` and true classes or values ``(n,)``.
-        classes: All classes, which fixes their colours; none: values have a scale of colours, the
-            same in all panels.
-        sheet: Where to, and the words around it.
-        seed: Of the t-SNE.
-        names: What the panels show; none: fold after fold.
-        about: What stands before the caption.
+    folds apart. A fold is embeddings ``(n, d)`` and true classes or values ``(n,)``. Giving all
+    classes fixes their colours; without any, values have one scale of colours in all panels.
     """
     names = names or [f"fold {k + 1}" for k in range(len(folds))]
     scale = None

@@ -26,11 +26,7 @@ DOMAIN_GAIN = 0.2  # change of a feature's scale by a domain shift of 1, standar
 
 
 class FeatureSpace:
-    """The directions of one simulated network.
-
-    Args:
-        seed: Of the directions, at least 0.
-    """
+    """The directions of one simulated network, drawn from a seed of at least 0."""
 
     def __init__(self, seed: int) -> None:
         generator = np.random.default_rng([seed, FEATURES_PER_TILE])

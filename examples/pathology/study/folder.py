@@ -52,7 +52,6 @@ class Study:
     """A benchmark, read back; runs that failed are missing and stand in `jobs`.
 
     Args:
-        folder: Where it is.
         settings: What ``study.toml`` holds under ``[benchmark]``: all settings.
         provenance: What it holds under ``[provenance]``: versions, machine, features, data.
         methods: All methods asked for, in order of the tables.
