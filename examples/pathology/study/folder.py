@@ -117,4 +117,7 @@ def read_jobs(path: Path) -> tuple[Outcome, ...]:
         return ()
     with whole(path, REMEDY):
         rows = read_table_of_ours(path, REMEDY).to_numpy().tolist()
-        return tuple(Outcome(*row[:3], None, float(row[3]), int(row[4])) for row in rows)
+        return tuple(
+            Outcome(key, status, error, seconds=float(seconds), attempts=int(attempts))
+            for key, status, error, seconds, attempts in rows
+        )
