@@ -5,9 +5,9 @@ keeps it for the backward pass. Large bags attend in blocks (`attention`), as al
 without dropout: there memory grows with the tiles.
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
+
+import psutil
 
 from examples.pathology.cohort.patients import Patient
 from examples.pathology.common.errors import UserError
@@ -44,9 +44,9 @@ def refuse_bags_too_large(
     Raises:
         UserError: It does; the patient is named.
     """
-    memory = memory_bytes() if memory is None else memory
-    if not device.startswith("cpu") or memory is None or not patients:
+    if not device.startswith("cpu") or not patients:
         return
+    memory = memory_bytes() if memory is None else memory
     per_pair = 4 * HEADS * (MATRICES_PER_LAYER * config.layers + 1)
     per_tile = 4 * config.width * (WIDTHS_PER_LAYER * config.layers + WIDTHS)
 
@@ -67,19 +67,6 @@ def refuse_bags_too_large(
         )
 
 
-def memory_bytes() -> int | None:
-    """Return how much memory this machine has, swap included, or None where it does not say."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows, for one
-        return None
-    return memory + _swap_bytes() if memory > 0 else None
-
-
-def _swap_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal:")]
-    return sum(found)
+def memory_bytes() -> int:
+    """Return how much memory this machine has, swap included."""
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
