@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from examples.pathology.cohort.patients import Patient
 from examples.pathology.cohort.targets import Target
@@ -105,13 +106,21 @@ def predict(
             outputs, embedding = forward(
                 fitted.model, tiles, torch.device(device), fitted.precision
             )
-        probabilities, numbers = {}, {}
-        for target, output in zip(fitted.targets, outputs, strict=True):
-            if target.kind == "classification":
-                probabilities[target.name] = output[0].double().softmax(0).cpu().numpy()
-            else:
-                numbers[target.name] = fitted.scalers[target.name].unscale(float(output))
+        said = in_units(fitted, outputs)
+        numbers = {name: float(said.pop(name)[0, 0]) for name in fitted.scalers}
+        probabilities = {name: of_bags[0] for name, of_bags in said.items()}
         predictions.append(
             PatientPrediction(patient, probabilities, numbers, embedding[0].cpu().numpy())
         )
     return predictions
+
+
+def in_units(fitted: Fitted, outputs: Sequence[Tensor]) -> dict[str, NDArray[np.float64]]:
+    """Return by target the probability of every class, or the value in its unit, ``(b, k)``."""
+    said = {}
+    for target, output in zip(fitted.targets, outputs, strict=True):
+        if target.kind == "classification":
+            said[target.name] = output.double().softmax(1).cpu().numpy()
+        else:
+            said[target.name] = fitted.scalers[target.name].unscale(output.double().cpu().numpy())
+    return said

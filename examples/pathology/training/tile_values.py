@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from examples.pathology.training.prediction import Fitted, forward
+from examples.pathology.training.prediction import Fitted, forward, in_units
 
 TILES_PER_PASS = 4096  # each a bag of its own
 
@@ -58,11 +58,4 @@ def tile_values(models: Sequence[Fitted], feats: NDArray[np.float32], device: st
 def _scores(fitted: Fitted, bags: NDArray[np.float32], device: torch.device) -> NDArray[np.float64]:
     """Return the probability of every class, or the value in its unit, of every bag ``(b, k)``."""
     outputs = forward(fitted.model, bags, device, fitted.precision).outputs
-    scores = []
-    for target, output in zip(fitted.targets, outputs, strict=True):
-        if target.kind == "regression":
-            unscaled = fitted.scalers[target.name].unscale(output.double().cpu().numpy())
-            scores.append(np.asarray(unscaled))
-        else:
-            scores.append(output.double().softmax(dim=1).cpu().numpy())
-    return np.concatenate(scores, axis=1)
+    return np.concatenate([*in_units(fitted, outputs).values()], axis=1)
