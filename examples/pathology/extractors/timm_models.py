@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm import layers
@@ -29,6 +30,9 @@ LAYERS: dict[str, Any] = {
 
 OURS = {"pool": ("cls_mean",), "interpolation": ("bicubic", "bilinear"), "mean": (), "std": ()}
 """Options that are not for the model's class, and the words that they may be."""
+
+LEAST = {"mean": -1.0, "std": 0.0}
+"""What each of the three numbers of these must be above."""
 
 RESERVED = ("checkpoint_path", "features_only", "in_chans", "num_classes", "pretrained")
 
@@ -104,29 +108,35 @@ def _read(options: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for option in options:
         key, _, text = (part.strip() for part in option.partition("="))
-        value: Any = {"true": True, "false": False}.get(text.lower(), text)
-        if not re.fullmatch(r"[A-Za-z]\w*", text):
-            try:
-                numbers = [float(part) for part in text.strip("()[]").split(",")]
-            except ValueError:
-                numbers = []
-            whole = tuple(int(part) if part.is_integer() else part for part in numbers)
-            value = whole[0] if len(whole) == 1 else whole
-        words: Any = LAYERS if key.endswith("_layer") else OURS.get(key)
-        colour = isinstance(value, tuple) and len(value) == 3 and min(value) > -(key == "mean")
+        value, words = _value(text), LAYERS if key.endswith("_layer") else OURS.get(key, ())
         if not key or key in given or key in RESERVED:
             must = "KEY=VALUE, each key once and none that is set already"
         elif words and text not in words:
             must = f"{key}=VALUE, one of {listing(words)}"
-        elif value == () or (words == () and not colour):
-            what = "three numbers" if words == () else "a number, true, false or a word"
-            must = f"{key}=VALUE, {what}"
+        elif key in LEAST and not (np.shape(value) == (3,) and min(value) > LEAST[key]):
+            must = f"{key}=VALUE, three numbers"
+        elif value is None:
+            must = f"{key}=VALUE, a number, true, false or a word"
         else:
             given[key] = value
             continue
-        close = nearest(text, words or ())
+        close = nearest(text, words)
         raise UserError(f"`extractor-option` must be {must}, but got {option!r}.{close}")
     return given
+
+
+def _value(text: str) -> Any:
+    """Return a truth value, a word, a number or a tuple of numbers; None for all else."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[A-Za-z]\w*", text):
+        return text
+    try:
+        numbers = [float(part) for part in text.strip("()[]").split(",")]
+    except ValueError:
+        return None
+    whole = tuple(int(number) if number.is_integer() else number for number in numbers)
+    return whole[0] if len(whole) == 1 else whole
 
 
 def _checked_state(model: nn.Module, name: str, weights: Path) -> dict[str, Tensor]:
