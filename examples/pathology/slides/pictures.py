@@ -29,18 +29,10 @@ Image.MAX_IMAGE_PIXELS = None  # a limit for strangers' files, below the size of
 
 
 class FlatPicture(openslide.ImageSlide):
-    """A PNG, JPEG or BMP, decoded as a whole on opening.
-
-    Args:
-        path: The file.
-        name: Name of the slide, for messages.
-
-    Raises:
-        SlideError: If it cannot be decoded or is too large.
-        SlideExcludedError: If it is a figure, or not of 8 bits in RGB.
-    """
+    """A PNG, JPEG or BMP, decoded as a whole on opening; see `open_handle`."""
 
     reader = "Pillow"
+    properties: dict[str, str] = {}  # noqa: RUF012 - each picture has its own
 
     def __init__(self, path: Path, name: str) -> None:
         try:
@@ -61,30 +53,17 @@ class FlatPicture(openslide.ImageSlide):
                 f"{name} must be a picture that Pillow reads, but it is damaged, incomplete or of "
                 f"another format ({error}). Copy it again or convert it to a pyramidal TIFF."
             ) from error
-        self._dots = {
+        super().__init__(image.convert("RGBA") if image.mode == "P" else image)
+        self.properties = {
             f"dpi-{axis}": str(float(count)) for axis, count in zip("xy", dpi, strict=False)
         }
-        super().__init__(image.convert("RGBA") if image.mode == "P" else image)
-
-    @property
-    def properties(self) -> dict[str, str]:
-        """Dots per inch along x and y, if the file has them."""
-        return self._dots
 
 
 class TiffPicture:
     """A TIFF in strips or tiles, OME-TIFF included: the first picture in it, with its pyramid.
 
     Threads may read at once. As with OpenSlide, pixels that the file does not have are transparent.
-
-    Args:
-        path: The file.
-        name: Name of the slide, for messages.
-
-    Raises:
-        OpenSlideUnsupportedFormatError: If it is no TIFF, or damaged.
-        SlideExcludedError: If it is not one picture in RGB.
-        SlideError: If a strip of it is too large.
+    See `open_handle`.
     """
 
     reader = "tifffile"
@@ -116,11 +95,7 @@ class TiffPicture:
     def read_region(
         self, corner: tuple[int, int], level: int, size: tuple[int, int]
     ) -> Image.Image:
-        """Read a rectangle as RGBA; the arguments are those of `Source.read`.
-
-        Raises:
-            OpenSlideError: If some of it cannot be decoded.
-        """
+        """Read a rectangle as RGBA; arguments and errors are those of `Source.read`."""
         page, scale = self._pages[level], self.level_downsamples[level]
         left, top = (round(edge / scale) for edge in corner)
         rows, columns = page.chunks[:2]
@@ -138,8 +113,7 @@ class TiffPicture:
                 raise openslide.OpenSlideError(f"{type(error).__name__}: {error}") from error
             y, x = row * rows - top, column * columns - left
             part = part[max(0, -y) : size[1] - y, max(0, -x) : size[0] - x]
-            y, x = max(0, y), max(0, x)
-            here = pixels[y : y + len(part), x : x + part.shape[1]]
+            here = pixels[max(0, y) :, max(0, x) :][: len(part), : part.shape[1]]
             here[..., plane : plane + part.shape[2]] = part
             if page.samplesperpixel == 3 and part.size:
                 here[..., 3] = 255
@@ -212,8 +186,9 @@ def open_handle(path: Path, name: str) -> Handle:
         name: Name of the slide, for messages.
 
     Raises:
-        OpenSlideError: If it cannot be opened.
-        SlideError: If a picture cannot be used.
+        OpenSlideError: If it cannot be opened, is no picture of its suffix, or damaged.
+        SlideError: If a picture cannot be decoded, or what is decoded at once is too large.
+        SlideExcludedError: If it is a figure, or not one picture in RGB.
     """
     try:
         return openslide.OpenSlide(path)

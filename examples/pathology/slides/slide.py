@@ -154,19 +154,14 @@ def _dicom_slides(root: Path, directory: Path, files: list[Path]) -> Iterator[Sl
     for uid, members in series.items():
         # Any member opens the series; the largest is sure to be one with pixels.
         path = max(members, key=lambda member: (member.stat().st_size, member.name))
-        if len(series) == 1:
-            name = relative.as_posix() if relative.parts else root.resolve().name
-        else:
-            name = (relative / uid).as_posix()
+        folder = relative.as_posix() if relative.parts else root.resolve().name
+        name = folder if len(series) == 1 else (relative / uid).as_posix()
         yield SlideFile(path, name, name)
 
 
 def _dicom_series(path: Path) -> str | None:
-    """Return the SeriesInstanceUID (0020,000E) of a DICOM file, or None if it has none.
-
-    In the data set it follows the StudyInstanceUID (0020,000D) at once; requiring both passes by
-    the series that nested sequences refer to. A full DICOM reader is not needed for that.
-    """
+    """Return the SeriesInstanceUID (0020,000E) of a DICOM file, or None if it has none."""
+    # It follows the StudyInstanceUID (0020,000D) at once; that of nested sequences does not.
     with path.open("rb") as file:
         head = file.read(1 << 18)
     uid = rb"[0-9.]{1,64}\x00?"

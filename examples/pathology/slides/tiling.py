@@ -44,7 +44,6 @@ class TileStatus(IntEnum):
 DARK_GREY = 40
 """Pixels darker than this are dark: stained nuclei are brighter, fluorescence background is not."""
 
-
 GREY_SPREAD = 2
 """Pixels whose red, green and blue differ by no more are grey; any stain differs by tens."""
 
@@ -87,27 +86,15 @@ class TileBlock:
 
 
 class _ReadBlock(NamedTuple):
-    """A block with its damaged tiles.
-
-    Args:
-        tiles: All tiles.
-        damaged: Whether pixels that cannot be read have a part in the tile, ``(k,)``.
-        lost_share: Share of the tile's own area that cannot be read, ``(k,)``.
-    """
+    """All tiles of a block, damaged ones among them."""
 
     tiles: TileBlock
-    damaged: npt.NDArray[np.bool_]
-    lost_share: npt.NDArray[np.float64]
+    damaged: npt.NDArray[np.bool_]  # whether lost pixels have a part in the tile, (k,)
+    lost_share: npt.NDArray[np.float64]  # share of the tile's own area, (k,)
 
 
 def grid_shape(width_um: float, height_um: float, tile_size_um: float) -> tuple[int, int]:
-    """Return the rows and columns of whole tiles that fit on a slide.
-
-    Args:
-        width_um: Width of the slide in um.
-        height_um: Height of the slide in um.
-        tile_size_um: Edge of a tile in um.
-    """
+    """Return the rows and columns of whole tiles that fit on a slide."""
     # A millionth of a tile forgives the rounding of resolutions such as 20040.08 px/cm.
     rows, columns = (math.floor(side / tile_size_um + 1e-6) for side in (height_um, width_um))
     return rows, columns
@@ -162,10 +149,8 @@ def _refuse_unused_bits(slide: Slide, overview: Pixels) -> None:
 
 
 def _refuse_fluorescence(name: str, overview: Pixels, grey: Pixels, rules: TileRules) -> None:
-    """Raise if much of what was scanned is dark; black of exactly 0 was not scanned.
-
-    That holds next to glass alone: the background of a fluorescence slide may be cut off at 0.
-    """
+    """Raise if much of what was scanned is dark; next to glass, black of exactly 0 was not."""
+    # Without glass it counts: the background of a fluorescence slide may be cut off at 0.
     has_glass = bool((grey >= GLASS_GREY).any())
     scanned = grey[overview.max(axis=2) > 0] if has_glass else grey
     dark = float(np.mean(scanned < DARK_GREY))
@@ -202,29 +187,20 @@ def _refuse_damage(slide: Slide, share: float, most: float, rule: str) -> None:
 def _read_overview(
     slide: Slide, tile_size_um: float, tile_px: int, most_lost: float
 ) -> tuple[Pixels, npt.NDArray[np.bool_] | None]:
-    """Read the whole slide at `tile_px` pixels per tile, block by block to bound the memory.
-
-    Returns:
-        The picture, and of which pixels something is lost, ``(h, w)``; None if nothing is.
-    """
+    """Read the whole slide at `tile_px` pixels per tile, and what of it is lost, if anything."""
     um_per_px = tile_size_um / tile_px
     width = max(1, round(slide.width_um / um_per_px))
     height = max(1, round(slide.height_um / um_per_px))
     level_mpp = slide.level_mpp(slide.level_for(um_per_px))
-    step = max(1, int(READ_EDGE_PX * level_mpp / um_per_px))
+    step = max(1, int(READ_EDGE_PX * level_mpp / um_per_px))  # bounds the memory
     overview: Pixels = np.empty((height, width, 3), dtype=np.uint8)
     lost = np.zeros((height, width), dtype=bool)
     for top in range(0, height, step):
         for left in range(0, width, step):
             high, wide = min(step, height - top), min(step, width - left)
             part = slice(top, top + high), slice(left, left + wide)
-            picture = slide.read_around(
-                left * um_per_px,
-                top * um_per_px,
-                wide * um_per_px,
-                high * um_per_px,
-                (wide, high),
-            )
+            place = (edge * um_per_px for edge in (left, top, wide, high))
+            picture = slide.read_around(*place, (wide, high))
             overview[part] = picture.pixels
             if picture.lost is not None:
                 lost[part] = picture.lost
@@ -272,9 +248,8 @@ class TileReader(Iterator[TileBlock]):
             positions = next(self._todo, None)
             if positions is None:
                 return
-            self._waiting.append(
-                self._pool.submit(_read_block, self._slide, positions, self._rules)
-            )
+            block = self._pool.submit(_read_block, self._slide, positions, self._rules)
+            self._waiting.append(block)
 
     def __next__(self) -> TileBlock:
         """Return the next block, as soon as it has been read."""
@@ -318,13 +293,8 @@ def _read_block(slide: Slide, positions: npt.NDArray[np.int64], rules: TileRules
     """Read the tiles at `positions` (k, 2) in one go and measure their edges."""
     (top, left), (bottom, right) = positions.min(axis=0), positions.max(axis=0) + 1
     um, px = rules.tile_size_um, rules.tile_size_px
-    picture = slide.read_around(
-        float(left * um),
-        float(top * um),
-        float((right - left) * um),
-        float((bottom - top) * um),
-        (int(right - left) * px, int(bottom - top) * px),
-    )
+    place = (float(edge * um) for edge in (left, top, right - left, bottom - top))
+    picture = slide.read_around(*place, (int(right - left) * px, int(bottom - top) * px))
     parts = [
         (slice((row - top) * px, (row - top + 1) * px), slice((c - left) * px, (c - left + 1) * px))
         for row, c in positions

@@ -95,7 +95,7 @@ def find_mpp(
     """
     if table_mpp is not None:
         return _checked(table_mpp, table_mpp, "slide table", slide)
-    all_said = [*_said_by(properties)]
+    all_said = [mpp for mpp in _said_by(properties) if mpp is not None]
     said = [mpp for mpp in all_said if not _is_placeholder(mpp)]
     passed_by = listing(f"{mpp.x:.6g} (from {mpp.source})" for mpp in all_said if mpp not in said)
     if passed_by and all_said[0] not in said and (said or default_mpp is not None):
@@ -119,10 +119,15 @@ def find_mpp(
     )
 
 
-def _said_by(properties: Mapping[str, str]) -> Iterator[Mpp]:
+def _said_by(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
     """Yield what each place of a file says, the most trusted first."""
-    readers = _from_openslide, _from_vendor, _from_tiff_resolution, _from_xml
-    return (mpp for reader in readers for mpp in reader(properties) if mpp is not None)
+    mirax = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL"
+    yield _pair(properties, "openslide.mpp-x", "openslide.mpp-y")
+    yield _pair(properties, "aperio.MPP", "aperio.MPP")
+    yield _pair(properties, f"{mirax}_X", f"{mirax}_Y")
+    yield _from_hamamatsu(properties)
+    yield from _from_tiff_resolution(properties)
+    yield from _from_xml(properties)
 
 
 def _is_placeholder(mpp: Mpp) -> bool:
@@ -178,42 +183,26 @@ def _number(text: str | None) -> float | None:
 def _pair(
     properties: Mapping[str, str],
     key_x: str,
-    key_y: str | None,
+    key_y: str,
     convert: Callable[[float], float] = lambda value: value,
 ) -> Mpp | None:
     """Read two keys; where one is missing, pixels are taken to be square."""
-    x = _number(properties.get(key_x))
-    y = _number(properties.get(key_y)) if key_y else None
-    if x is not None:
-        return Mpp(convert(x), convert(x if y is None else y), key_x)
-    if y is not None:
-        return Mpp(convert(y), convert(y), str(key_y))
-    return None
-
-
-def _from_openslide(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
-    yield _pair(properties, "openslide.mpp-x", "openslide.mpp-y")
-
-
-def _from_vendor(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
-    mirax = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL"
-    yield _pair(properties, "aperio.MPP", None)
-    yield _pair(properties, f"{mirax}_X", f"{mirax}_Y")
-    yield _from_hamamatsu(properties)
+    found = [(key, _number(properties.get(key))) for key in (key_x, key_y)]
+    known = [(key, convert(value)) for key, value in found if value is not None]
+    return Mpp(known[0][1], known[-1][1], known[0][0]) if known else None
 
 
 def _from_hamamatsu(properties: Mapping[str, str]) -> Mpp | None:
-    """Read .vms and .vmu slides, which give the size of the whole picture in nm.
-
-    ``hamamatsu.XResolution`` is passed by: its unit differs from file to file.
-    """
+    """Read .vms and .vmu slides, which give the size of the whole picture in nm."""
+    # `hamamatsu.XResolution` is passed by: its unit differs from file to file.
     sizes = []
-    for size, pixels in (("PhysicalWidth", "width"), ("PhysicalHeight", "height")):
-        size_nm = _number(properties.get(f"hamamatsu.{size}"))
-        count = _number(properties.get(f"openslide.level[0].{pixels}"))
-        sizes.append(None if size_nm is None or count is None else size_nm / 1000 / count)
-    x, y = sizes
-    return None if x is None or y is None else Mpp(x, y, "hamamatsu.PhysicalWidth")
+    for side in ("Width", "Height"):
+        size_nm = _number(properties.get(f"hamamatsu.Physical{side}"))
+        count = _number(properties.get(f"openslide.level[0].{side.lower()}"))
+        if size_nm is None or count is None:
+            return None
+        sizes.append(size_nm / 1000 / count)
+    return Mpp(*sizes, "hamamatsu.PhysicalWidth")
 
 
 def _from_tiff_resolution(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
