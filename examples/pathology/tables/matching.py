@@ -116,14 +116,10 @@ def _equal(plain: str, candidates: Iterable[str]) -> str | None:
 
 
 def _beginning(plain: str, candidates: Iterable[str]) -> str | None:
-    return next(
-        (
-            c
-            for c in candidates
-            if f"{c}-".startswith(f"{plain}-") or f"{plain}-".startswith(f"{c}-")
-        ),
-        None,
-    )
+    for other in candidates:
+        if f"{other}-".startswith(f"{plain}-") or f"{plain}-".startswith(f"{other}-"):
+            return other
+    return None
 
 
 def _alike(plain: str, candidates: Iterable[str]) -> str | None:

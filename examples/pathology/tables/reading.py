@@ -65,16 +65,10 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 cells = pd.read_excel(path, **options)
             else:
                 text = _decoded(path)
-                separator = _separator(text, separator, columns)
-                cells = _parsed(text, separator, path, options)
+                cells = _parsed(text, _separator(text, separator, columns), path, options)
         except UserError:
             raise
-        except (
-            ValueError,
-            KeyError,
-            BadZipFile,
-            csv.Error,
-        ) as error:  # every parser complaint is one of them
+        except (ValueError, KeyError, BadZipFile, csv.Error) as error:  # of every parser
             raise UserError(
                 f"{path} must be a table, but it cannot be read: {one_line(error)}."
             ) from error
@@ -189,16 +183,7 @@ def _known(cell: str, classes: Collection[str] = ()) -> str:
 def read_clinical_table(
     path: Path, targets: Sequence[str], patient_column: str = PATIENT
 ) -> pd.DataFrame:
-    """Read the clinical table: one row per patient, indexed by patient.
-
-    Args:
-        path: The table.
-        targets: Columns that must be there.
-        patient_column: The column of the patient.
-
-    Raises:
-        UserError: A patient is unnamed or stands in more than one row.
-    """
+    """Read the clinical table as `read_clinical_words` does, without the words."""
     return read_clinical_words(path, targets, patient_column)[0]
 
 
@@ -296,8 +281,7 @@ def refuse_two_owners(owned: Iterable[tuple[str, str]], what: str, table: Path) 
 
 
 def _refuse_unnamed(table: pd.DataFrame, path: Path, column: str) -> None:
-    rows = [str(row + 1) for row in table.index[table[column] == ""]]
-    if rows:
+    if rows := [str(row + 1) for row in table.index[table[column] == ""]]:
         raise UserError(
             f"{path}: `{column}` must be filled in, but is empty in row {listing(rows)}."
         )
