@@ -121,14 +121,7 @@ def _here(files: Sequence[SlideFile], config: ExtractConfig) -> Callable[[Report
 def _spread(
     files: Sequence[SlideFile], config: ExtractConfig, place: Mapping[str, Any], report: Report
 ) -> None:
-    """Extract slides in several processes, in batches; each slide is reported once.
-
-    Args:
-        files: The slides.
-        config: How; its device is that in a process.
-        place: Which processes, as `cluster` takes it.
-        report: Told of each slide as its batch ends; an error that it raises ends the work.
-    """
+    """Extract slides in batches, in the processes of a `cluster`; each slide is reported once."""
     config = replace(
         config,
         out=config.out.absolute(),  # processes elsewhere are in other folders

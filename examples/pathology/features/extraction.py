@@ -32,12 +32,7 @@ from examples.pathology.features.provenance import finished_rows, parameters_of,
 from examples.pathology.settings.extract import ExtractConfig
 from examples.pathology.slides.overlay import draw_overlay
 from examples.pathology.slides.slide import THUMBNAILS, LevelError, Slide, SlideFile, open_slide
-from examples.pathology.slides.tiling import (
-    TilePlan,
-    TileReader,
-    TileStatus,
-    plan_tiles,
-)
+from examples.pathology.slides.tiling import TilePlan, TileReader, TileStatus, plan_tiles
 from examples.pathology.slides.units import SlideError, SlideExcludedError
 
 logger = logging.getLogger(__name__)

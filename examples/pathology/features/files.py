@@ -154,10 +154,7 @@ def _geometry(
     extractor: str,
     mpp: tuple[float, float] | None,
 ) -> tuple[tuple[float, float], float | None, float | None]:
-    """Return the um per unit of (n, 2) coordinates (NaN: unknown), and a tile's edge in um and px.
-
-    The unit has a size along x and one along y; the edge is that along x, as TRIDENT counts it.
-    """
+    """Return the um per unit along x and y (NaN: unknown), and a tile's edge in um and px."""
     stored = attributes.get("tile_size_um", attributes.get("tile_size"))
     if "tile_size_um" in attributes or _text(attributes.get("unit", "")) == "um":
         um = None if stored is None else float(stored)
@@ -166,7 +163,7 @@ def _geometry(
         return (TILE_UM / TILE_PX,) * 2, TILE_UM, TILE_PX
     sizes = file["coords"].attrs  # TRIDENT's
     level0 = sizes.get("patch_size_level0")
-    tile_um = None if level0 is None or mpp is None else float(level0) * mpp[0]
+    tile_um = None if level0 is None or mpp is None else float(level0) * mpp[0]  # edges are along x
     return mpp or (math.nan, math.nan), tile_um, sizes.get("patch_size")
 
 

@@ -126,12 +126,8 @@ def finished_rows(path: Path, file: SlideFile, parameters: dict[str, Any]) -> Ro
         return _again(path, file, "was made by another program or release")
     if not whole:
         return _again(path, file, "is damaged")
-    changed = [
-        f"{key} {old[key]} -> {parameters.get(key)}"
-        for key in sorted(old)
-        if old[key] != parameters.get(key)
-    ]
-    if changed:
+    now = {key: parameters.get(key) for key in sorted(old)}
+    if changed := [f"{key} {old[key]} -> {now[key]}" for key in now if old[key] != now[key]]:
         return _again(path, file, f"was made with other parameters ({', '.join(changed)})")
     return row, replace(row, stage=FEATURES, seconds=seconds)
 
