@@ -60,7 +60,7 @@ class BagStore:
         try:
             while True:
                 while len(ahead) < READ_AHEAD and (step := next(coming, None)) is not None:
-                    ahead.append(pool.submit(self._load_all, step))
+                    ahead.append(pool.submit(lambda step: tuple(map(self.load, step)), step))
                 if not ahead:
                     return
                 started = time.perf_counter()
@@ -69,9 +69,6 @@ class BagStore:
                 yield tiles
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _load_all(self, step: Sequence[Patient]) -> tuple[NDArray[np.float32], ...]:
-        return tuple(self.load(patient) for patient in step)
 
 
 def _compact(bag: NDArray[np.float32]) -> NDArray[np.float16 | np.float32]:

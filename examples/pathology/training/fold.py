@@ -83,20 +83,12 @@ def fit_fold(
 
 @dataclass
 class _Course:
-    """How far a fold has come.
+    """How far a fold has come."""
 
-    Args:
-        best_parameters: Those of the best epoch, or the initial ones.
-        epoch: The last epoch that is finished.
-        best: The lowest validation loss so far.
-        best_epoch: The epoch that has it; 0 before there is one.
-        history: One row per epoch.
-    """
-
-    best_parameters: dict[str, Tensor]
-    epoch: int = 0
-    best: float = math.inf
-    best_epoch: int = 0
+    best_parameters: dict[str, Tensor]  # of the best epoch, or the initial ones
+    epoch: int = 0  # the last that is finished
+    best: float = math.inf  # the lowest validation loss so far
+    best_epoch: int = 0  # that has it; 0 before there is one
     history: list[dict[str, float]] = field(default_factory=list)
 
     def goes_on(self, config: CrossvalConfig) -> bool:

@@ -92,10 +92,8 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return all that the next epoch depends on, besides patients and settings."""
-        state = {
-            name: None if part is None else part.state_dict()
-            for name, part in self._parts().items()
-        }
+        parts = self._parts().items()
+        state = {name: None if part is None else part.state_dict() for name, part in parts}
         return {**state, "random": random_state(self.device)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
