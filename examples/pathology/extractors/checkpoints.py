@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.pathology.common.errors import UserError, one_line
+from examples.pathology.common.errors import UserError, listing, one_line
 
 _ZIP, _PICKLE = b"PK", b"\x80"
 
@@ -176,7 +176,7 @@ def check_entries(
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or unknown:
         parts = [
-            f"{verb} {len(names)} ({_some(sorted(map(file_name, names)))})"
+            f"{verb} {len(names)} ({listing(sorted(map(file_name, names)), 3)})"
             for verb, names in (("lacks", missing), ("has other ones:", unknown))
             if names
         ]
@@ -196,7 +196,3 @@ def check_entries(
                 "values. Nothing was loaded."
             )
     return dict(found)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
