@@ -202,7 +202,7 @@ def _from_hamamatsu(properties: Mapping[str, str]) -> Mpp | None:
         if size_nm is None or count is None:
             return None
         sizes.append(size_nm / 1000 / count)
-    return Mpp(*sizes, "hamamatsu.PhysicalWidth")
+    return Mpp(sizes[0], sizes[1], "hamamatsu.PhysicalWidth")
 
 
 def _from_tiff_resolution(properties: Mapping[str, str]) -> Iterator[Mpp | None]:
