@@ -379,6 +379,17 @@ def test_a_single_method_is_a_study(tmp_path, method):
     assert "Differences from" not in text_of(page)
 
 
+def test_of_two_references_only_the_first_is_one(tmp_path):
+    folder = write_study(tmp_path, methods=("baseline", "naive"), auxiliary=("LF",), deployed=False)
+    study = read_study(folder)
+    said = verdicts(study, all_differences(study))
+    assert len(said) == 3  # AUROC, AUPRC and silhouette
+    assert all("better than baseline" in each for each in said)
+    text = write_study_report(study).read_text(encoding="utf-8")
+    drawn = re.findall(r"<img class='wide' style='max-width: min\(100%, (\d+)px\)'", text)
+    assert len(set(drawn)) > 1  # of two methods, figures are of several widths
+
+
 # --- page and figures -----------------------------------------------------------------------------
 
 
