@@ -199,8 +199,8 @@ def _read_overview(
         for left in range(0, width, step):
             high, wide = min(step, height - top), min(step, width - left)
             part = slice(top, top + high), slice(left, left + wide)
-            place = (edge * um_per_px for edge in (left, top, wide, high))
-            picture = slide.read_around(*place, (wide, high))
+            x, y, w, h = (edge * um_per_px for edge in (left, top, wide, high))
+            picture = slide.read_around(x, y, w, h, (wide, high))
             overview[part] = picture.pixels
             if picture.lost is not None:
                 lost[part] = picture.lost
@@ -293,8 +293,8 @@ def _read_block(slide: Slide, positions: npt.NDArray[np.int64], rules: TileRules
     """Read the tiles at `positions` (k, 2) in one go and measure their edges."""
     (top, left), (bottom, right) = positions.min(axis=0), positions.max(axis=0) + 1
     um, px = rules.tile_size_um, rules.tile_size_px
-    place = (float(edge * um) for edge in (left, top, right - left, bottom - top))
-    picture = slide.read_around(*place, (int(right - left) * px, int(bottom - top) * px))
+    x, y, w, h = (float(edge * um) for edge in (left, top, right - left, bottom - top))
+    picture = slide.read_around(x, y, w, h, (int(right - left) * px, int(bottom - top) * px))
     parts = [
         (slice((row - top) * px, (row - top + 1) * px), slice((c - left) * px, (c - left + 1) * px))
         for row, c in positions
