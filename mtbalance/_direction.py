@@ -16,6 +16,7 @@ from mtbalance._rows import (
     column_blocks,
     columns_of,
     combine,
+    first_of,
     flat,
     shaped,
     sum_of,
@@ -182,7 +183,7 @@ def direct_by_columns(
         The direction by parameter, and its inner products with the raw rows, shape (m,).
     """
     parts: list[Tensor | None] = [None] * len(like)
-    reached = [any(t is not None for t in tensors) for tensors in zip(*rows, strict=True)]
+    reached = [tensor is not None for tensor in first_of(rows)]
     progress: list[Tensor] = []
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
         seen, raw = prepared(matrix)

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from mtbalance._graphs import free, reach_of
 from mtbalance._products import inner_products
-from mtbalance._rows import Rows, all_finite, end_to_end, sum_of
+from mtbalance._rows import Rows, all_finite, joined, sum_of
 from mtbalance._shards import local
 from mtbalance._writing import fresh_grad
 
@@ -216,21 +216,11 @@ def _products_of_small(
     for numbers in alike.values():
         for start in range(0, len(numbers), _TOGETHER):
             part = numbers[start : start + _TOGETHER]
-            slopes = [gradients[number] for number in part]
-            lines = [_filled([row[number] for number in part], slopes) for row in rows]
-            products = inner_products([[_joined(line)] for line in lines], [_joined(slopes)])
-            yield factors[part[0]] * products
-
-
-def _filled(line: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """Return a stretch of a row with zeros for what its task does not reach."""
-    pairs = zip(line, like, strict=True)
-    return [torch.zeros_like(one) if tensor is None else tensor for tensor, one in pairs]
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the entries of tensors as one vector; a single one, perhaps sparse, as it is."""
-    return tensors[0] if len(tensors) == 1 else end_to_end(tensors)
+            slopes: list[Tensor | None] = [gradients[number] for number in part]
+            lines = [[row[number] for number in part] for row in rows]
+            if len(part) > 1:  # one alone may be sparse
+                *lines, slopes = ([vector] for vector in joined([*lines, slopes]))
+            yield factors[part[0]] * inner_products(lines, slopes)
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

@@ -190,7 +190,7 @@ def _strips_of(rows: Rows, sizes: Sequence[int], *, release: bool) -> Iterator[S
         if there and sum(counts) <= _TOGETHER and _kind_of(lines) is not None:
             parameters = [start + number for number in there]
             lasts = itertools.accumulate(counts)
-            vectors = _joined([[line[number] for number in there] for line in lines])
+            vectors = joined([[line[number] for number in there] for line in lines])
             yield Strip(list(zip(parameters, lasts, strict=True)), vectors)
             continue
         for number, count in zip(there, counts, strict=True):
@@ -198,7 +198,7 @@ def _strips_of(rows: Rows, sizes: Sequence[int], *, release: bool) -> Iterator[S
             yield Strip([(start + number, count)], [None if t is None else flat(t) for t in found])
 
 
-def _joined(lines: Rows) -> list[Tensor | None]:
+def joined(lines: Rows) -> list[Tensor | None]:
     """Return the entries of parameters of one kind in each row, with zeros where it has none."""
     reached = first_of(lines)
     return [
@@ -388,8 +388,8 @@ def length_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
             others.append(tensor._values() if tensor.is_sparse else tensor)
     norms = list(torch._foreach_norm(others)) if others else []
     if small:
-        joined = end_to_end(small)
-        norms.append(torch.linalg.vector_norm(joined, dtype=at_least_float32(joined.dtype)))
+        vector = end_to_end(small)
+        norms.append(torch.linalg.vector_norm(vector, dtype=at_least_float32(vector.dtype)))
     if len(norms) < 2:
         return norms[0].float() if norms else None
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).sum()

@@ -12,7 +12,7 @@ from PIL import Image
 from examples.pathology.common.files import walk, whole
 from examples.pathology.report.pages import inlined
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.runs import Run, features_of, slides_of
+from examples.pathology.results.runs import Run, made_with, slides_of
 from examples.pathology.tables.matching import match_files
 from examples.pathology.tables.reading import PATIENT
 from examples.pathology.tables.writing import write_table
@@ -45,7 +45,7 @@ def worst_errors(
             continue
         slides = {who: names for run in runs for who, names in slides_of(run.folder).items()}
         table["slides"] = [slides.get(who, []) for who in table[PATIENT]]
-        features, loss = features_of(runs[0].folder), table["loss"]
+        features, loss = made_with(runs[0].folder, "features")["features"], table["loss"]
         thumbnails, n = _thumbnails(features), min(count, len(loss))
         cards = [_card(row, thumbnails) for row in table[:n].to_dict("records")]
         relation = (

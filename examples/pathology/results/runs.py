@@ -105,9 +105,8 @@ def sites_in(run: Run, config: PageConfig) -> dict[str, list[str]]:
             found = json.loads(splits.read_text(encoding="utf-8")).get("groups", {})
     else:
         if column != TCGA_SITE:
-            settings = [run.folder / name for name in ("config.toml", DEPLOYED)]
-            made = next(iter(read_toml(next(p for p in settings if p.exists())).values()))
-            table = config.site_table or Path(made["clini"])
+            made = made_with(run.folder, "clini")
+            table = config.site_table or made["clini"]
             clinical = read_clinical_table(table, [column], made.get("patient_column", PATIENT))
         found = sites_of(names, column, clinical)
     sites: dict[str, list[str]] = defaultdict(list)
@@ -142,13 +141,17 @@ def run_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def features_of(folder: Path) -> Path:
-    """Return where a run or a deployment found its features; they may have moved since."""
-    path, section = folder / "config.toml", "crossval"
-    if not path.exists():
-        path, section = folder / DEPLOYED, "deploy"
+def made_with(folder: Path, source: str) -> dict[str, Any]:
+    """Return the settings of a run or a deployment; ``source``, which may have moved, as a path.
+
+    Raises:
+        UserError: They are damaged or gone, or do not tell the source.
+    """
+    path = folder / "config.toml"
+    path = path if path.exists() else folder / DEPLOYED
     with whole(path, "Put it back."):
-        return Path(read_toml(path)[section]["features"])
+        settings, *_ = read_toml(path).values()  # provenance follows
+        return {**settings, source: Path(settings[source])}
 
 
 def slides_of(folder: Path) -> dict[str, list[str]]:

@@ -208,3 +208,13 @@ def test_of_a_deployment_the_ensemble_alone_is_shown_by_site(tmp_path):
     stored = about["metrics_of_ensemble"]["auroc"]["mean"]
     assert written["value"].item() == pytest.approx(stored)
     assert (place / "figures/sites-1.png").exists()
+
+
+def test_settings_that_are_gone_are_one_sentence(tmp_path):
+    write_study(tmp_path, methods=("baseline",), auxiliary=("LF",))
+    place = tmp_path / "external/baseline"
+    about = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
+    about["run"] = str(tmp_path / "runs/baseline")
+    (place / "metrics.json").write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(UserError, match=r"deploy\.toml must be .*clini.*Put it back"):
+        write_report([place], config=PageConfig(site_column="SITE"))

@@ -45,6 +45,15 @@ def layer(dropout: float = 0.1, kind: type[nn.TransformerEncoderLayer] = Encoder
     return kind(12, 3, 24, dropout, batch_first=True).double()
 
 
+def assert_equal_with_gradients(ours, theirs, inputs):
+    """Check values, and gradients for the inputs along any direction."""
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    way = torch.randn_like(ours)
+    found, expected = (torch.autograd.grad(each, inputs, way) for each in (ours, theirs))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
 # --- the mathematics ------------------------------------------------------------------------------
 
 
@@ -53,13 +62,7 @@ def test_without_dropout_it_is_pytorchs_attention(tiles):
     inputs = parts(tiles=tiles)
     ours = BlockwiseAttention.apply(*inputs, 0.0)
     theirs = scaled_dot_product_attention(*inputs)
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-    way = torch.randn_like(ours)
-    for one, other in zip(
-        torch.autograd.grad(ours, inputs, way), torch.autograd.grad(theirs, inputs, way),
-        strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(one, other, **CLOSE)
+    assert_equal_with_gradients(ours, theirs, inputs)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -69,13 +72,7 @@ def test_with_dropout_values_and_gradients_are_those_of_the_matrix_with_its_mask
     ours = BlockwiseAttention.apply(*inputs, dropout)
     torch.set_rng_state(state)
     theirs = with_the_matrix(*inputs, dropout)
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-    way = torch.randn_like(ours)
-    for one, other in zip(
-        torch.autograd.grad(ours, inputs, way), torch.autograd.grad(theirs, inputs, way),
-        strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(one, other, **CLOSE)
+    assert_equal_with_gradients(ours, theirs, inputs)
 
 
 def test_the_mask_is_fair_and_its_parts_know_nothing_of_each_other():
