@@ -55,6 +55,9 @@ class BenchmarkConfig(Settings):
     methods: tuple[str, ...] = option(
         METHODS, "baseline or a balancer; several; default: baseline and all 16.", flag="--method"
     )
+    seeds: int = option(
+        1, "How many initial weights to repeat every job from, on the same folds.", min=1
+    )
     workers: int | None = option(
         None, "Processes to start; default: one per GPU, or one per core.", min=1
     )
@@ -143,6 +146,7 @@ class BenchmarkConfig(Settings):
             "auxiliary": list(self.auxiliary),
             "kind": list(self.kind),
             "methods": list(self.methods),
+            "seeds": self.seeds,
             "threads": self.threads,
         }
         if self.external is not None:

@@ -1,6 +1,7 @@
 """Every balancer on every auxiliary target, fold by fold, as jobs that can run anywhere.
 
-All methods get the same splits, and in each fold the same initial weights. A job is one fold of one
+All methods get the same splits, and in each fold the same initial weights; with several seeds, all
+of it again from others. A job is one fold of one
 method, the summary of its folds, or its deployment on an external cohort; each keeps its result on
 disk, so that a benchmark that was stopped goes on where it stopped. `study` says where everything
 is, `study_report` what came out.
@@ -13,7 +14,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,15 @@ from examples.pathology.settings.benchmark import BenchmarkConfig
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 from examples.pathology.settings.runs import DeployConfig
-from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, read_study, run_folder
+from examples.pathology.study.folder import (
+    EXTERNAL,
+    LEDGER,
+    RUNS,
+    SETTINGS,
+    numbered,
+    read_study,
+    run_folder,
+)
 from examples.pathology.study.report import write_study_report
 from examples.pathology.tables.writing import write_table
 from examples.pathology.training.bags import BagStore
@@ -77,7 +86,7 @@ def run_benchmark(config: BenchmarkConfig) -> tuple[Path, int]:
         _write_settings(config, next(iter(plans.values())))
         rows = _carry_out(config, make_jobs(config, plans))
         missing = [row for row in rows if row.status != "done"]
-        if missing and not any(out.glob(f"{RUNS}/**/metrics.json")):
+        if missing and not any(out.glob(f"{RUNS}*/**/metrics.json")):
             first = next((row for row in missing if row.status == "failed"), missing[0])
             raise RunError(
                 f"At least one run must be finished, but none is: {first.key}: {first.error}"
@@ -118,22 +127,44 @@ def _carry_out(config: BenchmarkConfig, jobs: Sequence[Job]) -> list[Outcome]:
     return ended
 
 
-def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
-    """Claim the folder of every run and give all of them the same folds.
+@dataclass(frozen=True)
+class Place:
+    """Where a run of a benchmark is.
+
+    Args:
+        run: Relative to ``runs/``.
+        repeat: Which seed it is from, counted from 0.
+    """
+
+    run: Path
+    repeat: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in the ledger."""
+        return self.under(RUNS).as_posix().removeprefix(f"{RUNS}/")
+
+    def under(self, folder: str) -> Path:
+        """Return its folder in ``runs`` or ``external``, relative to that of the benchmark."""
+        return numbered(folder, self.repeat) / self.run
+
+
+def make_plans(config: BenchmarkConfig) -> dict[Place, Plan]:
+    """Claim the folder of every run and give all of them the same folds, seed after seed.
 
     Returns:
-        The plans by folder relative to ``runs/``, in the order in which they are begun.
+        The plans, in the order in which they are begun.
 
     Raises:
         UserError: Tables, features, settings or names are wrong, or a folder is another's.
     """
-    plans: dict[Path, Plan] = {}
+    plans: dict[Place, Plan] = {}
     common = absolute(config.crossval)
     shared = common.splits  # of all runs; without complete cases, the first run's
     for auxiliary in config.auxiliary:
         cohort, splits = None, shared
         for method in config.methods:
-            place = run_folder(auxiliary, method, own_baseline=config.own_baseline)
+            place = Place(run_folder(auxiliary, method, own_baseline=config.own_baseline))
             if place in plans:
                 continue
             alone = method == BASELINE and not config.own_baseline
@@ -143,7 +174,7 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
                 auxiliary=targets,
                 kind=config.kind_of(common.target, *targets),
                 balancer=method,
-                out=common.out / RUNS / place,
+                out=common.out / place.under(RUNS),
                 splits=splits,
                 device=config.job_device,
             )
@@ -151,18 +182,30 @@ def make_plans(config: BenchmarkConfig) -> dict[Path, Plan]:
                 members = load_cohort_of(run)
             else:
                 members = cohort = cohort or load_cohort_of(run)
-            if members.target.kind != "classification":
-                raise UserError(
-                    f"`target` must be a classification to compare methods by AUROC, but "
-                    f"`{members.target.name}` is a {members.target.kind}. Give --cutoff."
-                )
             plans[place] = make_plan(run, members)
             splits = splits or run.out / SPLITS
         if not config.own_baseline:
             shared = splits
     for k, fold in enumerate(next(iter(plans.values())).folds, start=1):
         log_fold(k, fold)
-    return plans
+    return {**plans, **_repeated(config, plans)}
+
+
+def _repeated(config: BenchmarkConfig, plans: Mapping[Place, Plan]) -> dict[Place, Plan]:
+    """Claim the folders of all further seeds: the same runs on the same folds."""
+    again: dict[Place, Plan] = {}
+    out = config.crossval.out.resolve()
+    for repeat in range(1, config.seeds):
+        for place, plan in plans.items():
+            other = replace(place, repeat=repeat)
+            run = replace(
+                plan.config,
+                out=out / other.under(RUNS),
+                splits=plan.config.out / SPLITS,
+                seed=plan.config.seed + repeat,
+            )
+            again[other] = make_plan(run, plan.cohort)
+    return again
 
 
 def absolute(settings: Located) -> Located:
@@ -172,14 +215,14 @@ def absolute(settings: Located) -> Located:
     return replace(settings, **paths)
 
 
-def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
+def make_jobs(config: BenchmarkConfig, plans: Mapping[Place, Plan]) -> list[Job]:
     """Return the jobs: folds, then their summary, then its deployment, run after run."""
     jobs = []
     out = config.crossval.out.resolve()
     logs = out / "logs"
     external = None if config.external is None else absolute(config.external)
     for place, plan in plans.items():
-        key = place.as_posix()
+        key = place.key
         folds = [f"{key}/fold-{k}" for k in range(1, len(plan.folds) + 1)]
         for k, name in enumerate(folds, start=1):
             jobs.append(Job(name, fold_job, (plan, k, _log_file(logs, name))))
@@ -188,7 +231,7 @@ def make_jobs(config: BenchmarkConfig, plans: Mapping[Path, Plan]) -> list[Job]:
         if external is not None:
             run, name = plan.config, f"{key}/deploy"
             how: dict[str, Any] = {"seed": run.seed, "device": run.device, **vars(external)}
-            deploy = DeployConfig(run=run.out, out=out / EXTERNAL / place, **how)
+            deploy = DeployConfig(run=run.out, out=out / place.under(EXTERNAL), **how)
             job = Job(name, deploy_job, (deploy, _log_file(logs, name)), needs=(results,))
             jobs.append(job)
     return jobs

@@ -104,7 +104,7 @@ def all_differences(study: Study) -> list[Difference]:
         cohort: {
             panel.auxiliary: {
                 method: [_fold(result, run.summary.targets[0]) for result in run.results]
-                for method, run in panel.of(cohort).items()
+                for method, run in panel.first(cohort).items()
             }
             for panel in study.panels
         }

@@ -4,12 +4,15 @@ Every method on every auxiliary target is an ordinary run folder of `crossval`, 
 one an ordinary folder of `deploy`, so that `report`, `deploy` and `heatmap` work on them alone. The
 baseline knows the primary target only and is the same for every auxiliary target, unless complete
 cases are asked for: then each auxiliary target has patients, splits and a baseline of its own.
+
+With several seeds, the runs of the first are in ``runs/``, those of the second in ``runs-2/``, and
+so on, with the same folds: to ask for more seeds repeats nothing.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
@@ -23,7 +26,23 @@ from examples.pathology.tables.writing import read_table_of_ours
 SETTINGS = "study.toml"  # a folder that has it belongs to a benchmark
 LEDGER = "jobs.csv"
 RUNS, EXTERNAL, REPORT = "runs", "external", "report"
+Found = TypeVar("Found")
 REMEDY = "Run `benchmark` again: what is finished stays."
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """All methods with one auxiliary target, from one seed.
+
+    Args:
+        seed: Of their initial weights.
+        runs: Finished runs by method, the baseline first; a method that failed is not in it.
+        deployed: Those of them that were deployed, by method.
+    """
+
+    seed: int
+    runs: Mapping[str, Run]
+    deployed: Mapping[str, Deployed]
 
 
 @dataclass(frozen=True)
@@ -32,19 +51,41 @@ class Panel:
 
     Args:
         auxiliary: Its name.
-        runs: Finished runs by method, the baseline first; a method that failed is not in it.
-        deployed: Those of them that were deployed, by method.
+        repeats: What each seed gave; at least one.
     """
 
     auxiliary: str
-    runs: Mapping[str, Run]
-    deployed: Mapping[str, Deployed]
+    repeats: tuple[Repeat, ...]
 
-    def of(self, cohort: str) -> dict[str, Run]:
-        """Return by method its run, or the ensemble of the ``external`` cohort."""
-        if cohort == "external":
-            return {method: each.ensemble for method, each in self.deployed.items()}
-        return dict(self.runs)
+    @property
+    def runs(self) -> dict[str, Run]:
+        """By method, its run of the first seed that has one: for what can show one run only."""
+        return _first([repeat.runs for repeat in self.repeats])
+
+    @property
+    def deployed(self) -> dict[str, Deployed]:
+        """Likewise, what was deployed."""
+        return _first([repeat.deployed for repeat in self.repeats])
+
+    def of(self, cohort: str) -> dict[str, dict[int, Run]]:
+        """Return by method and seed its run, or the ensemble of the ``external`` cohort."""
+        found: dict[str, dict[int, Run]] = {}
+        for repeat in self.repeats:
+            runs: Mapping[str, Run] = repeat.runs
+            if cohort == "external":
+                runs = {method: each.ensemble for method, each in repeat.deployed.items()}
+            for method, run in runs.items():
+                found.setdefault(method, {})[repeat.seed] = run
+        return found
+
+    def first(self, cohort: str) -> dict[str, Run]:
+        """Return by method its run, or ensemble, of the first seed that has one."""
+        return {method: next(iter(runs.values())) for method, runs in self.of(cohort).items()}
+
+
+def _first(by_repeat: Sequence[Mapping[str, Found]]) -> dict[str, Found]:
+    names = dict.fromkeys(name for found in by_repeat for name in found)
+    return {name: next(found[name] for found in by_repeat if name in found) for name in names}
 
 
 @dataclass(frozen=True)
@@ -72,6 +113,11 @@ class Study:
         return any(panel.deployed for panel in self.panels)
 
 
+def numbered(folder: str, repeat: int) -> Path:
+    """Return ``runs`` or ``external`` of a repeat, counted from 0."""
+    return Path(folder if repeat == 0 else f"{folder}-{repeat + 1}")
+
+
 def run_folder(auxiliary: str, method: str, *, own_baseline: bool) -> Path:
     """Return where a run is, relative to ``runs/`` or ``external/``."""
     if method == BASELINE and not own_baseline:
@@ -93,22 +139,27 @@ def read_study(folder: Path) -> Study:
         settings = stored["benchmark"]
         methods, auxiliaries = tuple(settings["methods"]), tuple(settings["auxiliary"])
         own_baseline = bool(settings["complete_cases"])
-    panels = [_read_panel(folder, name, methods, own_baseline) for name in auxiliaries]
+        first, repeats = int(settings["seed"]), int(settings.get("seeds", 1))
+    panels = []
+    for name in auxiliaries:
+        places = {m: run_folder(name, m, own_baseline=own_baseline) for m in methods}
+        found = [_read_repeat(folder, places, repeat, first + repeat) for repeat in range(repeats)]
+        panels.append(Panel(name, tuple(found)))
     if not any(panel.runs for panel in panels):
         raise UserError(f"`run` must hold a finished run, but none of {folder} is finished.")
     made, jobs = stored.get("provenance", {}), read_jobs(folder / LEDGER)
     return Study(folder, settings, made, methods, tuple(panels), jobs)
 
 
-def _read_panel(folder: Path, auxiliary: str, methods: Sequence[str], own_baseline: bool) -> Panel:
+def _read_repeat(folder: Path, places: Mapping[str, Path], repeat: int, seed: int) -> Repeat:
     runs, deployed = {}, {}
-    for method in methods:
-        place = run_folder(auxiliary, method, own_baseline=own_baseline)
-        if (folder / RUNS / place / "metrics.json").exists():
-            runs[method] = read_run(folder / RUNS / place)
-            if (folder / EXTERNAL / place / "metrics.json").exists():
-                deployed[method] = read_deployed(folder / EXTERNAL / place, runs[method].folder)
-    return Panel(auxiliary, runs, deployed)
+    inside, outside = folder / numbered(RUNS, repeat), folder / numbered(EXTERNAL, repeat)
+    for method, place in places.items():
+        if (inside / place / "metrics.json").exists():
+            runs[method] = read_run(inside / place)
+            if (outside / place / "metrics.json").exists():
+                deployed[method] = read_deployed(outside / place, runs[method].folder)
+    return Repeat(seed, runs, deployed)
 
 
 def read_jobs(path: Path) -> tuple[Outcome, ...]:

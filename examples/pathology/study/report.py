@@ -168,7 +168,7 @@ def _columns(study: Study, panel: Panel) -> list[Column]:
         ("Silhouette of [cls]", SILHOUETTE, "internal", 0.0),
         ("External AUROC, ensemble", AUROC, "external", 0.5),
     ):
-        if runs := panel.of(cohort):
+        if runs := panel.first(cohort):
             *of_each, of_baseline = (_estimate(runs, m, metric) for m in (*study.methods, BASELINE))
             columns.append(Column(name, of_each, of_baseline, chance))
     return columns

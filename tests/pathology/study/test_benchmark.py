@@ -228,7 +228,7 @@ def test_nothing_finished_is_an_error(tables, tmp_path):
 def test_complete_cases_have_a_baseline_of_their_own(tables, tmp_path):
     config = config_of(tables, tmp_path / "study", complete_cases=True)
     plans = benchmark.make_plans(config)
-    assert [place.as_posix() for place in plans] == [
+    assert [place.key for place in plans] == [
         f"{target}/{method}" for target in ("lf", "prolif-a") for method in METHODS
     ]
     sizes = [len(plan.cohort.patients) for plan in plans.values()]
@@ -238,17 +238,27 @@ def test_complete_cases_have_a_baseline_of_their_own(tables, tmp_path):
 def test_a_kind_is_told_to_the_runs_that_have_the_target(tables, tmp_path):
     kind = ("isMSIH=classification", "Prolif/A=regression")
     config = config_of(tables, tmp_path / "study", kind=kind)
-    told = {place.as_posix(): p.config.kind for place, p in benchmark.make_plans(config).items()}
+    told = {place.key: p.config.kind for place, p in benchmark.make_plans(config).items()}
     assert told["baseline"] == told["lf/naive"] == kind[:1]
     assert told["prolif-a/naive"] == kind
 
 
-def test_a_number_to_predict_is_refused(tables, tmp_path):
-    config = config_of(tables, tmp_path / "study", target="LF", auxiliary=("Prolif/A",))
-    config = replace(config, kind=("LF=regression",))
-    with pytest.raises(UserError, match=r"`LF` is a regression. Give --cutoff."):
-        benchmark.make_plans(config)
-    assert not (tmp_path / "study").exists()  # nothing that --cutoff would not fit
+def test_every_seed_has_the_same_folds_and_weights_of_its_own(tables, tmp_path):
+    config = config_of(tables, tmp_path / "study", seed=5)
+    alone, of_three = benchmark.make_plans(config), benchmark.make_plans(replace(config, seeds=3))
+    assert [*of_three][: len(alone)] == [*alone]  # more seeds repeat nothing
+    assert len(of_three) == 3 * len(alone)
+    for place, plan in of_three.items():
+        first = alone[replace(place, repeat=0)]
+        assert plan.folds == first.folds
+        assert plan.config.seed == 5 + place.repeat
+        assert plan.config.out == tmp_path / "study" / place.under("runs")
+        assert replace(plan.config, seed=5, out=first.config.out, splits=None) == replace(
+            first.config, splits=None
+        )
+    keys = [job.key for job in benchmark.make_jobs(replace(config, seeds=3), of_three)]
+    assert len(set(keys)) == len(keys)
+    assert "runs-3/lf/naive/fold-1" in keys
 
 
 def test_the_reference_protocol_steps_the_schedule_for_several_targets_alone(tables, tmp_path):

@@ -476,7 +476,7 @@ def test_who_is_hard_for_all_methods_stands_first(planted, page):
 def test_an_auxiliary_target_without_runs_has_no_figures(planted, tmp_path):
     study = read_study(planted)
     first, second = study.panels
-    study = replace(study, panels=[replace(first, runs={}, deployed={}), second])
+    study = replace(study, panels=[replace(first, repeats=()), second])
     names = [path.name for _, path in study_report.draw_study(study, tmp_path)]
     assert names == ["methods-2.png", "weights-2.png", "tsne-2.png", "conflicts.png"]
     assert {path.name for path in tmp_path.iterdir()} == set(names)
