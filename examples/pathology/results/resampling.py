@@ -18,7 +18,7 @@ PERMUTATIONS = 9999
 BLOCK = 1000  # permutations at a time, which bounds the memory
 Weights = NDArray[np.float64]
 Resampled = Callable[[Weights], NDArray[np.float64]]
-Area = Callable[[ArrayLike, ArrayLike, Weights], NDArray[np.float64]]  # `auroc` or `auprc`
+Figure = Callable[[ArrayLike, ArrayLike, Weights], NDArray[np.float64]]  # such as `auroc`
 Swaps = NDArray[np.float64]
 
 
@@ -242,19 +242,22 @@ class Exchange:
 
 
 def exchange_ranks(
-    positive: NDArray[np.bool_], ours: NDArray[np.float64], theirs: NDArray[np.float64], area: Area
+    positive: NDArray[np.bool_],
+    ours: NDArray[np.float64],
+    theirs: NDArray[np.float64],
+    figure: Figure,
 ) -> Exchange:
-    """Return two methods that can exchange ranks, compared by an area.
+    """Return two methods that can exchange ranks, compared by a figure of ranks.
 
     The scores of two methods have different scales, so that a patient's two scores are not
     exchangeable even where the methods are equally good. Their mid-ranks within the fold are, and
-    leave both areas as they are (Bandos et al. 2005, doi:10.1002/sim.2149).
+    leave both figures as they are (Bandos et al. 2005, doi:10.1002/sim.2149).
 
     Args:
         positive: ``(n,)``, both classes.
         ours: Scores of the first method ``(n,)``.
         theirs: Scores of the second method ``(n,)``.
-        area: `auroc` or `auprc`.
+        figure: `auroc` or `auprc`.
     """
     truth = np.concatenate([positive, positive])
     ranks = np.concatenate([stats.rankdata(ours), stats.rankdata(theirs)])
@@ -262,7 +265,7 @@ def exchange_ranks(
     def difference(swaps: Swaps) -> NDArray[np.float64]:
         kept = 1 - swaps  # a patient's rank is weighed 1 for the method that has it, 0 otherwise
         first, second = np.hstack([kept, swaps]), np.hstack([swaps, kept])
-        return area(truth, ranks, first) - area(truth, ranks, second)
+        return figure(truth, ranks, first) - figure(truth, ranks, second)
 
     return Exchange(len(positive), difference)
 

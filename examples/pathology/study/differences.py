@@ -5,45 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
 from examples.pathology.results import resampling
-from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import Measured, measure_fold, scores_of
-from examples.pathology.results.metrics import Metric
-from examples.pathology.results.resampling import (
-    Resampled,
-    exchange_ranks,
-    exchange_values,
-    pseudo_values,
-)
 from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.study.criteria import CRITERIA, Criterion, Tested, tested
 from examples.pathology.study.folder import Panel, Study
-from examples.pathology.study.tables import AUPRC, AUROC, NAIVE, SILHOUETTE
-from examples.pathology.tables.reading import PATIENT
+from examples.pathology.study.tables import NAIVE
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE)
-AREAS = {AUROC: resampling.auroc, AUPRC: resampling.auprc}
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """What methods are compared by."""
-
-    metric: Metric
-    cohort: str  # internal or external
-    title: str
-
-
-CRITERIA = (
-    Criterion(AUROC, "internal", "AUROC"),
-    Criterion(AUPRC, "internal", "AUPRC"),
-    Criterion(SILHOUETTE, "internal", "silhouette"),
-    Criterion(AUROC, "external", "AUROC (external, ensemble)"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,16 +50,6 @@ class Difference:
         return self.corrected < LEVEL
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """A method's figures in a fold, its patients in order of their names."""
-
-    patients: NDArray[np.str_]
-    truth: NDArray[np.bool_]
-    score: NDArray[np.float64]
-    measured: dict[Metric, Measured]
-
-
 def all_differences(study: Study) -> list[Difference]:
     """Compare every method with the baseline and with naive, panel by panel.
 
@@ -103,7 +64,7 @@ def all_differences(study: Study) -> list[Difference]:
     folds = {
         cohort: {
             panel.auxiliary: {
-                method: [_fold(result, run.summary.targets[0]) for result in run.results]
+                method: [tested(result, run.summary.targets[0]) for result in run.results]
                 for method, run in panel.first(cohort).items()
             }
             for panel in study.panels
@@ -113,7 +74,7 @@ def all_differences(study: Study) -> list[Difference]:
     seed = int(study.settings["seed"])
     return [
         difference
-        for criterion in CRITERIA
+        for criterion in CRITERIA[study.kind]
         for reference in REFERENCES
         for difference in _family(criterion, reference, folds[criterion.cohort], seed)
     ]
@@ -122,7 +83,7 @@ def all_differences(study: Study) -> list[Difference]:
 def _family(
     criterion: Criterion,
     reference: str,
-    panels: Mapping[str, Mapping[str, Sequence[_Fold]]],
+    panels: Mapping[str, Mapping[str, Sequence[Tested]]],
     seed: int,
 ) -> list[Difference]:
     """Compare all methods of all panels with one reference, and correct for their number."""
@@ -151,21 +112,10 @@ def _refuse_other_splits(panel: Panel) -> None:
             )
 
 
-def _fold(result: FoldResult, target: Target) -> _Fold:
-    known = (result.predictions[target.name] != "").to_numpy()
-    order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
-    table = result.predictions[known].iloc[order]
-    embeddings = result.embeddings[known][order]
-    measured = measure_fold(replace(result, predictions=table, embeddings=embeddings), [target])
-    names, scores = table[PATIENT].to_numpy(dtype=str), scores_of(table, target, target.positive)
-    return _Fold(names, *scores, measured)
-
-
 def _measure(
-    what: Difference, ours: Sequence[_Fold], theirs: Sequence[_Fold], seed: int
+    what: Difference, ours: Sequence[Tested], theirs: Sequence[Tested], seed: int
 ) -> Difference:
-    values, intervals, exchanges = [], [], []
-    metric = what.criterion.metric
+    pairs = []
     for a, b in zip(ours, theirs, strict=True):
         if not np.array_equal(a.patients, b.patients):
             raise UserError(
@@ -173,25 +123,11 @@ def _measure(
                 f"{what.reference} on {what.auxiliary} have others ({what.criterion.cohort}). Run "
                 "`benchmark` again."
             )
-        one, other = a.measured[metric], b.measured[metric]
-        if one.resampled is None or other.resampled is None:
-            continue  # not defined in this fold
-        if metric == SILHOUETTE:
-            if np.unique(one.strata, return_counts=True)[1].min() < 2:
-                continue  # not defined without the only patient of a class
-            both = (pseudo_values(f, len(a.patients)) for f in (one.resampled, other.resampled))
-            exchange = exchange_values(*both)
-        else:
-            exchange = exchange_ranks(a.truth, a.score, b.score, AREAS[metric])
-        values.append(one.score.value - other.score.value)
-        intervals.append((one.strata, _minus(one.resampled, other.resampled)))
-        exchanges.append(exchange)
-    if not values:
+        if (pair := what.criterion.compare(a, b)) is not None:
+            pairs.append(pair)
+    if not pairs:
         return what
-    low, high = resampling.interval(intervals, seed=seed)
-    p, mean = resampling.permutation_p(exchanges, seed=seed), float(np.mean(values))
-    return replace(what, difference=mean, low=low, high=high, p=p, folds=len(values))
-
-
-def _minus(one: Resampled, other: Resampled) -> Resampled:
-    return lambda weights: one(weights) - other(weights)
+    low, high = resampling.interval([(pair.strata, pair.resampled) for pair in pairs], seed=seed)
+    p = resampling.permutation_p([pair.exchange() for pair in pairs], seed=seed)
+    mean = float(np.mean([pair.value for pair in pairs]))
+    return replace(what, difference=mean, low=low, high=high, p=p, folds=len(pairs))

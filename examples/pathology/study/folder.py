@@ -20,6 +20,7 @@ from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.engine import Outcome
 from examples.pathology.results.runs import Deployed, Run, read_deployed, read_run
 from examples.pathology.settings.benchmark import folder_name
+from examples.pathology.settings.cohort import Kind
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.tables.writing import read_table_of_ours
 
@@ -106,6 +107,11 @@ class Study:
     methods: tuple[str, ...]
     panels: tuple[Panel, ...]
     jobs: tuple[Outcome, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What the primary target is."""
+        return next(run.summary.kind for panel in self.panels for run in panel.runs.values())
 
     @property
     def deployed(self) -> bool:

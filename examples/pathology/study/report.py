@@ -19,14 +19,12 @@ from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
+from examples.pathology.study.criteria import AUPRC, AUROC, SILHOUETTE
 from examples.pathology.study.differences import REFERENCES, all_differences
 from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.tables import (
-    AUPRC,
-    AUROC,
     ENSEMBLE,
     NAIVE,
-    SILHOUETTE,
     costs,
     costs_in_words,
     decisions,

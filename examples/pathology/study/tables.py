@@ -12,12 +12,12 @@ from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics, RunSummary
 from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.study.criteria import AUPRC, AUROC, SILHOUETTE
 from examples.pathology.study.folder import Panel, Study, run_folder
 
 NAIVE = "naive"
 ENSEMBLE = "external, ensemble"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
-AUROC, AUPRC, SILHOUETTE = Metric("auroc"), Metric("auprc"), Metric("silhouette")
 
 COST = {  # a column of `costs`: its heading on the page, and how its cells are shown there
     "auxiliary": ("Auxiliary target", ""),

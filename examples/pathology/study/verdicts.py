@@ -7,7 +7,8 @@ import pandas as pd
 
 from examples.pathology.report import pages
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.study.differences import CRITERIA, REFERENCES, Criterion, Difference
+from examples.pathology.study.criteria import CRITERIA, Criterion
+from examples.pathology.study.differences import REFERENCES, Difference
 from examples.pathology.study.folder import Study
 from examples.pathology.study.tables import Marks, study_rows
 
@@ -33,7 +34,7 @@ def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
     if set(study.methods) == set(REFERENCES):
         references = references[:1]  # nobody is left to compare with the other
     for reference in references:
-        for criterion in CRITERIA:
+        for criterion in CRITERIA[study.kind]:
             family = [
                 d for d in differences if (d.reference, d.criterion) == (reference, criterion)
             ]
@@ -88,7 +89,7 @@ def marks(differences: Sequence[Difference]) -> Marks:
 def differences_table(differences: Sequence[Difference], reference: str) -> pd.DataFrame:
     """Return all comparisons with one reference: a row per method, a column per criterion."""
     chosen = [each for each in differences if each.reference == reference]
-    compared = [c for c in CRITERIA if any(d.criterion == c and d.folds for d in chosen)]
+    compared = list(dict.fromkeys(d.criterion for d in chosen if d.folds))
     by_place = {(d.auxiliary, d.method, d.criterion): d for d in chosen}
     rows = []
     for auxiliary, method in dict.fromkeys((d.auxiliary, d.method) for d in chosen):

@@ -26,7 +26,8 @@ from examples.pathology.report import pages
 from examples.pathology.results.summary import MetricSummary
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study import report as study_report
-from examples.pathology.study.differences import CRITERIA, Difference, all_differences
+from examples.pathology.study.criteria import CRITERIA
+from examples.pathology.study.differences import Difference, all_differences
 from examples.pathology.study.folder import read_study
 from examples.pathology.study.report import conflict_rates, write_study_report
 from examples.pathology.study.tables import costs, study_rows
@@ -35,7 +36,7 @@ from tests.pathology.drawing import words
 from tests.pathology.parsing import sources_of
 from tests.pathology.tiny_study import NOTE, write_jobs, write_study
 
-AUROC = CRITERIA[0]
+AUROC = CRITERIA["classification"][0]
 
 
 @pytest.fixture(scope="module")

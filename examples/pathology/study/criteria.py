@@ -1,0 +1,131 @@
+"""What methods are compared by, inside and outside the cohort, and when two of them are alike."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.pathology.cohort.targets import Target
+from examples.pathology.results import resampling
+from examples.pathology.results.folds import FoldResult
+from examples.pathology.results.measuring import Measured, measure_fold, scores_of
+from examples.pathology.results.metrics import Metric
+from examples.pathology.results.resampling import (
+    Exchange,
+    Figure,
+    Resampled,
+    exchange_ranks,
+    exchange_values,
+    pseudo_values,
+)
+from examples.pathology.settings.cohort import Kind
+from examples.pathology.tables.reading import PATIENT
+
+AUROC, AUPRC, SILHOUETTE = Metric("auroc"), Metric("auprc"), Metric("silhouette")
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A method's figures in a fold, its patients in order of their names.
+
+    Args:
+        patients: Their names ``(n,)``.
+        truth: Who is of the positive class ``(n,)``.
+        predicted: The probability of it ``(n,)``.
+        measured: All figures.
+    """
+
+    patients: NDArray[np.str_]
+    truth: NDArray[Any]
+    predicted: NDArray[np.float64]
+    measured: Mapping[Metric, Measured]
+
+
+def tested(result: FoldResult, target: Target) -> Tested:
+    """Measure the patients of a fold whose target is known."""
+    known = (result.predictions[target.name] != "").to_numpy()
+    order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
+    table = result.predictions[known].iloc[order]
+    embeddings = result.embeddings[known][order]
+    measured = measure_fold(replace(result, predictions=table, embeddings=embeddings), [target])
+    names, scores = table[PATIENT].to_numpy(dtype=str), scores_of(table, target, target.positive)
+    return Tested(names, *scores, measured)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two methods on the same patients of a fold, by one criterion.
+
+    Args:
+        value: The first method's figure minus the second's.
+        strata: What patients are resampled within ``(n,)``.
+        resampled: The same difference for resampled patients, or without some of them.
+        exchange: The methods' results of a patient, to be exchanged; made when it is asked for.
+    """
+
+    value: float
+    strata: NDArray[np.str_]
+    resampled: Resampled
+    exchange: Callable[[], Exchange]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What methods are compared by.
+
+    Args:
+        metric: The figure.
+        cohort: Of whom: ``internal``, or of the ensemble on the ``external`` cohort.
+        title: In a sentence.
+        exchange: What two methods may exchange of a patient if they are alike in this.
+    """
+
+    metric: Metric
+    cohort: str
+    title: str
+    exchange: Callable[[Tested, Tested, Metric], Exchange] = field(compare=False, repr=False)
+
+    def compare(self, ours: Tested, theirs: Tested) -> Paired | None:
+        """Compare two methods on the same patients; ``None`` if a figure is not defined of them."""
+        one, other = ours.measured[self.metric], theirs.measured[self.metric]
+        if one.resampled is None or other.resampled is None:
+            return None
+        if self.metric == SILHOUETTE and np.unique(one.strata, return_counts=True)[1].min() < 2:
+            return None  # without the only patient of a class, which pseudo-values ask for
+        return Paired(
+            one.score.value - other.score.value,
+            one.strata,
+            _minus(one.resampled, other.resampled),
+            partial(self.exchange, ours, theirs, self.metric),
+        )
+
+
+def _minus(one: Resampled, other: Resampled) -> Resampled:
+    return lambda weights: one(weights) - other(weights)
+
+
+def _exchange_ranks(ours: Tested, theirs: Tested, _: Metric, *, figure: Figure) -> Exchange:
+    return exchange_ranks(ours.truth, ours.predicted, theirs.predicted, figure)
+
+
+def _exchange_pseudo_values(ours: Tested, theirs: Tested, metric: Metric) -> Exchange:
+    figures = (each.measured[metric].resampled for each in (ours, theirs))
+    values = [pseudo_values(f, len(ours.patients)) for f in figures if f is not None]
+    return exchange_values(*values)
+
+
+_BY_AUROC = partial(_exchange_ranks, figure=resampling.auroc)
+_BY_AUPRC = partial(_exchange_ranks, figure=resampling.auprc)
+CRITERIA: Mapping[Kind, tuple[Criterion, ...]] = {
+    "classification": (
+        Criterion(AUROC, "internal", "AUROC", _BY_AUROC),
+        Criterion(AUPRC, "internal", "AUPRC", _BY_AUPRC),
+        Criterion(SILHOUETTE, "internal", "silhouette", _exchange_pseudo_values),
+        Criterion(AUROC, "external", "AUROC (external, ensemble)", _BY_AUROC),
+    ),
+    "regression": (),
+}
+"""By the kind of the primary target."""
