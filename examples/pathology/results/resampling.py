@@ -288,7 +288,12 @@ def pseudo_values(figure: Resampled, patients: int) -> NDArray[np.float64]:
         patients: How many, n.
     """
     everybody = figure(np.ones((1, patients)))
-    return patients * everybody - (patients - 1) * figure(1 - np.eye(patients))
+    return patients * everybody - (patients - 1) * without_each(figure, patients)
+
+
+def without_each(figure: Resampled, patients: int) -> NDArray[np.float64]:
+    """Return a figure without each of its patients in turn ``(n,)``."""
+    return figure(1 - np.eye(patients))
 
 
 def permutation_p(
