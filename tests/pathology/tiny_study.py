@@ -11,13 +11,14 @@ import pandas as pd
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.toml import write_toml
 from examples.pathology.results.folds import REMEDY, FoldResult, read_fold
-from examples.pathology.results.measuring import summarise_metrics
+from examples.pathology.results.measuring import describe_primary, summarise_metrics
 from examples.pathology.results.summary import metrics_json
 from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, run_folder
 from examples.pathology.tables.writing import read_table_of_ours
 from examples.pathology.training.fold import BASELINE
 
 PRIMARY = Target("isMSIH", "classification", ("MSS", "MSIH"), "MSIH")
+NUMBER = Target("HRD", "regression")
 NOTE = "SIMULATED <features>"
 FOLDS, PATIENTS = 2, 36
 
@@ -31,6 +32,7 @@ def write_study(
     spreads: Mapping[str, float] | None = None,
     deployed: bool = True,
     own_baseline: bool = False,
+    primary: Target = PRIMARY,
 ) -> Path:
     """Write a benchmark as if it had been run.
 
@@ -38,10 +40,12 @@ def write_study(
         folder: Where to.
         methods: Its methods.
         auxiliary: Its auxiliary targets.
-        shifts: By method, how far the scores of positive patients are above the others' (1).
+        shifts: By method, how far the scores of positive patients are above the others' (1); of a
+            regression, what its errors are divided by.
         spreads: By method, how far apart the classes are in the embedding (1).
         deployed: Whether there is an external cohort.
         own_baseline: Whether each auxiliary target has a baseline of its own.
+        primary: What is predicted, `PRIMARY` or `NUMBER`.
     """
     for name in auxiliary:
         for method in methods:
@@ -52,12 +56,12 @@ def write_study(
             seed = abs(hash_of(f"{name}/{method}"))
             shift, spread = ((each or {}).get(method, 1.0) for each in (shifts, spreads))
             alone = method == BASELINE
-            targets = [PRIMARY, *([] if alone else [Target(name, "regression")])]
+            targets = [primary, *([] if alone else [Target(name, "regression")])]
             for k in range(1, FOLDS + 1):
                 write_fold(run / f"fold-{k}", method, targets, k, seed + k, shift, spread)
             results = [read_fold(run / f"fold-{k}") for k in range(1, FOLDS + 1)]
             summary = {
-                **about(method, PATIENTS * FOLDS),
+                **about(method, results, primary),
                 "auxiliary": [{"name": t.name, "kind": t.kind} for t in targets[1:]],
                 "tiles": 1000,
                 "seed": 0,
@@ -70,9 +74,9 @@ def write_study(
             write_json(run / "metrics.json", summary)
             write_ledger(run, "crossval")
             if deployed:
-                write_deployed(folder / EXTERNAL / place, method, seed, shift)
+                write_deployed(folder / EXTERNAL / place, method, primary, seed, shift)
     settings = {
-        "target": PRIMARY.name,
+        "target": primary.name,
         "auxiliary": list(auxiliary),
         "methods": list(methods),
         "complete_cases": own_baseline,
@@ -89,15 +93,13 @@ def hash_of(text: str) -> int:
     return sum((i + 1) * ord(letter) for i, letter in enumerate(text))
 
 
-def about(method: str, patients: int) -> dict[str, Any]:
+def about(method: str, results: Sequence[FoldResult], primary: Target) -> dict[str, Any]:
+    labels = [label for each in results for label in each.predictions[primary.name]]
+    patients = len(labels)
     return {
         "method": method,
-        "target": PRIMARY.name,
-        "kind": PRIMARY.kind,
-        "classes": list(PRIMARY.classes),
-        "positive": PRIMARY.positive,
+        **describe_primary(primary, labels),
         "patients": patients,
-        "positives": patients // 3,
         "funnel": [[patients + 1, "in the table"], [patients, "with features"]],
         "extractor": "tiny",
         "random_weights": False,
@@ -113,13 +115,16 @@ def predictions_of(
     truth = np.arange(PATIENTS) % 3 == 0
     shared = np.random.default_rng(fold).normal(size=PATIENTS)
     random = np.random.default_rng(seed)
-    score = 1 / (1 + np.exp(-(shared + random.normal(size=PATIENTS) * 0.7 + shift * truth)))
-    table = {
-        "PATIENT": [f"{name}{fold}-{i:02d}" for i in range(PATIENTS)],
-        PRIMARY.name: np.where(truth, "MSIH", "MSS"),
-        f"{PRIMARY.name}_MSIH": score,
-        f"{PRIMARY.name}_MSS": 1 - score,
-    }
+    error, primary = shared + random.normal(size=PATIENTS) * 0.7, targets[0]
+    table: dict[str, Any] = {"PATIENT": [f"{name}{fold}-{i:02d}" for i in range(PATIENTS)]}
+    if primary.kind == "regression":
+        measured = np.random.default_rng(fold + 100).normal(size=PATIENTS)
+        table[primary.name] = 40 + 10 * measured
+        table[f"{primary.name}_pred"] = 40 + 10 * (measured + error / shift)
+    else:
+        score = 1 / (1 + np.exp(-(error + shift * truth)))
+        table[primary.name] = np.where(truth, "MSIH", "MSS")
+        table |= {f"{primary.name}_MSIH": score, f"{primary.name}_MSS": 1 - score}
     for target in targets[1:]:
         table[target.name] = shared
         table[f"{target.name}_pred"] = shared + random.normal(size=PATIENTS)
@@ -141,7 +146,7 @@ def write_fold(
     validated = predictions_of(targets, "V", k + FOLDS, seed + 100, shift)
     validated.to_csv(folder / "validation.csv", index=False)
     embedding = np.random.default_rng(seed).normal(size=(PATIENTS, 4))
-    embedding[:, 0] += spread * (table[PRIMARY.name] == "MSIH")
+    embedding[:, 0] += spread * (table[targets[0].name] == "MSIH")
     np.save(folder / "embeddings.npy", embedding.astype(np.float32))
     history_of(method, [t.name for t in targets]).to_csv(folder / "history.csv", index=False)
     done = {"best_epoch": 2, "epochs": 3, "threshold": 0.5, "seconds": 9.0}
@@ -163,10 +168,10 @@ def history_of(method: str, tasks: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def write_deployed(folder: Path, method: str, seed: int, shift: float) -> None:
+def write_deployed(folder: Path, method: str, primary: Target, seed: int, shift: float) -> None:
     for number, place in enumerate([*(folder / f"fold-{k + 1}" for k in range(FOLDS)), folder]):
         place.mkdir(parents=True, exist_ok=True)
-        table = predictions_of([PRIMARY], "E", 0, seed + 10 + number, shift)
+        table = predictions_of([primary], "E", 0, seed + 10 + number, shift)
         table.to_csv(place / "predictions.csv", index=False)
         np.save(place / "embeddings.npy", np.zeros((PATIENTS, 4), dtype=np.float32))
     places = [*(folder / f"fold-{k + 1}" for k in range(FOLDS)), folder]
@@ -183,13 +188,13 @@ def write_deployed(folder: Path, method: str, seed: int, shift: float) -> None:
     ]
     *by_fold, ensemble = results
     summary = {
-        **about(method, PATIENTS),
+        **about(method, [ensemble], primary),
         "labelled": PATIENTS,
-        "thresholds": [0.5] * FOLDS,
-        "threshold_of_ensemble": 0.5,
-        "metrics": metrics_json(summarise_metrics(by_fold, [PRIMARY], 0)),
-        "metrics_of_ensemble": metrics_json(summarise_metrics([ensemble], [PRIMARY], 0)),
+        "metrics": metrics_json(summarise_metrics(by_fold, [primary], 0)),
+        "metrics_of_ensemble": metrics_json(summarise_metrics([ensemble], [primary], 0)),
     }
+    if primary.kind == "classification":
+        summary |= {"thresholds": [0.5] * FOLDS, "threshold_of_ensemble": 0.5}
     write_json(folder / "metrics.json", summary)
     write_ledger(folder, "deploy")
 

@@ -54,9 +54,12 @@ def worst_errors(
             f"{loss[0]:.3g}, are {100 * loss[:n].sum() / (loss.sum() or 1):.0f} % of the sum."
         )
         if len(runs) > 1:
-            every, nobody = (table["wrong"] == table["runs"]).sum(), (table["wrong"] == 0).sum()
-            relation += f" These are means over {len(runs)} runs; every run calls {every} patients"
-            relation += f" wrongly, and none calls {nobody} wrongly."
+            relation += f" These are means over {len(runs)} runs"
+            if "wrong" in table:
+                every, nobody = (table["wrong"] == table["runs"]).sum(), (table["wrong"] == 0).sum()
+                relation += f"; every run calls {every} patients wrongly, and none calls {nobody} "
+                relation += "wrongly"
+            relation += "."
         bare = not any(picture for card in cards for _, picture in card["pictures"])
         about = {"loss": LOSS[runs[0].summary.kind], "about": relation, "bare": bare and features}
         found.append({"name": name, "cards": cards, **about})
@@ -71,8 +74,8 @@ def patients_of(runs: Sequence[Run]) -> pd.DataFrame:
 
     Returns:
         ``PATIENT``, ``fold`` from 1 (not of an ensemble), ``truth``, ``predicted``, ``probability``
-        of the true class (not of a regression), ``loss`` as in `LOSS`. Over several runs, these are
-        means, with ``wrong`` of so many ``runs`` in place of ``predicted``.
+        of the true class (not of a regression), ``loss`` as in `LOSS`. Over several ``runs``, these
+        are means; of classes, with how many are ``wrong`` in place of ``predicted``.
     """
     every: pd.DataFrame = pd.concat(
         _judged(run, result, str(k) if len(run.results) > 1 else "")
@@ -81,7 +84,9 @@ def patients_of(runs: Sequence[Run]) -> pd.DataFrame:
     )
     if len(runs) > 1:
         groups = every.assign(wrong=every["truth"] != every["predicted"]).groupby(PATIENT)
-        means: Any = {"truth": "first", "wrong": "sum", "probability": "mean", "loss": "mean"}
+        numbers = runs[0].summary.kind == "regression"
+        about = {"predicted": "mean"} if numbers else {"wrong": "sum", "probability": "mean"}
+        means: Any = {"truth": "first", **about, "loss": "mean"}
         means["fold"] = lambda folds: " ".join(sorted(set(folds)))
         every = groups.agg(means).assign(runs=groups.size()).reset_index()
     by_loss = every.sort_values(["loss", PATIENT], ascending=[False, True])

@@ -1,7 +1,7 @@
 """Predictions on disk to numbers: every figure of a fold, its mean over folds and its intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -83,6 +83,23 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, 
     return measured
 
 
+def measure_further(result: FoldResult, primary: Target) -> dict[Metric, Measured]:
+    """Return what ``metrics.json`` does not hold, and can be had of the predictions of any run."""
+    table = result.predictions[result.predictions[primary.name] != ""]
+    strata = _strata(table, primary)
+    if primary.kind == "regression":
+        numbers = numbers_of(table, primary)
+        of_resamples = partial(resampling.spearman, *numbers)
+        return {Metric("spearman"): _measured(metrics.spearman(*numbers), strata, of_resamples)}
+    positive, score = scores_of(table, primary, primary.positive)
+    squares = partial(resampling.mean, (score - positive) ** 2)
+    biases = partial(resampling.distance_of_mean, score - positive)
+    return {
+        Metric("brier"): _measured(metrics.brier(positive, score), strata, squares),
+        Metric("calibration"): _measured(metrics.calibration(positive, score), strata, biases),
+    }
+
+
 def _measurenumbers_of(table: pd.DataFrame, primary: Target) -> dict[Metric, Measured]:
     strata = _strata(table, primary)
     truth, predicted = numbers_of(table, primary)
@@ -156,7 +173,13 @@ def summarise_metrics(
     results: Sequence[FoldResult], targets: Sequence[Target], seed: int
 ) -> dict[Metric, MetricSummary]:
     """Return every figure in every fold, its mean, its spread and its bootstrap intervals."""
-    folds = [measure_fold(result, targets) for result in results]
+    return summarise_folds([measure_fold(result, targets) for result in results], seed)
+
+
+def summarise_folds(
+    folds: Sequence[Mapping[Metric, Measured]], seed: int
+) -> dict[Metric, MetricSummary]:
+    """Return the figures of all folds as `summarise_metrics` does."""
     return {metric: _summarise([fold[metric] for fold in folds], seed) for metric in folds[0]}
 
 

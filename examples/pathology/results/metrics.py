@@ -7,7 +7,7 @@ or to invent 0.5.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,11 @@ TITLES = {
     "silhouette": "Silhouette of [cls]",
     "pearson": "Pearson r",
     "mae": "Mean absolute error",
+    "spearman": "Spearman rho",
+    "brier": "Brier score",
+    "calibration": "Calibration in the large",
 }
+LOWER_IS_BETTER = ("mae", "brier", "calibration")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Metric:
         if self.label:
             return f"{self.figure} of {self.label}"
         return f"{self.figure}/{self.auxiliary}" if self.auxiliary else self.figure
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, -1 if lower is."""
+        return -1 if self.figure in LOWER_IS_BETTER else 1
 
     @property
     def title(self) -> str:
@@ -183,6 +192,15 @@ def pearson(truth: ArrayLike, predicted: ArrayLike) -> Score:
         truth: ``(n,)``, measured.
         predicted: ``(n,)``, predicted, in any linear unit.
     """
+    return _of_varying(lambda x, y: np.corrcoef(x, y)[0, 1], truth, predicted)
+
+
+def spearman(truth: ArrayLike, predicted: ArrayLike) -> Score:
+    """Pearson correlation of the ranks, equal values having their mean rank; as `pearson`."""
+    return _of_varying(lambda x, y: stats.spearmanr(x, y).statistic, truth, predicted)
+
+
+def _of_varying(figure: Callable[..., float], truth: ArrayLike, predicted: ArrayLike) -> Score:
     x, y = np.asarray(truth, dtype=float), np.asarray(predicted, dtype=float)
     if len(x) < 3:
         return Score(math.nan, f"{len(x)} patients with a value")
@@ -190,7 +208,27 @@ def pearson(truth: ArrayLike, predicted: ArrayLike) -> Score:
     for name, values in (("measured", x), ("predicted", y)):
         if np.ptp(values) <= 1e-12 * np.abs(values).max():
             return Score(math.nan, f"all {name} values are equal")
-    return Score(float(np.corrcoef(x, y)[0, 1]))
+    return Score(float(figure(x, y)))
+
+
+def brier(positive: ArrayLike, probability: ArrayLike) -> Score:
+    """Mean squared distance between a probability and what came true, 1 or 0; lower is better.
+
+    Args:
+        positive: ``(n,)``, true for patients of the positive class.
+        probability: ``(n,)``, of being one.
+    """
+    return _mean((np.asarray(probability, dtype=float) - np.asarray(positive, dtype=float)) ** 2)
+
+
+def calibration(positive: ArrayLike, probability: ArrayLike) -> Score:
+    """Calibration in the large: how far the mean probability is from the share of positives.
+
+    0 is best. It says nothing of single patients: always to say the prevalence reaches it
+    (Van Calster et al. 2019, doi:10.1186/s12916-019-1466-7). Otherwise as `brier`.
+    """
+    found = _mean(np.asarray(probability, dtype=float) - np.asarray(positive, dtype=float))
+    return replace(found, value=abs(found.value))
 
 
 def mean_absolute_error(truth: ArrayLike, predicted: ArrayLike) -> Score:
@@ -200,8 +238,11 @@ def mean_absolute_error(truth: ArrayLike, predicted: ArrayLike) -> Score:
         truth: Measured values ``(n,)``.
         predicted: Predicted values ``(n,)``.
     """
-    x, y = np.asarray(truth, dtype=float), np.asarray(predicted, dtype=float)
-    return Score(float(np.abs(x - y).mean())) if len(x) else Score(math.nan, "no patients")
+    return _mean(np.abs(np.asarray(truth, dtype=float) - np.asarray(predicted, dtype=float)))
+
+
+def _mean(values: NDArray[np.float64]) -> Score:
+    return Score(float(values.mean())) if len(values) else Score(math.nan, "no patients")
 
 
 def over_folds(scores: Sequence[Score]) -> Summary:

@@ -7,6 +7,7 @@ computed from weights for all resamples at once.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,9 +78,36 @@ def pearson(truth: ArrayLike, predicted: ArrayLike, weights: Weights) -> NDArray
     share = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
     dx = x - (share @ x)[:, None]
     dy = y - (share @ y)[:, None]
+    return _correlation(share, dx, dy, 1e-12 * np.abs(x).max() * np.abs(y).max())
+
+
+def spearman(truth: ArrayLike, predicted: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Spearman correlation of every resample ``(b,)``: of mid-ranks among those drawn.
+
+    NaN where one side does not vary.
+    """
+    share = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+    return _correlation(share, _mid_ranks(truth, share), _mid_ranks(predicted, share), 1e-12)
+
+
+def _mid_ranks(values: ArrayLike, share: Weights) -> NDArray[np.float64]:
+    """Return the share of a resample below each value plus half of that at it, minus its mean."""
+    numbers = np.asarray(values, dtype=float)
+    order = np.argsort(numbers, kind="stable")
+    first, place = np.unique(numbers[order], return_index=True, return_inverse=True)[1:]
+    at = np.add.reduceat(share[:, order], first, axis=1)
+    ranks = np.empty(share.shape)
+    ranks[:, order] = (np.cumsum(at, axis=1) - at / 2)[:, place]
+    return ranks - 0.5
+
+
+def _correlation(
+    share: Weights, dx: NDArray[np.float64], dy: NDArray[np.float64], least: float
+) -> NDArray[np.float64]:
+    """Correlate deviations ``(b, n)`` from their means; NaN where they hardly spread."""
     xx, yy, xy = ((share * a).sum(axis=1) for a in (dx * dx, dy * dy, dx * dy))
     spread = np.sqrt(xx * yy)
-    return _ratio(xy, np.where(spread > 1e-12 * np.abs(x).max() * np.abs(y).max(), spread, 0.0))
+    return _ratio(xy, np.where(spread > least, spread, 0.0))
 
 
 def silhouette(embedding: ArrayLike, label: ArrayLike, weights: Weights) -> NDArray[np.float64]:
@@ -117,6 +145,11 @@ def silhouette(embedding: ArrayLike, label: ArrayLike, weights: Weights) -> NDAr
 def mean(values: ArrayLike, weights: Weights) -> NDArray[np.float64]:
     """Weighted mean of one value per patient, for every resample ``(b,)``."""
     return _ratio(weights @ np.asarray(values, dtype=float), weights.sum(axis=1))
+
+
+def distance_of_mean(values: ArrayLike, weights: Weights) -> NDArray[np.float64]:
+    """Distance of the `mean` from 0 ``(b,)``."""
+    return np.abs(mean(values, weights))
 
 
 def interval(
@@ -242,10 +275,7 @@ class Exchange:
 
 
 def exchange_ranks(
-    positive: NDArray[np.bool_],
-    ours: NDArray[np.float64],
-    theirs: NDArray[np.float64],
-    figure: Figure,
+    truth: NDArray[Any], ours: NDArray[np.float64], theirs: NDArray[np.float64], figure: Figure
 ) -> Exchange:
     """Return two methods that can exchange ranks, compared by a figure of ranks.
 
@@ -254,26 +284,60 @@ def exchange_ranks(
     leave both figures as they are (Bandos et al. 2005, doi:10.1002/sim.2149).
 
     Args:
-        positive: ``(n,)``, both classes.
+        truth: ``(n,)``, both classes, or numbers that are not all equal.
         ours: Scores of the first method ``(n,)``.
         theirs: Scores of the second method ``(n,)``.
-        figure: `auroc` or `auprc`.
+        figure: `auroc`, `auprc` or `spearman`.
     """
-    truth = np.concatenate([positive, positive])
-    ranks = np.concatenate([stats.rankdata(ours), stats.rankdata(theirs)])
+    return _exchange(truth, stats.rankdata(ours), stats.rankdata(theirs), figure)
+
+
+def exchange_standardised(
+    truth: NDArray[np.float64], ours: NDArray[np.float64], theirs: NDArray[np.float64]
+) -> Exchange:
+    """Return two methods that can exchange standardised predictions, compared by `pearson`.
+
+    As `exchange_ranks`: methods may differ in the unit and the spread of what they predict, and be
+    equally good. Standardised within the fold, predictions are exchangeable and leave both
+    correlations as they are. To first order, an exchange turns the sign of the difference of a
+    patient's influence on them, whose mean is 0 if they are equal: other shapes do not matter.
+
+    Args:
+        truth: ``(n,)``, not all equal.
+        ours: Predictions of the first method ``(n,)``, not all equal.
+        theirs: Likewise of the second.
+    """
+    return _exchange(truth, stats.zscore(ours), stats.zscore(theirs), pearson)
+
+
+def _exchange(
+    truth: NDArray[Any], ours: NDArray[np.float64], theirs: NDArray[np.float64], figure: Figure
+) -> Exchange:
+    twice, scores = np.concatenate([truth, truth]), np.concatenate([ours, theirs])
 
     def difference(swaps: Swaps) -> NDArray[np.float64]:
-        kept = 1 - swaps  # a patient's rank is weighed 1 for the method that has it, 0 otherwise
+        kept = 1 - swaps  # a patient's score is weighed 1 for the method that has it, 0 otherwise
         first, second = np.hstack([kept, swaps]), np.hstack([swaps, kept])
-        return figure(truth, ranks, first) - figure(truth, ranks, second)
+        return figure(twice, scores, first) - figure(twice, scores, second)
 
-    return Exchange(len(positive), difference)
+    return Exchange(len(truth), difference)
 
 
 def exchange_values(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Exchange:
     """Return two methods that can exchange a patient's values ``(n,)``, compared by the mean."""
     differences = ours - theirs
     return Exchange(len(differences), lambda swaps: (1 - 2 * swaps) @ differences / len(ours))
+
+
+def exchange_distances(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Exchange:
+    """As `exchange_values`, compared by the distance of the mean from 0."""
+    centre, half = (ours + theirs).mean() / 2, (ours - theirs) / (2 * len(ours))
+
+    def difference(swaps: Swaps) -> NDArray[np.float64]:
+        moved = (1 - 2 * swaps) @ half
+        return np.asarray(np.abs(centre + moved) - np.abs(centre - moved), dtype=np.float64)
+
+    return Exchange(len(ours), difference)
 
 
 def pseudo_values(figure: Resampled, patients: int) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_embeddings, read_fold, read_validation
-from examples.pathology.results.summary import RunSummary, read_summary
+from examples.pathology.results.measuring import measure_further, summarise_folds
+from examples.pathology.results.summary import Metrics, RunSummary, read_summary
 from examples.pathology.settings.cohort import TCGA_SITE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT, read_clinical_table, sites_of
@@ -37,6 +39,12 @@ class Run:
     folder: Path
     summary: RunSummary
     results: tuple[FoldResult, ...]
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """All figures: those of the summary, and those that only the predictions tell."""
+        folds = [measure_further(each, self.summary.targets[0]) for each in self.results]
+        return {**self.summary.metrics, **summarise_folds(folds, self.summary.seed)}
 
 
 def read_run(folder: Path) -> Run:

@@ -11,13 +11,21 @@ from numpy.typing import NDArray
 from examples.pathology.cohort.targets import Target
 from examples.pathology.results import resampling
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import Measured, measure_fold, scores_of
+from examples.pathology.results.measuring import (
+    Measured,
+    measure_fold,
+    measure_further,
+    numbers_of,
+    scores_of,
+)
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import (
     Exchange,
     Figure,
     Resampled,
+    exchange_distances,
     exchange_ranks,
+    exchange_standardised,
     exchange_values,
     pseudo_values,
 )
@@ -25,6 +33,25 @@ from examples.pathology.settings.cohort import Kind
 from examples.pathology.tables.reading import PATIENT
 
 AUROC, AUPRC, SILHOUETTE = Metric("auroc"), Metric("auprc"), Metric("silhouette")
+BRIER, CALIBRATION = Metric("brier"), Metric("calibration")
+PEARSON, MAE, SPEARMAN = Metric("pearson"), Metric("mae"), Metric("spearman")
+NAMES = {
+    AUROC: "AUROC",
+    AUPRC: "AUPRC",
+    SILHOUETTE: "silhouette",
+    BRIER: "Brier score",
+    CALIBRATION: "calibration in the large",
+    PEARSON: "Pearson's r",
+    MAE: "mean absolute error",
+    SPEARMAN: "Spearman's rho",
+}
+"""Of figures, in a sentence."""
+
+
+def heading(metric: Metric, words: str = "{}") -> str:
+    """Return the name of a figure at a beginning, in words of its own or alone."""
+    text = words.format(NAMES[metric])
+    return text[0].upper() + text[1:]
 
 
 @dataclass(frozen=True)
@@ -33,8 +60,8 @@ class Tested:
 
     Args:
         patients: Their names ``(n,)``.
-        truth: Who is of the positive class ``(n,)``.
-        predicted: The probability of it ``(n,)``.
+        truth: Who is of the positive class, or the measured number ``(n,)``.
+        predicted: The probability of it, or the predicted number ``(n,)``.
         measured: All figures.
     """
 
@@ -49,10 +76,13 @@ def tested(result: FoldResult, target: Target) -> Tested:
     known = (result.predictions[target.name] != "").to_numpy()
     order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
     table = result.predictions[known].iloc[order]
-    embeddings = result.embeddings[known][order]
-    measured = measure_fold(replace(result, predictions=table, embeddings=embeddings), [target])
-    names, scores = table[PATIENT].to_numpy(dtype=str), scores_of(table, target, target.positive)
-    return Tested(names, *scores, measured)
+    result = replace(result, predictions=table, embeddings=result.embeddings[known][order])
+    numbers = target.kind == "regression"
+    truth, predicted = (
+        numbers_of(table, target) if numbers else scores_of(table, target, target.positive)
+    )
+    measured = {**measure_fold(result, [target]), **measure_further(result, target)}
+    return Tested(table[PATIENT].to_numpy(dtype=str), truth, predicted, measured)
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,9 @@ class Paired:
     exchange: Callable[[], Exchange]
 
 
+Exchanging = Callable[[Tested, Tested, Metric], Exchange]
+
+
 @dataclass(frozen=True)
 class Criterion:
     """What methods are compared by.
@@ -79,14 +112,17 @@ class Criterion:
     Args:
         metric: The figure.
         cohort: Of whom: ``internal``, or of the ensemble on the ``external`` cohort.
-        title: In a sentence.
         exchange: What two methods may exchange of a patient if they are alike in this.
     """
 
     metric: Metric
     cohort: str
-    title: str
-    exchange: Callable[[Tested, Tested, Metric], Exchange] = field(compare=False, repr=False)
+    exchange: Exchanging = field(compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return NAMES[self.metric] + " (external, ensemble)" * (self.cohort == "external")
 
     def compare(self, ours: Tested, theirs: Tested) -> Paired | None:
         """Compare two methods on the same patients; ``None`` if a figure is not defined of them."""
@@ -117,15 +153,34 @@ def _exchange_pseudo_values(ours: Tested, theirs: Tested, metric: Metric) -> Exc
     return exchange_values(*values)
 
 
-_BY_AUROC = partial(_exchange_ranks, figure=resampling.auroc)
-_BY_AUPRC = partial(_exchange_ranks, figure=resampling.auprc)
+def _exchange_values(ours: Tested, theirs: Tested, metric: Metric) -> Exchange:
+    errors = [each.predicted - each.truth for each in (ours, theirs)]
+    if metric == CALIBRATION:
+        return exchange_distances(*errors)
+    return exchange_values(*(e**2 if metric == BRIER else np.abs(e) for e in errors))
+
+
+def _exchange_standardised(ours: Tested, theirs: Tested, _: Metric) -> Exchange:
+    return exchange_standardised(ours.truth, ours.predicted, theirs.predicted)
+
+
+def _in_both(metric: Metric, exchange: Exchanging) -> tuple[Criterion, Criterion]:
+    inside = Criterion(metric, "internal", exchange)
+    return inside, replace(inside, cohort="external")
+
+
 CRITERIA: Mapping[Kind, tuple[Criterion, ...]] = {
     "classification": (
-        Criterion(AUROC, "internal", "AUROC", _BY_AUROC),
-        Criterion(AUPRC, "internal", "AUPRC", _BY_AUPRC),
-        Criterion(SILHOUETTE, "internal", "silhouette", _exchange_pseudo_values),
-        Criterion(AUROC, "external", "AUROC (external, ensemble)", _BY_AUROC),
+        *_in_both(AUROC, partial(_exchange_ranks, figure=resampling.auroc)),
+        *_in_both(AUPRC, partial(_exchange_ranks, figure=resampling.auprc)),
+        Criterion(SILHOUETTE, "internal", _exchange_pseudo_values),
+        *_in_both(BRIER, _exchange_values),
+        *_in_both(CALIBRATION, _exchange_values),
     ),
-    "regression": (),
+    "regression": (
+        *_in_both(PEARSON, _exchange_standardised),
+        *_in_both(MAE, _exchange_values),
+        *_in_both(SPEARMAN, partial(_exchange_ranks, figure=resampling.spearman)),
+    ),
 }
 """By the kind of the primary target."""

@@ -19,12 +19,23 @@ from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
-from examples.pathology.study.criteria import AUPRC, AUROC, SILHOUETTE
+from examples.pathology.study.criteria import (
+    AUPRC,
+    AUROC,
+    BRIER,
+    CRITERIA,
+    PEARSON,
+    SILHOUETTE,
+    SPEARMAN,
+    heading,
+)
 from examples.pathology.study.differences import REFERENCES, all_differences
 from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.tables import (
     ENSEMBLE,
     NAIVE,
+    PROBABILITY,
+    RANKED,
     costs,
     costs_in_words,
     decisions,
@@ -34,7 +45,10 @@ from examples.pathology.study.tables import (
     study_rows,
 )
 from examples.pathology.study.verdicts import (
+    CHANCE,
+    EXCHANGED,
     MARKS,
+    PROBABILITIES,
     differences_in_full,
     differences_table,
     marks,
@@ -57,22 +71,29 @@ def write_study_report(
     """
     out, config = out or study.folder / REPORT, config or PageConfig()
     differences = all_differences(study)
-    signs, cost = marks(differences), costs(study)
-    tables = performance(study, signs), representation(study, signs)
+    signs, cost, by_class = marks(differences), costs(study), study.kind == "classification"
     deployed = [each for panel in study.panels for each in panel.deployed.values()]
     summaries = [run.summary for panel in study.panels for run in panel.runs.values()]
     warnings = pages.captions_of([*summaries, *(each.models.summary for each in deployed)])
+    chance = MARKS.format(CHANCE[study.kind])
+    tables = [(performance(study, signs, RANKED[study.kind]), chance)]
+    tables.append((representation(study, signs), chance))
+    if by_class:
+        remark = PROBABILITIES.format(summaries[0].positive)
+        tables.append((performance(study, signs, PROBABILITY), remark))
     figures = draw_study(study, out / "figures")
-    for number, table in enumerate(tables, start=1):
-        pages.write_markdown(out / f"table{number}.md", table, [MARKS, *warnings])
+    for number, (table, remark) in enumerate(tables, start=1):
+        pages.write_markdown(out / f"table{number}.md", table, [remark, *warnings])
     for name, in_full in _tables_in_full(study).items():
         write_table(out / f"{name}.csv", in_full)
     write_table(out / "differences.csv", differences_in_full(differences))
     write_table(out / "cost.csv", cost)
-    decided = decisions(study, config.sensitivity)
-    write_table(out / "decisions.csv", decided)
     panel = next(panel for panel in study.panels if panel.runs)
-    sections = [judged(decided, config), show_sites(_shown(study, panel), out, config)]
+    sections = [show_sites(_shown(study, panel), out, config)]
+    if by_class:
+        decided = decisions(study, config.sensitivity)
+        write_table(out / "decisions.csv", decided)
+        sections.insert(0, judged(decided, config))
     return pages.write_page(
         out / "index.html",
         "study.html.j2",
@@ -82,11 +103,16 @@ def write_study_report(
         summary=_any_run(panel).summary,
         deployed=next((each.models.summary for each in panel.deployed.values()), None),
         verdicts=verdicts(study, differences),
-        performance=tables[0],
-        representation=tables[1],
+        tables=tables,
         sections=[section for section in sections if section is not None],
-        marks=MARKS,
-        differences={name: differences_table(differences, name) for name in REFERENCES},
+        differences={
+            name + ", external cohort" * (cohort == "external"): differences_table(
+                differences, name, cohort
+            )
+            for name in REFERENCES
+            for cohort in ("internal", "external")
+        },
+        exchanged=EXCHANGED[study.kind],
         compared=bool(differences),
         permutations=PERMUTATIONS,
         cost=costs_in_words(cost),
@@ -101,11 +127,14 @@ def write_study_report(
 
 
 def _tables_in_full(study: Study) -> dict[str, pd.DataFrame]:
-    areas = (AUROC, AUPRC, Metric("f1"), Metric("prevalence"))
-    return {
-        "table1": numbers(study, lambda metric: metric in areas),
+    first = (*RANKED[study.kind], Metric("f1"), Metric("prevalence"))
+    found = {
+        "table1": numbers(study, lambda metric: metric in first),
         "table2": numbers(study, lambda metric: metric == SILHOUETTE or bool(metric.auxiliary)),
     }
+    if study.kind == "classification":
+        found["table3"] = numbers(study, lambda metric: metric in PROBABILITY)
+    return found
 
 
 def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
@@ -118,8 +147,12 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         # Files have numbers, since the name of a target may hold any character.
         path, title = folder / f"methods-{number}.png", f"All methods with {auxiliary}"
         names = [m if m in panel.runs else f"{m} (missing)" for m in study.methods]
-        dots(names, _columns(study, panel), Sheet(path, title, caption))
+        dots(names, _columns(study, panel, "internal"), Sheet(path, title, caption))
         drawn.append((title, path))
+        if columns := _columns(study, panel, "external"):
+            path, title = folder / f"external-{number}.png", f"{title}: external cohort, ensemble"
+            dots(names, columns, Sheet(path, title, caption))
+            drawn.append((title, path))
         path, title = folder / f"weights-{number}.png", f"Task weights over time with {auxiliary}"
         tasks = [study.settings["target"], auxiliary]
         histories = {method: _histories(run) for method, run in panel.runs.items()}
@@ -158,22 +191,24 @@ def conflict_rates(run: Run) -> list[float]:
     return rates
 
 
-def _columns(study: Study, panel: Panel) -> list[Column]:
-    summary, columns = _any_run(panel).summary, []
-    for name, metric, cohort, chance in (
-        ("AUROC", AUROC, "internal", 0.5),
-        ("AUPRC", AUPRC, "internal", summary.positives / summary.patients),
-        ("Silhouette of [cls]", SILHOUETTE, "internal", 0.0),
-        ("External AUROC, ensemble", AUROC, "external", 0.5),
-    ):
-        if runs := panel.first(cohort):
-            *of_each, of_baseline = (_estimate(runs, m, metric) for m in (*study.methods, BASELINE))
-            columns.append(Column(name, of_each, of_baseline, chance))
+def _columns(study: Study, panel: Panel, cohort: str) -> list[Column]:
+    columns = []
+    if not (runs := panel.first(cohort)):
+        return []
+    summary = next(iter(runs.values())).summary
+    known = summary.patients if cohort == "internal" else summary.labelled
+    share = summary.positives / known if known else math.nan
+    chance = {AUROC: 0.5, AUPRC: share, SILHOUETTE: 0.0, BRIER: share * (1 - share)}
+    chance |= {PEARSON: 0.0, SPEARMAN: 0.0}
+    for metric in (each.metric for each in CRITERIA[study.kind] if each.cohort == cohort):
+        *of_each, of_baseline = (_estimate(runs, m, metric) for m in (*study.methods, BASELINE))
+        words = "{}\n(lower is better)" if metric.sign < 0 else "{}"
+        columns.append(Column(heading(metric, words), of_each, of_baseline, chance.get(metric)))
     return columns
 
 
 def _estimate(runs: Mapping[str, Run], method: str, metric: Metric) -> Estimate:
-    if method not in runs or (value := runs[method].summary.metrics.get(metric)) is None:
+    if method not in runs or (value := runs[method].metrics.get(metric)) is None:
         return Estimate()
     numbers = (value.mean, *value.ci95_over_patients)
     return Estimate(*(math.nan if number is None else number for number in numbers))
@@ -181,9 +216,9 @@ def _estimate(runs: Mapping[str, Run], method: str, metric: Metric) -> Estimate:
 
 def _draw_embeddings(study: Study, panel: Panel, sheet: Sheet) -> None:
     runs, target = _shown(study, panel), study.settings["target"]
-    results = [run.results[0] for run in runs]
+    results, values = [run.results[0] for run in runs], float if study.kind == "regression" else str
     tsne(
-        [(r.embeddings, r.predictions[target].to_numpy(dtype=str)) for r in results],
+        [(r.embeddings, r.predictions[target].to_numpy(dtype=values)) for r in results],
         _any_run(panel).summary.classes,
         sheet,
         seed=study.settings["seed"],

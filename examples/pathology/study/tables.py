@@ -11,8 +11,19 @@ from examples.pathology.results.decisions import decisions as of_run
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics, RunSummary
+from examples.pathology.settings.cohort import Kind
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.study.criteria import AUPRC, AUROC, SILHOUETTE
+from examples.pathology.study.criteria import (
+    AUPRC,
+    AUROC,
+    BRIER,
+    CALIBRATION,
+    MAE,
+    PEARSON,
+    SILHOUETTE,
+    SPEARMAN,
+    heading,
+)
 from examples.pathology.study.folder import Panel, Study, run_folder
 
 NAIVE = "naive"
@@ -101,41 +112,54 @@ def _why_missing(jobs: Sequence[Outcome]) -> str:
     return why[0] if why else "not finished"
 
 
-def performance(study: Study, marks: Marks) -> pd.DataFrame:
-    """Return Table 1: AUROC and AUPRC within the cohort and, where there is one, outside it."""
+RANKED: Mapping[Kind, tuple[Metric, ...]] = {
+    "classification": (AUROC, AUPRC),
+    "regression": (PEARSON, MAE, SPEARMAN),
+}
+"""What Table 1 shows."""
+PROBABILITY = (BRIER, CALIBRATION)
+"""What Table 3 shows, of classes."""
+
+
+def performance(study: Study, marks: Marks, shown: Sequence[Metric]) -> pd.DataFrame:
+    """Return figures within the cohort and, where there is one, outside it; AUPRC with its level.
+
+    `shown` is `RANKED` for Table 1, and `PROBABILITY` for Table 3.
+    """
     rows = []
     for row in study_rows(study):
-        cells = {**row.names, "AUROC": row.failure}
+        cells = {**row.names, heading(shown[0]): row.failure}
         for cohort, run in row.runs.items():
-            for metric in (AUROC, AUPRC):
-                heading = metric.title
-                if cohort != "internal":
-                    heading = cohort.replace("external", f"External {metric.title}")
+            words = "{}" if cohort == "internal" else cohort.replace("external", "external {}")
+            for metric in shown:
                 place = (cohort.removesuffix(", ensemble"), metric, row.panel.auxiliary, row.method)
-                cells[heading] = marks.get(place, "") + _cell(run.summary.metrics, metric)
-            if cohort == "internal":
+                cells[heading(metric, words)] = marks.get(place, "") + _cell(run.metrics, metric)
+            if cohort == "internal" and AUPRC in shown:
                 cells["Prevalence"] = _share(run.summary, run.summary.patients)
-        if row.deployed is not None:
+        if row.deploy_failure:
+            cells[heading(shown[0], "external {}, ensemble")] = row.deploy_failure
+        elif row.deployed is not None and AUPRC in shown:
             outside = row.deployed.models.summary
             cells["External prevalence"] = _share(outside, outside.labelled)
-        elif row.deploy_failure:
-            cells["External AUROC, ensemble"] = row.deploy_failure
         rows.append(cells)
     return _table(rows)
 
 
 def representation(study: Study, marks: Marks) -> pd.DataFrame:
-    """Return Table 2: silhouette of the [cls] embedding, and how the auxiliary value is met."""
+    """Return Table 2: how the auxiliary value is met and, of classes, the [cls] silhouette."""
     silhouette = f"{SILHOUETTE.title} by true class"
+    predicted = "Auxiliary value: Pearson r (AUROC where it is a class)"
+    by_class = study.kind == "classification"
     rows = []
     for row in study_rows(study):
-        cells = {**row.names, silhouette: row.failure}
+        cells = {**row.names, silhouette if by_class else predicted: row.failure}
         if row.run is not None:
             found, auxiliary = row.run.summary.metrics, row.panel.auxiliary
             sign = marks.get(("internal", SILHOUETTE, auxiliary, row.method), "")
-            cells[silhouette] = sign + _cell(found, SILHOUETTE)
+            if by_class:
+                cells[silhouette] = sign + _cell(found, SILHOUETTE)
             as_class, as_number = (Metric(figure, auxiliary) for figure in ("auroc", "pearson"))
-            cells["Auxiliary value: Pearson r (AUROC where it is a class)"] = (
+            cells[predicted] = (
                 f"AUROC {_cell(found, as_class)}" if as_class in found else _cell(found, as_number)
             )
         rows.append(cells)
@@ -201,7 +225,7 @@ def numbers(study: Study, wanted: Callable[[Metric], bool]) -> pd.DataFrame:
         for cohort, run in row.runs.items():
             rows += [
                 [row.auxiliary, row.method, cohort, metric, *pages.metric_numbers(value), "done"]
-                for metric, value in run.summary.metrics.items()
+                for metric, value in run.metrics.items()
                 if wanted(metric)
             ]
         blank = [""] * (1 + len(pages.METRIC_COLUMNS))

@@ -1,24 +1,45 @@
 """What the comparisons of a benchmark say: in sentences, as marks in tables, and in full."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from examples.pathology.report import pages
+from examples.pathology.settings.cohort import Kind
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.study.criteria import CRITERIA, Criterion
+from examples.pathology.study.criteria import CRITERIA, Criterion, heading
 from examples.pathology.study.differences import REFERENCES, Difference
 from examples.pathology.study.folder import Study
 from examples.pathology.study.tables import Marks, study_rows
 
 RISE, FALL = "▲ ", "▼ "
 MARKS = (
-    "▲ and ▼: significantly higher or lower than the baseline after correction. A figure without "
-    "either is not known to differ from it, however high it is. Figures are means over folds with "
+    "▲ and ▼: significantly better or worse than the baseline after correction. A figure without "
+    "either is not known to differ from it, however good it is. Figures are means over folds with "
     "a 95 % bootstrap interval over the patients tested; the ensemble is the mean of the models of "
-    "all folds. The prevalence is the chance level of AUPRC; that of AUROC is 0.5."
+    "all folds. {}"
 )
+CHANCE: Mapping[Kind, str] = {
+    "classification": "The prevalence is the chance level of AUPRC; that of AUROC is 0.5.",
+    "regression": "The chance level of Pearson's r and of Spearman's rho is 0. Of the mean "
+    "absolute error, in the unit of the target, lower is better.",
+}
+PROBABILITIES = (
+    "Of both, lower is better. Brier score: the mean squared distance between the probability of "
+    "{} and what came true. Calibration in the large: the distance between the mean probability "
+    "and the share of positive patients, whose number is the same in all resamples; always to say "
+    "the prevalence reaches 0. Both are of the patients of each fold, and then means over folds. "
+    "How far all probabilities of a model are off changes from one training to the next: what "
+    "differs between trained models need not between methods. ▲ and ▼ as in Table 1."
+)
+EXCHANGED: Mapping[Kind, str] = {
+    "classification": "of ranks within the fold for AUROC and AUPRC; of probabilities for "
+    "calibration, and of their squared errors for the Brier score; for the silhouette, in which "
+    "patients depend on each other, of the jackknife's pseudo-values",
+    "regression": "of predictions standardised within the fold for Pearson's r, of their ranks for "
+    "Spearman's rho, and of absolute errors for the mean absolute error",
+}
 
 
 def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
@@ -48,16 +69,18 @@ def verdict(criterion: Criterion, reference: str, family: Sequence[Difference]) 
     known = [each for each in family if not math.isnan(each.corrected)]
     if not known:
         return f"Nothing could be compared with {reference} in {criterion.title}."
-    better = [each for each in known if each.significant and each.difference > 0]
-    worse = [each for each in known if each.significant and each.difference < 0]
+    sign = criterion.metric.sign
+    better = [each for each in known if each.significant and each.difference * sign > 0]
+    worse = [each for each in known if each.significant and each.difference * sign < 0]
     many, others = len(known), f"Significantly worse: {_named(worse)}."
     after = f"after correction for {many} comparison{'s' * (many > 1)}"
-    found = f"better than {reference} in {criterion.title} {after}"
+    aim, beyond = (", where lower is better,", "lower") if sign < 0 else ("", "higher")
+    found = f"better than {reference} in {criterion.title}{aim} {after}"
     if better:
         others = others if worse else "None is significantly worse."
         return f"Significantly {found}: {_named(better)}. {others}"
-    higher = [each.corrected for each in known if each.difference > 0 or not worse]
-    least = f"smallest corrected p = {p_text(min(higher))}" if higher else "none is higher"
+    higher = [each.corrected for each in known if each.difference * sign > 0 or not worse]
+    least = f"smallest corrected p = {p_text(min(higher))}" if higher else f"none is {beyond}"
     end = f". {others}" if worse else "; none is significantly worse."
     return f"No method is significantly {found} ({least}){end}"
 
@@ -79,25 +102,26 @@ def marks(differences: Sequence[Difference]) -> Marks:
     """Return what to write before a figure that differs significantly from the baseline's."""
     return {
         (d.criterion.cohort, d.criterion.metric, d.auxiliary, d.method): (
-            RISE if d.difference > 0 else FALL
+            RISE if d.difference * d.criterion.metric.sign > 0 else FALL
         )
         for d in differences
         if d.reference == BASELINE and d.significant
     }
 
 
-def differences_table(differences: Sequence[Difference], reference: str) -> pd.DataFrame:
+def differences_table(
+    differences: Sequence[Difference], reference: str, cohort: str
+) -> pd.DataFrame:
     """Return all comparisons with one reference: a row per method, a column per criterion."""
-    chosen = [each for each in differences if each.reference == reference]
+    place = reference, cohort
+    chosen = [each for each in differences if (each.reference, each.criterion.cohort) == place]
     compared = list(dict.fromkeys(d.criterion for d in chosen if d.folds))
     by_place = {(d.auxiliary, d.method, d.criterion): d for d in chosen}
     rows = []
     for auxiliary, method in dict.fromkeys((d.auxiliary, d.method) for d in chosen):
         found = [by_place.get((auxiliary, method, criterion)) for criterion in compared]
         rows.append((auxiliary, method, *map(_difference_cell, found)))
-    titles = (criterion.title for criterion in compared)
-    headings = ("Auxiliary target", "Method", *(title[:1].upper() + title[1:] for title in titles))
-    return pages.table(headings, rows)
+    return pages.table(("Auxiliary target", "Method", *(heading(c.metric) for c in compared)), rows)
 
 
 def _difference_cell(d: Difference | None) -> str:

@@ -3,10 +3,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
+from sklearn.metrics import brier_score_loss
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.results.folds import FoldResult
-from examples.pathology.results.measuring import describe_primary, measure_fold
+from examples.pathology.results.measuring import describe_primary, measure_fold, measure_further
 from examples.pathology.results.metrics import Metric
 
 LABEL = Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")
@@ -45,6 +47,37 @@ def test_a_regression_is_measured_in_its_unit_without_strata():
     assert {len(set(each.strata)) for each in measured.values()} == {1}
     twice = np.array([[2.0, 0.0, 1.0, 1.0]])
     assert measured[Metric("mae")].resampled(twice)[0] == pytest.approx((2 * 1 + 1.5 + 0.5) / 4)
+
+
+def test_further_figures_are_those_of_the_libraries():
+    random = np.random.default_rng(5)
+    y, numbers = np.arange(12) % 3 == 0, np.round(random.normal(size=12), 1)
+    p, weights = random.random(12), random.integers(0, 4, (1, 12)).astype(float)
+    table = pd.DataFrame(
+        {
+            "PATIENT": [f"p{i}" for i in range(12)],
+            "LF": [*map(str, numbers[:-1]), ""],  # of the last one it is not known
+            "LF_pred": np.round(p, 1).astype(str),
+            "isMSIH": np.where(y, "MSIH", "MSS"),
+            "isMSIH_MSIH": p.astype(str),
+        }
+    )
+    fold = FoldResult(table, np.zeros((12, 2), dtype=np.float32), 1, 1, 0.0)
+    found = measure_further(fold, LABEL)
+    assert list(map(str, found)) == ["brier", "calibration"]
+    brier, calibration = found[Metric("brier")], found[Metric("calibration")]
+    assert brier.score.value == pytest.approx(brier_score_loss(y, p))
+    expected = brier_score_loss(y, p, sample_weight=weights[0])
+    assert brier.resampled(weights)[0] == pytest.approx(expected)
+    assert calibration.score.value == pytest.approx(abs(p.mean() - 1 / 3))
+    expected = abs(np.average(p - y, weights=weights[0]))
+    assert calibration.resampled(weights)[0] == pytest.approx(expected)
+    assert set(brier.strata) == {"MSIH", "MSS"}
+    (spearman,) = measure_further(fold, LF).values()
+    x, y, copies = numbers[:-1], np.round(p, 1)[:-1], weights[0, :-1].astype(int)
+    assert spearman.score.value == pytest.approx(spearmanr(x, y).statistic)
+    expected = spearmanr(np.repeat(x, copies), np.repeat(y, copies)).statistic
+    assert spearman.resampled(weights[:, :-1])[0] == pytest.approx(expected)
 
 
 def test_a_summary_says_what_a_primary_target_is_like():

@@ -97,6 +97,11 @@ def test_pearson_does_not_depend_on_the_unit(rows):
         (metrics.pearson([1, 2], [1, 2]), "2 patients with a value"),
         (metrics.pearson([1, 1, 1], [1, 2, 3]), "all measured values are equal"),
         (metrics.pearson([1, 2, 3], [0.5, 0.5, 0.5]), "all predicted values are equal"),
+        (metrics.spearman([1, 2], [1, 2]), "2 patients with a value"),
+        (metrics.spearman([1, 1, 1], [1, 2, 3]), "all measured values are equal"),
+        (metrics.spearman([1, 2, 3], [7, 7, 7]), "all predicted values are equal"),
+        (metrics.brier([], []), "no patients"),
+        (metrics.calibration([], []), "no patients"),
     ],
 )
 def test_what_is_not_defined_is_nan_with_the_reason(score, reason):
@@ -145,3 +150,24 @@ def test_the_mean_curve_starts_at_zero_and_averages():
 def test_the_mean_absolute_error_is_in_the_unit():
     assert metrics.mean_absolute_error([1.0, 2.0, 6.0], [2.0, 2.0, 4.0]).value == 1.0
     assert metrics.mean_absolute_error([], []).reason == "no patients"
+
+
+def test_spearman_is_pearson_of_mid_ranks():
+    """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5 of squares 4.5 and 5."""
+    assert metrics.spearman([10, 20, 20, 90], [1, 2, 3, 400]).value == pytest.approx(
+        4.5 / math.sqrt(4.5 * 5)
+    )
+
+
+def test_brier_and_calibration_worked_by_hand():
+    positive, probability = [True, False, False, False], [0.5, 0.5, 0.0, 0.2]
+    squares = 0.25 + 0.25 + 0 + 0.04
+    assert metrics.brier(positive, probability).value == pytest.approx(squares / 4)
+    assert metrics.calibration(positive, probability).value == pytest.approx(1.2 / 4 - 1 / 4)
+    assert metrics.calibration(positive, [0.0] * 4).value == pytest.approx(1 / 4)  # too low as well
+    assert metrics.calibration([True, False], [0.9, 0.1]).value == pytest.approx(0)
+
+
+def test_what_lower_values_of_are_better():
+    lower = {figure for figure in metrics.TITLES if metrics.Metric(figure).sign < 0}
+    assert lower == {"mae", "brier", "calibration"}

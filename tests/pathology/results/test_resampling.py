@@ -53,11 +53,24 @@ def test_a_weight_is_a_number_of_copies():
         assert mean == pytest.approx(x[copies].mean())
 
 
+@settings(deadline=None, max_examples=60)
+@given(samples(), st.integers(0, 6))
+def test_a_resampled_rank_correlation_is_that_of_the_copies(sample, seed):
+    _, score, weights = sample
+    other = np.round(np.random.default_rng(seed).normal(size=len(score)), 1)
+    score[:2] = -1, 2  # at least two values are drawn
+    other[:2] = 9, 8
+    copies = np.repeat(np.arange(len(score)), weights.astype(int))
+    expected = stats.spearmanr(score[copies], other[copies]).statistic
+    assert resampling.spearman(score, other, weights[None])[0] == pytest.approx(expected)
+
+
 def test_what_a_resample_cannot_say_is_nan():
     weights = np.array([[1.0, 1.0, 0.0, 0.0]])
     truth = np.array([True, True, False, False])
     assert math.isnan(resampling.auroc(truth, np.arange(4.0), weights)[0])
-    assert math.isnan(resampling.pearson([1.0, 1.0, 2.0, 3.0], np.arange(4.0), weights)[0])
+    for correlation in (resampling.pearson, resampling.spearman):
+        assert math.isnan(correlation([1.0, 1.0, 2.0, 3.0], np.arange(4.0), weights)[0])
 
 
 def test_strata_keep_their_size():
@@ -239,6 +252,77 @@ def test_a_permutation_finds_a_difference_in_either_direction(name):
             for _ in range(20)
         ]
         assert sum(p < 0.05 for p in draws) >= 18
+
+
+def numbers(random, patients=40):
+    """What is measured, and two predictions of equal errors, the second of another unit."""
+    truth, shared = random.normal(size=(2, patients))
+    ours, theirs = truth + shared + random.normal(size=(2, patients))
+    return truth, ours, 5 + theirs / 4
+
+
+def probabilities(random, patients=40):
+    """Who is positive, and two probabilities that are alike."""
+    truth, shared = np.arange(patients) % 4 == 0, random.normal(size=patients)
+    return truth, *(1 / (1 + np.exp(1 - truth - shared - random.normal(size=(2, patients)))))
+
+
+NUMBERS = {
+    "pearson": (numbers, resampling.exchange_standardised, lambda t, a: stats.pearsonr(t, a)[0]),
+    "spearman": (
+        numbers,
+        lambda *fold: resampling.exchange_ranks(*fold, resampling.spearman),
+        lambda t, a: stats.spearmanr(t, a)[0],
+    ),
+    "calibration": (
+        probabilities,
+        lambda t, a, b: resampling.exchange_distances(a - t, b - t),
+        lambda t, a: abs(a.mean() - t.mean()),
+    ),
+    "brier": (
+        probabilities,
+        lambda t, a, b: resampling.exchange_values((a - t) ** 2, (b - t) ** 2),
+        lambda t, a: np.mean((a - t) ** 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_exchange_of_predictions_is_the_figure_of_those_exchanged(name):
+    """All 2^n exchanges of one small fold, in a loop over predictions swapped one by one."""
+    draw, exchange, figure = NUMBERS[name]
+    truth, ours, theirs = draw(np.random.default_rng(3), 8)
+    a, b = ours, theirs
+    if draw is numbers:
+        a, b = (stats.zscore(x) if name == "pearson" else stats.rankdata(x) for x in (ours, theirs))
+    every = np.array(list(itertools.product([0.0, 1.0], repeat=8)))
+    expected = [
+        figure(truth, np.where(swap, b, a)) - figure(truth, np.where(swap, a, b)) for swap in every
+    ]
+    assert expected[0] == pytest.approx(figure(truth, ours) - figure(truth, theirs))
+    found = resampling.permuted_differences([exchange(truth, ours, theirs)], [every])
+    assert found == pytest.approx(np.array(expected))
+    assert len(np.unique(np.round(found, 12))) > 20
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_exchange_of_predictions_is_calibrated_where_there_is_no_difference(name):
+    draw, exchange, _ = NUMBERS[name]
+    random = np.random.default_rng(17)
+    p = []
+    for _ in range(200):
+        exchanges = [exchange(*draw(random)) for _ in range(2)]
+        p.append(resampling.permutation_p(exchanges, seed=0, permutations=199))
+    low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.05)
+    assert low <= sum(value <= 0.05 for value in p) <= high
+
+
+def test_predictions_of_another_unit_are_not_exchangeable_until_they_are_standardised():
+    truth, ours, _ = numbers(np.random.default_rng(18))
+    exchange = resampling.exchange_standardised(truth, ours, 100 - 40 * ours)
+    assert resampling.permutation_p([exchange], seed=0, permutations=999) == 1 / 1000
+    exchange = resampling.exchange_standardised(truth, ours, 7 + ours / 50)
+    assert resampling.permutation_p([exchange], seed=0, permutations=999) == 1.0
 
 
 def embeddings(random, *, patients=30, folds=2):

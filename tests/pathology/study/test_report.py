@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
+from scipy.stats import spearmanr
+from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from examples.pathology import cli
 from examples.pathology.common.errors import UserError
@@ -23,6 +24,7 @@ from examples.pathology.figures.study import (
     weights_over_time,
 )
 from examples.pathology.report import pages
+from examples.pathology.results.metrics import Metric
 from examples.pathology.results.summary import MetricSummary
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study import report as study_report
@@ -34,7 +36,7 @@ from examples.pathology.study.tables import costs, study_rows
 from examples.pathology.study.verdicts import verdict, verdicts
 from tests.pathology.drawing import words
 from tests.pathology.parsing import sources_of
-from tests.pathology.tiny_study import NOTE, write_jobs, write_study
+from tests.pathology.tiny_study import NOTE, NUMBER, write_jobs, write_study
 
 AUROC = CRITERIA["classification"][0]
 
@@ -54,6 +56,26 @@ def planted(tmp_path_factory):
         shifts={"dwa": 4.0, "pcgrad": -1.5},
         spreads={"dwa": 8.0},
     )
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """Of a number, dwa has smaller errors than all others and pcgrad larger ones."""
+    return write_study(
+        tmp_path_factory.mktemp("numbers"),
+        methods=("baseline", "naive", "dwa", "pcgrad"),
+        auxiliary=("LF",),
+        shifts={"dwa": 5.0, "pcgrad": 0.25},
+        primary=NUMBER,
+    )
+
+
+@pytest.fixture(scope="module")
+def page_of_numbers(numbers, tmp_path_factory):
+    out, config = tmp_path_factory.mktemp("page"), PageConfig(site_column="tcga-site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_report, "draw_study", lambda *_: [])
+        return write_study_report(read_study(numbers), out, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +118,7 @@ def cells(page, table, *names):
 def test_without_a_difference_there_is_no_winner(null, tmp_path, no_figures):
     study = read_study(null)
     sentences = verdicts(study, all_differences(study))
-    assert len(sentences) == 8  # four metrics, two references
+    assert len(sentences) == 18  # nine criteria, two references
     for sentence in sentences:
         assert re.fullmatch(
             r"No method is significantly better than (baseline|naive) in .+ after correction for "
@@ -105,6 +127,81 @@ def test_without_a_difference_there_is_no_winner(null, tmp_path, no_figures):
         )
     page = write_study_report(study, tmp_path)
     assert not re.search(r"[▲▼] \d", (page.parent / "table1.md").read_text(encoding="utf-8"))
+
+
+def test_lower_errors_are_better(numbers, page_of_numbers):
+    page = page_of_numbers
+    found = re.findall(r"<li>(.+ than (?:baseline|naive) in .+)</li>", text_of(page))
+    assert len(found) == 12  # three criteria, inside and outside, two references
+    errors = next(sentence for sentence in found if "mean absolute error," in sentence)
+    better, worse = errors.split(" Significantly worse: ")
+    assert better.startswith(
+        "Significantly better than baseline in mean absolute error, where lower is better, after "
+        "correction for 3 comparisons: dwa with LF (-"
+    )
+    assert worse.startswith("pcgrad with LF (+")
+    headings = cells(page, "table1.md", "Auxiliary target", "Method")
+    assert headings[:3] == ["Pearson's r", "Mean absolute error", "Spearman's rho"]
+    assert headings[3] == "External Pearson's r, ensemble"
+    for method, mark in (("dwa", "▲ "), ("pcgrad", "▼ ")):
+        assert {cell[:2] for cell in cells(page, "table1.md", "LF", method)[:6]} == {mark}
+    for row in rows_of(page.parent / "differences.csv"):
+        ours, theirs = (value_of(numbers, row, row[name]) for name in ("method", "reference"))
+        assert float(row["difference"]) == pytest.approx(ours - theirs)
+
+
+def test_the_page_of_a_number_has_nothing_of_classes(numbers, page_of_numbers):
+    text, out = text_of(page_of_numbers), page_of_numbers.parent
+    for word in ("AUROC and", "ilhouette", "prevalence", "Decisions", "Table 3", "called wrongly"):
+        assert word not in text
+    assert re.search(r"72 patients, whose HRD runs from \d+\.\d+ to \d+\.\d+ with mean", text)
+    assert "These are means over 4 runs.</p>" in text
+    assert {path.name for path in out.iterdir()}.isdisjoint({"decisions.csv", "table3.csv"})
+    row = next(r for r in rows_of(out / "patients.csv") if r["PATIENT"] == "P1-00")
+    places = ["baseline", "lf/naive", "lf/dwa", "lf/pcgrad"]
+    tables = [pd.read_csv(numbers / "runs" / p / "fold-1/predictions.csv") for p in places]
+    predicted = np.mean([table["HRD_pred"][0] for table in tables])
+    assert float(row["predicted"]) == pytest.approx(predicted, rel=1e-6)
+
+
+def test_figures_of_a_number(numbers, tmp_path, monkeypatch):
+    drawn, shown = {}, []
+    monkeypatch.setattr(
+        study_report, "dots", lambda _, columns, sheet: drawn.update({sheet.path.name: columns})
+    )
+    monkeypatch.setattr(study_report, "tsne", lambda folds, *_, **__: shown.append(folds))
+    monkeypatch.setattr(study_report, "weights_over_time", lambda *_: False)
+    monkeypatch.setattr(study_report, "conflicts", lambda *_: None)
+    study = read_study(numbers)
+    study_report.draw_study(study, tmp_path)
+    assert drawn.keys() == {"methods-1.png", "external-1.png"}
+    names = ["Pearson's r", "Mean absolute error\n(lower is better)", "Spearman's rho"]
+    for columns in drawn.values():
+        assert [column.name for column in columns] == names
+        assert [column.chance for column in columns] == [0.0, None, 0.0]
+    summary = study.panels[0].deployed["dwa"].ensemble.summary
+    outside = drawn["external-1.png"][1].estimates[2]
+    assert outside.value == summary.metrics[Metric("mae")].mean
+    run = study.panels[0].runs["baseline"]
+    assert list(shown[0][0][1]) == list(run.results[0].predictions["HRD"].astype(float))
+
+
+def test_probabilities_have_a_table_of_their_own(planted, page):
+    headings = cells(page, "table3.md", "Auxiliary target", "Method")
+    assert headings[:4] == [
+        *("Brier score", "Calibration in the large"),
+        *("External Brier score, ensemble", "External calibration in the large, ensemble"),
+    ]
+    assert cells(page, "table3.md", "LF", "pcgrad")[0].startswith("▼ ")  # higher, and so worse
+    rows = rows_of(page.parent / "table3.csv")
+    assert {row["metric"] for row in rows} == {"brier", "calibration"}
+    for row in rows:
+        if row["cohort"] == "external, ensemble":
+            auxiliary = row["auxiliary"].replace("(every one)", "LF")
+            place = {**row, "cohort": "external", "auxiliary": auxiliary}
+            assert float(row["mean"]) == pytest.approx(value_of(planted, place, row["method"]))
+    assert "<h2>Table 3: probabilities</h2>" in text_of(page)
+    assert "<h2>Differences from naive, external cohort</h2>" in text_of(page)
 
 
 def test_a_difference_that_is_there_is_named_with_its_direction(planted, page):
@@ -182,7 +279,7 @@ def test_verdicts_in_words(family, words):
 
 def test_a_difference_is_that_of_the_runs_and_is_corrected_within_its_family(planted, page):
     rows = rows_of(page.parent / "differences.csv")
-    assert len(rows) == 4 * (3 * 2 + 2 * 2)  # metrics x (methods but baseline; and but naive) x 2
+    assert len(rows) == 9 * (3 * 2 + 2 * 2)  # criteria x (methods but baseline; and but naive) x 2
     for row in rows:
         keys = ("metric", "reference", "cohort")
         family = [other for other in rows if all(other[key] == row[key] for key in keys)]
@@ -213,7 +310,26 @@ def value_of(folder, row, method):
     inside = row["cohort"] == "internal"
     path = folder / ("runs" if inside else "external") / place / "metrics.json"
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found["metrics" if inside else "metrics_of_ensemble"][row["metric"]]["mean"]
+    found = found["metrics" if inside else "metrics_of_ensemble"]
+    if row["metric"] in found:
+        return found[row["metric"]]["mean"]
+    folds = [path.parent / f"fold-{k}" for k in (1, 2)] if inside else [path.parent]
+    return np.mean([BY_HAND[row["metric"]](*truth_of(fold, found)) for fold in folds])
+
+
+def truth_of(fold, found):
+    """Return what is true of the patients of a fold, and what was predicted."""
+    table = pd.read_csv(fold / "predictions.csv")
+    if "pearson" in found:
+        return table["HRD"], table["HRD_pred"]
+    return table["isMSIH"] == "MSIH", table["isMSIH_MSIH"]
+
+
+BY_HAND = {
+    "brier": brier_score_loss,
+    "calibration": lambda truth, score: abs(score.mean() - truth.mean()),
+    "spearman": lambda truth, predicted: spearmanr(truth, predicted).statistic,
+}
 
 
 def test_patients_are_paired_by_name(copy):
@@ -246,7 +362,8 @@ def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
         table["isMSIH"] = "MSS"
         table.to_csv(path, index=False)
     found = [d for d in all_differences(read_study(copy)) if d.criterion.cohort == "internal"]
-    assert {d.folds for d in found} == {1}
+    one_class = {"brier", "calibration"}  # what these need not be without
+    assert {d.folds for d in found if d.criterion.metric.figure not in one_class} == {1}
     for path in copy.glob("runs/**/fold-2/predictions.csv"):
         table = pd.read_csv(path, dtype=str)
         table["isMSIH"] = "MSS"
@@ -384,7 +501,7 @@ def test_of_two_references_only_the_first_is_one(tmp_path):
     folder = write_study(tmp_path, methods=("baseline", "naive"), auxiliary=("LF",), deployed=False)
     study = read_study(folder)
     said = verdicts(study, all_differences(study))
-    assert len(said) == 3  # AUROC, AUPRC and silhouette
+    assert len(said) == 5  # AUROC, AUPRC, silhouette, Brier score and calibration
     assert all("better than baseline" in each for each in said)
     text = write_study_report(study).read_text(encoding="utf-8")
     drawn = re.findall(r"<img class='wide' style='max-width: min\(100%, (\d+)px\)'", text)
@@ -397,7 +514,7 @@ def test_of_two_references_only_the_first_is_one(tmp_path):
 def test_the_page_stands_alone_and_says_all(page):
     text = text_of(page)
     sources = sources_of(text)
-    assert len(sources) == 2 * 3 + 1  # methods, weights and t-SNE of both; conflicts
+    assert len(sources) == 2 * 4 + 1  # methods in two cohorts, weights and t-SNE of both; conflicts
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for expected in (
         "<p class='warning'>SIMULATED &lt;features&gt;.</p>",
@@ -479,7 +596,9 @@ def test_an_auxiliary_target_without_runs_has_no_figures(planted, tmp_path):
     first, second = study.panels
     study = replace(study, panels=[replace(first, repeats=()), second])
     names = [path.name for _, path in study_report.draw_study(study, tmp_path)]
-    assert names == ["methods-2.png", "weights-2.png", "tsne-2.png", "conflicts.png"]
+    assert names == [
+        *("methods-2.png", "external-2.png", "weights-2.png", "tsne-2.png", "conflicts.png")
+    ]
     assert {path.name for path in tmp_path.iterdir()} == set(names)
 
 
