@@ -31,7 +31,7 @@ class SimulateConfig(Settings):
         "Clinical table with real labels; default: labels are drawn as well.",
         source="correlations of TCGA-CRC, for HRD of TCGA-LUAD",
     )
-    target: str = option(TARGETS[0], "Column of the biomarker.")
+    target: str = option(TARGETS[0], "Column of the biomarker: classes, or a number.")
     auxiliary: tuple[str, ...] = option(
         (), "Signature to keep as auxiliary target; may be given several times; default: all."
     )
@@ -41,6 +41,9 @@ class SimulateConfig(Settings):
     )
     slide_table: Path | None = option(None, "Table of PATIENT and FILENAME; default: a slide each.")
     external_clini: Path | None = option(None, "Clinical table of another site, for OUT/external.")
+    draw_external_labels: bool = option(
+        False, "Draw target and signatures there from patients of the first table."
+    )
     composition: str = option(
         "drawn", "drawn from label and signatures, or measured.", choices=("drawn", "measured")
     )
@@ -57,9 +60,10 @@ class SimulateConfig(Settings):
     )
     tumour_share: float = option(
         0.4,
-        "Share of altered tumour tiles in the median positive patient.",
+        "Share of altered tumour tiles in the median positive patient, or with a number 1 sd above "
+        "its mean.",
         rule=inside(0, 1),
-        source="0.05 in the median negative one",
+        source="0.05 in the median negative one, or 1 sd below",
     )
     tumour_noise: float = option(
         1.5, "Sd of the log-odds of that share between patients.", rule=_positive
@@ -94,6 +98,10 @@ class SimulateConfig(Settings):
             raise UserError(
                 "`composition` measured must go with --clini and without --external-clini: there "
                 "are fractions of the patients of one table only."
+            )
+        if self.draw_external_labels and self.external_clini is None:
+            raise UserError(
+                "`draw-external-labels` must go with --external-clini, but none is given."
             )
         if self.clini is None and (self.slide_table is not None or self.positive is not None):
             raise UserError("`slide-table` and `positive` must go with --clini, but it is missing.")

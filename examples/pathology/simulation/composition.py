@@ -3,8 +3,10 @@
 A patient is a biomarker status and a vector of signatures in standard deviations of the population
 (``z``). What the clinical table does not say is drawn given what it says: within a class the
 signatures are normal with one covariance, and the classes differ in their means by as much as the
-point-biserial correlations say. Status and signatures then decide the mean composition; what a
-slide really holds varies around it (logistic-normal).
+point-biserial correlations say. A biomarker that
+is a number is normal together with the signatures, and alters tissue by degrees. Status and
+signatures then decide the mean composition; what a slide really holds varies around it
+(logistic-normal).
 """
 
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.settings.simulate import SimulateConfig
@@ -41,6 +44,7 @@ _MEAN_SHARES = MappingProxyType(
 )
 _CLONE_LOGIT = -1.4  # a fifth of the tumour is of the second clone where heterogeneity is average
 _NEGATIVE_SHARE = 0.05  # of altered tumour tiles in patients without the biomarker
+_MIN_EIGENVALUE = 0.01  # of correlations, so that each variable keeps something of its own
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Population:
 
     Args:
         target: Column of the biomarker.
-        positive: Its rarer label; `negative` is the other.
+        positive: Its rarer label; `negative` is the other. Empty where the biomarker is a number.
         prevalence: Share of positives among the labelled.
         unlabelled: Share of patients without a label.
         signatures: Names of the signatures, of which there are k.
@@ -75,6 +79,47 @@ class Population:
     missing: tuple[float, ...]
     correlation: tuple[float, ...]
     within: tuple[float, ...]
+
+    @classmethod
+    def of_number(cls, target: str, clinical: pd.DataFrame) -> "Population":
+        """Return how a biomarker that is a number goes together with signatures in a table.
+
+        The number counts as the first of the signatures; there are no classes.
+
+        Args:
+            target: Column of the number.
+            clinical: The number, then the signatures, by patient; empty where missing. Signatures
+                of fewer than two values are left out.
+        """
+        values = clinical.apply(pd.to_numeric)
+        values = values.loc[:, values.std() > 0]
+        # Each of the patients who have both: together they may contradict each other.
+        levels, axes = np.linalg.eigh(values.corr().fillna(0.0).to_numpy())
+        covariance = (axes * np.maximum(levels, _MIN_EIGENVALUE)) @ axes.T
+        sd = np.sqrt(covariance.diagonal())
+        within = (covariance / np.outer(sd, sd))[np.tril_indices(len(sd), -1)]
+        return cls(
+            target=target,
+            positive="",
+            negative="",
+            prevalence=0.5,
+            unlabelled=float(values[target].isna().mean()),
+            signatures=tuple(values),
+            mean=tuple(values.mean()),
+            sd=tuple(values.std()),
+            low=tuple(values.min()),
+            high=tuple(values.max()),
+            missing=tuple(values.isna().mean()),
+            correlation=(0.0,) * len(sd),
+            within=tuple(within),
+        )
+
+    def dose(self, z: Vector, *, positive: bool) -> float:
+        """Return how much of the biomarker a patient has: 1 if positive, 0 if not.
+
+        A number gives 0 at one standard deviation below its mean, 1 at one above, and is linear.
+        """
+        return float(positive) if self.positive else (1 + float(z[0])) / 2
 
     def class_mean(self, *, positive: bool) -> Vector:
         """Return the mean z of the signatures in a class ``(k,)``."""
@@ -206,14 +251,16 @@ def draw_tissue(
 ) -> Tissue:
     """Draw what a patient's slides are made of, given the status and signatures without gaps.
 
-    Lymphocytes follow the mean of leukocyte fraction and lymphocyte infiltration, stroma the
+    The biomarker's dose moves the log-odds of altered tumour tiles and the log-share of
+    lymphocytes. These follow the mean of leukocyte fraction and lymphocyte infiltration, stroma the
     stromal fraction, the second clone intratumor heterogeneity. Measured shares of `TISSUES`
     ``(8,)`` are taken as they are; neither status nor signatures nor noise change them.
     """
     of = dict(zip(population.signatures, (float(value) for value in z), strict=True))
     noise = config.composition_noise * generator.standard_normal(len(TISSUES))
     spread, clone, growth = (float(value) for value in generator.standard_normal(3))
-    odds = _logit(config.tumour_share if positive else _NEGATIVE_SHARE)
+    dose = population.dose(z, positive=positive)
+    odds = (1 - dose) * _logit(_NEGATIVE_SHARE) + dose * _logit(config.tumour_share)
     immune = [of[name] for name in (LEUKOCYTES, LYMPHOCYTES) if name in of]
     effect, vary = config.strength("signature_effect"), config.composition_noise
     shares = measured
@@ -221,7 +268,7 @@ def draw_tissue(
         logits = np.array([np.log(_MEAN_SHARES.get(name, 0.0) or 1e-300) for name in TISSUES])
         logits += noise
         logits[TISSUES.index("LYM")] += effect * sum(immune) / max(len(immune), 1)
-        logits[TISSUES.index("LYM")] += config.lymphocyte_shift * positive
+        logits[TISSUES.index("LYM")] += config.lymphocyte_shift * dose
         logits[TISSUES.index("STR")] += effect * of.get(STROMA, 0.0)
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()

@@ -17,7 +17,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from examples.pathology.cohort.targets import make_target, refuse_foreign_values
+from examples.pathology.cohort.targets import (
+    MAX_CLASSES,
+    kind_of,
+    make_target,
+    refuse_foreign_values,
+    refuse_too_large,
+)
+from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_text
 from examples.pathology.common.folders import claim_folder, sole_writer
 from examples.pathology.features.files import write_features
@@ -25,6 +32,7 @@ from examples.pathology.settings.cohort import CohortConfig, Sources
 from examples.pathology.settings.simulate import STRENGTHS, SimulateConfig
 from examples.pathology.simulation.composition import (
     TISSUES,
+    Population,
     Tissue,
     complete,
     draw_tissue,
@@ -35,7 +43,7 @@ from examples.pathology.simulation.tables import (
     CohortTables,
     auxiliary_of,
     generator_of,
-    read_tables,
+    read_external,
     shuffled,
     tables_of,
 )
@@ -58,7 +66,7 @@ class SimulatedCohort:
         sources: Its tables and feature files; the clinical table has the target and the auxiliary
             columns.
         truth: What made each patient's bags.
-        positive: The label that alters tumour tiles.
+        positive: The label that alters tumour tiles; empty where a number does.
         simulated: The sentence that every file bears.
         external: The cohort of the other site.
     """
@@ -85,23 +93,34 @@ def run_simulate(config: SimulateConfig) -> SimulatedCohort:
         UserError: Tables or settings are wrong, or the folder holds another simulation.
     """
     tables = tables_of(config)
-    labels = [label for label in tables.clinical[config.target] if label]
+    labels = {str(name): cell for name, cell in tables.clinical[config.target].items() if cell}
     table = Path("the drawn table") if config.clini is None else config.clini
     asked = CohortConfig(table, config.out, config.out, config.target, positive=config.positive)
-    target = make_target(config.target, "classification", labels, asked)
+    kind = kind_of(tables.clinical[config.target], MAX_CLASSES)
+    if kind == "regression" and config.positive is not None:
+        raise UserError(
+            f"`positive` must be left out for `{config.target}`, whose numbers all count, but got "
+            f"{config.positive!r}. Name a column of classes as `target` to have one."
+        )
+    target = make_target(config.target, kind, list(labels.values()), asked)
+    if kind == "regression":
+        refuse_too_large(config.target, {n: float(v) for n, v in labels.items()}, table)
+        population = Population.of_number(config.target, tables.clinical)
+    else:
+        population = replace(population_of(config), positive=target.positive)
     auxiliary = auxiliary_of(config, tables.clinical)
     external = None
     if config.external_clini is not None:
-        external = read_tables(config.external_clini, None, config)
+        external = read_external(config.external_clini, tables, config)
         labels_there = external.clinical[config.target]
         refuse_foreign_values(target, labels_there, config.external_clini)
     with sole_writer(config.out):
-        claim_folder(config.out, "simulation", settings_of(config, target.positive))
-        cohort = _write(config, tables, config.out, target.positive, auxiliary)
+        claim_folder(config.out, "simulation", settings_of(config, population))
+        cohort = _write(config, tables, config.out, population, auxiliary)
         if external is not None:
             here = tuple(name for name in auxiliary if name in external.clinical)
             folder = config.out / "external"
-            other = _write(config, external, folder, target.positive, here, external=True)
+            other = _write(config, external, folder, population, here, external=True)
             cohort = replace(cohort, external=other)
         write_text(config.out / "README.txt", _readme(config, cohort, tables.left_out))
     logger.warning("%s", cohort.simulated)
@@ -112,17 +131,17 @@ def _write(
     config: SimulateConfig,
     tables: CohortTables,
     out: Path,
-    positive: str,
+    population: Population,
     auxiliary: tuple[str, ...],
     *,
     external: bool = False,
 ) -> SimulatedCohort:
     """Write the bags and tables of one cohort."""
     there = Sources(out / "clini.csv", out / "slides.csv", out / "features")
-    simulated = _sentence(config, drawn=tables.drawn, external=external)
+    simulated = _sentence(config, tables, external=external)
     tissues, truth = {}, []
     for name, cells in tables.clinical.iterrows():
-        tissues[str(name)], said = _tissue(config, tables, str(name), cells, positive)
+        tissues[str(name)], said = _tissue(config, tables, str(name), cells, population)
         truth.append(said)
     _write_bags(config, tables, there.features, tissues, simulated, external=external)
     clinical = tables.clinical[[config.target, *auxiliary]]
@@ -135,7 +154,7 @@ def _write(
         sources=there,
         truth=out / "truth.csv",
         target=config.target,
-        positive=positive,
+        positive=population.positive,
         auxiliary=auxiliary,
         patients=len(clinical),
         slides=len(tables.slides),
@@ -175,10 +194,13 @@ def _write_bags(
 
 
 def _tissue(
-    config: SimulateConfig, tables: CohortTables, name: str, cells: "pd.Series[str]", positive: str
+    config: SimulateConfig,
+    tables: CohortTables,
+    name: str,
+    cells: "pd.Series[str]",
+    population: Population,
 ) -> tuple[Tissue, dict[str, Any]]:
     """Return what a patient's slides are made of, and the row of ``truth.csv`` that says so."""
-    population = population_of(config)
     known = {s: float(cells[s]) for s in population.signatures if cells.get(s)}
     label = cells[config.target]
     generator = generator_of(config.seed, "patient", name)
@@ -186,13 +208,14 @@ def _tissue(
         population,
         population.standardized(known),
         generator,
-        positive=label == positive if label else None,
+        positive=label == population.positive if label else None,
     )
     measured = None if tables.fractions is None else tables.fractions[name]
     tissue = draw_tissue(population, z, config, generator, positive=status, measured=measured)
     truth = {
         PATIENT: name,
-        "positive": int(status),
+        **({} if tables.donors is None else {"labels of": tables.donors[name]}),
+        **({"positive": int(status)} if population.positive else {}),
         **{f"z {s}": round(float(v), 6) for s, v in zip(population.signatures, z, strict=True)},
         **{t: round(float(share), 6) for t, share in zip(TISSUES, tissue.shares, strict=True)},
         "altered share of tumour": round(tissue.altered, 6),
@@ -202,12 +225,15 @@ def _tissue(
     return tissue, truth
 
 
-def _sentence(config: SimulateConfig, *, drawn: bool, external: bool) -> str:
+def _sentence(config: SimulateConfig, tables: CohortTables, *, external: bool) -> str:
     """Return the sentence that every file, table and figure is to bear."""
     parts = ["Features are SIMULATED by a program"]
     if config.composition == "measured":
         parts.append("tissue fractions are measured")
-    parts.append("labels are DRAWN as well" if drawn else "labels are those of a clinical table")
+    labels = "are DRAWN as well" if tables.drawn else "are those of a clinical table"
+    if tables.donors is not None:
+        labels = "and signatures are DRAWN, each patient's from a patient of the first cohort"
+    parts.append(f"labels {labels}")
     if config.null and not external:
         parts.append("auxiliary values are SHUFFLED among patients (null setting)")
     return "; ".join(parts) + "."
@@ -247,6 +273,11 @@ def _readme(config: SimulateConfig, cohort: SimulatedCohort, left_out: int) -> s
             f"external/: {cohort.external.patients} patients of {config.external_clini.name}, with",
             "features shifted as those of another site may be.",
         ]
+    if config.draw_external_labels:
+        lines += [
+            "That table has no labels: target and signatures there are DRAWN. Each patient has",
+            "those of a patient here, named in external/truth.csv: nothing is known of theirs.",
+        ]
     lines += ["", "simulation.toml: all settings. truth.csv: what made each patient's bags.", ""]
     return "\n".join(lines)
 
@@ -254,14 +285,16 @@ def _readme(config: SimulateConfig, cohort: SimulatedCohort, left_out: int) -> s
 def _planted(config: SimulateConfig, cohort: SimulatedCohort) -> str:
     """Return in words what of the label and the signatures is in the bags."""
     if config.strength("tumour_shift") or config.strength("signature_effect"):
+        if not cohort.positive:
+            return f"Planted: `{cohort.target}`, by degrees, and the signatures; see truth.csv."
         return f"Planted: `{cohort.target}` = {cohort.positive} and the signatures; see truth.csv."
     return "Nothing is planted: what the bags say of labels and signatures, the fractions say."
 
 
-def settings_of(config: SimulateConfig, positive: str) -> dict[str, Any]:
+def settings_of(config: SimulateConfig, population: Population) -> dict[str, Any]:
     """Return all that decides the content of a simulation, for ``simulation.toml``.
 
-    Strengths and the positive label are resolved, tables hashed.
+    Strengths, the positive label and the scale of a number are resolved, tables hashed.
     """
     settings: dict[str, Any] = {"format": FORMAT}
     for name, value in vars(config).items():
@@ -272,5 +305,10 @@ def settings_of(config: SimulateConfig, positive: str) -> dict[str, Any]:
             settings[name] = config.strength(name)
         elif value is not None:
             settings[name] = list(value) if isinstance(value, tuple) else value
-    settings["positive"] = positive
+    if not config.draw_external_labels:  # folders of earlier releases do not say
+        del settings["draw_external_labels"]
+    if population.positive:
+        settings["positive"] = population.positive
+    else:
+        settings["target_mean"], settings["target_sd"] = population.mean[0], population.sd[0]
     return settings

@@ -43,6 +43,7 @@ class CohortTables:
         drawn: Whether the labels are drawn.
         fractions: Measured shares of tissue by patient; ``None``: shares are to be drawn.
         left_out: How many patients were left out as nothing was measured of them.
+        donors: Whose target and signatures each patient has; ``None``: their own.
     """
 
     clinical: pd.DataFrame
@@ -50,6 +51,7 @@ class CohortTables:
     drawn: bool = False
     fractions: Mapping[str, Vector] | None = None
     left_out: int = 0
+    donors: Mapping[str, str] | None = None
 
 
 def tables_of(config: SimulateConfig) -> CohortTables:
@@ -86,14 +88,18 @@ def read_tables(clini: Path, slide_table: Path | None, config: SimulateConfig) -
     Raises:
         UserError: A table is wrong, or the two have no patient in common.
     """
+    if config.target in SIGNATURES:
+        raise UserError(
+            f"`target` must be no signature, since each brings its own tissue, but is "
+            f"{config.target!r}."
+        )
     table = read_clinical_table(clini, [config.target], config.patient_column)
     names = [name for name in population_of(config).signatures if name in table]
     for name in names:
         refuse_words(name, table[name], clini)
     clinical = table[[config.target, *names]]
     if slide_table is None:
-        named = [(name, slide_key(name, clini, config.patient_column)) for name in clinical.index]
-        return CohortTables(clinical, named)
+        return CohortTables(clinical, _slide_each(clinical, clini, config))
     everyone = read_slide_table(slide_table, config.patient_column, config.filename_column)
     slides = [(patient, key) for patient, key in everyone if patient in clinical.index]
     if unknown := len(everyone) - len(slides):
@@ -102,6 +108,47 @@ def read_tables(clini: Path, slide_table: Path | None, config: SimulateConfig) -
         raise UserError(f"{slide_table} must have slides of patients of {clini}, but has none.")
     refuse_two_owners(slides, "slide", slide_table)
     return CohortTables(clinical, slides)
+
+
+def _slide_each(
+    clinical: pd.DataFrame, clini: Path, config: SimulateConfig
+) -> list[tuple[str, str]]:
+    return [(name, slide_key(name, clini, config.patient_column)) for name in clinical.index]
+
+
+def read_external(clini: Path, first: CohortTables, config: SimulateConfig) -> CohortTables:
+    """Read the clinical table of another site, or draw what it says where that is asked for.
+
+    Drawn is for each patient one of the first cohort who has a target, with replacement. Target and
+    signatures are this donor's, so that they go together as in the first cohort; nothing but the
+    patients is taken from the other site's table.
+
+    Raises:
+        UserError: The table is wrong; or it has the target though that is to be drawn, or lacks it.
+    """
+    table = read_clinical_table(clini, [], config.patient_column)
+    if config.draw_external_labels and config.target in table:
+        raise UserError(
+            f"`draw-external-labels` must go with a table without `{config.target}`, but {clini} "
+            "has that column. Leave the option out."
+        )
+    if not config.draw_external_labels:
+        if config.target not in table:
+            names = [str(name) for name in table]
+            raise UserError(
+                f"{clini} must have a column `{config.target}`, but has "
+                f"{listing(map(repr, names))}.{nearest(config.target, names)} Give "
+                "--draw-external-labels to draw it and the signatures from the first table."
+            )
+        return read_tables(clini, None, config)
+    labelled = first.clinical[first.clinical[config.target] != ""]
+    rows = [
+        int(generator_of(config.seed, "external", str(name)).integers(len(labelled)))
+        for name in table.index
+    ]
+    clinical = labelled.iloc[rows].set_axis(table.index)
+    donors = dict(zip(map(str, table.index), map(str, labelled.index[rows]), strict=True))
+    return CohortTables(clinical, _slide_each(clinical, clini, config), donors=donors)
 
 
 def _draw(config: SimulateConfig) -> CohortTables:

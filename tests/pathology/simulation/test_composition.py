@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from examples.pathology.simulation.composition import (
     SIGNATURES,
     STROMA,
     TISSUES,
+    Population,
     complete,
     draw_tissue,
     shares_from,
@@ -222,3 +224,79 @@ def test_fractions_that_are_none_are_refused(cell, message):
         shares_from(row, "P1")
     with pytest.raises(UserError, match="not all 0"):
         shares_from(dict.fromkeys(TISSUES, "0"), "P1")
+
+
+def numbers_of(correlation, count=400, seed=0):
+    """Return a table, as text, of normal variables in units of their own with gaps."""
+    generator = np.random.default_rng(seed)
+    z = generator.multivariate_normal(np.zeros(len(correlation)), correlation, count)
+    columns = ["score", *SIGNATURES[1:]][: len(correlation)]
+    table = pd.DataFrame(25 + 15 * z, columns=columns).map(str)
+    return table.mask(generator.random(table.shape) < 0.1, "")
+
+
+SCORE = np.array([[1.0, 0.5, -0.2], [0.5, 1.0, 0.4], [-0.2, 0.4, 1.0]])
+
+
+def test_a_number_goes_together_with_signatures_as_in_its_table():
+    text = numbers_of(SCORE)
+    table = text.replace("", np.nan).astype(float)
+    population = Population.of_number("score", text)
+    np.testing.assert_allclose(population.covariance(), table.corr(), atol=1e-12)
+    np.testing.assert_allclose(population.mean, table.mean())
+    np.testing.assert_allclose(population.sd, table.std())
+    assert population.signatures == tuple(table)
+    generator = np.random.default_rng(1)
+    nothing = unknown(population)
+    drawn = [complete(population, nothing, generator, positive=None)[1] for _ in range(3000)]
+    np.testing.assert_allclose(np.corrcoef(np.stack(drawn).T), table.corr(), atol=0.05)
+    np.testing.assert_allclose(np.mean(drawn, 0), 0, atol=0.06)
+
+
+def test_a_missing_number_follows_the_signatures_by_the_line_of_regression():
+    population = Population.of_number("score", numbers_of(SCORE))
+    r = population.covariance()
+    z = np.array([np.nan, 1.2, -0.7])
+    generator = np.random.default_rng(2)
+    drawn = [complete(population, z, generator, positive=None)[1][0] for _ in range(3000)]
+    # By hand, of two predictors: the coefficients of regression from the three correlations.
+    spare = 1 - r[1, 2] ** 2
+    slopes = [(r[0, 1] - r[0, 2] * r[1, 2]) / spare, (r[0, 2] - r[0, 1] * r[1, 2]) / spare]
+    explained = slopes[0] * r[0, 1] + slopes[1] * r[0, 2]
+    assert np.mean(drawn) == pytest.approx(slopes[0] * 1.2 - slopes[1] * 0.7, abs=0.05)
+    assert np.var(drawn) == pytest.approx(1 - explained, abs=0.06)
+
+
+def test_correlations_that_contradict_each_other_and_copies_are_made_possible():
+    # Never known all at once: a grows with b, b with c, but a falls with c.
+    rows = [(str(i), str(i), "") for i in range(9)] + [("", str(i), str(i)) for i in range(9)]
+    rows += [(str(i), "", str(-i)) for i in range(9)]
+    for table in (rows, [(str(i), str(i), "7") for i in range(9)]):
+        columns = ["score", STROMA, PROLIFERATION]
+        population = Population.of_number("score", pd.DataFrame(table, columns=columns))
+        covariance = population.covariance()
+        np.testing.assert_allclose(covariance.diagonal(), 1)
+        assert np.linalg.eigvalsh(covariance).min() > 0.001
+        z = complete(population, unknown(population), np.random.default_rng(0), positive=None)[1]
+        assert np.isfinite(z).all()
+    assert population.signatures == ("score", STROMA)  # one value alone has no sd
+
+
+def test_a_number_alters_tissue_by_degrees_as_labels_do_by_classes():
+    population = Population.of_number("score", numbers_of(SCORE[:1, :1]))
+    config = replace(EFFECTS, tumour_noise=0.0, composition_noise=0.0)
+
+    def tissue(z, of=population, **status):
+        return draw_tissue(of, np.array(z), config, np.random.default_rng(0), **status)
+
+    low, middle, high, far = (tissue([z], positive=False) for z in (-1.0, 0.0, 1.0, 3.0))
+    mss, msi = (tissue([0.0] * 5, MSI, positive=status) for status in (False, True))
+    for number, label in ((low, mss), (high, msi)):
+        assert number.altered == pytest.approx(label.altered)
+        np.testing.assert_allclose(number.shares, label.shares)
+    assert (low.altered, high.altered) == pytest.approx((0.05, 0.4))
+    odds = [t.altered / (1 - t.altered) for t in (low, middle, high, far)]
+    assert odds[1] == pytest.approx(np.sqrt(odds[0] * odds[2]))  # log-odds are linear
+    assert odds[3] / odds[2] == pytest.approx(odds[2] / odds[0])
+    lymphocytes = [t.shares[2] / t.shares[0] for t in (low, middle, high, far)]
+    np.testing.assert_allclose(np.diff(np.log(lymphocytes)), [0.15, 0.15, 0.3])

@@ -25,7 +25,7 @@ from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import SIGNATURES, TISSUES
 from examples.pathology.simulation.feature_space import FeatureSpace
 from examples.pathology.simulation.simulate import run_simulate
-from examples.pathology.simulation.tables import shuffled
+from examples.pathology.simulation.tables import read_external, shuffled, tables_of
 from tests.pathology.tiny import write_bag, write_table
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -381,6 +381,8 @@ def test_every_number_and_figure_of_a_run_states_it(tmp_path):
         ({"auxiliary": ("Proliferation",)}, "must be a column of the clinical table"),
         ({"positive": "MSI"}, "`positive` must be a value of `isMSIH`"),
         ({"target": "isMSI"}, "Did you mean `isMSIH`"),
+        ({"target": "Leukocyte Fraction"}, "`target` must be no signature"),
+        ({"draw_external_labels": True}, "must go with --external-clini"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_written(settings, options, message):
@@ -418,3 +420,110 @@ def test_the_command_line_needs_a_table_and_a_folder_only(tables, tmp_path, caps
         main(["simulate", "--out", str(tmp_path / "x"), "--target", "grade"])
     assert stopped.value.code == 2
     assert "`target` must be one of isMSIH, HRD" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Return a cohort of a number, and of another site whose table does not have it."""
+    folder = tmp_path_factory.mktemp("graded")
+    generator = np.random.default_rng(0)
+    z = generator.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 120)
+    rows = [
+        [f"P{i:03d}", "" if i % 10 == 0 else f"{25 + 15 * a:.1f}", "" if i % 7 == 0 else f"{b:.3f}"]
+        for i, (a, b) in enumerate(z)
+    ]
+    others = [[f"C{i:02d}", "x", "0.5"] for i in range(60)]
+    config = SimulateConfig(
+        folder / "out",
+        clini=write_table(folder / "labels.csv", ["PATIENT", "HRD_score", "Proliferation"], rows),
+        external_clini=write_table(
+            folder / "other.csv", ["PATIENT", "Sex", "Proliferation"], others
+        ),
+        draw_external_labels=True,
+        target="HRD_score",
+        tiles=16,
+        max_tiles=20,
+    )
+    return config, run_simulate(config)
+
+
+def test_a_number_is_planted_by_degrees_and_truth_says_so(graded):
+    config, cohort = graded
+    table, truth = pd.read_csv(cohort.sources.clini), pd.read_csv(cohort.truth)
+    score = table["HRD_score"]
+    assert "positive" not in truth
+    assert cohort.positive == ""
+    z = ((score - score.mean()) / score.std()).clip(-3, 3)
+    known = score.notna()
+    np.testing.assert_allclose(truth["z HRD_score"][known], z[known], atol=1e-5)
+    assert truth.notna().all(axis=None)
+    # Log-odds of altered tiles: from 0.05 to 0.4 within two standard deviations.
+    odds = np.log(truth["altered share of tumour"] / (1 - truth["altered share of tumour"]))
+    expected = (np.log(0.4 / 0.6) - np.log(0.05 / 0.95)) / 2
+    slope = np.polyfit(truth["z HRD_score"], odds, 1)[0]
+    error = config.tumour_noise / np.sqrt(len(truth))
+    assert slope == pytest.approx(expected, abs=3 * error)
+    expected_r = expected / np.hypot(expected, config.tumour_noise)
+    assert truth["z HRD_score"].corr(odds) == pytest.approx(expected_r, abs=0.16)
+    # The bags hold it: altered tiles lie off along one direction, in tumour tiles only.
+    space = FeatureSpace(0)
+    axis = space.biomarker @ space.factors[TISSUES.index("TUM")]
+    seen = pd.Series({name: mean @ axis for name, mean in pooled(cohort).items()})
+    altered = truth.set_index("PATIENT")[["altered share of tumour", "TUM"]].prod(axis=1)
+    assert seen.corr(altered) > 0.6
+    assert seen.corr(table.set_index("PATIENT")["HRD_score"]) > 0.3
+    stored = read_toml(config.out / "simulation.toml")["simulation"]
+    assert "positive" not in stored
+    assert stored["target_mean"] == pytest.approx(score.mean())
+    assert stored["target_sd"] == pytest.approx(score.std())
+    assert "`HRD_score`, by degrees" in (config.out / "README.txt").read_text()
+
+
+def test_labels_of_another_site_are_drawn_jointly_from_the_first_table_and_say_so(graded):
+    config, cohort = graded
+    first, external = text(cohort.sources.clini), cohort.external
+    assert external is not None
+    there = text(external.sources.clini)
+    assert list(there.index) == [f"C{i:02d}" for i in range(60)]
+    assert external.auxiliary == ("Proliferation",)
+    truth = pd.read_csv(external.truth).set_index("PATIENT")
+    donors = first.loc[truth["labels of"]]
+    assert there.to_numpy().tolist() == donors.to_numpy().tolist()  # the whole row of one patient
+    assert (there["HRD_score"] != "").all()
+    assert (there["Proliferation"] == "").any()  # what a donor lacks is lacking
+    assert donors.index.nunique() > 35  # of 108, drawn 60 times: 46 on average
+    ours = pd.read_csv(cohort.truth).set_index("PATIENT")["z HRD_score"]
+    assert truth["z HRD_score"].tolist() == ours[truth["labels of"]].tolist()
+    for bag in bags_of(external).values():
+        assert bag.kind.simulated == external.simulated
+    assert "labels and signatures are DRAWN" in external.simulated
+    assert "DRAWN" not in cohort.simulated
+    assert "are DRAWN. Each patient has" in (config.out / "README.txt").read_text()
+
+
+def test_what_is_drawn_for_a_patient_depends_on_no_other_patient_there(graded, tmp_path):
+    config, cohort = graded
+    assert cohort.external is not None
+    few = write_table(tmp_path / "few.csv", ["PATIENT"], [["C31"], ["C07"]])
+    part = read_external(few, tables_of(config), config)
+    whole = text(cohort.external.sources.clini).loc[["C31", "C07"]]
+    assert part.clinical.to_numpy().tolist() == whole.to_numpy().tolist()
+    assert list(part.clinical.index) == list(whole.index)
+
+
+def test_labels_are_drawn_where_asked_for_and_missing_only(graded, tmp_path):
+    config, _ = graded
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"column `HRD_score`, but has .*--draw-external-labels"):
+        run_simulate(replace(config, draw_external_labels=False, out=out))
+    with pytest.raises(UserError, match=r"without `HRD_score`, but .*labels\.csv has that column"):
+        run_simulate(replace(config, external_clini=config.clini, out=out))
+    with pytest.raises(UserError, match="`positive` must be left out for `HRD_score`"):
+        run_simulate(replace(config, positive="42", out=out))
+    assert not out.exists()
+
+
+def test_settings_of_earlier_folders_are_those_of_today(settings):
+    run_simulate(settings)
+    stored = read_toml(settings.out / "simulation.toml")["simulation"]
+    assert not stored.keys() & {"draw_external_labels", "target_mean", "target_sd"}
