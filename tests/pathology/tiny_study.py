@@ -13,7 +13,7 @@ from examples.pathology.common.toml import write_toml
 from examples.pathology.results.folds import REMEDY, FoldResult, read_fold
 from examples.pathology.results.measuring import describe_primary, summarise_metrics
 from examples.pathology.results.summary import metrics_json
-from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, run_folder
+from examples.pathology.study.folder import EXTERNAL, LEDGER, RUNS, SETTINGS, numbered, run_folder
 from examples.pathology.tables.writing import read_table_of_ours
 from examples.pathology.training.fold import BASELINE
 
@@ -33,6 +33,7 @@ def write_study(
     deployed: bool = True,
     own_baseline: bool = False,
     primary: Target = PRIMARY,
+    repeat: int = 0,
 ) -> Path:
     """Write a benchmark as if it had been run.
 
@@ -46,14 +47,15 @@ def write_study(
         deployed: Whether there is an external cohort.
         own_baseline: Whether each auxiliary target has a baseline of its own.
         primary: What is predicted, `PRIMARY` or `NUMBER`.
+        repeat: Which seed all this is from: write them one after the other, from 0.
     """
     for name in auxiliary:
         for method in methods:
             place = run_folder(name, method, own_baseline=own_baseline)
-            run = folder / RUNS / place
+            run = folder / numbered(RUNS, repeat) / place
             if run.exists():
                 continue
-            seed = abs(hash_of(f"{name}/{method}"))
+            seed = abs(hash_of(f"{name}/{method}")) + 1000 * repeat
             shift, spread = ((each or {}).get(method, 1.0) for each in (shifts, spreads))
             alone = method == BASELINE
             targets = [primary, *([] if alone else [Target(name, "regression")])]
@@ -74,13 +76,15 @@ def write_study(
             write_json(run / "metrics.json", summary)
             write_ledger(run, "crossval")
             if deployed:
-                write_deployed(folder / EXTERNAL / place, method, primary, seed, shift)
+                outside = folder / numbered(EXTERNAL, repeat) / place
+                write_deployed(outside, method, primary, seed, shift)
     settings = {
         "target": primary.name,
         "auxiliary": list(auxiliary),
         "methods": list(methods),
         "complete_cases": own_baseline,
         "seed": 0,
+        "seeds": repeat + 1,
     }
     made = {"version": "9.9", "command": "python -m examples.pathology benchmark --out <here>"}
     write_toml(folder / SETTINGS, {"benchmark": settings, "provenance": made})

@@ -48,11 +48,12 @@ def dots(
     columns: Sequence[Column],
     sheet: Sheet,
     words: tuple[str, str] = ("method", "baseline"),
+    over: str = "patients",
 ) -> None:
     """Draw a row per method and a panel per metric: a dot with its interval.
 
     The baseline is a line with a band through all rows, so that each method is seen against it;
-    the words say what a row is, and what the line is.
+    the words say what a row is, and what the line is. Intervals are `over` them.
     """
     of_interval: Style = {"color": BLACK, "lw": 1.6}
     of_method: Style = {**of_interval, "marker": "o", "ms": 6}
@@ -75,7 +76,7 @@ def dots(
         first = panels[0]
         first.set_yticks(range(len(methods)), list(methods), fontsize=TEXT)
         first.set_ylim(len(methods) - 0.5, -0.5)
-        first.plot([], [], **of_method, label=f"{words[0]}, 95 % interval\nover patients")
+        first.plot([], [], **of_method, label=f"{words[0]}, 95 % interval\nover {over}")
         first.plot([], [], **of_baseline, label=words[1])
         first.fill_between([], [], **of_band, label="its 95 % interval")
         first.plot([], [], **of_chance, label="chance")

@@ -1,9 +1,8 @@
 """Predictions on disk to numbers: every figure of a fold, its mean over folds and its intervals."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,13 +54,6 @@ class Measured:
     score: Score
     strata: NDArray[np.str_]
     resampled: Resampled | None
-
-    @cached_property
-    def without_each(self) -> NDArray[np.float64]:
-        """The figure without each patient in turn ``(n,)``; NaN where it is not defined."""
-        if self.resampled is None:
-            return np.full(len(self.strata), math.nan)
-        return resampling.without_each(self.resampled, len(self.strata))
 
 
 def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, Measured]:

@@ -18,15 +18,22 @@ least as often as it says, since the distribution function of chi-square with on
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-from examples.pathology.results.measuring import Measured
+from examples.pathology.common.files import json_or_none
+from examples.pathology.results import metrics
+from examples.pathology.results.measuring import Measured, measure_fold, measure_further
+from examples.pathology.results.metrics import Metric, Score
+from examples.pathology.results.resampling import without_each
+from examples.pathology.results.runs import Run
+from examples.pathology.results.summary import Metrics, MetricSummary
+from examples.pathology.tables.reading import PATIENT
 
 ROUNDING = 1e-12  # of a difference
 LEAST = 1e-16  # of half a p
@@ -34,7 +41,7 @@ LEAST = 1e-16  # of half a p
 
 @dataclass(frozen=True)
 class Repeated:
-    """A figure of one fold from every seed, or a difference.
+    """A figure of one fold from every seed.
 
     Args:
         values: ``(s,)``, of each seed.
@@ -45,11 +52,6 @@ class Repeated:
     values: NDArray[np.float64]
     without: NDArray[np.float64]
     strata: NDArray[np.str_]
-
-    def __sub__(self, other: "Repeated") -> "Repeated":
-        """Return a method's figure minus that of another, of the same seeds and patients."""
-        differences = self.values - other.values, self.without - other.without
-        return Repeated(*differences, self.strata)
 
     @property
     def covariance(self) -> NDArray[np.float64]:
@@ -84,7 +86,7 @@ class Estimate(NamedTuple):
 
 
 def repeated(figures: Sequence[Measured]) -> Repeated | None:
-    """Return one figure of one fold from every seed.
+    """Return one figure, or difference, of one fold from every seed.
 
     Args:
         figures: Of each seed, the patients in one order.
@@ -92,11 +94,13 @@ def repeated(figures: Sequence[Measured]) -> Repeated | None:
     Returns:
         ``None`` if it is not defined from one seed, or not without one of the patients.
     """
-    if any(each.resampled is None for each in figures):
-        return None
-    without = np.stack([each.without_each for each in figures])
-    values = np.array([each.score.value for each in figures])
-    return None if np.isnan(without).any() else Repeated(values, without, figures[0].strata)
+    strata, rows = figures[0].strata, []
+    for figure in figures:
+        if figure.resampled is None:
+            return None
+        rows.append(without_each(figure.resampled, len(strata)))
+    values, without = np.array([each.score.value for each in figures]), np.stack(rows)
+    return None if np.isnan(without).any() else Repeated(values, without, strata)
 
 
 def estimate(folds: Sequence[Repeated | None]) -> Estimate:
@@ -132,3 +136,85 @@ def estimate(folds: Sequence[Repeated | None]) -> Estimate:
     low, high = value - half(0.025), value + half(0.025)
     sd = float(values.mean(axis=0).std(ddof=1))
     return Estimate(value, low, high, p, math.sqrt(of_models + of_patients), df, sd, k)
+
+
+@dataclass(frozen=True)
+class RepeatedSummary(MetricSummary):
+    """A metric of several seeds: each fold has the mean over them.
+
+    Args:
+        ci95_over_patients: Over patients and trained models.
+        seeds: How many.
+        sd_over_seeds: Of the mean over folds.
+    """
+
+    seeds: int
+    sd_over_seeds: float | None
+
+
+def over_seeds(runs: Sequence[Run]) -> Metrics:
+    """Return all figures of one method over its seeds: of a single one, those of its summary.
+
+    Where all models of a run are tested on the same patients, their mean is one reader.
+
+    Args:
+        runs: Of each seed, on the same patients.
+    """
+    if len(runs) == 1:
+        return runs[0].metrics
+    seeds = [[_by_name(run, k) for k in range(len(run.results))] for run in runs]
+    crossed = len({patients for patients, _ in seeds[0]}) < len(seeds[0])
+    found = {}
+    for metric in runs[0].metrics:
+        folds = [[fold[metric] for _, fold in each] for each in zip(*seeds, strict=True)]
+        found[metric] = _summarise(folds, crossed=crossed)
+    return found
+
+
+def _by_name(run: Run, fold: int) -> tuple[tuple[str, ...], Mapping[Metric, Measured]]:
+    """Return who was tested in a fold, and their figures, in order of their names."""
+    result = run.results[fold]
+    names = result.predictions[PATIENT].to_numpy(dtype=str)
+    order = np.argsort(names, kind="stable")
+    table, embeddings = result.predictions.iloc[order], result.embeddings[order]
+    ordered, targets = (
+        replace(result, predictions=table, embeddings=embeddings),
+        run.summary.targets,
+    )
+    measured = {**measure_fold(ordered, targets), **measure_further(ordered, targets[0])}
+    return tuple(names[order]), measured
+
+
+def _summarise(folds: Sequence[Sequence[Measured]], *, crossed: bool) -> RepeatedSummary:
+    samples = [repeated(figures) for figures in folds]
+    scores = [_score(*each) for each in zip(folds, samples, strict=True)]
+    over_folds = metrics.over_folds(scores)
+    known = [each for each in samples if each is not None]
+    if crossed and known:
+        values, without = (
+            np.mean([getattr(each, name) for each in known], axis=0)
+            for name in ("values", "without")
+        )
+        known = [Repeated(values, without, known[0].strata)]
+    found = estimate(known)
+    return RepeatedSummary(
+        folds=[json_or_none(score.value) for score in scores],
+        undefined={str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
+        mean=json_or_none(over_folds.mean),
+        sd=json_or_none(over_folds.sd),
+        ci95_over_patients=[json_or_none(found.low), json_or_none(found.high)],
+        ci95_over_folds=[json_or_none(over_folds.low), json_or_none(over_folds.high)],
+        folds_with_value=over_folds.folds,
+        seeds=len(folds[0]),
+        sd_over_seeds=json_or_none(found.sd),
+    )
+
+
+def _score(figures: Sequence[Measured], sample: Repeated | None) -> Score:
+    """Return the mean over seeds of a fold, or why there is none."""
+    missing = [each.score.reason for each in figures if each.score.reason]
+    if missing:
+        return Score(math.nan, missing[0])
+    if sample is None and figures[0].resampled is not None:
+        return Score(math.nan, "not defined without one of the patients")
+    return Score(float(np.mean([each.score.value for each in figures])))

@@ -8,13 +8,19 @@ import numpy as np
 
 from examples.pathology.common.errors import UserError
 from examples.pathology.results import resampling
+from examples.pathology.results.measuring import Measured
+from examples.pathology.results.metrics import Score
+from examples.pathology.results.repeats import estimate, repeated
+from examples.pathology.results.runs import Run
 from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.study.criteria import CRITERIA, Criterion, Tested, tested
+from examples.pathology.study.criteria import CRITERIA, Criterion, Paired, Tested, tested
 from examples.pathology.study.folder import Panel, Study
 from examples.pathology.study.tables import NAIVE
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE)
+Repeats = Mapping[int, Sequence[Tested]]
+"""A method's figures in every fold, by seed."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,16 @@ class Difference:
     Args:
         reference: The method it is compared with.
         auxiliary: The auxiliary target of both (the baseline's is that of its panel).
-        difference: Mean over folds; NaN if no fold has both figures.
+        difference: Mean over folds and seeds; NaN if no fold has both figures.
         low: Lower end of its 95 % interval, which ends at `high`.
         p: Two-sided.
         corrected: p corrected for all comparisons by this criterion with this reference.
         family: How many these are.
         folds: How many folds have both figures.
+        seeds: How many seeds both have.
+        sd: Over several of them, of the mean over folds.
+        error: With several, the standard error.
+        df: Of what seeds add to it.
     """
 
     criterion: Criterion
@@ -43,6 +53,10 @@ class Difference:
     corrected: float = math.nan
     family: int = 0
     folds: int = 0
+    seeds: int = 0
+    sd: float = math.nan
+    error: float = math.nan
+    df: float = math.nan
 
     @property
     def significant(self) -> bool:
@@ -64,8 +78,8 @@ def all_differences(study: Study) -> list[Difference]:
     folds = {
         cohort: {
             panel.auxiliary: {
-                method: [tested(result, run.summary.targets[0]) for result in run.results]
-                for method, run in panel.first(cohort).items()
+                method: {seed: _tested(run) for seed, run in runs.items()}
+                for method, runs in panel.of(cohort).items()
             }
             for panel in study.panels
         }
@@ -83,7 +97,7 @@ def all_differences(study: Study) -> list[Difference]:
 def _family(
     criterion: Criterion,
     reference: str,
-    panels: Mapping[str, Mapping[str, Sequence[Tested]]],
+    panels: Mapping[str, Mapping[str, Repeats]],
     seed: int,
 ) -> list[Difference]:
     """Compare all methods of all panels with one reference, and correct for their number."""
@@ -103,7 +117,7 @@ def _family(
 
 def _refuse_other_splits(panel: Panel) -> None:
     """Raise if methods of a panel were not tested on the same folds."""
-    runs = list(panel.runs.values())
+    runs = [run for repeat in panel.repeats for run in repeat.runs.values()]
     for run in runs[1:]:
         if run.summary.splits_sha256 != runs[0].summary.splits_sha256:
             raise UserError(
@@ -112,22 +126,43 @@ def _refuse_other_splits(panel: Panel) -> None:
             )
 
 
-def _measure(
-    what: Difference, ours: Sequence[Tested], theirs: Sequence[Tested], seed: int
-) -> Difference:
-    pairs = []
-    for a, b in zip(ours, theirs, strict=True):
+def _tested(run: Run) -> list[Tested]:
+    return [tested(result, run.summary.targets[0]) for result in run.results]
+
+
+def _measure(what: Difference, ours: Repeats, theirs: Repeats, seed: int) -> Difference:
+    """Compare two methods by the seeds that both have."""
+    seeds = [each for each in ours if each in theirs]
+    folds = [_pair(what, [*zip(ours[s], theirs[s], strict=True)]) for s in seeds]
+    if len(seeds) > 1:
+        return _over_seeds(what, folds)
+    pairs = [pair for fold in folds for pair in fold if pair is not None]
+    if not pairs:
+        return what
+    low, high = resampling.interval([(pair.strata, pair.resampled) for pair in pairs], seed=seed)
+    p = resampling.permutation_p([pair.exchange() for pair in pairs], seed=seed)
+    mean = float(np.mean([pair.value for pair in pairs]))
+    return replace(what, difference=mean, low=low, high=high, p=p, folds=len(pairs), seeds=1)
+
+
+def _over_seeds(what: Difference, seeds: Sequence[Sequence[Paired | None]]) -> Difference:
+    """Compare two methods by the folds in which both have the figure from every seed."""
+    folds = []
+    for pairs in zip(*seeds, strict=True):
+        known = [Measured(Score(p.value), p.strata, p.resampled) for p in pairs if p is not None]
+        folds.append(repeated(known) if len(known) == len(pairs) else None)
+    found = estimate(folds)
+    of_both = {"seeds": len(seeds), "difference": found.value, **found._asdict()}
+    return replace(what, **{name: of_both[name] for name in vars(what) if name in of_both})
+
+
+def _pair(what: Difference, folds: Sequence[tuple[Tested, Tested]]) -> list[Paired | None]:
+    """Compare two methods in every fold, on the same patients."""
+    for a, b in folds:
         if not np.array_equal(a.patients, b.patients):
             raise UserError(
                 f"Methods must be compared on the same patients, but {what.method} and "
                 f"{what.reference} on {what.auxiliary} have others ({what.criterion.cohort}). Run "
                 "`benchmark` again."
             )
-        if (pair := what.criterion.compare(a, b)) is not None:
-            pairs.append(pair)
-    if not pairs:
-        return what
-    low, high = resampling.interval([(pair.strata, pair.resampled) for pair in pairs], seed=seed)
-    p = resampling.permutation_p([pair.exchange() for pair in pairs], seed=seed)
-    mean = float(np.mean([pair.value for pair in pairs]))
-    return replace(what, difference=mean, low=low, high=high, p=p, folds=len(pairs))
+    return [what.criterion.compare(a, b) for a, b in folds]

@@ -11,6 +11,7 @@ so on, with the same folds: to ask for more seeds repeats nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,9 @@ from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.engine import Outcome
+from examples.pathology.results.repeats import over_seeds
 from examples.pathology.results.runs import Deployed, Run, read_deployed, read_run
+from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.benchmark import folder_name
 from examples.pathology.settings.cohort import Kind
 from examples.pathology.settings.crossval import BASELINE
@@ -69,15 +72,29 @@ class Panel:
         return _first([repeat.deployed for repeat in self.repeats])
 
     def of(self, cohort: str) -> dict[str, dict[int, Run]]:
-        """Return by method and seed its run, or the ensemble of the ``external`` cohort."""
+        """Return by method and seed its run.
+
+        Of the ``external`` cohort it is the ensemble, and its ``models`` in a run of their own.
+        """
         found: dict[str, dict[int, Run]] = {}
         for repeat in self.repeats:
             runs: Mapping[str, Run] = repeat.runs
-            if cohort == "external":
-                runs = {method: each.ensemble for method, each in repeat.deployed.items()}
+            if cohort != "internal":
+                part = {"external": "ensemble", "models": "models"}[cohort]
+                runs = {name: getattr(each, part) for name, each in repeat.deployed.items()}
             for method, run in runs.items():
                 found.setdefault(method, {})[repeat.seed] = run
         return found
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Metrics]]:
+        """All figures over all seeds, by cohort, as `of` names it, and method."""
+        return {
+            cohort: {
+                method: over_seeds([*runs.values()]) for method, runs in self.of(cohort).items()
+            }
+            for cohort in ("internal", "external", "models")
+        }
 
     def first(self, cohort: str) -> dict[str, Run]:
         """Return by method its run, or ensemble, of the first seed that has one."""
@@ -112,6 +129,11 @@ class Study:
     def kind(self) -> Kind:
         """What the primary target is."""
         return next(run.summary.kind for panel in self.panels for run in panel.runs.values())
+
+    @property
+    def seeds(self) -> int:
+        """How many were asked for."""
+        return len(self.panels[0].repeats)
 
     @property
     def deployed(self) -> bool:

@@ -17,6 +17,7 @@ from examples.pathology.report.sections import judged, show_sites
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
+from examples.pathology.results.summary import Metrics
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study.criteria import (
@@ -32,7 +33,6 @@ from examples.pathology.study.criteria import (
 from examples.pathology.study.differences import REFERENCES, all_differences
 from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.tables import (
-    ENSEMBLE,
     NAIVE,
     PROBABILITY,
     RANKED,
@@ -45,13 +45,12 @@ from examples.pathology.study.tables import (
     study_rows,
 )
 from examples.pathology.study.verdicts import (
-    CHANCE,
     EXCHANGED,
-    MARKS,
     PROBABILITIES,
     differences_in_full,
     differences_table,
     marks,
+    marks_in_words,
     verdicts,
 )
 from examples.pathology.tables.writing import write_table
@@ -75,9 +74,9 @@ def write_study_report(
     deployed = [each for panel in study.panels for each in panel.deployed.values()]
     summaries = [run.summary for panel in study.panels for run in panel.runs.values()]
     warnings = pages.captions_of([*summaries, *(each.models.summary for each in deployed)])
-    chance = MARKS.format(CHANCE[study.kind])
-    tables = [(performance(study, signs, RANKED[study.kind]), chance)]
-    tables.append((representation(study, signs), chance))
+    meaning = marks_in_words(study)
+    tables = [(performance(study, signs, RANKED[study.kind]), meaning)]
+    tables.append((representation(study, signs), meaning))
     if by_class:
         remark = PROBABILITIES.format(summaries[0].positive)
         tables.append((performance(study, signs, PROBABILITY), remark))
@@ -147,15 +146,19 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         # Files have numbers, since the name of a target may hold any character.
         path, title = folder / f"methods-{number}.png", f"All methods with {auxiliary}"
         names = [m if m in panel.runs else f"{m} (missing)" for m in study.methods]
-        dots(names, _columns(study, panel, "internal"), Sheet(path, title, caption))
+        over = "patients and seeds" if study.seeds > 1 else "patients"
+        dots(names, _columns(study, panel, "internal"), Sheet(path, title, caption), over=over)
         drawn.append((title, path))
         if columns := _columns(study, panel, "external"):
             path, title = folder / f"external-{number}.png", f"{title}: external cohort, ensemble"
-            dots(names, columns, Sheet(path, title, caption))
+            dots(names, columns, Sheet(path, title, caption), over=over)
             drawn.append((title, path))
         path, title = folder / f"weights-{number}.png", f"Task weights over time with {auxiliary}"
         tasks = [study.settings["target"], auxiliary]
-        histories = {method: _histories(run) for method, run in panel.runs.items()}
+        histories = {
+            method: [history for run in runs.values() for history in _histories(run)]
+            for method, runs in panel.of("internal").items()
+        }
         if weights_over_time(histories, tasks, Sheet(path, title, caption)):
             drawn.append((title, path))
         path = folder / f"tsne-{number}.png"
@@ -164,7 +167,9 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         drawn.append((f"t-SNE of the [cls] embedding with {auxiliary}", path))
     rates = {
         panel.auxiliary: {
-            method: found for method, run in panel.runs.items() if (found := conflict_rates(run))
+            method: found
+            for method, runs in panel.of("internal").items()
+            if (found := [rate for run in runs.values() for rate in conflict_rates(run)])
         }
         for panel in study.panels
     }
@@ -195,20 +200,21 @@ def _columns(study: Study, panel: Panel, cohort: str) -> list[Column]:
     columns = []
     if not (runs := panel.first(cohort)):
         return []
+    found = panel.metrics[cohort]
     summary = next(iter(runs.values())).summary
     known = summary.patients if cohort == "internal" else summary.labelled
     share = summary.positives / known if known else math.nan
     chance = {AUROC: 0.5, AUPRC: share, SILHOUETTE: 0.0, BRIER: share * (1 - share)}
     chance |= {PEARSON: 0.0, SPEARMAN: 0.0}
     for metric in (each.metric for each in CRITERIA[study.kind] if each.cohort == cohort):
-        *of_each, of_baseline = (_estimate(runs, m, metric) for m in (*study.methods, BASELINE))
+        *of_each, of_baseline = (_estimate(found, m, metric) for m in (*study.methods, BASELINE))
         words = "{}\n(lower is better)" if metric.sign < 0 else "{}"
         columns.append(Column(heading(metric, words), of_each, of_baseline, chance.get(metric)))
     return columns
 
 
-def _estimate(runs: Mapping[str, Run], method: str, metric: Metric) -> Estimate:
-    if method not in runs or (value := runs[method].metrics.get(metric)) is None:
+def _estimate(found: Mapping[str, Metrics], method: str, metric: Metric) -> Estimate:
+    if method not in found or (value := found[method].get(metric)) is None:
         return Estimate()
     numbers = (value.mean, *value.ci95_over_patients)
     return Estimate(*(math.nan if number is None else number for number in numbers))
@@ -258,10 +264,13 @@ def _funnels(study: Study, deployed: Sequence[Deployed]) -> dict[str, Funnel]:
 
 
 def _groups(study: Study) -> dict[str, list[Run]]:
-    """Return runs and ensembles of all methods, to tell who is hard for all of them."""
-    rows = [row.runs for row in study_rows(study)]
-    groups = {"all methods": "internal", "external cohort": ENSEMBLE}
-    found = {name: [runs[c] for runs in rows if c in runs] for name, c in groups.items()}
+    """Return runs and ensembles of all methods and seeds, to tell who is hard for all of them."""
+    rows = study_rows(study)
+    groups = {"all methods": "internal", "external cohort": "external"}
+    found = {
+        name: [run for row in rows for run in row.panel.of(cohort).get(row.method, {}).values()]
+        for name, cohort in groups.items()
+    }
     return {name: runs for name, runs in found.items() if runs}
 
 

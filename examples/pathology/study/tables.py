@@ -8,9 +8,11 @@ import pandas as pd
 from examples.pathology.jobs.engine import Outcome
 from examples.pathology.report import pages
 from examples.pathology.results.decisions import decisions as of_run
+from examples.pathology.results.folds import FoldResult
 from examples.pathology.results.metrics import Metric
+from examples.pathology.results.repeats import RepeatedSummary
 from examples.pathology.results.runs import Deployed, Run
-from examples.pathology.results.summary import Metrics, RunSummary
+from examples.pathology.results.summary import Metrics, MetricSummary, RunSummary
 from examples.pathology.settings.cohort import Kind
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.study.criteria import (
@@ -27,7 +29,7 @@ from examples.pathology.study.criteria import (
 from examples.pathology.study.folder import Panel, Study, run_folder
 
 NAIVE = "naive"
-ENSEMBLE = "external, ensemble"
+ENSEMBLE, MODELS = "external, ensemble", "external, mean of folds"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
 
 COST = {  # a column of `costs`: its heading on the page, and how its cells are shown there
@@ -64,13 +66,24 @@ class StudyRow:
         return {"Auxiliary target": self.auxiliary, "Method": self.method}
 
     @property
+    def repeats(self) -> list[Run]:
+        """Its run of every seed that has one."""
+        return [*self.panel.of("internal").get(self.method, {}).values()]
+
+    @property
     def runs(self) -> dict[str, Run]:
         """Its run and what was deployed, by the cohort that their figures are of."""
         found = {} if self.run is None else {"internal": self.run}
         if self.deployed is not None:
             found[ENSEMBLE] = self.deployed.ensemble
-            found["external, mean of folds"] = self.deployed.models
+            found[MODELS] = self.deployed.models
         return found
+
+    @property
+    def metrics(self) -> dict[str, Metrics]:
+        """All its figures over all seeds, by cohort as in `runs`."""
+        short = {"internal": "internal", ENSEMBLE: "external", MODELS: "models"}
+        return {cohort: self.panel.metrics[short[cohort]][self.method] for cohort in self.runs}
 
 
 Marks = Mapping[tuple[str, Metric, str, str], str]
@@ -133,7 +146,8 @@ def performance(study: Study, marks: Marks, shown: Sequence[Metric]) -> pd.DataF
             words = "{}" if cohort == "internal" else cohort.replace("external", "external {}")
             for metric in shown:
                 place = (cohort.removesuffix(", ensemble"), metric, row.panel.auxiliary, row.method)
-                cells[heading(metric, words)] = marks.get(place, "") + _cell(run.metrics, metric)
+                sign = marks.get(place, "")
+                cells[heading(metric, words)] = sign + _cell(row.metrics[cohort], metric)
             if cohort == "internal" and AUPRC in shown:
                 cells["Prevalence"] = _share(run.summary, run.summary.patients)
         if row.deploy_failure:
@@ -141,6 +155,8 @@ def performance(study: Study, marks: Marks, shown: Sequence[Metric]) -> pd.DataF
         elif row.deployed is not None and AUPRC in shown:
             outside = row.deployed.models.summary
             cells["External prevalence"] = _share(outside, outside.labelled)
+        if study.seeds > 1:
+            cells["Seeds"] = str(len(row.repeats))
         rows.append(cells)
     return _table(rows)
 
@@ -154,7 +170,7 @@ def representation(study: Study, marks: Marks) -> pd.DataFrame:
     for row in study_rows(study):
         cells = {**row.names, silhouette if by_class else predicted: row.failure}
         if row.run is not None:
-            found, auxiliary = row.run.summary.metrics, row.panel.auxiliary
+            found, auxiliary = row.metrics["internal"], row.panel.auxiliary
             sign = marks.get(("internal", SILHOUETTE, auxiliary, row.method), "")
             if by_class:
                 cells[silhouette] = sign + _cell(found, SILHOUETTE)
@@ -182,6 +198,8 @@ def decisions(study: Study, sensitivity: float) -> pd.DataFrame:
 def costs(study: Study) -> pd.DataFrame:
     """Return what each method costs on an auxiliary target; None where it is not known.
 
+    Of several seeds it is what all of them cost.
+
     The baseline stands in every panel, since each has a naive run of its own to compare with.
 
     Returns:
@@ -190,13 +208,18 @@ def costs(study: Study) -> pd.DataFrame:
     """
     rows: list[tuple[object, ...]] = []
     for panel in study.panels:
-        known = {method: _seconds_per_epoch(run) for method, run in panel.runs.items()}
+        of_seeds = panel.of("internal")
+        models = {
+            name: [r for run in runs.values() for r in run.results]
+            for name, runs in of_seeds.items()
+        }
+        known = {method: _seconds_per_epoch(results) for method, results in models.items()}
         naive = known.get(NAIVE)
         for method in study.methods:
             if (seconds := known.get(method)) is None:
                 rows.append((panel.auxiliary, method, None, None, "", None))
                 continue
-            relative, results = seconds / naive if naive else None, panel.runs[method].results
+            relative, results = seconds / naive if naive else None, models[method]
             epochs = " ".join(str(result.epochs) for result in results)
             total = sum(result.seconds for result in results)
             rows.append((panel.auxiliary, method, seconds, relative, epochs, total))
@@ -212,9 +235,9 @@ def costs_in_words(found: pd.DataFrame) -> pd.DataFrame:
     return pages.table([*shown], [*zip(*shown.values(), strict=True)])
 
 
-def _seconds_per_epoch(run: Run) -> float | None:
+def _seconds_per_epoch(results: Sequence[FoldResult]) -> float | None:
     """Return the median over the epochs of all folds; ``None`` if no time was kept."""
-    kept = [result.history["seconds"] for result in run.results if "seconds" in result.history]
+    kept = [result.history["seconds"] for result in results if "seconds" in result.history]
     return float(pd.concat(kept).median()) if kept else None
 
 
@@ -222,18 +245,26 @@ def numbers(study: Study, wanted: Callable[[Metric], bool]) -> pd.DataFrame:
     """Return a row per method, cohort and wanted metric, nothing rounded or left out."""
     rows: list[list[object]] = []
     for row in study_rows(study):
-        for cohort, run in row.runs.items():
+        start = row.auxiliary, row.method
+        for cohort, metrics in row.metrics.items():
             rows += [
-                [row.auxiliary, row.method, cohort, metric, *pages.metric_numbers(value), "done"]
-                for metric, value in run.metrics.items()
+                [*start, cohort, metric, *pages.metric_numbers(value), "done", *_over_seeds(value)]
+                for metric, value in metrics.items()
                 if wanted(metric)
             ]
         blank = [""] * (1 + len(pages.METRIC_COLUMNS))
         for cohort, failure in (("", row.failure), ("external", row.deploy_failure)):
             if failure:
-                rows.append([row.auxiliary, row.method, cohort, *blank, failure])
+                rows.append([*start, cohort, *blank, failure, "", ""])
     headings = ["auxiliary", "method", "cohort", "metric", *pages.METRIC_COLUMNS, "status"]
-    return pages.table(headings, rows)
+    return pages.table([*headings, "seeds", "sd_over_seeds"], rows)
+
+
+def _over_seeds(value: MetricSummary) -> tuple[int, float | None]:
+    """Return of how many seeds a figure is the mean, and how far they are apart."""
+    if isinstance(value, RepeatedSummary):
+        return value.seeds, value.sd_over_seeds
+    return 1, None
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:

@@ -16,9 +16,8 @@ from examples.pathology.study.tables import Marks, study_rows
 RISE, FALL = "▲ ", "▼ "
 MARKS = (
     "▲ and ▼: significantly better or worse than the baseline after correction. A figure without "
-    "either is not known to differ from it, however good it is. Figures are means over folds with "
-    "a 95 % bootstrap interval over the patients tested; the ensemble is the mean of the models of "
-    "all folds. {}"
+    "either is not known to differ from it, however good it is. Figures are {}; the ensemble is "
+    "the mean of the models of all folds. {}"
 )
 CHANCE: Mapping[Kind, str] = {
     "classification": "The prevalence is the chance level of AUPRC; that of AUROC is 0.5.",
@@ -41,15 +40,25 @@ EXCHANGED: Mapping[Kind, str] = {
     "Spearman's rho, and of absolute errors for the mean absolute error",
 }
 
+OVER_PATIENTS = "means over folds with a 95 % bootstrap interval over the patients tested"
+OVER_SEEDS = "means over folds and seeds with a 95 % interval over patients and trained models"
+
+
+def marks_in_words(study: Study) -> str:
+    """Return what stands below tables: what their marks and figures mean."""
+    over = OVER_SEEDS if study.seeds > 1 else OVER_PATIENTS
+    return MARKS.format(over, CHANCE[study.kind])
+
 
 def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
     """Return what the comparisons say, in a sentence or two for each criterion and reference."""
     sentences = []
-    missing = sum(row.run is None for row in study_rows(study))
+    rows = study_rows(study)
+    expected = len(rows) * study.seeds
+    missing = expected - sum(len(row.repeats) for row in rows)
     if missing:
         sentences.append(
-            f"{missing} of {len(study_rows(study))} runs are missing and in no comparison; the "
-            "tables say why."
+            f"{missing} of {expected} runs are missing and in no comparison; the tables say why."
         )
     references = [name for name in REFERENCES if name in study.methods]
     if set(study.methods) == set(REFERENCES):
@@ -87,10 +96,15 @@ def verdict(criterion: Criterion, reference: str, family: Sequence[Difference]) 
 
 def _named(differences: Sequence[Difference]) -> str:
     return ", ".join(
-        f"{d.method} with {d.auxiliary} ({d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}], "
-        f"corrected p = {p_text(d.corrected)})"
+        f"{d.method} with {d.auxiliary} ({_interval(d)}, corrected p = {p_text(d.corrected)})"
         for d in differences
     )
+
+
+def _interval(d: Difference) -> str:
+    """Return a difference with its interval, and how far seeds are apart."""
+    spread = f", sd {d.sd:.3f} over {d.seeds} seeds" if d.seeds > 1 else ""
+    return f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{spread}"
 
 
 def p_text(p: float) -> str:
@@ -127,19 +141,20 @@ def differences_table(
 def _difference_cell(d: Difference | None) -> str:
     if d is None or not d.folds:
         return pages.DASH
-    interval = f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-    return f"{interval}; p = {p_text(d.p)}, corrected {p_text(d.corrected)}"
+    return f"{_interval(d)}; p = {p_text(d.p)}, corrected {p_text(d.corrected)}"
 
 
 def differences_in_full(differences: Sequence[Difference]) -> pd.DataFrame:
     """Return every comparison, nothing rounded."""
     names = "cohort metric reference auxiliary method"
-    numbers = "difference ci95_low ci95_high p p_holm comparisons folds"
+    numbers = "difference ci95_low ci95_high p p_holm comparisons folds seeds"
+    of_seeds = "sd_over_seeds standard_error df"
     rows = [
         (
             *(d.criterion.cohort, d.criterion.metric, d.reference, d.auxiliary, d.method),
-            *(d.difference, d.low, d.high, d.p, d.corrected, d.family, d.folds),
+            *(d.difference, d.low, d.high, d.p, d.corrected, d.family, d.folds, d.seeds),
+            *(None if math.isnan(number) else number for number in (d.sd, d.error, d.df)),
         )
         for d in differences
     ]
-    return pages.table([*names.split(), *numbers.split()], rows)
+    return pages.table([*names.split(), *numbers.split(), *of_seeds.split()], rows)

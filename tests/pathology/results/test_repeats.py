@@ -29,15 +29,20 @@ def of_mean(values):
     )
 
 
-def of_area(truth, scores, name="auroc"):
+def of_area(truth, ours, name="auroc", theirs=None):
+    """Return the area of each seed's scores (s, n), or the difference of two."""
     area, figure = AREAS[name]
-    values = [figure(truth, score) for score in scores]
-    return repeated(
-        [
-            Measured(Score(value), truth.astype(str), partial(area, truth, score))
-            for value, score in zip(values, scores, strict=True)
-        ]
-    )
+
+    def measured(seed):
+        one = partial(area, truth, ours[seed])
+        value, resampled = figure(truth, ours[seed]), one
+        if theirs is not None:
+            other = partial(area, truth, theirs[seed])
+            value -= figure(truth, theirs[seed])
+            resampled = lambda weights: one(weights) - other(weights)  # noqa: E731
+        return Measured(Score(value), truth.astype(str), resampled)
+
+    return repeated([measured(seed) for seed in range(len(ours))])
 
 
 def draw(random, seeds=3, patients=(13, 11), common=0.7):
@@ -127,7 +132,7 @@ def test_a_difference_over_folds_is_that_of_a_slow_loop(name):
                 pairs[-1] += (n - 1) / n * float(((a - a.mean()) * (b - b.mean())).sum())
         of_patients += max(0.0, float(np.mean(pairs)))
     assert of_patients > 0
-    found = estimate([of_area(t, a, name) - of_area(t, b, name) for t, a, b in folds])
+    found = estimate([of_area(t, a, name, b) for t, a, b in folds])
     assert found.value == pytest.approx(means.mean())
     assert found.error == pytest.approx(math.sqrt(of_seeds + of_patients) / k)
     assert (found.df, found.folds) == (k * (s - 1), k)
@@ -148,13 +153,13 @@ def test_of_silhouettes_each_patient_is_left_out_of_all_neighbourhoods():
         silhouette_samples(np.delete(points, i, axis=0), np.delete(label, i)).mean()
         for i in range(12)
     ]
-    assert figure.without_each == pytest.approx(by_hand)
+    assert repeated([figure, figure]).without[1] == pytest.approx(by_hand)
 
 
 def test_where_seeds_change_nothing_the_test_is_delongs():
     truth, ours, theirs = draw(np.random.default_rng(11), seeds=2, patients=(60,))[0]
     equal = [np.stack([scores[0]] * 2) for scores in (ours, theirs)]
-    found = estimate([of_area(truth, equal[0]) - of_area(truth, equal[1])])
+    found = estimate([of_area(truth, equal[0], theirs=equal[1])])
     expected = resampling.compare_auroc([(truth, ours[0], theirs[0])])
     assert (found.low, found.high, found.p) == pytest.approx(
         (expected.low, expected.high, expected.p)
@@ -166,14 +171,20 @@ def test_where_seeds_change_nothing_the_test_is_delongs():
 
 
 def test_a_method_does_not_differ_from_itself():
-    folds = [of_area(truth, ours) for truth, ours, _ in draw(np.random.default_rng(0))]
-    assert estimate([each - each for each in folds])[:5] == (0, 0, 0, 1, 0)
+    folds = draw(np.random.default_rng(0))
+    assert estimate([of_area(truth, ours, theirs=ours) for truth, ours, _ in folds])[:5] == (
+        0,
+        0,
+        0,
+        1,
+        0,
+    )
 
 
 def test_a_difference_that_nothing_changes_is_certain():
     truth = np.arange(8) % 2 == 0
     right, wrong = np.stack([truth] * 2).astype(float), np.zeros((2, 8))
-    found = estimate([of_area(truth, right) - of_area(truth, wrong)])
+    found = estimate([of_area(truth, right, theirs=wrong)])
     assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
     assert 0 < found.p < 1e-15
 
