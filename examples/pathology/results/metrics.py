@@ -27,6 +27,10 @@ TITLES = {
     "calibration": "Calibration in the large",
 }
 LOWER_IS_BETTER = ("mae", "brier", "calibration")
+LIMITS = {
+    **dict.fromkeys(("pearson", "spearman", "silhouette"), (-1.0, 1.0)),
+    "mae": (0.0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Metric:
     def sign(self) -> int:
         """1 if higher is better, -1 if lower is."""
         return -1 if self.figure in LOWER_IS_BETTER else 1
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest value that it can have."""
+        return LIMITS.get(self.figure, (0.0, 1.0))
 
     @property
     def title(self) -> str:

@@ -167,7 +167,7 @@ def over_seeds(runs: Sequence[Run]) -> Metrics:
     found = {}
     for metric in runs[0].metrics:
         folds = [[fold[metric] for _, fold in each] for each in zip(*seeds, strict=True)]
-        found[metric] = _summarise(folds, crossed=crossed)
+        found[metric] = _summarise(folds, metric.limits, crossed=crossed)
     return found
 
 
@@ -185,7 +185,9 @@ def _by_name(run: Run, fold: int) -> tuple[tuple[str, ...], Mapping[Metric, Meas
     return tuple(names[order]), measured
 
 
-def _summarise(folds: Sequence[Sequence[Measured]], *, crossed: bool) -> RepeatedSummary:
+def _summarise(
+    folds: Sequence[Sequence[Measured]], limits: tuple[float, float], *, crossed: bool
+) -> RepeatedSummary:
     samples = [repeated(figures) for figures in folds]
     scores = [_score(*each) for each in zip(folds, samples, strict=True)]
     over_folds = metrics.over_folds(scores)
@@ -197,12 +199,13 @@ def _summarise(folds: Sequence[Sequence[Measured]], *, crossed: bool) -> Repeate
         )
         known = [Repeated(values, without, known[0].strata)]
     found = estimate(known)
+    ends = np.clip([found.low, found.high], *limits)  # the truth is nowhere else
     return RepeatedSummary(
         folds=[json_or_none(score.value) for score in scores],
         undefined={str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
         mean=json_or_none(over_folds.mean),
         sd=json_or_none(over_folds.sd),
-        ci95_over_patients=[json_or_none(found.low), json_or_none(found.high)],
+        ci95_over_patients=[json_or_none(end) for end in ends],
         ci95_over_folds=[json_or_none(over_folds.low), json_or_none(over_folds.high)],
         folds_with_value=over_folds.folds,
         seeds=len(folds[0]),
