@@ -329,23 +329,13 @@ def exchange_values(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> E
     return Exchange(len(differences), lambda swaps: (1 - 2 * swaps) @ differences / len(ours))
 
 
-def exchange_distances(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Exchange:
-    """As `exchange_values`, compared by the distance of the mean from 0."""
-    centre, half = (ours + theirs).mean() / 2, (ours - theirs) / (2 * len(ours))
-
-    def difference(swaps: Swaps) -> NDArray[np.float64]:
-        moved = (1 - 2 * swaps) @ half
-        return np.asarray(np.abs(centre + moved) - np.abs(centre - moved), dtype=np.float64)
-
-    return Exchange(len(ours), difference)
-
-
 def pseudo_values(figure: Resampled, patients: int) -> NDArray[np.float64]:
     """Return the jackknife's pseudo-value of each patient ``(n,)``: what it adds to a figure.
 
     A figure in which patients depend on each other, such as the silhouette, is no mean of
     independent values. Of pseudo-values it nearly is (Tukey 1958): n times the figure of all, minus
-    n - 1 times that without the patient.
+    n - 1 times that without the patient. Of a distance from 0 they are signed by its direction, so
+    that two as far off in opposite directions are alike, which exchanged predictions are not.
 
     Args:
         figure: Computes the figure of every resample.

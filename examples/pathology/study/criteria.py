@@ -23,7 +23,6 @@ from examples.pathology.results.resampling import (
     Exchange,
     Figure,
     Resampled,
-    exchange_distances,
     exchange_ranks,
     exchange_standardised,
     exchange_values,
@@ -154,10 +153,8 @@ def _exchange_pseudo_values(ours: Tested, theirs: Tested, metric: Metric) -> Exc
 
 
 def _exchange_values(ours: Tested, theirs: Tested, metric: Metric) -> Exchange:
-    errors = [each.predicted - each.truth for each in (ours, theirs)]
-    if metric == CALIBRATION:
-        return exchange_distances(*errors)
-    return exchange_values(*(e**2 if metric == BRIER else np.abs(e) for e in errors))
+    errors = (np.abs(each.predicted - each.truth) for each in (ours, theirs))
+    return exchange_values(*(e**2 if metric == BRIER else e for e in errors))
 
 
 def _exchange_standardised(ours: Tested, theirs: Tested, _: Metric) -> Exchange:
@@ -175,7 +172,7 @@ CRITERIA: Mapping[Kind, tuple[Criterion, ...]] = {
         *_in_both(AUPRC, partial(_exchange_ranks, figure=resampling.auprc)),
         Criterion(SILHOUETTE, "internal", _exchange_pseudo_values),
         *_in_both(BRIER, _exchange_values),
-        *_in_both(CALIBRATION, _exchange_values),
+        *_in_both(CALIBRATION, _exchange_pseudo_values),
     ),
     "regression": (
         *_in_both(PEARSON, _exchange_standardised),

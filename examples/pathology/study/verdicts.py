@@ -33,9 +33,9 @@ PROBABILITIES = (
     "differs between trained models need not between methods. ▲ and ▼ as in Table 1."
 )
 EXCHANGED: Mapping[Kind, str] = {
-    "classification": "of ranks within the fold for AUROC and AUPRC; of probabilities for "
-    "calibration, and of their squared errors for the Brier score; for the silhouette, in which "
-    "patients depend on each other, of the jackknife's pseudo-values",
+    "classification": "of ranks within the fold for AUROC and AUPRC, of squared errors for the "
+    "Brier score; for calibration, and for the silhouette, in which patients depend on each other, "
+    "of the jackknife's pseudo-values",
     "regression": "of predictions standardised within the fold for Pearson's r, of their ranks for "
     "Spearman's rho, and of absolute errors for the mean absolute error",
 }

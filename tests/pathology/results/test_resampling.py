@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -274,11 +275,6 @@ NUMBERS = {
         lambda *fold: resampling.exchange_ranks(*fold, resampling.spearman),
         lambda t, a: stats.spearmanr(t, a)[0],
     ),
-    "calibration": (
-        probabilities,
-        lambda t, a, b: resampling.exchange_distances(a - t, b - t),
-        lambda t, a: abs(a.mean() - t.mean()),
-    ),
     "brier": (
         probabilities,
         lambda t, a, b: resampling.exchange_values((a - t) ** 2, (b - t) ** 2),
@@ -315,6 +311,47 @@ def test_an_exchange_of_predictions_is_calibrated_where_there_is_no_difference(n
         p.append(resampling.permutation_p(exchanges, seed=0, permutations=199))
     low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.05)
     assert low <= sum(value <= 0.05 for value in p) <= high
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_how_far_two_models_are_off_is_alike_in_either_direction(direction):
+    """A bias of 0.15 in both; exchanged probabilities would call opposite ones different."""
+    random = np.random.default_rng(19)
+    p, of_probabilities = [], []
+    for _ in range(200):
+        exchanges, naive = [], []
+        for _ in range(2):
+            truth = random.random(60) < 0.4
+            ours, theirs = (
+                0.4
+                + np.array([[0.15], [0.15 * direction]])
+                + random.normal(scale=0.05, size=(2, 60))
+            )
+            figures = [
+                partial(resampling.distance_of_mean, each - truth) for each in (ours, theirs)
+            ]
+            exchanges.append(
+                resampling.exchange_values(*(resampling.pseudo_values(f, 60) for f in figures))
+            )
+            naive.append(resampling.Exchange(60, partial(exchanged, truth, ours, theirs)))
+        p.append(resampling.permutation_p(exchanges, seed=0, permutations=199))
+        of_probabilities.append(resampling.permutation_p(naive, seed=0, permutations=199))
+    low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.05)
+    assert low <= sum(value <= 0.05 for value in p) <= high
+    assert (sum(value <= 0.05 for value in of_probabilities) <= high) == (direction > 0)
+
+
+def exchanged(truth, ours, theirs, swaps):
+    """Return the difference of two distances for probabilities that change places."""
+    a, b = np.where(swaps > 0, theirs, ours), np.where(swaps > 0, ours, theirs)
+    share = truth.mean()
+    return np.abs(a.mean(axis=1) - share) - np.abs(b.mean(axis=1) - share)
+
+
+def test_pseudo_values_of_a_distance_are_errors_in_its_direction():
+    errors = np.array([-0.5, -0.25, 0.25, -0.75])
+    found = resampling.pseudo_values(partial(resampling.distance_of_mean, errors), 4)
+    assert found == pytest.approx(-errors)
 
 
 def test_predictions_of_another_unit_are_not_exchangeable_until_they_are_standardised():
