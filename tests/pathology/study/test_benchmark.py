@@ -8,12 +8,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.common.toml import read_toml
 from examples.pathology.jobs.cluster import cluster
+from examples.pathology.results.metrics import Metric
 from examples.pathology.runs.crossval import run_crossval, run_fold
 from examples.pathology.settings.benchmark import METHODS as ALL_METHODS
 from examples.pathology.settings.benchmark import BenchmarkConfig
@@ -90,6 +94,36 @@ def study(tables, other, tmp_path_factory):
     assert missing == 0
     assert page == out / "report/index.html"
     return config
+
+
+@pytest.mark.parametrize("cutoff", [None, 0.5])
+def test_a_number_is_a_target_with_and_without_a_cutoff(tables, tmp_path, cutoff):
+    values = [round(0.1 * (5 * i % 11), 2) for i in range(8)]  # the external table's are numbers
+    other = make_tables(tmp_path / "other", patients=8, tiles=3, seed=1, extra={"Prolif/A": values})
+    kind = () if cutoff else ("Prolif/A=regression",)
+    about = {"target": "Prolif/A", "cutoff": cutoff, "kind": kind, "epochs": 1}
+    few = {"auxiliary": ("LF",), "methods": ("baseline", "naive")}
+    external = external_of(other.clini, other.slides, other.features)
+    page, missing = run_benchmark(config_of(tables, tmp_path / "study", **about, **few, **external))
+    assert missing == 0
+    differences = pd.read_csv(page.parent / "differences.csv")
+    compared = set(differences["metric"])
+    predicted = pd.read_csv(tmp_path / "study/external/lf/naive/predictions.csv")
+    ensemble = read_study(tmp_path / "study").panels[0].deployed["naive"].ensemble.metrics
+    if cutoff is None:
+        assert compared == {"pearson", "mae", "spearman"}
+        assert list(predicted["Prolif/A"]) == values
+        expected, found = predicted["Prolif/A_pred"] - values, ensemble[Metric("mae")]
+        assert found.mean == pytest.approx(expected.abs().mean())
+    else:
+        assert compared == {"auroc", "auprc", "silhouette", "brier", "calibration"}
+        positive = np.array(values) >= cutoff
+        assert list(predicted["Prolif/A"]) == [">=0.5" if p else "<0.5" for p in positive]
+        expected = roc_auc_score(positive, predicted["Prolif/A_>=0.5"])
+        assert ensemble[Metric("auroc")].mean == pytest.approx(expected)
+    outside = differences[differences["cohort"] == "external"]
+    assert set(outside["metric"]) == compared - {"silhouette"}
+    assert (outside["folds"] == 1).all()
 
 
 @contextmanager
