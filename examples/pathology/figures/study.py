@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from examples.pathology.figures.sheet import (
     BLACK,
@@ -18,9 +18,11 @@ from examples.pathology.figures.sheet import (
     TEXT,
     Sheet,
     Style,
+    colour,
     coloured_line,
     coloured_marker,
 )
+from examples.pathology.results.power import FOUND
 
 NUMBERS: Style = {"xtick.labelsize": SMALL, "ytick.labelsize": SMALL}
 
@@ -159,3 +161,35 @@ def conflicts(
         axes.set(xlim=(-0.02, 1.02), ylim=(len(methods) - 0.5, -0.5))
         words = "Share of steps whose two gradients have a negative inner product"
         axes.set_xlabel(words, fontsize=MEDIUM)
+
+
+def power(
+    curves: Mapping[str, Mapping[int, pd.DataFrame]], share: float, level: float, sheet: Sheet
+) -> None:
+    """Draw the share of studies that find a true difference: a panel per figure.
+
+    Args:
+        curves: Of `results.power.curve`, by figure and by how many times as many patients.
+        share: To mark.
+        level: Below which p counts.
+        sheet: Where it goes.
+    """
+    of_share: Style = {"color": GREY, "ls": ":", "lw": 1.4}
+    names = f"found with p < {level:g}", "found after correction"
+    with sheet.open((4.3, 3.3), (2.6, 0.8), len(curves), style=NUMBERS) as (_, panels):
+        for axes, (title, of_times) in zip(panels, curves.items(), strict=True):
+            axes.axhline(share, **of_share)
+            for number, curve in enumerate(of_times.values()):
+                for column, line in zip(FOUND, ("-", "--"), strict=True):
+                    x, y = curve["difference"], curve[column]
+                    axes.plot(x, y, color=colour(number), ls=line, lw=1.8)
+            axes.set(title=title, xlim=(0, None), ylim=(0, 1.02), xlabel="True difference")
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        first = panels[0]
+        first.set_ylabel("Studies that find it")
+        for name, line in zip(names, ("-", "--"), strict=True):
+            first.plot([], [], color=BLACK, ls=line, lw=1.8, label=name)
+        for number, times in enumerate(next(iter(curves.values()))):
+            words = f"{times} times as many" if times > 1 else "as many patients"
+            first.plot([], [], color=colour(number), lw=1.8, label=words)
+        first.plot([], [], **of_share, label=f"{100 * share:g} %")

@@ -9,7 +9,14 @@ import pandas as pd
 
 from examples.pathology.figures.embedding import tsne
 from examples.pathology.figures.sheet import Sheet
-from examples.pathology.figures.study import Column, Estimate, conflicts, dots, weights_over_time
+from examples.pathology.figures.study import (
+    Column,
+    Estimate,
+    conflicts,
+    dots,
+    power,
+    weights_over_time,
+)
 from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
 from examples.pathology.report.patients import worst_errors
@@ -30,8 +37,9 @@ from examples.pathology.study.criteria import (
     SPEARMAN,
     heading,
 )
-from examples.pathology.study.differences import REFERENCES, all_differences
+from examples.pathology.study.differences import LEVEL, REFERENCES, all_differences
 from examples.pathology.study.folder import REPORT, Panel, Study
+from examples.pathology.study.power import SHARE, Power, curves_in_full, powers
 from examples.pathology.study.tables import (
     NAIVE,
     PROBABILITY,
@@ -87,6 +95,8 @@ def write_study_report(
         write_table(out / f"{name}.csv", in_full)
     write_table(out / "differences.csv", differences_in_full(differences))
     write_table(out / "cost.csv", cost)
+    seen = powers(study, differences)
+    write_table(out / "power.csv", curves_in_full(seen))
     panel = next(panel for panel in study.panels if panel.runs)
     sections = [show_sites(_shown(study, panel), out, config)]
     if by_class:
@@ -103,6 +113,8 @@ def write_study_report(
         deployed=next((each.models.summary for each in panel.deployed.values()), None),
         verdicts=verdicts(study, differences),
         tables=tables,
+        power=[each.words for each in seen],
+        figures_of_power=draw_power(study, seen, out / "figures"),
         sections=[section for section in sections if section is not None],
         differences={
             name + ", external cohort" * (cohort == "external"): differences_table(
@@ -180,6 +192,16 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         conflicts(methods, rates, Sheet(path, title, caption))
         drawn.append((title, path))
     return drawn
+
+
+def draw_power(study: Study, found: Sequence[Power], folder: Path) -> list[tuple[str, Path]]:
+    """Draw what differences can be seen, if that is known; return as `draw_study`."""
+    curves = {each.criterion.title: each.curves for each in found if each.curves}
+    path, title = folder / "power.png", "How often a true difference is found"
+    if curves:
+        caption = _any_run(next(panel for panel in study.panels if panel.runs)).summary.caption
+        power(curves, SHARE, LEVEL, Sheet(path, title, caption))
+    return [(title, path)] * bool(curves)
 
 
 def conflict_rates(run: Run) -> list[float]:

@@ -90,8 +90,9 @@ def copy(null, tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Most tests look at words and numbers, and figures take their time."""
+    """Most tests look at words and numbers; figures take their time, and so does power."""
     monkeypatch.setattr(study_report, "draw_study", lambda *_: [])
+    monkeypatch.setattr(study_report, "powers", lambda *_: [])
 
 
 def text_of(page):
@@ -514,7 +515,7 @@ def test_of_two_references_only_the_first_is_one(tmp_path):
 def test_the_page_stands_alone_and_says_all(page):
     text = text_of(page)
     sources = sources_of(text)
-    assert len(sources) == 2 * 4 + 1  # methods in two cohorts, weights and t-SNE of both; conflicts
+    assert len(sources) == 1 + 2 * 4 + 1  # power; methods in two cohorts, weights, t-SNE; conflicts
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     for expected in (
         "<p class='warning'>SIMULATED &lt;features&gt;.</p>",
