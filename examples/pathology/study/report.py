@@ -163,7 +163,8 @@ def draw_study(study: Study, folder: Path) -> list[tuple[str, Path]]:
         drawn.append((title, path))
         if columns := _columns(study, panel, "external"):
             path, title = folder / f"external-{number}.png", f"{title}: external cohort, ensemble"
-            dots(names, columns, Sheet(path, title, caption), over=over)
+            there = next(iter(panel.first("external").values())).summary.caption
+            dots(names, columns, Sheet(path, title, there), over=over)
             drawn.append((title, path))
         path, title = folder / f"weights-{number}.png", f"Task weights over time with {auxiliary}"
         tasks = [study.settings["target"], auxiliary]

@@ -187,6 +187,22 @@ def test_figures_of_a_number(numbers, tmp_path, monkeypatch):
     assert list(shown[0][0][1]) == list(run.results[0].predictions["HRD"].astype(float))
 
 
+def test_figures_of_the_external_cohort_bear_its_own_warning(numbers, tmp_path, monkeypatch):
+    captions = {}
+    monkeypatch.setattr(
+        study_report, "dots", lambda *of: captions.update({of[2].path.name: of[2].caption})
+    )
+    for name in ("tsne", "weights_over_time", "conflicts"):
+        monkeypatch.setattr(study_report, name, lambda *_, **__: False)
+    copy = shutil.copytree(numbers, tmp_path / "study")
+    for path in (copy / "external").rglob("metrics.json"):
+        stored = json.loads(path.read_text()) | {"simulated": "Labels are DRAWN."}
+        path.write_text(json.dumps(stored))
+    study_report.draw_study(read_study(copy), tmp_path / "figures")
+    assert captions["external-1.png"].endswith(" Labels are DRAWN.")
+    assert "DRAWN" not in captions["methods-1.png"]
+
+
 def test_probabilities_have_a_table_of_their_own(planted, page):
     headings = cells(page, "table3.md", "Auxiliary target", "Method")
     assert headings[:4] == [
