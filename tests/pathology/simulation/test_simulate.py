@@ -518,7 +518,7 @@ def test_labels_are_drawn_where_asked_for_and_missing_only(graded, tmp_path):
         run_simulate(replace(config, draw_external_labels=False, out=out))
     with pytest.raises(UserError, match=r"without `HRD_score`, but .*labels\.csv has that column"):
         run_simulate(replace(config, external_clini=config.clini, out=out))
-    with pytest.raises(UserError, match="`positive` must be left out for `HRD_score`"):
+    with pytest.raises(UserError, match="`HRD_score`, whose numbers all count, but got '42'"):
         run_simulate(replace(config, positive="42", out=out))
     assert not out.exists()
 
