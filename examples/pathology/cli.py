@@ -20,6 +20,7 @@ from examples.pathology.settings.cohort import CheckConfig
 from examples.pathology.settings.command import command
 from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.settings.extract import ExtractConfig, VerifyWeightsConfig
+from examples.pathology.settings.grid import GridConfig
 from examples.pathology.settings.runs import DemoConfig, DeployConfig, HeatmapConfig, ReportConfig
 from examples.pathology.settings.simulate import SimulateConfig
 
@@ -142,6 +143,19 @@ def simulate(config: SimulateConfig) -> None:
     from examples.pathology.simulation.simulate import run_simulate
 
     typer.echo(run_simulate(config).sources.clini.parent)
+
+
+@command(app, GridConfig)
+def grid(config: GridConfig) -> None:
+    """Show on simulated cohorts where joint training helps, hurts or does nothing.
+
+    The exit code is 1 if a training failed; run again, only what is missing is done.
+    """
+    from examples.pathology.study.grid import run_grid
+
+    page, missing = run_grid(config)
+    typer.echo(page)
+    raise typer.Exit(1 if missing else 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

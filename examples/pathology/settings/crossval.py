@@ -19,7 +19,8 @@ BASELINE = "baseline"
 """What trains the primary target alone, in place of a balancer."""
 
 
-def _whole_heads(width: int) -> str:
+def whole_heads(width: int) -> str:
+    """Be the rule that each attention head has a whole share of a width."""
     right = width > 0 and width % HEADS == 0
     return "" if right else f"a multiple of {HEADS}, the attention heads"
 
@@ -63,7 +64,7 @@ class CrossvalConfig(CohortConfig):
         384,
         f"Of the Transformer, a multiple of its {HEADS} attention heads.",
         min=1,
-        rule=_whole_heads,
+        rule=whole_heads,
         source="the paper",
     )
     layers: int = option(2, "Of its encoder, and of its decoder.", min=1, source="the paper")

@@ -43,7 +43,7 @@ _MEAN_SHARES = MappingProxyType(
     {"TUM": 0.46, "STR": 0.17, "LYM": 0.13, "MUC": 0.05, "NORM": 0.12, "DEB": 0.07}
 )
 _CLONE_LOGIT = -1.4  # a fifth of the tumour is of the second clone where heterogeneity is average
-_NEGATIVE_SHARE = 0.05  # of altered tumour tiles in patients without the biomarker
+NEGATIVE_SHARE = 0.05  # of altered tumour tiles in patients without the biomarker
 _MIN_EIGENVALUE = 0.01  # of correlations, so that each variable keeps something of its own
 
 
@@ -260,7 +260,7 @@ def draw_tissue(
     noise = config.composition_noise * generator.standard_normal(len(TISSUES))
     spread, clone, growth = (float(value) for value in generator.standard_normal(3))
     dose = population.dose(z, positive=positive)
-    odds = (1 - dose) * _logit(_NEGATIVE_SHARE) + dose * _logit(config.tumour_share)
+    odds = (1 - dose) * _logit(NEGATIVE_SHARE) + dose * _logit(config.tumour_share)
     immune = [of[name] for name in (LEUKOCYTES, LYMPHOCYTES) if name in of]
     effect, vary = config.strength("signature_effect"), config.composition_noise
     shares = measured
