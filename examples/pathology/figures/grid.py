@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from examples.pathology.figures.sheet import MEDIUM, PICTURES, SMALL, Sheet
+from examples.pathology.figures.sheet import MEDIUM, PICTURES, SMALL, Sheet, Style
 
+MINUS = " \N{MINUS SIGN} "
 LEAST = 0.02  # what the ends of the colours stand for at least, as a difference in AUROC
 
 
@@ -37,35 +39,22 @@ def draw_grid(blocks: Sequence[Block], sheet: Sheet) -> None:
     rows, columns = blocks[0].values.shape
     known = np.concatenate([np.abs(block.values[np.isfinite(block.values)]) for block in blocks])
     most = max(LEAST, float(known.max(initial=0.0)))
-    panel = 0.72 * columns, 0.3 * rows + 1.2
+    size, margin = (0.72 * columns, 0.3 * rows + 1.2), (3.4, 1.0)
     remark = "* significant after correction for all cells of one comparison."
     with sheet.open(
-        panel, (3.4, 1.0), len(blocks), columns=2, share_y=True, remark=remark, style=PICTURES
+        size, margin, len(blocks), columns=2, share_y=True, remark=remark, style=PICTURES
     ) as (figure, panels):
         for axes, block in zip(panels, blocks, strict=True):
             shown = axes.imshow(block.values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-            for row, column in np.ndindex(block.values.shape):
-                if not math.isnan(value := block.values[row, column]):
-                    text = f"{value:+.3f}" + "*" * bool(block.marked[row, column])
-                    dark = abs(value) > 0.65 * most
-                    style = {"color": "white" if dark else "black", "fontsize": SMALL}
-                    axes.text(column, row, text, ha="center", va="center", **style)
+            _write_numbers(axes, block, most)
             axes.set_title(f"{block.title}\n", fontsize=MEDIUM)
             words = [second.replace(" ", "\n") for _, second in block.columns]
             axes.set_xticks(range(columns), words, fontsize=SMALL)
-            start = 0
-            for first, same in groupby(block.columns, lambda column: column[0]):
-                end = start + len(list(same))
+            for first, start, end in _runs([first for first, _ in block.columns]):
                 middle = (start + end - 1) / 2
                 axes.text(middle, -0.6, first, ha="center", va="bottom", fontsize=SMALL)
                 axes.axvline(end - 0.5, color="white", lw=5)
-                start = end
-            ends = [
-                end
-                for end in range(1, rows)
-                if _reference(block, end - 1) != _reference(block, end)
-            ]
-            for end in ends:
+            for _, _, end in _runs([row.rpartition(MINUS)[2] for row in block.rows]):
                 axes.axhline(end - 0.5, color="white", lw=5)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
@@ -73,5 +62,19 @@ def draw_grid(blocks: Sequence[Block], sheet: Sheet) -> None:
         figure.colorbar(shown, ax=panels, shrink=0.5, aspect=30, label="Difference in AUROC")
 
 
-def _reference(block: Block, row: int) -> str:
-    return block.rows[row].rpartition(" – ")[2]
+def _write_numbers(axes: Axes, block: Block, most: float) -> None:
+    for row, column in np.ndindex(block.values.shape):
+        if not math.isnan(value := block.values[row, column]):
+            text = f"{value:+.3f}" + "*" * bool(block.marked[row, column])
+            style: Style = {"color": "white" if abs(value) > 0.65 * most else "black"}
+            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, **style)
+
+
+def _runs(words: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return every word with where the run of it begins, and where it ends."""
+    runs, start = [], 0
+    for word, same in groupby(words):
+        end = start + len(list(same))
+        runs.append((word, start, end))
+        start = end
+    return runs

@@ -51,8 +51,8 @@ class GridConfig(Settings):
         rule=_share,
     )
     patients: tuple[int, ...] = option(
-        (80, 200),
-        "Patients with the biomarker's label; several; default: 80 and 200.",
+        (40, 160),
+        "Patients with the biomarker's label; several; default: 40 and 160.",
         rule=_each(lambda value: value >= 40, "each at least 40"),
     )
     missing: tuple[float, ...] = option(
@@ -61,7 +61,7 @@ class GridConfig(Settings):
         rule=_each(lambda value: 0 <= value <= 0.9, "each between 0 and 0.9"),
     )
     further: int = option(
-        160,
+        120,
         "Patients with the auxiliary value alone, in cells of their own where no other value is "
         "missing; 0: no such cells.",
         min=0,
@@ -74,7 +74,7 @@ class GridConfig(Settings):
     )
     cohorts: int = option(8, "Independent cohorts of every cell.", min=3)
     test_patients: int = option(400, "Patients of a cohort that are only tested on.", min=50)
-    tiles: int = option(16, "Tiles of a patient.", min=8)
+    tiles: int = option(24, "Tiles of a patient.", min=8)
     epochs: int = option(10, "Most epochs of a training.", min=1)
     patience: int = option(4, "Epochs without a lower validation loss before it stops.", min=1)
     learning_rate: float = option(0.001, "Of AdamW.", rule=above(0))

@@ -29,10 +29,11 @@ from examples.pathology.tables.writing import write_table
 PREVALENCE = 0.3
 """Of the biomarker, in every cohort and in every first so many of its patients."""
 
-TUMOUR_SHARE, TUMOUR_SHIFT, CORRELATION = 0.4, 4.5, 0.7
+TUMOUR_SHARE, TUMOUR_SHIFT, CORRELATION = 0.3, 4.5, 0.65
 """What tells the biomarker with an overlap of 0: the share of altered tumour tiles in the median
 positive patient, and how far these lie off; with one of 1: the correlation of ``z`` with the label.
-Baselines are about as good with both."""
+Who counts these tiles among 24 without an error reaches an AUROC of 0.78 with either.
+"""
 
 
 def planned(

@@ -154,8 +154,8 @@ def _carry_out(config: GridConfig) -> pd.DataFrame:
         write_table(path, _table(found, fits))
 
     if left:
-        how = {"devices": ("cpu",)} if config.scheduler is None else {}  # networks are too small
-        with cluster(workers=config.workers, scheduler=config.scheduler, **how) as client:
+        devices = ("cpu",) if config.scheduler is None else ()  # a GPU would wait for such networks
+        with cluster(workers=config.workers, scheduler=config.scheduler, devices=devices) as client:
             run_jobs(jobs, client, on_outcome=note, title="grid")
     return _table(found, fits)
 
@@ -163,7 +163,9 @@ def _carry_out(config: GridConfig) -> pd.DataFrame:
 def _table(found: dict[str, list[dict[str, Any]]], fits: dict[str, Fit]) -> pd.DataFrame:
     """Return the rows of all fits that have any, in the order of the fits."""
     columns = [*CELL, "method", "cohort", "auroc", "r", "seconds", "error", "fit"]
-    return pd.DataFrame([row for key in fits for row in found.get(key, [])], columns=columns)
+    rows = [row for key in fits for row in found.get(key, [])]
+    table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
+    return table
 
 
 def bags_job(config: GridConfig, overlap: float) -> None:

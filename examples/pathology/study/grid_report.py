@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from examples.pathology.figures.grid import Block, draw_grid
+from examples.pathology.figures.grid import MINUS, Block, draw_grid
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.report import pages
 from examples.pathology.results.metrics import Score, over_folds
@@ -22,8 +22,8 @@ from examples.pathology.settings.grid import NAIVE, GridConfig
 from examples.pathology.tables.writing import write_table
 
 RESULTS = "results.csv"
-CELL = ["overlap", "patients", "strength", "missing", "further"]
-MARGINS = ([], ["overlap"], ["patients"], ["missing", "further"])
+CELL = ["overlap", "patients", "strength", "further", "missing"]
+MARGINS: tuple[list[str], ...] = ([], ["overlap"], ["patients"], ["further", "missing"])
 """What means over cells are taken by, besides the strength."""
 
 USELESS = f"{NAIVE}, value useless"
@@ -48,7 +48,8 @@ def differences(rows: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
         A row per method, reference and group of cells: the mean difference in AUROC over cohorts,
         the ends of its 95 % t-interval, and p of the paired t-test.
     """
-    wide = rows.set_index([*CELL, "cohort", "method"])["auroc"].astype(float).unstack()  # noqa: PD010
+    areas = rows.set_index([*CELL, "cohort", "method"])["auroc"].astype(float)
+    wide = areas.unstack("method")  # noqa: PD010 - nothing is to be aggregated
     pairs = [(NAIVE, BASELINE, wide[BASELINE])]
     if 0.0 in rows["strength"].unique():
         useless = wide[NAIVE].xs(0.0, level="strength")
@@ -66,7 +67,8 @@ def differences(rows: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
             figures = _over_cohorts(values["difference"])
             about = {"method": method, "reference": reference, **dict(zip(by, group, strict=True))}
             found.append({**about, "reference AUROC": values["reference"].mean(), **figures})
-    return pd.DataFrame(found)
+    table: pd.DataFrame = pd.DataFrame(found)
+    return table
 
 
 def _over_cohorts(values: "pd.Series[float]") -> dict[str, float]:
@@ -88,9 +90,10 @@ def _over_cohorts(values: "pd.Series[float]") -> dict[str, float]:
 def corrected(frame: pd.DataFrame) -> pd.DataFrame:
     """Return differences with p corrected by Holm's method for all with the same two methods."""
     groups = frame.groupby(["method", "reference"], sort=False)["p"]
-    return frame.assign(
+    table: pd.DataFrame = frame.assign(
         corrected=groups.transform(lambda p: holm(list(p))), family=groups.transform("count")
     )
+    return table
 
 
 def write_grid_report(config: GridConfig, rows: pd.DataFrame) -> Path:
@@ -174,7 +177,7 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
         known = each.get("missing", math.nan)
         rows.append(
             (
-                f"{each['method']} – {each['reference']}",
+                f"{each['method']}{MINUS}{each['reference']}",
                 f"{each['strength']:g}",
                 *(_or_all(each.get(name, math.nan)) for name in ("overlap", "patients")),
                 "(all)" if math.isnan(known) else known_words(known, each["further"]),
@@ -204,14 +207,14 @@ def _blocks(cells: pd.DataFrame) -> list[Block]:
         values, marked = np.full(shape, math.nan), np.zeros(shape, dtype=bool)
         for each in here.to_dict("records"):
             row = lines.index((each["method"], each["reference"]))
-            column = columns.index((each["strength"], each["missing"], each["further"]))
+            column = columns.index(tuple(each[name] for name in CELL[2:]))
             values[row, column] = each["difference"]
             marked[row, column] = each["corrected"] < LEVEL
         blocks.append(
             Block(
                 f"overlap {overlap:g}, {patients:g} patients with a label",
-                [f"{method} – {reference}" for method, reference in lines],
-                [(f"strength {s:g}", known_words(m, f)) for s, m, f in columns],
+                [f"{method}{MINUS}{reference}" for method, reference in lines],
+                [(f"strength {s:g}", known_words(m, f)) for s, f, m in columns],
                 values,
                 marked,
             )
