@@ -19,6 +19,7 @@ from examples.pathology.results.metrics import Score, over_folds
 from examples.pathology.results.resampling import holm
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.grid import NAIVE, GridConfig
+from examples.pathology.simulation.planned import CORRELATION
 from examples.pathology.tables.writing import write_table
 
 RESULTS = "results.csv"
@@ -99,9 +100,9 @@ def corrected(frame: pd.DataFrame) -> pd.DataFrame:
 def write_grid_report(config: GridConfig, rows: pd.DataFrame) -> Path:
     """Write ``cells.csv``, ``margins.csv``, ``grid.png`` and ``index.html``; return the page."""
     cells = corrected(differences(rows))
-    margins = corrected(
-        pd.concat([differences(rows, ["strength", *by]) for by in MARGINS], ignore_index=True)
-    )
+    by_factors = pd.concat([differences(rows, ["strength", *by]) for by in MARGINS])
+    in_order = ["method", "reference"]  # all of one comparison together, as cells are
+    margins = pd.concat([each for _, each in corrected(by_factors).groupby(in_order, sort=False)])
     write_table(config.out / "cells.csv", cells)
     write_table(config.out / "margins.csv", margins)
     sheet = Sheet(config.out / "grid.png", "Where joint training helps, and balancing", SIMULATED)
@@ -115,6 +116,7 @@ def write_grid_report(config: GridConfig, rows: pd.DataFrame) -> Path:
         title="When does joint training help?",
         warnings=[SIMULATED],
         config=config,
+        correlation=CORRELATION,
         sentences=sentences(cells, margins),
         figure=sheet.path,
         baseline=pages.table(
