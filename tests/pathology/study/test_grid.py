@@ -322,3 +322,14 @@ def test_a_training_that_failed_takes_its_cohort_along():
     margins = differences(rows, ["strength"]).set_index(["method", "reference", "strength"])
     assert margins.loc[("naive", "baseline", 0.9), "cohorts"] == 5
     assert margins.loc[("naive", "baseline", 0.0), "cohorts"] == 6
+
+
+def test_one_cohort_alone_has_no_test_and_counts_for_no_correction():
+    rows = planted_rows()
+    where = (rows["overlap"] == 1.0) & (rows["strength"] == 0.9) & (rows["patients"] == 80)
+    rows.loc[where & (rows["method"] == "pcgrad") & (rows["cohort"] > 1), "auroc"] = np.nan
+    cells = corrected(differences(rows)).set_index(["method", "reference", *CELL])
+    each = cells.loc[("pcgrad", "naive", 1.0, 80, 0.9, 0, 0.0)]
+    assert each["cohorts"] == 1
+    assert np.isnan([each["p"], each["low"], each["corrected"]]).all()
+    assert (cells.loc[("pcgrad", "naive"), "family"] == 7).all()
