@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     """The request was fine but the run failed; the command line exits with 1."""
 
 
+class DivergedError(RunError):
+    """A loss or gradient is not finite: with a lower learning rate it may stay so."""
+
+
 class OutputError(RunError):
     """Nothing can be written any more, so that going on would be work for nothing."""
 

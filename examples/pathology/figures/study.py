@@ -104,11 +104,12 @@ def weights_over_time(
     Returns:
         Whether there was a method to draw.
     """
-    means = {
-        method: [mean_over_folds(histories, f"weight/{task}") for task in tasks]
+    names = [f"weight/{task}" for task in tasks]
+    curves = {  # where each fold has a constant of its own, their mean changes as folds end
+        method: [mean_over_folds(histories, name) for name in names]
         for method, histories in methods.items()
+        if any(_changes(h[name].dropna()) for h in histories for name in names if name in h)
     }
-    curves = {method: lines for method, lines in means.items() if any(map(_changes, lines))}
     if not curves:
         return False
     columns = min(4, len(curves))

@@ -9,7 +9,9 @@ import pandas as pd
 from examples.pathology.figures.scores import draw_calibration
 from examples.pathology.figures.sheet import Sheet
 from examples.pathology.figures.study import Column, Estimate, dots
+from examples.pathology.report import pages
 from examples.pathology.results import decisions as deciding
+from examples.pathology.results.folds import best_of, candidate_in_words
 from examples.pathology.results.runs import Run, sites_in
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.writing import write_table
@@ -26,6 +28,12 @@ INTERVALS = (
     "share, the bootstrap's of a Brier score. PPV and NPV are those at the prevalence beside them. "
     "Skill: how much lower the Brier score is than that of always saying the prevalence, as a "
     "share of the latter."
+)
+SEARCHED = (
+    "In every fold all candidates were trained from the same initial weights, and the one with the "
+    "lowest loss of {} on the validation part was kept; the test part was looked at after that. "
+    "search.csv has all of them. Seconds in all are those of all candidates, epochs those of the "
+    "one kept."
 )
 SMALL_SITE, EVERYBODY = 20, "all patients"
 BY_SITE = (
@@ -151,8 +159,36 @@ def show_sites(runs: Sequence[Run], out: Path, config: PageConfig) -> Section | 
     return Section("By site", [BY_SITE], (), figures)
 
 
+def show_search(runs: Sequence[Run], out: Path, _: PageConfig | None = None) -> Section | None:
+    """Show what each fold of runs has kept of its candidates, and write ``search.csv``."""
+    rows, tried = list[dict[str, Any]](), list[dict[str, Any]]()
+    at_end: dict[str, list[bool]] = {}
+    for run in runs:
+        folds = {k: r.search for k, r in enumerate(run.results, start=1) if r.search}
+        kept = {k: found[best_of(found)] for k, found in folds.items()}
+        tried += [{"method": run.name, "fold": k, **row} for k in folds for row in folds[k]]
+        for name in ("learning_rate", "weight"):
+            for k, best in kept.items():
+                if len(values := {row[name] for row in folds[k] if name in row}) > 2:
+                    ends = min(values), max(values)
+                    at_end.setdefault(name.replace("_", " "), []).append(best[name] in ends)
+        if kept:
+            words = {f"Fold {k}": candidate_in_words(best) for k, best in kept.items()}
+            rows.append({"Method": run.name, **words})
+    if not rows:
+        return None
+    write_table(out / "search.csv", pd.DataFrame(tried))
+    said = [SEARCHED.format(runs[0].summary.target)] + [
+        f"In {sum(found)} of {len(found)} folds the {name} kept is the lowest or the highest that "
+        "was tried: a wider search may find a better one."
+        for name, found in at_end.items()
+        if any(found)
+    ]
+    return Section("What the search kept", said, [pd.DataFrame(rows).fillna(pages.DASH)])
+
+
 Make = Callable[[Sequence[Run], Path, PageConfig], Section | None]
-SECTIONS: tuple[Make, ...] = (decide, show_sites)
+SECTIONS: tuple[Make, ...] = (decide, show_sites, show_search)
 """Makes a section of runs, in order of the page; None where they have nothing for it.
 
 Of a deployment, the ensemble comes first, and then each fold's model, as runs of one fold that

@@ -34,6 +34,10 @@ from examples.pathology.training.prediction import Fitted, PatientPrediction
 
 REMEDY = "Run the command that made it again."
 DONE = "fold.json"  # written last: a fold that has it is finished
+SEARCH = "search.csv"  # a row for each candidate of a fold that tries several
+Candidate = dict[str, float]
+"""Its ``learning_rate``, the ``weight`` of auxiliary targets where that is tried as well, and its
+``validation_loss``, ``best_epoch``, ``epochs`` and ``seconds``."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class FoldResult:
         threshold: The probability from which a patient is called positive; NaN without one.
         history: One row per epoch.
         validated: The validation part, of an ensemble that of every model, where it is at hand.
+        search: What became of all candidates, where several were tried.
     """
 
     predictions: pd.DataFrame
@@ -59,6 +64,7 @@ class FoldResult:
     threshold: float = math.nan
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     validated: tuple[pd.DataFrame, ...] = ()
+    search: Sequence[Candidate] = ()
 
 
 def write_fold(
@@ -209,10 +215,7 @@ def read_fold(folder: Path) -> FoldResult:
     """
     if not (folder / DONE).exists():
         raise UserError(f"{folder} must be a finished fold, but is not. Run `crossval` again.")
-    remedy = (
-        f"Delete {folder} and {folder.parent / 'metrics.json'}, and run the command that made them "
-        "again: other folds stay."
-    )
+    remedy = _anew(folder)
     with whole(folder / DONE, remedy):
         done = json.loads((folder / DONE).read_text(encoding="utf-8"))
         best_epoch, epochs = int(done["best_epoch"]), int(done["epochs"])
@@ -223,7 +226,41 @@ def read_fold(folder: Path) -> FoldResult:
     history = read_table_of_ours(folder / "history.csv", remedy, rows=epochs, text=False)
     validated = read_validation(folder, remedy)
     numbers = best_epoch, epochs, seconds, threshold
-    return FoldResult(predictions, embeddings, *numbers, history, validated)
+    search = read_search(folder)
+    return FoldResult(predictions, embeddings, *numbers, history, validated, search)
+
+
+def read_search(folder: Path) -> list[Candidate]:
+    """Read what became of the candidates of a fold so far; none where there is no search.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / SEARCH
+    if not path.exists():
+        return []
+    table = read_table_of_ours(path, _anew(folder))
+    with whole(path, _anew(folder)):
+        kinds = {name: int if "epoch" in str(name) else float for name in table}
+        return [*table.astype(kinds).to_dict("records")]
+
+
+def best_of(search: Sequence[Candidate]) -> int:
+    """Return the place of the candidate with the lowest validation loss, of equals the first."""
+    return min(range(len(search)), key=lambda place: search[place]["validation_loss"])
+
+
+def candidate_in_words(candidate: Mapping[str, float]) -> str:
+    """Return ``learning rate 0.001, weight 3``."""
+    weight = f", weight {candidate['weight']:g}" if "weight" in candidate else ""
+    return f"learning rate {candidate['learning_rate']:g}{weight}"
+
+
+def _anew(folder: Path) -> str:
+    return (
+        f"Delete {folder} and {folder.parent / 'metrics.json'}, and run the command that made them "
+        "again: other folds stay."
+    )
 
 
 def read_validation(folder: Path, remedy: str) -> tuple[pd.DataFrame, ...]:

@@ -79,6 +79,8 @@ class RunSummary:
         best_epochs: The epoch that was kept, in each fold.
         epochs: How many were run, in each fold.
         seconds: How long it took, in each fold.
+        search: Of the candidate that each fold kept, ``learning_rate``, ``weight`` (of `fixed`) and
+            ``validation_loss``, and how many ``candidates`` there were; none without a search.
         thresholds: From which a patient is called positive, in each fold; ``None``: not defined.
         share_waiting_for_data: Of the time of training; ``None``: not known.
         metrics: All figures.
@@ -115,6 +117,7 @@ class RunSummary:
     best_epochs: Sequence[int] = ()
     epochs: Sequence[int] = ()
     seconds: Sequence[float] = ()
+    search: Sequence[Mapping[str, float]] = ()
     thresholds: Sequence[float | None] = ()
     share_waiting_for_data: float | None = None
     metrics: Metrics
@@ -145,8 +148,8 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``metrics.json`` of a cross-validation holds."""
-        optional = ["classes", "positive", "cutoff", "values", "thresholds", "run", "labelled"]
-        optional += ["threshold_of_ensemble", "metrics_of_ensemble"]
+        optional = ["classes", "positive", "cutoff", "values", "search", "thresholds", "run"]
+        optional += ["labelled", "threshold_of_ensemble", "metrics_of_ensemble"]
         stored = {
             name: value
             for name, value in vars(self).items()

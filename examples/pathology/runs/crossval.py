@@ -5,6 +5,7 @@ is compared. A fold's test part is looked at once: after its model has been chos
 part.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -24,10 +25,12 @@ from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
 from examples.pathology.results.folds import DONE, read_fold, write_all_predictions, write_fold
 from examples.pathology.results.summary import RunSummary
+from examples.pathology.runs.search import search
 from examples.pathology.runs.summary import summarise
 from examples.pathology.settings.crossval import (
     BASELINE,
     CrossvalConfig,
+    refuse_unused_weights,
     settings_that_differ,
     with_reference_protocol,
 )
@@ -72,6 +75,7 @@ def run_crossval(config: CrossvalConfig) -> RunSummary:
     """
     resolve_device(config.device)  # a wrong one is told before tables are read
     needs_lookahead(config.balancer, [config.target, *config.auxiliary])  # a wrong name as well
+    refuse_unused_weights(config, [config.balancer])
     cohort = load_cohort_of(config)
     with sole_writer(config.out):
         plan = make_plan(config, cohort)
@@ -131,7 +135,8 @@ def run_fold(plan: Plan, k: int, bags: BagStore) -> None:
     else:
         _train_and_test(plan, k, bags, resolve_device(plan.config.device))
     clean(folder)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for left in folder.glob(f"{Path(CHECKPOINT).stem}*"):
+        left.unlink()
 
 
 def finish(plan: Plan, *, figures: bool = True) -> RunSummary:
@@ -165,23 +170,19 @@ def _train_and_test(plan: Plan, k: int, bags: BagStore, device: str) -> None:
         stepped_on = {patient.name for patient in train}
         held_out = {p.site for p in cohort.patients if p.site and p.name not in stepped_on}
         train += [patient for patient in cohort.training_only if patient.site not in held_out]
-    fitted = fit_fold(
-        cohort,
-        train,
-        validation,
-        replace(config, seed=fold_seed(config.seed, k), device=device),
-        lookahead=lookahead,
-        bags=bags,
-        name=f"fold {k}",
-        checkpoint=folder / CHECKPOINT,
-    )
+    fit = functools.partial(fit_fold, cohort, train, validation, lookahead=lookahead, bags=bags)
+    how, name = replace(config, seed=fold_seed(config.seed, k), device=device), f"fold {k}"
+    if config.searches:
+        fitted, seconds = search(how, folder, fit, name)
+    else:
+        fitted = fit(how, name=name, checkpoint=folder / CHECKPOINT)
+        seconds = fitted.seconds
     validated, tested = (
         predict(fitted, patients, bags=bags, device=device) for patients in (validation, test)
     )
-    seconds = sum(row["seconds"] for row in fitted.history)
     write_fold(folder, fitted, tested, validated, cohort.kind, seconds)
     waited = sum(row["seconds_waiting_for_data"] for row in fitted.history)
-    share = 100 * waited / max(seconds, 1e-9)
+    share = 100 * waited / max(fitted.seconds, 1e-9)
     text = (
         "Fold %d: %d epochs, the best was %d; %.0f s, %.1f %% of training spent waiting for tiles"
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.splits import Fold, splits_sha256
-from examples.pathology.results.folds import FoldResult
+from examples.pathology.results.folds import FoldResult, best_of
 from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
 from examples.pathology.results.summary import RunSummary
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
@@ -38,10 +38,18 @@ def summarise(
         best_epochs=[result.best_epoch for result in results],
         epochs=[result.epochs for result in results],
         seconds=[result.seconds for result in results],
+        search=tuple(_kept(result) for result in results if result.search),
         **thresholds_of(cohort.target, results),
         share_waiting_for_data=_share_waiting(results),
         metrics=summarise_metrics(results, targets, config.seed),
     )
+
+
+def _kept(result: FoldResult) -> dict[str, float]:
+    """Return the candidate that a fold kept, and how many there were."""
+    best = result.search[best_of(result.search)]
+    told = ("learning_rate", "weight", "validation_loss")
+    return {name: best[name] for name in told if name in best} | {"candidates": len(result.search)}
 
 
 def _share_waiting(results: Sequence[FoldResult]) -> float | None:

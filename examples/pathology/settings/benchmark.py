@@ -8,7 +8,13 @@ from typing import Any
 
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.settings.cohort import Sources, kind_option
-from examples.pathology.settings.crossval import BASELINE, CrossvalConfig, with_reference_protocol
+from examples.pathology.settings.crossval import (
+    BASELINE,
+    FIXED,
+    CrossvalConfig,
+    refuse_unused_weights,
+    with_reference_protocol,
+)
 from examples.pathology.settings.option import Settings, needed, nested, option
 from examples.pathology.settings.runs import PageConfig
 
@@ -53,7 +59,9 @@ class BenchmarkConfig(Settings):
     )
     _: KW_ONLY
     methods: tuple[str, ...] = option(
-        METHODS, "baseline or a balancer; several; default: baseline and all 16.", flag="--method"
+        METHODS,
+        "baseline, fixed or a balancer; several; default: baseline and all 16.",
+        flag="--method",
     )
     seeds: int = option(
         1, "How many initial weights to repeat every job from, on the same folds.", min=1
@@ -95,6 +103,7 @@ class BenchmarkConfig(Settings):
                 raise UserError(f"`{name}` must name each once, but got {listing(twice)} twice.")
         if not self.methods:
             raise UserError("`methods` must name at least one method, but names none.")
+        refuse_unused_weights(self.crossval, self.methods)
         _refuse_clashes(self.auxiliary)
         external = (self.external_clini, self.external_slide_table, self.external_features)
         if None in external and any(external):
@@ -136,7 +145,10 @@ class BenchmarkConfig(Settings):
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings as plain values that TOML can hold."""
-        common = with_reference_protocol(self.crossval).resolved()
+        how = self.crossval
+        if FIXED in self.methods:  # alone has weights to search
+            how = replace(how, balancer=FIXED)
+        common = with_reference_protocol(how).resolved()
         # The schedule of the reference protocol differs between baseline and the others.
         for name in ("balancer", "schedule"):
             del common[name]

@@ -1,22 +1,27 @@
 """Settings of a cross-validation, and how those of two runs are compared."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from examples.pathology.common.errors import UserError
+from examples.pathology.common.errors import UserError, listing
 from examples.pathology.settings.cohort import (
     CohortConfig,
     device_option,
     folds_option,
     seed_option,
 )
-from examples.pathology.settings.option import above, at_least, needed, option
+from examples.pathology.settings.option import above, at_least, each_once, needed, option
 
 HEADS = 6  # of the Transformer: the paper
 BASELINE = "baseline"
 """What trains the primary target alone, in place of a balancer."""
+FIXED = "fixed"
+"""What weighs the primary target with 1 and the others with a number found by a search."""
+SEARCH_WEIGHT = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Steps of about 3, ten times down and up from equal weights: a cross-entropy is that much larger
+than the squared error of a value scaled to [0, 1]."""
 
 
 def whole_heads(width: int) -> str:
@@ -31,7 +36,7 @@ class CrossvalConfig(CohortConfig):
 
     out: Path = needed("The run folder; a stopped run is taken up again.")
     balancer: str = option(
-        "naive", "baseline (the target alone), naive, uncert, dwa+pcgrad, autol+cagrad, ..."
+        "naive", "baseline (the target alone), fixed, naive, uncert, dwa+pcgrad, autol+cagrad, ..."
     )
     folds: int = folds_option()
     epochs: int = option(32, "Most epochs per fold.", min=1, source="the paper")
@@ -39,6 +44,18 @@ class CrossvalConfig(CohortConfig):
         7, "Epochs without a lower validation loss before a fold stops.", min=1, source="the paper"
     )
     learning_rate: float = option(0.0001, "Of AdamW.", rule=above(0), source="the paper")
+    search_rate: tuple[float, ...] = option(
+        (),
+        "Learning rate to try in every fold, in place of --learning-rate; several. The validation "
+        "loss of the target decides.",
+        rule=each_once(above(0)),
+    )
+    search_weight: tuple[float, ...] = option(
+        SEARCH_WEIGHT,
+        "Weight of the auxiliary targets to try likewise, of the method fixed; several; default: "
+        f"{' '.join(format(weight, 'g') for weight in SEARCH_WEIGHT)}.",
+        rule=each_once(at_least(0)),
+    )
     weight_decay: float = option(
         0.01, "Of AdamW.", rule=at_least(0), source="PyTorch, and the paper's code"
     )
@@ -87,11 +104,19 @@ class CrossvalConfig(CohortConfig):
     seed: int = seed_option()
     device: str = device_option()
 
+    @property
+    def searches(self) -> bool:
+        """Whether every fold tries candidates."""
+        return bool(self.search_rate) or self.balancer == FIXED
+
     def resolved(self) -> dict[str, Any]:
         """Return the settings as plain values that TOML can hold, with absolute paths."""
         values: dict[str, Any] = {}
+        unused = "learning_rate" if self.search_rate else "search_rate"
         for name, value in asdict(self).items():
-            if value is None or (name in ("kind", "note") and not value):
+            if value is None or name == unused or (name in ("kind", "note") and not value):
+                continue
+            if name == "search_weight" and self.balancer != FIXED:
                 continue
             plain = str(value.resolve()) if isinstance(value, Path) else value
             values[name] = list(plain) if isinstance(plain, tuple) else plain
@@ -128,6 +153,15 @@ def with_reference_protocol(config: CrossvalConfig) -> CrossvalConfig:
         schedule="constant" if config.balancer == BASELINE else "cosine-per-step",
         lookahead_data="train",
     )
+
+
+def refuse_unused_weights(config: CrossvalConfig, methods: Iterable[str]) -> None:
+    """Raise a `UserError` if weights are to be searched that no method takes."""
+    if config.search_weight != SEARCH_WEIGHT and FIXED not in methods:
+        raise UserError(
+            f"`search-weight` is of the method {FIXED}, which must be asked for with it, but asked "
+            f"for is {listing(methods)}. Leave it out, or name {FIXED} as well."
+        )
 
 
 # What may differ when a run folder is taken up again: it changes where, not what, is computed.

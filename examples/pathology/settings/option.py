@@ -6,7 +6,7 @@ one class: name, type, default, help, bounds and source. Nothing heavy is import
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -104,6 +104,17 @@ def at_least(low: float) -> Rule:
 def above(low: float) -> Rule:
     """Return the rule that a number is above ``low``."""
     return lambda value: "" if value > low else f"above {low:g}"
+
+
+def each_once(rule: Rule) -> Rule:
+    """Return the rule that several numbers each keep to a rule, and no two are equal."""
+
+    def broken(values: Sequence[float]) -> str:
+        for must in filter(None, map(rule, values)):
+            return f"{must} each"
+        return "" if len(set(values)) == len(values) else "different numbers"
+
+    return broken
 
 
 def between(low: float, high: float) -> Rule:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from examples.pathology.figures.study import (
 from examples.pathology.report import pages
 from examples.pathology.report.pages import Funnel, funnel_of
 from examples.pathology.report.patients import worst_errors
-from examples.pathology.report.sections import judged, show_sites
+from examples.pathology.report.sections import judged, show_search, show_sites
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
@@ -41,6 +42,7 @@ from examples.pathology.study.differences import LEVEL, REFERENCES, all_differen
 from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.power import SHARE, Power, curves_in_full, powers
 from examples.pathology.study.tables import (
+    EVERY,
     NAIVE,
     PROBABILITY,
     RANKED,
@@ -98,7 +100,7 @@ def write_study_report(
     seen = powers(study, differences)
     write_table(out / "power.csv", curves_in_full(seen))
     panel = next(panel for panel in study.panels if panel.runs)
-    sections = [show_sites(_shown(study, panel), out, config)]
+    sections = [show_sites(_shown(study, panel), out, config), show_search(_named(study), out)]
     if by_class:
         decided = decisions(study, config.sensitivity)
         write_table(out / "decisions.csv", decided)
@@ -284,6 +286,19 @@ def _funnels(study: Study, deployed: Sequence[Deployed]) -> dict[str, Funnel]:
     for each in deployed[:1]:
         funnels["External cohort"] = funnel_of(each.models.folder, each.models.summary)
     return funnels
+
+
+def _named(study: Study) -> list[Run]:
+    """Return all runs by what they are: method, auxiliary target, and seed where there are more."""
+    return [
+        replace(
+            run,
+            name=f"{row.method} with {row.auxiliary}".removesuffix(f" with {EVERY}")
+            + f", seed {run.summary.seed}" * (study.seeds > 1),
+        )
+        for row in study_rows(study)
+        for run in row.repeats
+    ]
 
 
 def _groups(study: Study) -> dict[str, list[Run]]:

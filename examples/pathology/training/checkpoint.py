@@ -26,7 +26,8 @@ class Checkpoint:
     """The file that a fold's state is kept in while the fold is trained.
 
     It is written after every epoch, unless writing would take more than a twentieth of the time:
-    then after the next. What is lost by a kill is repeated, and gives the same.
+    then after the next, but always after the last. What is lost by a kill is repeated, and gives
+    the same.
 
     Args:
         path: Where; ``None`` keeps nothing.
@@ -50,10 +51,11 @@ class Checkpoint:
             return None
         return state
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write the state atomically, unless that would cost more than it may."""
+    def save(self, state: dict[str, Any], *, last: bool = False) -> None:
+        """Write the state atomically, unless it is not the last and that would cost too much."""
         started = time.monotonic()
-        if self.path is None or started - self._saved < self._cost / COST_SHARE:
+        early = started - self._saved < self._cost / COST_SHARE
+        if self.path is None or (early and not last):
             return
         buffer = io.BytesIO()
         torch.save(state, buffer)

@@ -58,7 +58,7 @@ def fit_fold(
         The model of the best epoch and the history.
 
     Raises:
-        RunError: A loss is not finite; the fold, epoch, patient and target are named.
+        DivergedError: A loss is not finite; the fold, epoch, patient and target are named.
         UserError: The balancer's name is unknown, or a regression target cannot be scaled.
     """
     bags = bags or BagStore()
@@ -125,7 +125,8 @@ def _train(
         if validated[primary] < course.best:
             course.best, course.best_epoch = validated[primary], epoch
             course.best_parameters = learner.parameters()
-        saved.save({"learner": learner.state(), "progress": vars(course)})
+        state = {"learner": learner.state(), "progress": vars(course)}
+        saved.save(state, last=not course.goes_on(config))
         bar.update()
         bar.set_postfix({"validation": f"{validated[primary]:.3f}", "best": course.best_epoch})
     bar.close()

@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from examples.pathology.cohort.patients import Patient
 from examples.pathology.cohort.targets import Target
-from examples.pathology.common.errors import RunError, UserError
-from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
+from examples.pathology.common.errors import DivergedError, UserError
+from examples.pathology.settings.crossval import BASELINE, FIXED, CrossvalConfig
 from examples.pathology.training.bags import BagStore
 from examples.pathology.training.checkpoint import random_state, set_random_state
 from examples.pathology.training.losses import Scaler, task_losses
@@ -72,6 +72,7 @@ class Learner:
                 self.model.shared_modules(),
                 self.optimizer,
                 config.seed,
+                *(config.search_weight if config.balancer == FIXED else ()),
             ).to(self.device)
             if learned := list(self.balancer.parameters()):
                 self.optimizer.add_param_group({"params": learned, "weight_decay": 0.0})
@@ -126,7 +127,7 @@ class Learner:
                 reported.append(self._backward(losses, ahead))
             except FloatingPointError as error:  # finite losses, but a gradient is not
                 where = f"{self.name}, epoch {epoch}, patient {step[0].name}"
-                raise RunError(f"{where}: {error}") from error
+                raise DivergedError(f"{where}: {error}") from error
             self.optimizer.step()
             if self.balancer is not None:
                 self.balancer.after_step(functools.partial(self._losses, *patient))
@@ -178,7 +179,7 @@ class Learner:
     def _require_finite(self, losses: Mapping[str, Tensor], patient: Patient, epoch: int) -> None:
         for task, loss in losses.items():
             if not torch.isfinite(loss):
-                raise RunError(
+                raise DivergedError(
                     f"{self.name}, epoch {epoch}: the loss of `{task}` must be finite, but is "
                     f"{float(loss.detach())} for patient {patient.name}. "
                     "A lower --learning-rate may help."
@@ -204,14 +205,21 @@ def _new_balancer(
     shared: list[torch.nn.Module],
     optimizer: torch.optim.Optimizer,
     seed: int,
+    weight: float = 1.0,
 ) -> Balancer:
+    options: dict[str, Any] = {"optimizer": optimizer, "seed": seed}
+    if name == FIXED:
+        if len(tasks) < 2:
+            raise UserError(
+                f"`balancer` must be {FIXED} only where there is something to weigh, but there is "
+                f"no auxiliary target. Give --auxiliary, or use {BASELINE}."
+            )
+        name, options["weights"] = "constant", [1.0, *[weight] * (len(tasks) - 1)]
     try:
-        return make_balancer(
-            name, tasks=tuple(tasks), shared=shared, optimizer=optimizer, seed=seed
-        )
+        return make_balancer(name, tasks=tuple(tasks), shared=shared, **options)
     except ValueError as error:
         raise UserError(
-            f"`balancer` must be {BASELINE} or a name that mtbalance knows: {error}"
+            f"`balancer` must be {BASELINE} or a name that mtbalance knows, or {FIXED}: {error}"
         ) from error
 
 

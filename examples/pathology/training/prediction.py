@@ -36,6 +36,16 @@ class Fitted:
     best_epoch: int
     precision: str = "float32"
 
+    @property
+    def seconds(self) -> float:
+        """How long its training took."""
+        return sum(row["seconds"] for row in self.history)
+
+    @property
+    def validation_loss(self) -> float:
+        """The mean loss of the primary target on the validation part, at the best epoch."""
+        return self.history[self.best_epoch - 1][f"validation/{self.targets[0].name}"]
+
 
 @dataclass(frozen=True)
 class PatientPrediction:
