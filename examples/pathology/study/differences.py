@@ -1,4 +1,4 @@
-"""Every method of a benchmark against the baseline and against naive, on the same patients."""
+"""Every method of a benchmark against baseline, naive and, if it is there, fixed weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from examples.pathology.results.measuring import Measured
 from examples.pathology.results.metrics import Score
 from examples.pathology.results.repeats import estimate, repeated
 from examples.pathology.results.runs import Run
-from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.settings.crossval import BASELINE, FIXED
 from examples.pathology.study.criteria import CRITERIA, Criterion, Paired, Tested, tested
 from examples.pathology.study.folder import Panel, Study
 from examples.pathology.study.tables import NAIVE
 
 LEVEL = 0.05
-REFERENCES = (BASELINE, NAIVE)
+REFERENCES = (BASELINE, NAIVE, FIXED)  # each is itself compared with those before it
 Repeats = Mapping[int, Sequence[Tested]]
 """A method's figures in every fold, by seed."""
 
@@ -65,7 +65,7 @@ class Difference:
 
 
 def all_differences(study: Study) -> list[Difference]:
-    """Compare every method with the baseline and with naive, panel by panel.
+    """Compare every method with each reference that is among them, panel by panel.
 
     Returns:
         The differences, by criterion, then reference, panel and method.
@@ -101,7 +101,7 @@ def _family(
     seed: int,
 ) -> list[Difference]:
     """Compare all methods of all panels with one reference, and correct for their number."""
-    left_out = REFERENCES[: REFERENCES.index(reference) + 1]  # naive is compared with the baseline
+    left_out = REFERENCES[: REFERENCES.index(reference) + 1]
     family = []
     for auxiliary, methods in panels.items():
         for method in methods:

@@ -647,6 +647,51 @@ def test_weights_are_drawn_for_methods_that_move_them(null, tmp_path, drawn):
     assert not weights_over_time(histories, tasks, Sheet(tmp_path / "a.png", "t"))
 
 
+def test_constants_of_each_fold_do_not_look_like_a_change(tmp_path):
+    """Of two folds with weights 1 and 3 the second ends first: the mean is 2, 2 and then 1."""
+    folds = [
+        pd.DataFrame({"epoch": [1, 2, 3], "weight/isMSIH": 1.0, "weight/LF": 1.0}),
+        pd.DataFrame({"epoch": [1, 2], "weight/isMSIH": 1.0, "weight/LF": 3.0}),
+    ]
+    assert mean_over_folds(folds, "weight/LF").tolist() == [2.0, 2.0, 1.0]
+    tasks = ["isMSIH", "LF"]
+    assert not weights_over_time({"fixed": folds}, tasks, Sheet(tmp_path / "a.png", "t"))
+
+
+def test_fixed_weights_are_a_reference_and_every_search_is_shown(tmp_path, no_figures):
+    methods = ("baseline", "naive", "fixed", "dwa")
+    folder = write_study(tmp_path, methods=methods, auxiliary=("LF",), deployed=False)
+    for method, values in (("baseline", (0.3, 0.1, 0.2)), ("lf/fixed", (0.6, 0.5, 0.4))):
+        rows = pd.DataFrame({"learning_rate": [1e-4, 1e-3, 1e-2]})
+        if method != "baseline":
+            rows["weight"] = [0.1, 1.0, 10.0]
+        rows = rows.assign(validation_loss=values, best_epoch=1, epochs=2, seconds=1.0)
+        for k in (1, 2):
+            rows.to_csv(folder / f"runs/{method}/fold-{k}/search.csv", index=False)
+    study = read_study(folder)
+    found = all_differences(study)
+    compared = {name: {d.method for d in found if d.reference == name} for name in methods[:3]}
+    assert compared == {"baseline": {*methods[1:]}, "naive": {"fixed", "dwa"}, "fixed": {"dwa"}}
+    assert {d.family for d in found if d.reference == "fixed"} == {1}
+    page = write_study_report(study)
+    text = text_of(page)
+    inside = [c for c in CRITERIA["classification"] if c.cohort == "internal"]
+    assert text.count("better than fixed in ") == len(inside)
+    assert "<h2>Differences from fixed</h2>" in text
+    for row in (
+        ["baseline", *["learning rate 0.001"] * 2],
+        ["fixed with LF", *["learning rate 0.01, weight 10"] * 2],
+    ):
+        cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
+        assert f"<th>{row[0]}</th>{cells}".replace(" ", "") in re.sub(
+            r"[ \N{NO-BREAK SPACE}]|&nbsp;", "", text
+        )
+    assert "In 2 of 4 folds the learning rate kept is the lowest or the highest" in text
+    assert "In 2 of 2 folds the weight kept is the lowest or the highest" in text
+    assert "naive with" not in text.partition("What the search kept")[2].partition("<h2>")[0]
+    assert len(pd.read_csv(page.parent / "search.csv")) == 2 * 2 * 3
+
+
 def test_a_mean_over_folds_is_of_those_that_ran_so_long():
     folds = [pd.DataFrame({"epoch": [1, 2], "x": [1.0, 3.0]}), pd.DataFrame({"epoch": [1], "x": 2})]
     assert mean_over_folds(folds, "x").to_dict() == {1: 1.5, 2: 3.0}
