@@ -156,9 +156,10 @@ def _of_fold(truth: NDArray[np.bool_] | Floats, scores: Floats, figure: Figure) 
         return None
     figures, scores, spread, same = figures[known], scores[known], 0.0, np.eye(seeds, dtype=bool)
     if seeds > 1:  # the variance over seeds that remains with ever more patients
-        of_each = (figures[1:] - figures[0])[..., 0].var(axis=1, ddof=1)
-        theirs, *ours = (Repeated(f[:, 0], f[:, 1:], strata.astype(str)) for f in figures)
-        shared = np.array([(each - theirs).covariance for each in ours])
+        differences, names = figures[1:] - figures[0], strata.astype(str)
+        of_each = differences[..., 0].var(axis=1, ddof=1)
+        both = (Repeated(each[:, 0], each[:, 1:], names) for each in differences)
+        shared = np.array([each.covariance for each in both])
         spread = float(of_each.mean() - shared[:, same].mean() + shared[:, ~same].mean())
     alike = [_alike(truth, scores[..., strata == each]) for each in range(len(sizes))]
     return Design(sizes[None], seeds, float(figures[0, :, 0].mean()), np.array(alike), spread)
