@@ -30,7 +30,9 @@ PROBABILITIES = (
     "and the share of positive patients, whose number is the same in all resamples; always to say "
     "the prevalence reaches 0. Both are of the patients of each fold, and then means over folds. "
     "How far all probabilities of a model are off changes from one training to the next: what "
-    "differs between trained models need not between methods. ▲ and ▼ as in Table 1."
+    "differs between trained models need not between methods. The share is taken as it is: where "
+    "both distances are within its own standard error, other patients may turn them around. "
+    "▲ and ▼ as in Table 1."
 )
 EXCHANGED: Mapping[Kind, str] = {
     "classification": "of ranks within the fold for AUROC and AUPRC, of squared errors for the "
