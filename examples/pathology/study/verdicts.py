@@ -60,7 +60,8 @@ def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
     missing = expected - sum(len(row.repeats) for row in rows)
     if missing:
         sentences.append(
-            f"{missing} of {expected} runs are missing and in no comparison; the tables say why."
+            f"{missing} of {expected} runs are missing and in no comparison; the "
+            f"{'list of jobs says' if study.seeds > 1 else 'tables say'} why."
         )
     references = [name for name in REFERENCES if name in study.methods]
     if len(references) > 1 and len(references) == len(study.methods):

@@ -96,6 +96,8 @@ def test_tables_and_the_page_speak_of_all_seeds(planted, page):
     )
     assert rows.loc["dwa", "internal", "prevalence"]["mean"] == pytest.approx(1 / 3)
     assert np.isnan(rows.loc["dwa", "internal", "prevalence"]["ci95_low_over_patients"])
+    ends = rows["ci95_high_over_patients"][rows.index.get_level_values("metric") == "auroc"]
+    assert ends.max() == 1  # that of dwa is beyond, where no AUROC is
     text = page.read_text(encoding="utf-8")
     said = re.search(r"Significantly better than naive in AUROC [^<]+", text)
     assert re.search(r"dwa with LF \(\+[\d.]+ \[\+[^]]+\], sd \d\.\d+ over 3 seeds, ", said[0])
@@ -123,7 +125,10 @@ def test_only_seeds_that_both_methods_have_are_compared(copy, page):
     (folder_of(copy, 1, "dwa") / "metrics.json").unlink()
     study = read_study(copy)
     found = all_differences(study)
-    assert "1 of 9 runs are missing and in no comparison" in verdicts(study, found)[0]
+    assert (
+        "1 of 9 runs are missing and in no comparison; the list of jobs says why."
+        in verdicts(study, found)[0]
+    )
     one = next(d for d in found if (d.reference, d.method) == ("naive", "dwa"))
     ours, theirs = (by_seed(copy, auroc, name, (0, 2)) for name in ("dwa", "naive"))
     assert (one.difference, one.seeds) == (pytest.approx((ours - theirs).mean()), 2)
