@@ -168,7 +168,9 @@ def test_the_page_of_a_number_has_nothing_of_classes(numbers, page_of_numbers):
 def test_figures_of_a_number(numbers, tmp_path, monkeypatch):
     drawn, shown = {}, []
     monkeypatch.setattr(
-        study_report, "dots", lambda _, columns, sheet: drawn.update({sheet.path.name: columns})
+        study_report,
+        "dots",
+        lambda _, columns, sheet, **_of: drawn.update({sheet.path.name: columns}),
     )
     monkeypatch.setattr(study_report, "tsne", lambda folds, *_, **__: shown.append(folds))
     monkeypatch.setattr(study_report, "weights_over_time", lambda *_: False)
@@ -190,7 +192,7 @@ def test_figures_of_a_number(numbers, tmp_path, monkeypatch):
 def test_figures_of_the_external_cohort_bear_its_own_warning(numbers, tmp_path, monkeypatch):
     captions = {}
     monkeypatch.setattr(
-        study_report, "dots", lambda *of: captions.update({of[2].path.name: of[2].caption})
+        study_report, "dots", lambda *of, **_: captions.update({of[2].path.name: of[2].caption})
     )
     for name in ("tsne", "weights_over_time", "conflicts"):
         monkeypatch.setattr(study_report, name, lambda *_, **__: False)
