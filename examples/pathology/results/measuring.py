@@ -88,7 +88,10 @@ def measure_further(result: FoldResult, primary: Target) -> dict[Metric, Measure
     biases = partial(resampling.distance_of_mean, score - positive)
     return {
         Metric("brier"): _measured(metrics.brier(positive, score), strata, squares),
-        Metric("calibration"): _measured(metrics.calibration(positive, score), strata, biases),
+        # The share of positives is half of it, so resamples must not keep that as it is.
+        Metric("calibration"): _measured(
+            metrics.calibration(positive, score), np.full(len(table), ""), biases
+        ),
     }
 
 

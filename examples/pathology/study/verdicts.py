@@ -27,11 +27,11 @@ CHANCE: Mapping[Kind, str] = {
 PROBABILITIES = (
     "Of both, lower is better. Brier score: the mean squared distance between the probability of "
     "{} and what came true. Calibration in the large: the distance between the mean probability "
-    "and the share of positive patients, whose number is the same in all resamples; always to say "
-    "the prevalence reaches 0. Both are of the patients of each fold, and then means over folds. "
+    "and the share of positive patients, which differs between resamples; always to say the "
+    "prevalence reaches 0. Both are of the patients of each fold, and then means over folds. "
     "How far all probabilities of a model are off changes from one training to the next: what "
-    "differs between trained models need not between methods. The share is taken as it is: where "
-    "both distances are within its own standard error, other patients may turn them around. "
+    "differs between trained models need not between methods. Where both distances are within the "
+    "standard error of the share, other patients may turn them around, whatever the p-value. "
     "▲ and ▼ as in Table 1."
 )
 EXCHANGED: Mapping[Kind, str] = {
