@@ -15,7 +15,7 @@ class GradientCosine(PrimaryStrategy):
     .. math::
         d = g_p + \sum_{i \ne p} w_i g_i, \qquad
         c_i = \frac{\langle g_p, g_i \rangle}{|g_p| |g_i|}, \qquad
-        w_i = \begin{cases} [c_i \ge 0] & \text{unweighted} \\ \max(c_i, 0) & \text{weighted}
+        w_i = \begin{cases} {[c_i \ge 0]} & \text{unweighted} \\ \max(c_i, 0) & \text{weighted}
         \end{cases}
 
     An auxiliary task that is of no use to the primary one in a step does not train the shared

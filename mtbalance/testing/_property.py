@@ -57,7 +57,7 @@ class Subject:
     unclear: Callable[[Tensor], bool] = lambda _: False
     """Whether rounding decides about the direction of these rows, so that they prove nothing."""
     slack: float = 1e-12
-    """How far <g, d> may be below zero, relative to |g| and the sum of the norms."""
+    """How far <g, d> may be below zero, relative to ``|g|`` and the sum of the norms."""
     exact: bool = False
     """Whether what needs no rounding must hold bit for bit."""
     who: str = ""

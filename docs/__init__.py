@@ -1,0 +1,1 @@
+"""The documentation site: pages, and the package that makes what is computed of them."""

@@ -1,0 +1,74 @@
+"""What Sphinx does differently for this site: links of the repository, and formulas as MathML."""
+
+import re
+from typing import Any
+
+from docutils import nodes
+from latex2mathml import exceptions
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
+
+from docs.make.links import MIRRORED, ROOT, text_of
+
+_THIN = '<mspace width="0.1667em"/>'
+_ERRORS = tuple(each for each in vars(exceptions).values() if isinstance(each, type))
+LOGGER = logging.getLogger(__name__)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register both with Sphinx.
+
+    Args:
+        app: The build.
+    """
+    app.connect("source-read", _read)
+    # MathML is part of HTML and needs neither a script nor a network.
+    app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _read(app: Sphinx, name: str, source: list[str]) -> None:
+    page = app.env.doc2path(name, base=False)
+    if str(page).endswith(".md"):
+        source[0] = text_of(str(page))
+        if str(page) in MIRRORED:
+            app.env.note_dependency(ROOT / MIRRORED[str(page)])
+
+
+def _inline(writer: HTML5Translator, node: nodes.math) -> None:
+    writer.body.append(_mathml(node, node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def _display(writer: HTML5Translator, node: nodes.math_block) -> None:
+    writer.body.append(writer.starttag(node, "div", CLASS="math"))
+    parts = _parts(node.astext())
+    writer.body.append("\n".join(_mathml(node, part, as_block=True) for part in parts))
+    writer.body.append("</div>\n")
+    raise nodes.SkipNode
+
+
+def _parts(formula: str) -> list[str]:
+    """Return the formulas of a line; on a narrow page, they stand below each other."""
+    if r"\begin" in formula or r"\\" in formula:
+        return [formula]
+    return [part for part in formula.split(r"\qquad") if part.strip()]
+
+
+def _mathml(node: nodes.Element, formula: str, *, as_block: bool) -> str:
+    formula = re.sub(r"\\[Bb]ig[lr](?=\\[lr]angle)", "", formula)  # no brackets for it
+    if r"\\" in formula and r"\begin" not in formula:
+        formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
+    try:
+        found = str(convert(formula, display="block" if as_block else "inline"))
+    except _ERRORS as error:
+        LOGGER.warning("%r in the formula %s", error, formula, location=node)
+        return ""
+    if unknown := re.search(r">(\\[a-zA-Z]+)", found):
+        LOGGER.warning("unknown %s in the formula %s", unknown[1], formula, location=node)
+    found = re.sub(
+        r"<mo[^>]*>&#x0007C;</mo>", '<mo lspace="0" rspace="0">|</mo>', found
+    )  # of norms
+    return re.sub(r"(?<!<m...>)(<mi>(?:log|exp|cos|tanh)</mi>)(?!<mo)", rf"\1{_THIN}", found)
