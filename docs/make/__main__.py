@@ -2,7 +2,7 @@
 
 import argparse
 
-from docs.make import strategies
+from docs.make import strategies, tutorial
 from docs.make.links import DOCS
 from docs.make.pictures import draw
 from docs.make.stamps import Picture, pictures, store, stored
@@ -45,9 +45,13 @@ def main() -> None:
         "--keep", action="store_true", help="note that they are as they shall be, without drawing"
     )
     commands.add_parser("pages", help="write the pages of strategies")
+    commands.add_parser("tutorial", help="run the tutorial, and keep its picture")
     given = parser.parse_args()
     if given.command == "pages":
         strategies.write()
+    elif given.command == "tutorial":
+        tutorial.draw()
+        figures([tutorial.PICTURE], keep=True)
     else:
         figures(given.names, keep=given.keep)
 

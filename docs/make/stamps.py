@@ -12,6 +12,7 @@ import json
 import re
 import tokenize
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from docs.make.bowls import STARTS, call_of, walk
@@ -68,7 +69,7 @@ OTHERS = (
     ),
     Picture(
         "tutorial/overview.png",
-        "the blocks of docs/tutorial.md",
+        "python -m docs.make tutorial",
         ("docs/tutorial.md", "mtbalance/plot.py:overview"),
     ),
     Picture(
@@ -184,11 +185,19 @@ def code_of(source: str) -> str:
     return "".join("".join(lines).split())
 
 
+def blocks_of(page: Path) -> list[str]:
+    """Return the Python blocks of a page.
+
+    Args:
+        page: Its file.
+    """
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
 def _content(place: str) -> str:
     path, _, name = place.partition(":")
     if path.endswith(".md"):  # whose code runs in the tests, and draws
-        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
-        return code_of("".join(blocks))
+        return code_of("".join(blocks_of(ROOT / path)))
     if not path.endswith(".py"):
         return _sha((ROOT / path).read_bytes())
     source = (ROOT / path).read_text(encoding="utf-8")
