@@ -13,7 +13,9 @@ from sphinx.writers.html5 import HTML5Translator
 from docs.make.links import MIRRORED, ROOT, text_of
 
 _THIN = '<mspace width="0.1667em"/>'
-_ERRORS = tuple(each for each in vars(exceptions).values() if isinstance(each, type))
+_ERRORS: tuple[type[Exception], ...] = tuple(
+    each for each in vars(exceptions).values() if isinstance(each, type)
+)
 LOGGER = logging.getLogger(__name__)
 
 
