@@ -33,6 +33,17 @@ def describe_primary(target: Target, labels: Sequence[str]) -> dict[str, Any]:
     return {**about, "values": {**ends, **spread}}
 
 
+def describe_auxiliary(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Return what a summary says of all targets but the first."""
+    stored = []
+    for target in targets[1:]:
+        classes = {"classes": list(target.classes), "positive": target.positive}
+        stored.append(
+            {"name": target.name, "kind": target.kind, **(classes if target.classes else {})}
+        )
+    return stored
+
+
 def thresholds_of(target: Target, results: Sequence[FoldResult]) -> dict[str, Any]:
     """Return the thresholds of F1 of every fold; a regression has none."""
     if target.kind == "regression":

@@ -155,7 +155,8 @@ class RepeatedSummary(MetricSummary):
 def over_seeds(runs: Sequence[Run]) -> Metrics:
     """Return all figures of one method over its seeds: of a single one, those of its summary.
 
-    Where all models of a run are tested on the same patients, their mean is one reader.
+    Where all models of a run are tested on the same patients, their mean is one reader. Of
+    auxiliary targets that older runs say too little of, there are none.
 
     Args:
         runs: Of each seed, on the same patients.
@@ -166,6 +167,8 @@ def over_seeds(runs: Sequence[Run]) -> Metrics:
     crossed = len({patients for patients, _ in seeds[0]}) < len(seeds[0])
     found = {}
     for metric in runs[0].metrics:
+        if any(metric not in fold for each in seeds for _, fold in each):
+            continue
         folds = [[fold[metric] for _, fold in each] for each in zip(*seeds, strict=True)]
         found[metric] = _summarise(folds, metric.limits, crossed=crossed)
     return found
@@ -177,10 +180,8 @@ def _by_name(run: Run, fold: int) -> tuple[tuple[str, ...], Mapping[Metric, Meas
     names = result.predictions[PATIENT].to_numpy(dtype=str)
     order = np.argsort(names, kind="stable")
     table, embeddings = result.predictions.iloc[order], result.embeddings[order]
-    ordered, targets = (
-        replace(result, predictions=table, embeddings=embeddings),
-        run.summary.targets,
-    )
+    ordered = replace(result, predictions=table, embeddings=embeddings)
+    targets = [t for t in run.summary.targets if t.kind == "regression" or t.classes]
     measured = {**measure_fold(ordered, targets), **measure_further(ordered, targets[0])}
     return tuple(names[order]), measured
 

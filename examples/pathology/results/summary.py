@@ -47,6 +47,11 @@ class MetricSummary:
 Metrics = Mapping[Metric, MetricSummary]
 
 
+def _auxiliary_target(stored: Mapping[str, Any]) -> Target:
+    classes, positive = tuple(stored.get("classes", ())), stored.get("positive", "")
+    return Target(stored["name"], stored["kind"], classes, positive)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """A run, or its deployment, which says nothing of training.
@@ -60,7 +65,8 @@ class RunSummary:
         cutoff: Where numbers were cut into two classes; ``None``: nowhere.
         positives: How many patients are of the positive class.
         values: ``lowest``, ``highest``, ``mean`` and ``sd`` of a regression.
-        auxiliary: ``name`` and ``kind`` of every other target.
+        auxiliary: ``name`` and ``kind`` of every other target; of classes also ``classes`` and
+            ``positive``, which older runs lack.
         patients: How many are tested.
         training_only: How many more are trained on, for other targets only.
         complete_cases: Whether all patients have all targets.
@@ -130,7 +136,7 @@ class RunSummary:
     def targets(self) -> list[Target]:
         """What is predicted, the primary target first."""
         primary = Target(self.target, self.kind, tuple(self.classes), self.positive, self.cutoff)
-        return [primary, *(Target(each["name"], each["kind"]) for each in self.auxiliary)]
+        return [primary, *map(_auxiliary_target, self.auxiliary)]
 
     @property
     def caption(self) -> str:

@@ -28,7 +28,12 @@ from examples.pathology.results.folds import (
     write_embeddings,
     write_predictions,
 )
-from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
+from examples.pathology.results.measuring import (
+    describe_auxiliary,
+    describe_primary,
+    summarise_metrics,
+    thresholds_of,
+)
 from examples.pathology.results.metrics import Metric, Score, over_folds
 from examples.pathology.results.runs import DEPLOYED, fold_folders, run_settings
 from examples.pathology.results.summary import metrics_json
@@ -146,6 +151,7 @@ def _summary(
         "run": str(config.run.resolve()),
         "method": trained["balancer"],
         **describe_primary(targets[0], labels),
+        "auxiliary": describe_auxiliary(targets),
         "patients": len(cohort.patients),
         "labelled": len(labels),
         "funnel": [list(stage) for stage in cohort.funnel],

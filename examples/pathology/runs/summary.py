@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from examples.pathology.cohort.cohort import Cohort
 from examples.pathology.cohort.splits import Fold, splits_sha256
 from examples.pathology.results.folds import FoldResult, best_of
-from examples.pathology.results.measuring import describe_primary, summarise_metrics, thresholds_of
+from examples.pathology.results.measuring import (
+    describe_auxiliary,
+    describe_primary,
+    summarise_metrics,
+    thresholds_of,
+)
 from examples.pathology.results.summary import RunSummary
 from examples.pathology.settings.crossval import BASELINE, CrossvalConfig
 
@@ -19,7 +24,7 @@ def summarise(
     return RunSummary(
         method=config.balancer,
         **describe_primary(cohort.target, [patient.label for patient in cohort.patients]),
-        auxiliary=[{"name": target.name, "kind": target.kind} for target in targets[1:]],
+        auxiliary=describe_auxiliary(targets),
         patients=len(cohort.patients),
         training_only=0 if alone else len(cohort.training_only),
         complete_cases=config.complete_cases,

@@ -1,5 +1,6 @@
 """The benchmark with real worker processes: same numbers wherever and however often jobs run."""
 
+import json
 import os
 import signal
 import threading
@@ -124,6 +125,32 @@ def test_a_number_is_a_target_with_and_without_a_cutoff(tables, tmp_path, cutoff
     outside = differences[differences["cohort"] == "external"]
     assert set(outside["metric"]) == compared - {"silhouette"}
     assert (outside["folds"] == 1).all()
+
+
+def test_auxiliary_figures_of_all_seeds_are_in_the_tables(tables, other, tmp_path):
+    out, about = tmp_path / "study", {"target": "LF", "cutoff": 0.5, "epochs": 1, "seeds": 2}
+    external = external_of(other.clini, other.slides, other.features)
+    few = {"auxiliary": ("isMSIH", "Prolif/A"), "methods": ("naive",)}
+    page, missing = run_benchmark(config_of(tables, out, **about, **few, **external))
+    assert missing == 0
+    rows = pd.read_csv(page.parent / "table2.csv").set_index(["auxiliary", "cohort", "metric"])
+    for auxiliary, place, figure in (
+        ("isMSIH", "ismsih", "auroc"),
+        ("Prolif/A", "prolif-a", "pearson"),
+    ):
+        for cohort, folder, part in (
+            ("internal", "runs", "metrics"),
+            ("external, ensemble", "external", "metrics_of_ensemble"),
+            ("external, mean of folds", "external", "metrics"),
+        ):
+            stored = [
+                json.loads((out / each / place / "naive/metrics.json").read_text())[part]
+                for each in (folder, f"{folder}-2")
+            ]
+            name = f"{figure}/{auxiliary}"
+            row = rows.loc[auxiliary, cohort, name]
+            assert row["seeds"] == 2
+            assert row["mean"] == pytest.approx(np.mean([each[name]["mean"] for each in stored]))
 
 
 @contextmanager
