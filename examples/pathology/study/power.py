@@ -72,7 +72,7 @@ def _in_words(
     size, corrected = ("" if np.isnan(each) else f" of {each:.3f}" for each in found)
     positive = f", {design.folds[:, -1].sum()} of them positive" * (classes == 2)
     alike = " among negative and ".join(f"{each:.2f}" for each in design.alike[:, 1])
-    alike += " among positive patients" if classes == 2 else ", given the truth,"
+    alike += " among positive patients" if classes == 2 else ", given the truth"
     spread = f", and a difference that varies by {np.sqrt(design.spread):.3f} (sd) between seeds"
     return (
         f"With {design.folds.sum()} patients{positive}, {folds} fold{'s' * (folds > 1)} and "
