@@ -78,7 +78,7 @@ class GridConfig(Settings):
     epochs: int = option(10, "Most epochs of a training.", min=1)
     patience: int = option(4, "Epochs without a lower validation loss before it stops.", min=1)
     learning_rate: float = option(
-        0.001, "Of AdamW.", rule=above(0), source="0.0005 and 0.002 did worse for the baseline"
+        0.001, "Of AdamW.", rule=above(0), source="a few trials of the baseline"
     )
     width: int = option(48, "Of the Transformer, which has one layer.", min=1, rule=whole_heads)
     workers: int | None = option(None, "Processes to start; default: one per core.", min=1)
