@@ -62,6 +62,10 @@ def auroc(fold):
     return roc_auc_score(table["isMSIH"] == "MSIH", table["isMSIH_MSIH"])
 
 
+def auroc_or_nan(fold):
+    return auroc(fold) if fold.name == "fold-2" else np.nan
+
+
 def silhouette(fold):
     table = pd.read_csv(fold / "predictions.csv")
     return silhouette_score(np.load(fold / "embeddings.npy"), table["isMSIH"])
@@ -121,8 +125,9 @@ def test_where_all_models_are_tested_on_the_same_patients_they_are_one_reader(pl
         assert twice[metric].ci95_over_patients == pytest.approx(expected.ci95_over_patients)
 
 
-def test_only_seeds_that_both_methods_have_are_compared(copy, page):
-    (folder_of(copy, 1, "dwa") / "metrics.json").unlink()
+@pytest.mark.parametrize("lacking", ["dwa", "naive"])
+def test_only_seeds_that_both_methods_have_are_compared(copy, lacking):
+    (folder_of(copy, 1, lacking) / "metrics.json").unlink()
     study = read_study(copy)
     found = all_differences(study)
     assert (
@@ -132,7 +137,19 @@ def test_only_seeds_that_both_methods_have_are_compared(copy, page):
     one = next(d for d in found if (d.reference, d.method) == ("naive", "dwa"))
     ours, theirs = (by_seed(copy, auroc, name, (0, 2)) for name in ("dwa", "naive"))
     assert (one.difference, one.seeds) == (pytest.approx((ours - theirs).mean()), 2)
-    assert {d.seeds for d in found if d.method == "naive"} == {3}
+    other = {"dwa": "naive", "naive": "dwa"}[lacking]
+    assert {d.seeds for d in found if (d.reference, d.method) == ("baseline", other)} == {3}
+
+
+def test_a_fold_that_lacks_the_figure_from_one_seed_is_left_out(copy):
+    path = folder_of(copy, 1, "dwa") / "fold-1/predictions.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.assign(isMSIH="MSS").to_csv(path, index=False)
+    found = all_differences(read_study(copy))
+    one = next(d for d in found if (d.reference, d.method) == ("naive", "dwa"))
+    second = [by_seed(copy, auroc_or_nan, name)[:, 1] for name in ("dwa", "naive")]
+    assert (one.folds, one.seeds) == (1, 3)
+    assert one.difference == pytest.approx((second[0] - second[1]).mean())
 
 
 def test_a_single_seed_in_common_is_tested_as_one_seed_is(copy):
