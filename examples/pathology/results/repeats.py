@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
+from examples.pathology.cohort.targets import Target
 from examples.pathology.common.files import json_or_none
 from examples.pathology.results import metrics
 from examples.pathology.results.measuring import Measured, measure_fold, measure_further
@@ -155,8 +156,7 @@ class RepeatedSummary(MetricSummary):
 def over_seeds(runs: Sequence[Run]) -> Metrics:
     """Return all figures of one method over its seeds: of a single one, those of its summary.
 
-    Where all models of a run are tested on the same patients, their mean is one reader. Of
-    auxiliary targets that older runs say too little of, there are none.
+    Where all models of a run are tested on the same patients, their mean is one reader.
 
     Args:
         runs: Of each seed, on the same patients.
@@ -167,8 +167,6 @@ def over_seeds(runs: Sequence[Run]) -> Metrics:
     crossed = len({patients for patients, _ in seeds[0]}) < len(seeds[0])
     found = {}
     for metric in runs[0].metrics:
-        if any(metric not in fold for each in seeds for _, fold in each):
-            continue
         folds = [[fold[metric] for _, fold in each] for each in zip(*seeds, strict=True)]
         found[metric] = _summarise(folds, metric.limits, crossed=crossed)
     return found
@@ -182,7 +180,13 @@ def _by_name(run: Run, fold: int) -> tuple[tuple[str, ...], Mapping[Metric, Meas
     table, embeddings = result.predictions.iloc[order], result.embeddings[order]
     ordered = replace(result, predictions=table, embeddings=embeddings)
     targets = [t for t in run.summary.targets if t.kind == "regression" or t.classes]
+    named = {target.name for target in targets}
+    numbers = (m.auxiliary for m in run.metrics if m.figure == "pearson" and m.auxiliary)
+    targets += [Target(name, "regression") for name in numbers if name not in named]
     measured = {**measure_fold(ordered, targets), **measure_further(ordered, targets[0])}
+    # Older summaries do not say which auxiliary class is positive: there is no interval.
+    for metric in run.metrics.keys() - measured.keys():
+        measured[metric] = Measured(run.metrics[metric].scores[fold], np.array([]), None)
     return tuple(names[order]), measured
 
 

@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, silhouette_score
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.results.metrics import Metric
 from examples.pathology.results.repeats import over_seeds
 from examples.pathology.study import report as study_report
 from examples.pathology.study.differences import all_differences
@@ -191,3 +192,26 @@ def test_dots_stand_at_the_means_over_seeds(planted, tmp_path, drawn, monkeypatc
     points = [x for line in lines for x in line.get_xdata()]
     means = [by_seed(planted, auroc, method).mean() for method in METHODS]
     assert points == pytest.approx(means)
+
+
+def test_auxiliary_figures_need_no_more_than_a_summary_says(copy):
+    """Summaries of deployments do not name auxiliary targets, and none says what is positive."""
+    for seed in range(SEEDS):
+        path = folder_of(copy, seed, "dwa") / "metrics.json"
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        metrics = {**summary["metrics"], "auroc/Site": summary["metrics"]["auroc"]}
+        stored = {**summary, "auxiliary": [], "metrics": metrics}
+        path.write_text(json.dumps(stored), encoding="utf-8")
+    found = read_study(copy).panels[0].metrics["internal"]["dwa"]
+    of_number, of_class = (found[Metric.read(name)] for name in ("pearson/LF", "auroc/Site"))
+    tables = by_seed(copy, lambda fold: correlation(fold, "LF"), "dwa")
+    assert of_number.mean == pytest.approx(tables.mean())
+    low, high = of_number.ci95_over_patients
+    assert low < of_number.mean < high
+    assert of_class.mean == pytest.approx(by_seed(copy, auroc, "dwa").mean())
+    assert of_class.ci95_over_patients == [None, None]
+
+
+def correlation(fold, name):
+    table = pd.read_csv(fold / "predictions.csv")
+    return np.corrcoef(table[name], table[f"{name}_pred"])[0, 1]
