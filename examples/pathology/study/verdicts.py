@@ -53,7 +53,10 @@ def marks_in_words(study: Study) -> str:
 
 
 def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
-    """Return what the comparisons say, in a sentence or two for each criterion and reference."""
+    """Return what the comparisons say of each criterion and reference.
+
+    Criteria by which nothing differs from a reference stand in one sentence.
+    """
     sentences = []
     rows = study_rows(study)
     expected = len(rows) * study.seeds
@@ -67,13 +70,39 @@ def verdicts(study: Study, differences: Sequence[Difference]) -> list[str]:
     if len(references) > 1 and len(references) == len(study.methods):
         references = references[:-1]  # nobody is left to compare with the last
     for reference in references:
-        for criterion in CRITERIA[study.kind]:
-            family = [
+        families = {
+            criterion: [
                 d for d in differences if (d.reference, d.criterion) == (reference, criterion)
             ]
-            if criterion.cohort == "internal" or study.deployed:
+            for criterion in CRITERIA[study.kind]
+            if criterion.cohort == "internal" or study.deployed
+        }
+        alike = [criterion for criterion, family in families.items() if _all_alike(family)]
+        for criterion, family in families.items():
+            if criterion not in alike or len(alike) == 1:
                 sentences.append(verdict(criterion, reference, family))
+            elif criterion == alike[0]:
+                sentences.append(_nothing({each: families[each] for each in alike}, reference))
     return sentences
+
+
+def _all_alike(family: Sequence[Difference]) -> bool:
+    known = [each for each in family if not math.isnan(each.corrected)]
+    return bool(known) and not any(each.significant for each in known)
+
+
+def _nothing(families: Mapping[Criterion, Sequence[Difference]], reference: str) -> str:
+    """Return in one sentence by what no method differs from a reference."""
+    least = [
+        f"{criterion.title} {p_text(min(d.corrected for d in family if not math.isnan(d.p)))}"
+        for criterion, family in families.items()
+    ]
+    sizes = sorted({each.family for family in families.values() for each in family})
+    return (
+        f"No method is significantly better or worse than {reference} in what follows, each after "
+        f"correction for {' or '.join(map(str, sizes))} comparison{'s' * (sizes != [1])}; with the "
+        f"smallest corrected p: {'; '.join(least)}."
+    )
 
 
 def verdict(criterion: Criterion, reference: str, family: Sequence[Difference]) -> str:
