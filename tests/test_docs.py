@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mtbalance
+from docs.make.stamps import blocks_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,10 +31,6 @@ def test_docstrings(name: str) -> None:
     assert failed == 0
 
 
-def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run one after the other, in one namespace and an empty folder."""
@@ -42,14 +39,14 @@ def test_pages(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         warnings.simplefilter("ignore")  # theirs; pytest puts back what was
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for block in python_blocks(page):
+    for block in blocks_of(page):
         exec(compile(block, str(page), "exec"), namespace)  # noqa: S102
     assert not decayed(namespace)
 
 
 def test_the_loop_of_the_readme_decays_nothing_that_is_learned() -> None:
     """AdamW's default of 0.01 would pull learned weights to where they start."""
-    block = python_blocks(ROOT / "README.md")[0]
+    block = blocks_of(ROOT / "README.md")[0]
     assert "import DWA" in block
     namespace: dict[str, object] = {}
     block = block.replace("import DWA", "import Uncertainty").replace(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from docs.make.stamps import blocks_of
 from mtbalance import Balancer, GradientStrategy, with_tasks
 from mtbalance.gradient import CAGrad, PCGrad, Sum
 from mtbalance.weighting import Equal, Uncertainty
 from tests._networks import TASKS, Network, batch, raw_rows
-from tests.test_docs import ROOT, python_blocks
+from tests.test_docs import ROOT
 
 STRATEGIES = pytest.mark.parametrize("make", [Sum, CAGrad, lambda: PCGrad(order="fixed")])
 Make = Callable[[], GradientStrategy]
@@ -263,7 +264,7 @@ def test_a_task_that_comes_later() -> None:
 def test_an_optimizer_saved_before_a_task_came_and_one_went() -> None:
     """Against one that was never saved, and forgot what it knew of what is gone."""
     torch.manual_seed(0)
-    blocks = python_blocks(ROOT / "docs" / "recipes.md")
+    blocks = blocks_of(ROOT / "docs" / "recipes.md")
     (recipe,) = (block for block in blocks if "def optimizer_with_tasks" in block)
     run: dict[str, Any] = {"with_tasks": with_tasks}
     for block in (blocks[0], recipe):

@@ -5,9 +5,9 @@ import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -42,6 +42,15 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> pd.DataF
     """Return a table whose cells stay as they are: whole numbers beside missing ones stay whole."""
     frame: pd.DataFrame = pd.DataFrame(rows, columns=list(headings), dtype=object)
     return frame
+
+
+def settings_table(values: Mapping[str, Any]) -> pd.DataFrame:
+    """Return settings as a page shows them."""
+    rows = [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else value)
+        for name, value in values.items()
+    ]
+    return table(("Setting", "Value"), rows)
 
 
 def write_markdown(path: Path, frame: pd.DataFrame, remarks: Sequence[str]) -> None:

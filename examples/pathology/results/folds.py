@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from examples.pathology.common.files import (
 from examples.pathology.common.names import composed
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.results import metrics
+from examples.pathology.tables.reading import PATIENT
 from examples.pathology.tables.writing import read_table_of_ours, write_table
 from examples.pathology.training.losses import Scaler
 from examples.pathology.training.model import new_model
@@ -65,6 +66,12 @@ class FoldResult:
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     validated: tuple[pd.DataFrame, ...] = ()
     search: Sequence[Candidate] = ()
+
+    def by_name(self) -> "FoldResult":
+        """Return the same with the patients in order of their names, as comparisons need them."""
+        order = np.argsort(self.predictions[PATIENT].to_numpy(dtype=str), kind="stable")
+        table, embeddings = self.predictions.iloc[order], self.embeddings[order]
+        return replace(self, predictions=table, embeddings=embeddings)
 
 
 def write_fold(

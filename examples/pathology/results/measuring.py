@@ -35,13 +35,11 @@ def describe_primary(target: Target, labels: Sequence[str]) -> dict[str, Any]:
 
 def describe_auxiliary(targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Return what a summary says of all targets but the first."""
-    stored = []
-    for target in targets[1:]:
-        classes = {"classes": list(target.classes), "positive": target.positive}
-        stored.append(
-            {"name": target.name, "kind": target.kind, **(classes if target.classes else {})}
-        )
-    return stored
+    return [
+        {"name": target.name, "kind": target.kind}
+        | ({"classes": list(target.classes), "positive": target.positive} if target.classes else {})
+        for target in targets[1:]
+    ]
 
 
 def thresholds_of(target: Target, results: Sequence[FoldResult]) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def measure_fold(result: FoldResult, targets: Sequence[Target]) -> dict[Metric, 
     known = (result.predictions[primary.name] != "").to_numpy()
     table = result.predictions[known]
     if primary.kind == "regression":
-        measured = _measurenumbers_of(table, primary)
+        measured = _measure_numbers(table, primary)
     else:
         measured = _measure_classes(table, result.embeddings[known], result.threshold, primary)
     for target in targets[1:]:
@@ -106,7 +104,7 @@ def measure_further(result: FoldResult, primary: Target) -> dict[Metric, Measure
     }
 
 
-def _measurenumbers_of(table: pd.DataFrame, primary: Target) -> dict[Metric, Measured]:
+def _measure_numbers(table: pd.DataFrame, primary: Target) -> dict[Metric, Measured]:
     strata = _strata(table, primary)
     truth, predicted = numbers_of(table, primary)
     distances = partial(resampling.mean, np.abs(truth - predicted))
@@ -190,10 +188,14 @@ def summarise_folds(
 
 
 def _summarise(measured: Sequence[Measured], seed: int) -> MetricSummary:
-    scores = [each.score for each in measured]
-    over_folds = metrics.over_folds(scores)
     defined = [(each.strata, each.resampled) for each in measured if each.resampled is not None]
     interval = resampling.interval(defined, seed=seed)
+    return summary_of([each.score for each in measured], interval)
+
+
+def summary_of(scores: Sequence[Score], interval: tuple[float, float]) -> MetricSummary:
+    """Return what a summary says of a figure's value in each fold, and of its interval."""
+    over_folds = metrics.over_folds(scores)
     return MetricSummary(
         folds=[json_or_none(score.value) for score in scores],
         undefined={str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},

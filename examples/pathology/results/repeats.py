@@ -19,7 +19,7 @@ least as often as it says, since the distribution function of chi-square with on
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +28,12 @@ from scipy import optimize, special
 
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.files import json_or_none
-from examples.pathology.results import metrics
-from examples.pathology.results.measuring import Measured, measure_fold, measure_further
+from examples.pathology.results.measuring import (
+    Measured,
+    measure_fold,
+    measure_further,
+    summary_of,
+)
 from examples.pathology.results.metrics import Metric, Score
 from examples.pathology.results.resampling import without_each
 from examples.pathology.results.runs import Run
@@ -174,20 +178,16 @@ def over_seeds(runs: Sequence[Run]) -> Metrics:
 
 def _by_name(run: Run, fold: int) -> tuple[tuple[str, ...], Mapping[Metric, Measured]]:
     """Return who was tested in a fold, and their figures, in order of their names."""
-    result = run.results[fold]
-    names = result.predictions[PATIENT].to_numpy(dtype=str)
-    order = np.argsort(names, kind="stable")
-    table, embeddings = result.predictions.iloc[order], result.embeddings[order]
-    ordered = replace(result, predictions=table, embeddings=embeddings)
+    result = run.results[fold].by_name()
     targets = [t for t in run.summary.targets if t.kind == "regression" or t.classes]
     named = {target.name for target in targets}
     numbers = (m.auxiliary for m in run.metrics if m.figure == "pearson" and m.auxiliary)
     targets += [Target(name, "regression") for name in numbers if name not in named]
-    measured = {**measure_fold(ordered, targets), **measure_further(ordered, targets[0])}
+    measured = {**measure_fold(result, targets), **measure_further(result, targets[0])}
     # Older summaries do not say which auxiliary class is positive: there is no interval.
     for metric in run.metrics.keys() - measured.keys():
         measured[metric] = Measured(run.metrics[metric].scores[fold], np.array([]), None)
-    return tuple(names[order]), measured
+    return tuple(result.predictions[PATIENT]), measured
 
 
 def _summarise(
@@ -195,7 +195,6 @@ def _summarise(
 ) -> RepeatedSummary:
     samples = [repeated(figures) for figures in folds]
     scores = [_score(*each) for each in zip(folds, samples, strict=True)]
-    over_folds = metrics.over_folds(scores)
     known = [each for each in samples if each is not None]
     if crossed and known:
         values, without = (
@@ -205,17 +204,8 @@ def _summarise(
         known = [Repeated(values, without, known[0].strata)]
     found = estimate(known)
     ends = np.clip([found.low, found.high], *limits)  # the truth is nowhere else
-    return RepeatedSummary(
-        folds=[json_or_none(score.value) for score in scores],
-        undefined={str(k): s.reason for k, s in enumerate(scores, start=1) if s.reason},
-        mean=json_or_none(over_folds.mean),
-        sd=json_or_none(over_folds.sd),
-        ci95_over_patients=[json_or_none(end) for end in ends],
-        ci95_over_folds=[json_or_none(over_folds.low), json_or_none(over_folds.high)],
-        folds_with_value=over_folds.folds,
-        seeds=len(folds[0]),
-        sd_over_seeds=json_or_none(found.sd),
-    )
+    of_folds = vars(summary_of(scores, (float(ends[0]), float(ends[1]))))
+    return RepeatedSummary(**of_folds, seeds=len(folds[0]), sd_over_seeds=json_or_none(found.sd))
 
 
 def _score(figures: Sequence[Measured], sample: Repeated | None) -> Score:

@@ -1,10 +1,9 @@
 """Every balancer on every auxiliary target, fold by fold, as jobs that can run anywhere.
 
 All methods get the same splits, and in each fold the same initial weights; with several seeds, all
-of it again from others. A job is one fold of one
-method, the summary of its folds, or its deployment on an external cohort; each keeps its result on
-disk, so that a benchmark that was stopped goes on where it stopped. `study` says where everything
-is, `study_report` what came out.
+of it again from others. A job is one fold of one method, the summary of its folds, or its
+deployment on an external cohort; each keeps its result on disk, so that a benchmark that was
+stopped goes on where it stopped. `folder` says where everything is, `report` what came out.
 """
 
 import functools

@@ -72,10 +72,10 @@ class Tested:
 
 def tested(result: FoldResult, target: Target) -> Tested:
     """Measure the patients of a fold whose target is known."""
+    result = result.by_name()
     known = (result.predictions[target.name] != "").to_numpy()
-    order = np.argsort(result.predictions[PATIENT].to_numpy(dtype=str)[known], kind="stable")
-    table = result.predictions[known].iloc[order]
-    result = replace(result, predictions=table, embeddings=result.embeddings[known][order])
+    table = result.predictions[known]
+    result = replace(result, predictions=table, embeddings=result.embeddings[known])
     numbers = target.kind == "regression"
     truth, predicted = (
         numbers_of(table, target) if numbers else scores_of(table, target, target.positive)

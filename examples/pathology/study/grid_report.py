@@ -130,13 +130,7 @@ def write_grid_report(config: GridConfig, rows: pd.DataFrame) -> Path:
         seconds=once.groupby("method", sort=False)["seconds"].median().round(1).to_dict(),
         hours=once["seconds"].sum() / 3600,
         failed=pages.table(("Training", "Why"), failed[["fit", "error"]].to_numpy().tolist()),
-        settings=pages.table(
-            ("Setting", "Value"),
-            [
-                (name, ", ".join(map(str, v)) if isinstance(v, list) else v)
-                for name, v in config.resolved().items()
-            ],
-        ),
+        settings=pages.settings_table(config.resolved()),
     )
 
 

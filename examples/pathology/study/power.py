@@ -18,7 +18,6 @@ from examples.pathology.results.runs import Run
 from examples.pathology.study.criteria import AUROC, CRITERIA, PEARSON, Criterion
 from examples.pathology.study.differences import LEVEL, REFERENCES, Difference
 from examples.pathology.study.folder import Panel, Study
-from examples.pathology.tables.reading import PATIENT
 
 SHARE = 0.8  # of studies: what is usually planned for
 TIMES = (1, 2, 4)  # as many patients
@@ -132,7 +131,8 @@ def _scores(run: Run) -> Iterator[tuple[NDArray[np.bool_] | Floats, Floats]]:
     """Yield truth and prediction of every fold, patients in order of their names."""
     target = run.summary.targets[0]
     for result in run.results:
-        table = result.predictions[result.predictions[target.name] != ""].sort_values(PATIENT)
+        table = result.by_name().predictions
+        table = table[table[target.name] != ""]
         if target.kind == "classification":
             yield scores_of(table, target, target.positive)
         else:

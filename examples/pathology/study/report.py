@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -134,8 +133,8 @@ def write_study_report(
         funnels=_funnels(study, deployed),
         not_done=_not_done(study),
         again=sum(job.attempts > 1 for job in study.jobs),
-        settings=_settings_table(study.settings),
-        provenance=_settings_table(study.provenance),
+        settings=pages.settings_table(study.settings),
+        provenance=pages.settings_table(study.provenance),
     )
 
 
@@ -316,11 +315,3 @@ def _not_done(study: Study) -> pd.DataFrame:
     bad = [job for job in study.jobs if job.status != "done"]
     rows = [(job.key, job.status, job.error, job.attempts) for job in bad]
     return pages.table(("Job", "Status", "Why", "Attempts"), rows)
-
-
-def _settings_table(values: Mapping[str, Any]) -> pd.DataFrame:
-    rows = [
-        (name, ", ".join(map(str, value)) if isinstance(value, list) else value)
-        for name, value in values.items()
-    ]
-    return pages.table(("Setting", "Value"), rows)
