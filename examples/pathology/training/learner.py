@@ -221,6 +221,8 @@ def _new_balancer(
         raise UserError(
             f"`balancer` must be {BASELINE} or a name that mtbalance knows, or {FIXED}: {error}"
         ) from error
+    except TypeError as error:  # it asks for a number that no option gives
+        raise UserError(f"`balancer` must need nothing but its name here: {error}") from error
 
 
 def _some(

@@ -385,6 +385,13 @@ def test_an_unknown_balancer_is_told_with_the_nearest():
         needs_lookahead("cagrat", ["a", "b"])
 
 
+@pytest.mark.parametrize(("name", "missing"), [("constant", "weights"), ("krum", "byzantine")])
+def test_a_balancer_that_needs_more_than_its_name_is_refused(name, missing):
+    words = f"must need nothing but its name here: `{missing}` must be given for '{name}'"
+    with pytest.raises(UserError, match=words):
+        needs_lookahead(name, ["a", "b"])
+
+
 def test_devices_are_checked():
     assert resolve_device("cpu") == "cpu"
     assert resolve_device("auto") in ("cpu", "cuda")
