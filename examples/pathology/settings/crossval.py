@@ -17,6 +17,8 @@ from examples.pathology.settings.option import above, at_least, each_once, neede
 HEADS = 6  # of the Transformer: the paper
 BASELINE = "baseline"
 """What trains the primary target alone, in place of a balancer."""
+NAIVE = "naive"
+"""The balancer that only adds the losses up."""
 FIXED = "fixed"
 """What weighs the primary target with 1 and the others with a number found by a search."""
 SEARCH_WEIGHT = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -7,10 +7,9 @@ from typing import Any
 
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.settings.cohort import seed_option
-from examples.pathology.settings.crossval import BASELINE, whole_heads
+from examples.pathology.settings.crossval import BASELINE, NAIVE, whole_heads
 from examples.pathology.settings.option import Rule, Settings, above, needed, option
 
-NAIVE = "naive"
 BEST_NEW = "config"
 """Of the strategies that the paper lacks and that need no further choice, that of the best mean
 rank in docs/digits.md. There, none of the best differs from equal weights beyond chance."""

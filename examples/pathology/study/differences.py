@@ -12,10 +12,9 @@ from examples.pathology.results.measuring import Measured
 from examples.pathology.results.metrics import Score
 from examples.pathology.results.repeats import estimate, repeated
 from examples.pathology.results.runs import Run
-from examples.pathology.settings.crossval import BASELINE, FIXED
+from examples.pathology.settings.crossval import BASELINE, FIXED, NAIVE
 from examples.pathology.study.criteria import CRITERIA, Criterion, Paired, Tested, tested
 from examples.pathology.study.folder import Panel, Study
-from examples.pathology.study.tables import NAIVE
 
 LEVEL = 0.05
 REFERENCES = (BASELINE, NAIVE, FIXED)  # each is itself compared with those before it

@@ -17,9 +17,10 @@ from examples.pathology.figures.sheet import Sheet
 from examples.pathology.report import pages
 from examples.pathology.results.metrics import Score, over_folds
 from examples.pathology.results.resampling import holm
-from examples.pathology.settings.crossval import BASELINE
-from examples.pathology.settings.grid import NAIVE, GridConfig
+from examples.pathology.settings.crossval import BASELINE, NAIVE
+from examples.pathology.settings.grid import GridConfig
 from examples.pathology.simulation.planned import CORRELATION
+from examples.pathology.study.differences import LEVEL
 from examples.pathology.tables.writing import write_table
 
 RESULTS = "results.csv"
@@ -30,7 +31,6 @@ MARGINS: tuple[list[str], ...] = ([], ["overlap"], ["patients"], ["further", "mi
 USELESS = f"{NAIVE}, value useless"
 """Reference for what the auxiliary value does, and not just a second task: strength 0."""
 
-LEVEL = 0.05
 SIMULATED = "Labels, auxiliary values and features are SIMULATED by a program."
 
 

@@ -25,7 +25,7 @@ from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import PERMUTATIONS
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics
-from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.settings.crossval import BASELINE, NAIVE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.study.criteria import (
     AUPRC,
@@ -42,7 +42,6 @@ from examples.pathology.study.folder import REPORT, Panel, Study
 from examples.pathology.study.power import SHARE, Power, curves_in_full, powers
 from examples.pathology.study.tables import (
     EVERY,
-    NAIVE,
     PROBABILITY,
     RANKED,
     costs,

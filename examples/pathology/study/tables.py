@@ -14,7 +14,7 @@ from examples.pathology.results.repeats import RepeatedSummary
 from examples.pathology.results.runs import Deployed, Run
 from examples.pathology.results.summary import Metrics, MetricSummary, RunSummary
 from examples.pathology.settings.cohort import Kind
-from examples.pathology.settings.crossval import BASELINE
+from examples.pathology.settings.crossval import BASELINE, NAIVE
 from examples.pathology.study.criteria import (
     AUPRC,
     AUROC,
@@ -28,7 +28,6 @@ from examples.pathology.study.criteria import (
 )
 from examples.pathology.study.folder import Panel, Study, run_folder
 
-NAIVE = "naive"
 ENSEMBLE, MODELS = "external, ensemble", "external, mean of folds"
 EVERY = "(every one)"  # stands for the auxiliary target of a baseline that has none
 
