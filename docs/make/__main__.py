@@ -2,7 +2,7 @@
 
 import argparse
 
-from docs.make import strategies, tutorial
+from docs.make import grid, strategies, tutorial
 from docs.make.links import DOCS
 from docs.make.pictures import draw
 from docs.make.stamps import Picture, pictures, store, stored
@@ -46,12 +46,16 @@ def main() -> None:
     )
     commands.add_parser("pages", help="write the pages of strategies")
     commands.add_parser("tutorial", help="run the tutorial, and keep its picture")
+    commands.add_parser("grid", help="draw the figure of the grid of simulated cohorts")
     given = parser.parse_args()
     if given.command == "pages":
         strategies.write()
     elif given.command == "tutorial":
         tutorial.draw()
         figures([tutorial.PICTURE], keep=True)
+    elif given.command == "grid":
+        grid.draw()
+        figures([grid.PICTURE], keep=True)
     else:
         figures(given.names, keep=given.keep)
 

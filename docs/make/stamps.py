@@ -82,6 +82,16 @@ OTHERS = (
         _RESULTS,
         (f"{_PATHOLOGY}/figures/study.py:dots", f"{_PATHOLOGY}/report/sections.py:show_sites"),
     ),
+    Picture(
+        "grid/grid.png",
+        "python -m docs.make grid",
+        (
+            f"{_PATHOLOGY}/figures/grid.py",
+            f"{_PATHOLOGY}/study/grid_report.py:blocks_of",
+            "docs/make/grid.py",
+            "docs/grid/cells.csv",
+        ),
+    ),
     Picture("results/heatmap.jpg", _RESULTS, (f"{_PATHOLOGY}/figures/heatmap.py:heatmap",)),
     Picture("results/areas.jpg", _RESULTS, (f"{_PATHOLOGY}/runs/geojson.py",)),
     Picture(

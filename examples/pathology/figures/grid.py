@@ -40,7 +40,9 @@ def draw_grid(blocks: Sequence[Block], sheet: Sheet) -> None:
     known = np.concatenate([np.abs(block.values[np.isfinite(block.values)]) for block in blocks])
     most = max(LEAST, float(known.max(initial=0.0)))
     size, margin = (0.72 * columns, 0.3 * rows + 1.2), (3.4, 1.0)
-    remark = "* significant after correction for all cells of one comparison."
+    found = any(block.marked.any() for block in blocks)
+    star = "* significant" if found else "Nothing is significant"
+    remark = f"{star} after correction for all cells of one comparison."
     with sheet.open(
         size, margin, len(blocks), columns=2, share_y=True, remark=remark, style=PICTURES
     ) as (figure, panels):

@@ -5,8 +5,9 @@ differences are taken within it, and intervals and tests are those of Student's 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -106,7 +107,7 @@ def write_grid_report(config: GridConfig, rows: pd.DataFrame) -> Path:
     write_table(config.out / "cells.csv", cells)
     write_table(config.out / "margins.csv", margins)
     sheet = Sheet(config.out / "grid.png", "Where joint training helps, and balancing", SIMULATED)
-    draw_grid(_blocks(cells), sheet)
+    draw_grid(blocks_of(cells), sheet)
     failed = rows[rows["auroc"].isna()].drop_duplicates("fit")
     baseline = rows[rows["method"] == BASELINE].groupby(["overlap", "patients"])["auroc"].mean()
     once = rows.drop_duplicates("fit")
@@ -135,7 +136,10 @@ def write_grid_report(config: GridConfig, rows: pd.DataFrame) -> Path:
 
 
 def sentences(cells: pd.DataFrame, margins: pd.DataFrame) -> list[str]:
-    """Return in words what is significant after correction, in cells and on average over them."""
+    """Return in words what is significant after correction, in cells and on average over them.
+
+    The mean over all cells of a strength is told whatever it is, others where they are significant.
+    """
     said = []
     for (method, reference), found in cells.groupby(["method", "reference"], sort=False):
         better, worse = (
@@ -147,16 +151,25 @@ def sentences(cells: pd.DataFrame, margins: pd.DataFrame) -> list[str]:
             f"{method} against {reference}: significantly better in {len(better)} and worse in "
             f"{len(worse)} of {len(found)} cells; differences from {low:+.3f} to {high:+.3f}."
         )
-        over_all = margins[(margins["method"] == method) & (margins["reference"] == reference)]
-        over_all = over_all[over_all[["overlap", "patients", "missing"]].isna().all(axis=1)]
-        for _, each in over_all.iterrows():
-            mark = "significant" if each["corrected"] < LEVEL else "not significant"
-            text += (
-                f" On average over cells of strength {each['strength']:g}: "
-                f"{each['difference']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}], {mark}."
-            )
+        both = (margins["method"] == method) & (margins["reference"] == reference)
+        for each in margins[both].to_dict("records"):
+            which, significant = _which_cells(each), each["corrected"] < LEVEL
+            if significant or not which:
+                mark = "significant" if significant else "not significant"
+                text += (
+                    f" On average over cells of strength {each['strength']:g}{which}: "
+                    f"{each['difference']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}], {mark}."
+                )
         said.append(text)
     return said
+
+
+def _which_cells(each: Mapping[Hashable, Any]) -> str:
+    """Return in words what cells have in common besides the strength, if anything."""
+    words = [f", {name} {each[name]:g}" for name in ("overlap", "patients") if pd.notna(each[name])]
+    if pd.notna(each["missing"]):
+        words.append(f", auxiliary value: {known_words(each['missing'], each['further'])}")
+    return "".join(words)
 
 
 def known_words(missing: float, further: float) -> str:
@@ -193,7 +206,7 @@ def _or_all(value: float) -> str:
     return "(all)" if math.isnan(value) else f"{value:g}"
 
 
-def _blocks(cells: pd.DataFrame) -> list[Block]:
+def blocks_of(cells: pd.DataFrame) -> list[Block]:
     """Return what the figure shows: a block for each overlap and number of patients."""
     blocks = []
     for (overlap, patients), here in cells.groupby(["overlap", "patients"]):

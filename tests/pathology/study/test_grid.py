@@ -292,13 +292,17 @@ def test_what_is_planted_is_found_and_nothing_else():
             largest = max(largest, min(1.0, (len(p) - rank) * value))
             assert largest == pytest.approx(sorted(family["corrected"])[rank])
         assert (family["family"] == len(p)).all(), (method, reference)
-    margins = corrected(differences(planted_rows(), ["strength"]))
-    first, useless, balancer = sentences(
-        cells, margins.assign(overlap=None, patients=None, missing=None)
-    )
+    by = [["strength"], ["strength", "overlap"], ["strength", "further", "missing"]]
+    margins = corrected(pd.concat([differences(planted_rows(), each) for each in by]))
+    first, useless, balancer = sentences(cells, margins.assign(patients=None))
     assert "naive against baseline: significantly better in 2 and worse in 0 of 8 cells" in first
     assert "significantly better in 2 and worse in 0 of 4 cells" in useless
     assert "better in 0 and worse in 0 of 8 cells" in balancer
+    assert "On average over cells of strength 0: " in first  # all of them, though nothing is there
+    assert "On average over cells of strength 0.9, overlap 1: " in first
+    assert "overlap 0" not in first  # where nothing was planted
+    assert "On average over cells of strength 0.9: " in balancer
+    assert "overlap" not in balancer
 
 
 def test_tests_hold_their_level_where_nothing_is_planted():
