@@ -40,10 +40,12 @@ html_title = f"mtbalance {version}"
 pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_static_path = ["_static"]
+templates_path = ["_templates"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
 html_copy_source = False
+html_domain_indices = False  # of few modules: the index has all names
 html_theme_options = {
     "source_repository": "https://github.com/mtbalance/mtbalance/",
     "source_branch": "main",

@@ -73,7 +73,7 @@ class Balancer(nn.Module):
         process_group: The processes that train together, each on its part of the batch; None for
             all of ``torch.distributed``. Losses and per-task gradients are averaged over them
             before they are balanced, inside ``DistributedDataParallel`` and without it; see "Many
-            devices" in docs/.
+            devices" in the documentation.
         nonfinite: What a non-finite loss or gradient does: ``"raise"`` an error that names the
             task, ``"drop"`` the task from this step, ``"skip"`` the step (no gradient is written),
             or ``"propagate"`` it to ``.grad`` as ``Tensor.backward`` does. Under a gradient scaler

@@ -26,7 +26,7 @@ def with_tasks(
     left: also not that it shared parameters, nor kept weights (``every``) that were solved with it.
 
     The state of the optimizer that moves learned weights is yours; see "A task more, a task less"
-    in docs/recipes.md.
+    in the recipes of the documentation.
 
     Args:
         state_dict: What ``state_dict()`` of the Balancer, or of a model that holds it, returned.

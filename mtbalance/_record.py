@@ -146,9 +146,9 @@ class Record(_OfGradients):
         weights: Their weights (derivatives of the objective by the losses), by name.
         gramian: Inner products of the raw gradients of the shared parameters, shape (m, m),
             float64, off by some 1e-8 of their lengths (see "How exact a Gramian is"
-            in docs/); None where one ordinary backward pass did, so that there are no per-task
-            gradients. Infinity or 0 for float64 gradients with norms above 1e154 or below 1e-162,
-            of which everything else is right.
+            in the documentation); None where one ordinary backward pass did, so that there are no
+            per-task gradients. Infinity or 0 for float64 gradients with norms above 1e154 or below
+            1e-162, of which everything else is right.
         progress: Inner products of the raw gradients with the direction, shape (m,), float64 (and
             as far as that holds them), or None.
         combination: Coefficients of the raw gradients in the direction, shape (m,), or None where

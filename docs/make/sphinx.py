@@ -1,4 +1,4 @@
-"""What Sphinx does differently for this site: links of the repository, and formulas as MathML."""
+"""What Sphinx does differently for this site: links, pictures, signatures, formulas as MathML."""
 
 import re
 from typing import Any
@@ -16,16 +16,29 @@ _THIN = '<mspace width="0.1667em"/>'
 _ERRORS: tuple[type[Exception], ...] = tuple(
     each for each in vars(exceptions).values() if isinstance(each, type)
 )
+_LINES = (
+    (re.compile(" ± "), "\u00a0±\u00a0"),
+    (re.compile(r"<h1>mtbalance\."), r"\g<0><wbr>"),
+    (re.compile(r'<span class="pre">(?=[^<]{1,20}</span>)'), '<span class="pre whole">'),
+    (re.compile(r'(<span class="pre">\w+\()(?=[^<)])'), r"\1<wbr>"),
+)
+_MODULE = re.compile(r"~(?:\w+\.)+")
+_MODULES = re.compile(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])")
+_DEFAULT = re.compile(r"<(?:[^<>]|<\w+>)*>")
 LOGGER = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register both with Sphinx.
+    """Register all of it with Sphinx.
 
     Args:
         app: The build.
     """
     app.connect("source-read", _read)
+    app.connect("doctree-resolved", _show)
+    app.connect("html-page-context", _break)
+    app.connect("autodoc-process-signature", _sign)
+    app.connect("autodoc-process-docstring", _type, priority=600)  # after napoleon
     # MathML is part of HTML and needs neither a script nor a network.
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
@@ -37,6 +50,45 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = text_of(str(page))
         if str(page) in MIRRORED:
             app.env.note_dependency(ROOT / MIRRORED[str(page)])
+
+
+def _show(app: Sphinx, tree: nodes.document, _: str) -> None:
+    """Tell plots from diagrams that know both grounds; a plot is a link to itself, large."""
+    for image in tree.findall(nodes.image):
+        file = app.srcdir / image["uri"]
+        if file.suffix == ".svg" and "prefers-color-scheme" in file.read_text(encoding="utf-8"):
+            continue
+        image["classes"].append("on-white")
+        image.setdefault("width", "100%")  # Sphinx links what has a width
+
+
+def _break(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _: object) -> None:
+    """Let lines end where one would end them: not inside of an option, or before a ±."""
+    for pattern, better in _LINES if "body" in context else ():
+        context["body"] = pattern.sub(better, context["body"])
+
+
+def _sign(*event: Any) -> tuple[str, str | None] | None:
+    """Write a signature so that Sphinx can read it, also with defaults that are no expressions."""
+    signature, returned = event[-2:]
+    if signature is None:
+        return None
+    return _DEFAULT.sub("...", _MODULE.sub("", signature)), returned
+
+
+def _type(*event: Any) -> None:
+    """Put the types of attributes behind their names, without modules, as in signatures."""
+    lines: list[str] = event[-1]
+    sorted_lines: list[str] = []
+    place = 0
+    for line in lines:
+        if line.lstrip().startswith(".. attribute::"):
+            place = len(sorted_lines) + 1
+        if place and line.lstrip().startswith(":type:"):
+            sorted_lines.insert(place, _MODULES.sub("", line))
+        else:
+            sorted_lines.append(line)
+    lines[:] = sorted_lines
 
 
 def _inline(writer: HTML5Translator, node: nodes.math) -> None:
@@ -71,6 +123,6 @@ def _mathml(node: nodes.Element, formula: str, *, as_block: bool) -> str:
     if unknown := re.search(r">(\\[a-zA-Z]+)", found):
         LOGGER.warning("unknown %s in the formula %s", unknown[1], formula, location=node)
     found = re.sub(
-        r"<mo[^>]*>&#x0007C;</mo>", '<mo lspace="0" rspace="0">|</mo>', found
+        r"<mo[^>]*>&#x0007C;</mo>", '<mo lspace="0" rspace="0" stretchy="false">|</mo>', found
     )  # of norms
     return re.sub(r"(?<!<m...>)(<mi>(?:log|exp|cos|tanh)</mi>)(?!<mo)", rf"\1{_THIN}", found)

@@ -122,7 +122,7 @@ def _properties(name: str, family: str) -> str:
         f"| {column} | {cell} | {meanings.get(column) or meanings[f'{column} ({family})']} |"
         for column, cell in cells
     ]
-    return "\n".join(["| property | | what it says |", "|---|---|---|", *upright])
+    return "\n".join(["| property | value | what it says |", "|---|---|---|", *upright])
 
 
 def _time(kind: type) -> str:

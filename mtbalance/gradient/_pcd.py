@@ -115,7 +115,7 @@ class PCD(PrimaryStrategy):
         self.lengths = self.per_task()
         """Roots of the means of squared norms."""
         self.seen = self.per_task()
-        """How much of a mean is what has been seen: 1 - beta^n after n steps."""
+        """How much of a mean is what has been seen, which is 1 - beta^n after n steps."""
 
     @property
     def growth(self) -> float | None:

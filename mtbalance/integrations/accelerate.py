@@ -2,7 +2,7 @@
 
 Needs Accelerate (``pip install "mtbalance[accelerate]"``). ``prepare(accelerator, balancer)`` comes
 once, and ``backward(accelerator, balancer, losses)`` where ``accelerator.backward(loss)`` was.
-"Training loops of others" in docs/ has a script.
+"Training loops of others" in the documentation has a script.
 
 >>> import torch
 >>> from accelerate import Accelerator

@@ -2,7 +2,7 @@
 
 Needs Lightning (``pip install "mtbalance[lightning]"``). Three lines change: the base class, a
 ``self.balancer``, and ``return self.balance(losses)`` where the sum of the losses was returned.
-"Training loops of others" in docs/ has a script.
+"Training loops of others" in the documentation has a script.
 """
 
 import math

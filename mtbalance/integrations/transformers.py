@@ -1,8 +1,8 @@
 """A Trainer of Hugging Face Transformers that balances tasks.
 
 Needs Transformers (``pip install "mtbalance[transformers]"``). ``BalancedTrainer`` stands where
-``Trainer`` was, and the model returns its ``losses`` by task. "Training loops of others" in docs/
-has a script.
+``Trainer`` was, and the model returns its ``losses`` by task. "Training loops of others" in the
+documentation has a script.
 """
 
 import math

@@ -152,8 +152,11 @@ class Family(NamedTuple):
     """A way to make matrices, and the least shape for which its claim makes sense."""
 
     make: Callable[[Generator, int, int], Tensor]
+    """Returns a matrix of shape (m, p), given a generator, m and p."""
     least_m: int = 1
+    """The least number of rows."""
     least_p: int = 1
+    """The least number of columns."""
 
     @property
     def name(self) -> str:

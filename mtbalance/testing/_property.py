@@ -63,7 +63,7 @@ class Subject:
     who: str = ""
     """What messages call it; by default its ``repr``."""
     steps: int = 0
-    """How many steps it has taken before: on such rows but closer together, then apart, ..."""
+    """How many steps it has taken before, on such rows but closer together, then apart, ..."""
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the direction of a new strategy, or one that has taken ``steps`` before."""
