@@ -18,8 +18,8 @@ _ERRORS: tuple[type[Exception], ...] = tuple(
 )
 _LINES = (
     (re.compile(" ± "), "\u00a0±\u00a0"),
-    (re.compile(r"<h1>mtbalance\."), r"\g<0><wbr>"),
-    (re.compile(r'<span class="pre">(?=[^<]{1,20}</span>)'), '<span class="pre whole">'),
+    (re.compile(r"<h1>(?:mtbalance\.|[A-Z][a-z]+(?=[A-Z][a-z]))"), r"\g<0><wbr>"),
+    (re.compile(r'<span class="pre">(?=(?:[^<&]|&\w+;){1,20}</span>)'), '<span class="pre whole">'),
     (re.compile(r'(<span class="pre">\w+\()(?=[^<)])'), r"\1<wbr>"),
 )
 _MODULE = re.compile(r"~(?:\w+\.)+")
