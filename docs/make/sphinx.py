@@ -17,11 +17,15 @@ _ERRORS: tuple[type[Exception], ...] = tuple(
     each for each in vars(exceptions).values() if isinstance(each, type)
 )
 _LINES = (
+    # "a ± b" on one line
     (re.compile(" ± "), "\u00a0±\u00a0"),
+    # headings between the words of a class, or behind the package
     (re.compile(r"<h1>(?:mtbalance\.|[A-Z][a-z]+(?=[A-Z][a-z]))"), r"\g<0><wbr>"),
+    # short code on one line, longer code behind the bracket of a call
     (re.compile(r'<span class="pre">(?=(?:[^<&]|&\w+;){1,20}</span>)'), '<span class="pre whole">'),
     (re.compile(r'(<span class="pre">\w+\()(?=[^<)])'), r"\1<wbr>"),
 )
+"""Where a page's lines may end, as a pattern of its HTML and what stands there instead."""
 _MODULE = re.compile(r"~(?:\w+\.)+")
 _MODULES = re.compile(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])")
 _DEFAULT = re.compile(r"<(?:[^<>]|<\w+>)*>")
