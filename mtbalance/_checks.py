@@ -298,7 +298,8 @@ def _checked_loss(task: str, loss: object, *, with_graph: bool) -> Tensor:
     if with_graph and not loss.requires_grad:
         raise ValueError(
             f"the loss of task {task!r} must have a graph, but it does not require a gradient. "
-            "Was it detached, computed under torch.no_grad(), or are all its parameters frozen?"
+            "Was it detached, computed under torch.no_grad() or torch.inference_mode(), or are all "
+            "its parameters frozen? If it stands for missing labels, leave the task out."
         )
     return loss.reshape(()) if loss.ndim else loss
 

@@ -76,7 +76,13 @@ class RecordWriter:
 
         Raises:
             ValueError: If a ``.csv`` file has other columns.
+            TypeError: If it is no record.
         """
+        if not hasattr(record, "as_dict"):
+            raise TypeError(
+                f"`record` must be what a step returned, but got {type(record).__name__}. Give the "
+                "Record itself, not its as_dict(); there is none while micro-batches are added up."
+            )
         step = self._next if step is None else step
         self._next = step + 1
         if self._target is not None and step % self.every == 0:

@@ -662,7 +662,8 @@ def failing() -> dict[str, Tensor]:
             ValueError,
             (
                 "the loss of task 'a' must have a graph, but it does not require a gradient. Was "
-                "it detached, computed under torch.no_grad(), or are all its parameters frozen? "
+                "it detached, computed under torch.no_grad() or torch.inference_mode(), or are all "
+                "its parameters frozen? If it stands for missing labels, leave the task out. "
                 "This is of `batches[1]`."
             ),
         ),

@@ -220,6 +220,11 @@ def test_one_parameter_in_two_groups() -> None:
             "the loss of task 'b' must have a graph, but it does not require a gradient.",
         ),
         (
+            lambda losses: {**losses, "b": torch.tensor(0.0)},
+            ValueError,
+            "If it stands for missing labels, leave the task out.",
+        ),
+        (
             lambda losses: {**losses, "b": None},
             TypeError,
             "the loss of task 'b' must be a tensor, but got None. Leave a task without labels out",

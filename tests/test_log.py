@@ -66,6 +66,18 @@ def test_infinity_is_written_as_json_and_comes_back(tmp_path):
     assert read_log(tmp_path / "log.jsonl").columns["least"] == [-math.inf]
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_no_record_is_refused(every, tmp_path):
+    """Also in steps that are not written, so that the first step tells."""
+    (record,) = records(1)
+    with RecordWriter(tmp_path / "log.csv", every=every) as writer:
+        for other, name in ((record.as_dict(), "dict"), (None, "NoneType")):
+            with pytest.raises(
+                TypeError, match=f"`record` must be .* but got {name}. Give the Rec"
+            ):
+                writer.write(other, step=1)
+
+
 def test_rows_are_on_disk_at_once_and_every_nth_step_is_written(tmp_path):
     writer = RecordWriter(tmp_path / "log.csv", every=3)
     for record in records(5):
