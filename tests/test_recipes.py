@@ -261,6 +261,36 @@ def test_a_task_that_comes_later() -> None:
     assert waiting.backward(model.losses(batch())).tasks == TASKS
 
 
+def test_micro_batches_with_unequal_numbers_of_labels() -> None:
+    """Sums over the number of labels in the whole batch are the whole batch."""
+    torch.manual_seed(0)
+    run: dict[str, Any] = {}
+    first, recipe, *_ = blocks_of(ROOT / "docs" / "recipes.md")
+    exec(first, run)  # noqa: S102
+    trunk, heads, x, y, balancer = (run[n] for n in ("trunk", "heads", "x", "y", "balancer"))
+    balancer.backward(run["losses"]())
+    whole = [p.grad.clone() for p in run["model"].parameters()]
+    exec(recipe.partition("optimizer.step()")[0], run)  # noqa: S102
+    for p, grad in zip(run["model"].parameters(), whole, strict=True):
+        assert_close(p.grad, grad)
+
+    run["model"].zero_grad()
+    known = {"price": torch.arange(32) % 5 < 2, "stars": torch.arange(32) < 11}
+    labels = {task: int(rows.sum()) for task, rows in known.items()}
+    h = trunk(x)
+    parts = {task: (heads[task](h) - y[task]).square()[known[task]] for task in known}
+    balancer.backward({task: part.mean() for task, part in parts.items()})
+    whole = [p.grad.clone() for p in run["model"].parameters()]
+    run["model"].zero_grad()
+    for rows in torch.arange(32).split(8):
+        h = trunk(x[rows])
+        parts = {t: (heads[t](h) - y[t][rows]).square()[known[t][rows]] for t in known}
+        balancer.accumulate({t: part.sum() / labels[t] for t, part in parts.items() if len(part)})
+    balancer.apply()
+    for p, grad in zip(run["model"].parameters(), whole, strict=True):
+        assert_close(p.grad, grad)
+
+
 def test_an_optimizer_saved_before_a_task_came_and_one_went() -> None:
     """Against one that was never saved, and forgot what it knew of what is gone."""
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ class Step:
     """Per active task, the length of its raw loss's gradient over all that is balanced, shape (m,),
     float64: without ``loss_scale``, over whole parameters, and the same in all processes."""
     balanced: int
-    """How many of the parameters, the first ones, are shared, and in a group that is balanced."""
+    """How many of the parameters, the first ones, are balanced, so shared and in a group."""
 
     def shares(self, tasks: Collection[str], error: Exception | None = None) -> dict[str, float]:
         """Return, per task, the factor by which a validation loss of this process counts.
