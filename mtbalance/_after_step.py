@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,11 +27,17 @@ class AfterSteps:
         self._tasks = tasks
         self._buffers = Buffers()
         self._told = False
+        self._before: list[Tensor] = []  # losses of the step, without their graphs
         self.due: tuple[str, ...] | None = None
         """The tasks of the step to look back at, none if it wrote nothing; None without a step."""
 
-    def begin(self, weighting: Weighting) -> None:
-        """Begin a step, after which none before it can be looked back at."""
+    def begin(self, weighting: Weighting, losses: object = None) -> None:
+        """Begin a step, after which none before it can be looked back at.
+
+        Args:
+            weighting: Of the Balancer.
+            losses: What the step is given, unchecked; None where it comes in micro-batches.
+        """
         if weighting.needs_after_step and self.due and not self._told:
             self._told = True
             warnings.warn(
@@ -43,6 +49,9 @@ class AfterSteps:
                 stacklevel=3,
             )
         self.due = None
+        looks = weighting.needs_after_step and isinstance(losses, Mapping)
+        given = losses.values() if looks else ()
+        self._before = [loss.detach() for loss in given if isinstance(loss, Tensor)]
 
     def end(self, record: Record) -> None:
         """Note the step that has been made."""
@@ -104,5 +113,17 @@ class AfterSteps:
         if callable(losses):
             with torch.no_grad(), self._buffers.restored(parameters):
                 losses = losses()
+        self._check_anew(losses)
         named = check_losses_by_task(losses, self._tasks, may_be_empty=may_lack, with_graph=False)
         return {task: loss.detach() for task, loss in named.items()}
+
+    def _check_anew(self, losses: object) -> None:
+        """Raise if losses are those that the step was made of, which tell nothing of it."""
+        old = {loss.data_ptr() for loss in self._before}
+        for task, loss in losses.items() if isinstance(losses, Mapping) else ():
+            if isinstance(loss, Tensor) and loss.data_ptr() in old:
+                raise ValueError(
+                    f"`losses` must be those after optimizer.step(), but that of {task!r} is the "
+                    "one that backward() was given. Compute them anew, or give a function that "
+                    "returns them."
+                )

@@ -201,7 +201,7 @@ class Balancer(nn.Module):
                 nothing has been written then.
             RuntimeError: If another process has stopped with an error.
         """
-        self._after.begin(self.weighting)
+        self._after.begin(self.weighting, losses)
         setting = checked(self._setting(scaler, validation), self._pending, batches, features)
         setting.place.retains = retain_graph
         if self._pending:
@@ -298,7 +298,8 @@ class Balancer(nn.Module):
 
         Raises:
             RuntimeError: If there is no step to look back at, or another process has an error.
-            ValueError, TypeError: If a loss is missing or not a scalar. The call may be repeated.
+            ValueError, TypeError: If a loss is missing, not a scalar, or the one that ``backward``
+                was given. The call may be repeated.
         """
         self._after.look_back(losses, self._setting(None), self._reach.parameters)
 

@@ -216,15 +216,18 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        remedy = _remedy(value, kind)
+        remedy = _remedy(name, value, kind)
         raise TypeError(f"`{name}` must be a {kind.__name__}, but got {got}.{remedy}")
 
 
-def _remedy(value: object, kind: type) -> str:
-    """Return what to do with a class, or something of another package, or nothing."""
+def _remedy(name: str, value: object, kind: type) -> str:
+    """Return what to do with a class, the other family, or another package, or nothing."""
     if isinstance(value, type) and issubclass(value, kind):
         return f" Make one: {value.__name__}(...)."
     kinds = (value if isinstance(value, type) else type(value)).__mro__
+    ours = {k.__name__ for k in kinds if k.__module__.startswith("mtbalance.")}
+    if name in ("weighting", "gradient") and ours & {"Weighting", "GradientStrategy"}:
+        return " The weighting comes first: Balancer(weighting, gradient, ...)."
     names = {k.__name__ for k in kinds if k.__module__.partition(".")[0] == "torchjd"}
     if names & {"Aggregator", "Weighting"}:
         return " Give mtbalance.integrations.torchjd.FromTorchJD(aggregator) as `gradient`."

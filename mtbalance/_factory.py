@@ -1,7 +1,7 @@
 """Balancers by the names that the papers use."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typing_extensions import Unpack
@@ -128,7 +128,7 @@ def make_balancer(name: str, **options: Unpack[Options]) -> Balancer:
         if option not in known:
             raise TypeError(
                 f"`{option}` must be an option of the Balancer or of a strategy "
-                f"({', '.join(known)}).{nearest(option, known)}"
+                f"({', '.join(known)}).{_hint(option, (Balancer, weighting_class, gradient_class))}"
             )
     if "tasks" not in options:
         raise TypeError("`tasks` must name the tasks, but it is missing.")
@@ -174,6 +174,14 @@ def _check_required(name: str, kind: type, options: Mapping[str, Any]) -> None:
 def _parameters(kind: type) -> list[str]:
     named = inspect.signature(kind).parameters
     return [name for name in named if name not in ("weighting", "gradient")]
+
+
+def _hint(option: str, kinds: Sequence[type]) -> str:
+    """Return the option of these that is meant, or which ones the strategies among them take."""
+    options = {kind.__name__: _parameters(kind) for kind in kinds}
+    meant = nearest(option, [name for names in options.values() for name in names])
+    own = [(kind, names) for kind, names in options.items() if names and kind != "Balancer"]
+    return meant or "".join(f" {kind} takes {', '.join(names)}." for kind, names in own)
 
 
 def _taken_by(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

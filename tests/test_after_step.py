@@ -211,6 +211,22 @@ def test_losses_that_are_refused(change, error, words: str, function: bool) -> N
     assert len(shown(balancer)) == 1
 
 
+@pytest.mark.parametrize("form", ["mapping", "function", "detached"])
+def test_losses_of_before_the_step_are_refused(form: str) -> None:
+    """They tell nothing of the step, and a weighting would learn that it changed nothing."""
+    model, balancer = setting()
+    losses = model.losses(batch())
+    balancer.backward(losses)
+    given = {t: loss.detach() for t, loss in losses.items()} if form == "detached" else losses
+    with pytest.raises(ValueError, match=r"of 'a' is the one that backward\(\) was given"):
+        balancer.after_step((lambda: given) if form == "function" else given)
+    balancer.after_step({task: loss.clone() for task, loss in losses.items()})  # equal, but anew
+    assert len(shown(balancer)) == 1
+    balancer.backward(model.losses(batch()))
+    balancer.after_step(losses)  # of the step before: only those of this one are known
+    assert len(shown(balancer)) == 2
+
+
 def test_an_error_of_the_function_comes_out_as_it_is() -> None:
     model, balancer = setting()
     balancer.backward(model.losses(batch()))

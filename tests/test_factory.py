@@ -55,6 +55,22 @@ def test_options_are_those_of_what_is_made() -> None:
     assert found == {name: set().union(*map(alternatives, types[name])) for name in types}
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("dwa+cagrad", "temprature", r"weights\). Did you mean 'temperature'\?$"),
+        ("cagrad", "calpha", r"weights\). CAGrad takes c, rescale\.$"),  # not another's `alpha`
+        ("dwa+cagrad", "calpha", r"DWA takes temperature.*\. CAGrad takes c, rescale\.$"),
+        ("pcgrad", "shard", r"Did you mean 'shared'\?$"),
+        ("naive", "calpha", r"weights\)\.$"),
+    ],
+)
+def test_an_unknown_option(name: str, option: str, words: str) -> None:
+    """What is meant is an option of what is made, and not of some other strategy."""
+    with pytest.raises(TypeError, match=rf"^`{option}` must be an option of .*{words}"):
+        make_balancer(name, tasks=TASKS, **{option: 1.0})
+
+
 def alternatives(hint: Any) -> set[Any]:
     """Return the types of a union, and the values of what is literal."""
     if get_origin(hint) in (Union, UnionType):
