@@ -49,9 +49,10 @@ class AfterSteps:
                 stacklevel=3,
             )
         self.due = None
-        looks = weighting.needs_after_step and isinstance(losses, Mapping)
-        given = losses.values() if looks else ()
-        self._before = [loss.detach() for loss in given if isinstance(loss, Tensor)]
+        self._before = []
+        if weighting.needs_after_step and isinstance(losses, Mapping):
+            given = losses.values()
+            self._before = [loss.detach() for loss in given if isinstance(loss, Tensor)]
 
     def end(self, record: Record) -> None:
         """Note the step that has been made."""

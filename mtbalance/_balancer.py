@@ -291,10 +291,9 @@ class Balancer(nn.Module):
         that wrote nothing, it does nothing and calls nobody.
 
         Args:
-            losses: The losses of the same batch at the new parameters: a mapping, or a function
-                without arguments that returns one. The function is called without graphs, and
-                buffers of modules in training mode (batch norm) come back. Tasks that had no part
-                in the step do not count.
+            losses: The losses of the same batch at the new parameters, or a function that returns
+                them. It is called without graphs, and buffers of modules in training mode (batch
+                norm) come back. Tasks that had no part in the step do not count.
 
         Raises:
             RuntimeError: If there is no step to look back at, or another process has an error.

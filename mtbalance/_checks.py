@@ -141,18 +141,29 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def check_gradients(gradients: Tensor) -> None:
     """Raise unless ``gradients`` is a real floating-point matrix of at least one row."""
-    if not isinstance(gradients, Tensor):
+    _check_stacked("gradients", gradients, ndim=2, shape="(m, p)", what="rows", each="row")
+
+
+def check_losses(losses: Tensor) -> None:
+    """Raise unless ``losses`` is a real floating-point vector with at least one entry."""
+    _check_stacked("losses", losses, ndim=1, shape="(m,)", what="losses", each="loss")
+
+
+def _check_stacked(
+    name: str, stack: Tensor, *, ndim: int, shape: str, what: str, each: str
+) -> None:
+    if not isinstance(stack, Tensor):
         raise TypeError(
-            "`gradients` must be a tensor of shape (m, p), one row per task, but got "
-            f"{type(gradients).__name__}. Stack the rows with torch.stack."
+            f"`{name}` must be a tensor of shape {shape}, one {each} per task, but got "
+            f"{type(stack).__name__}. Stack the {what} with torch.stack."
         )
-    if gradients.ndim != 2 or len(gradients) == 0:
+    if stack.ndim != ndim or len(stack) == 0:
         raise ValueError(
-            "`gradients` must have shape (m, p) with one row per task and m at least 1, "
-            f"but got shape {tuple(gradients.shape)}."
+            f"`{name}` must have shape {shape} with one {each} per task and m at least 1, "
+            f"but got shape {tuple(stack.shape)}."
         )
-    if not gradients.is_floating_point():
-        raise TypeError(f"`gradients` must be real and floating-point, but got {gradients.dtype}.")
+    if not stack.is_floating_point():
+        raise TypeError(f"`{name}` must be real and floating-point, but got {stack.dtype}.")
 
 
 def check_gramian(gramian: Tensor) -> None:
@@ -162,22 +173,6 @@ def check_gramian(gramian: Tensor) -> None:
             "`gramian` must have shape (m, m) with m at least 1, "
             f"but got shape {tuple(gramian.shape)}."
         )
-
-
-def check_losses(losses: Tensor) -> None:
-    """Raise unless ``losses`` is a real floating-point vector with at least one entry."""
-    if not isinstance(losses, Tensor):
-        raise TypeError(
-            "`losses` must be a tensor of shape (m,), one loss per task, but got "
-            f"{type(losses).__name__}. Stack the losses with torch.stack."
-        )
-    if losses.ndim != 1 or len(losses) == 0:
-        raise ValueError(
-            "`losses` must have shape (m,) with one loss per task and m at least 1, "
-            f"but got shape {tuple(losses.shape)}."
-        )
-    if not losses.is_floating_point():
-        raise TypeError(f"`losses` must be real and floating-point, but got {losses.dtype}.")
 
 
 def check_saved(
