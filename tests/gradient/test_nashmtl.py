@@ -89,8 +89,9 @@ def test_agrees_with_scipy_on_the_product_of_gains(preference, seed: int) -> Non
     p = np.ones(4) if preference is None else np.array(preference)
 
     def loss(d: np.ndarray) -> float:
-        gains = array(rows) @ d / np.linalg.norm(d)
-        return -p @ np.log(gains) if (gains > 0).all() else np.inf
+        length = np.linalg.norm(d)  # of which the gains know nothing: a simplex would wander
+        gains = array(rows) @ d / length
+        return -p @ np.log(gains) + (length - 1) ** 2 if (gains > 0).all() else np.inf
 
     units = array(rows) / np.linalg.norm(array(rows), axis=1, keepdims=True)
     best = least_norm_weights(units, np.ones(4)) @ units
