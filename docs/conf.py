@@ -33,7 +33,7 @@ autodoc_inherit_docstrings = False  # what a base class says stands there
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 48  # the width of a phone
 napoleon_numpy_docstring = False
 
 html_title = f"mtbalance {version}"

@@ -21,6 +21,8 @@ _LINES = (
     (re.compile(" ± "), "\u00a0±\u00a0"),
     # headings between the words of a class, or behind the package
     (re.compile(r"<h1>(?:mtbalance\.|[A-Z][a-z]+(?=[A-Z][a-z]))"), r"\g<0><wbr>"),
+    # signatures before the name
+    (re.compile(r'(\.</span></span>)(<span class="sig-name)'), r"\1<wbr>\2"),
     # short code on one line, longer code behind the bracket of a call
     (re.compile(r'<span class="pre">(?=(?:[^<&]|&\w+;){1,20}</span>)'), '<span class="pre whole">'),
     (re.compile(r'(<span class="pre">\w+\()(?=[^<)])'), r"\1<wbr>"),
