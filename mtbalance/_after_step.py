@@ -27,7 +27,9 @@ class AfterSteps:
         self._tasks = tasks
         self._buffers = Buffers()
         self._told = False
-        self._before: list[Tensor] = []  # losses of the step, without their graphs
+        # Where losses of the step lie, these, so that no other loss comes to lie there, and copies:
+        # a CUDA graph writes the next ones to the same place.
+        self._before: list[tuple[int, Tensor, Tensor]] = []
         self.due: tuple[str, ...] | None = None
         """The tasks of the step to look back at, none if it wrote nothing; None without a step."""
 
@@ -51,8 +53,8 @@ class AfterSteps:
         self.due = None
         self._before = []
         if weighting.needs_after_step and isinstance(losses, Mapping):
-            given = losses.values()
-            self._before = [loss.detach() for loss in given if isinstance(loss, Tensor)]
+            given = [loss.detach() for loss in losses.values() if type(loss) is Tensor]
+            self._before = [(loss.data_ptr(), loss, loss.clone()) for loss in given]
 
     def end(self, record: Record) -> None:
         """Note the step that has been made."""
@@ -120,9 +122,11 @@ class AfterSteps:
 
     def _check_anew(self, losses: object) -> None:
         """Raise if losses are those that the step was made of, which tell nothing of it."""
-        old = {loss.data_ptr() for loss in self._before}
         for task, loss in losses.items() if isinstance(losses, Mapping) else ():
-            if isinstance(loss, Tensor) and loss.data_ptr() in old:
+            if type(loss) is Tensor and any(
+                loss.data_ptr() == place and torch.equal(loss, value)
+                for place, _, value in self._before
+            ):
                 raise ValueError(
                     f"`losses` must be those after optimizer.step(), but that of {task!r} is the "
                     "one that backward() was given. Compute them anew, or give a function that "

@@ -227,6 +227,19 @@ def test_losses_of_before_the_step_are_refused(form: str) -> None:
     assert len(shown(balancer)) == 2
 
 
+def test_losses_that_are_written_to_one_place_are_taken() -> None:
+    """As a CUDA graph does: where they lie is no sign that they are those of before."""
+    model, balancer = setting()
+    losses = model.losses(batch())
+    balancer.backward(losses)
+    with torch.no_grad():
+        for task, loss in model.losses(batch(seed=1)).items():
+            losses[task].copy_(loss)
+    balancer.after_step(losses)
+    ((_, after),) = shown(balancer)
+    assert after == [loss.item() for loss in model.losses(batch(seed=1)).values()]
+
+
 def test_an_error_of_the_function_comes_out_as_it_is() -> None:
     model, balancer = setting()
     balancer.backward(model.losses(batch()))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from docs.make import grid, strategies, tutorial
+from docs.make import strategies, tutorial
 from docs.make.links import DOCS
 from docs.make.pictures import draw
 from docs.make.stamps import Picture, pictures, store, stored
@@ -54,6 +54,8 @@ def main() -> None:
         tutorial.draw()
         figures([tutorial.PICTURE], keep=True)
     elif given.command == "grid":
+        from docs.make import grid  # it needs the packages of the pathology example
+
         grid.draw()
         figures([grid.PICTURE], keep=True)
     else:
