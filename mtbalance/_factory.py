@@ -123,12 +123,12 @@ def make_balancer(name: str, **options: Unpack[Options]) -> Balancer:
     gradient_options = _taken_by(gradient_class, options)
     balancer_options = _taken_by(Balancer, options)
     kinds: set[type] = {Balancer, *WEIGHTINGS.values(), *GRADIENTS.values()}
-    known = sorted({parameter for kind in kinds for parameter in _parameters(kind)})
+    known = {parameter for kind in kinds for parameter in _parameters(kind)}
     for option in options:
         if option not in known:
             raise TypeError(
-                f"`{option}` must be an option of the Balancer or of a strategy "
-                f"({', '.join(known)}).{_hint(option, (Balancer, weighting_class, gradient_class))}"
+                f"`{option}` must be an option of the Balancer or of a strategy."
+                + _meant(option, (weighting_class, gradient_class, Balancer))
             )
     if "tasks" not in options:
         raise TypeError("`tasks` must name the tasks, but it is missing.")
@@ -176,12 +176,12 @@ def _parameters(kind: type) -> list[str]:
     return [name for name in named if name not in ("weighting", "gradient")]
 
 
-def _hint(option: str, kinds: Sequence[type]) -> str:
-    """Return the option of these that is meant, or which ones the strategies among them take."""
+def _meant(option: str, kinds: Sequence[type]) -> str:
+    """Return the option of these that is nearest, if one is near, and what each of them takes."""
     options = {kind.__name__: _parameters(kind) for kind in kinds}
-    meant = nearest(option, [name for names in options.values() for name in names])
-    own = [(kind, names) for kind, names in options.items() if names and kind != "Balancer"]
-    return meant or "".join(f" {kind} takes {', '.join(names)}." for kind, names in own)
+    takes = [f"{kind} takes {', '.join(names)}" for kind, names in options.items() if names]
+    near = nearest(option, [name for names in options.values() for name in names])
+    return f"{near} {'; '.join(takes)}."
 
 
 def _taken_by(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
