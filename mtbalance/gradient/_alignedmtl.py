@@ -95,7 +95,7 @@ class AlignedMTL(PreferringStrategy):
 
     def _aligned(self, gramian: Tensor, preferences: Tensor) -> Tensor:
         """Return the weights of rows that are not zero."""
-        values, vectors = torch.linalg.eigh(gramian)
+        values, vectors = _eigen(gramian)
         kept = values > self._rtol(len(gramian)) * values[-1]
         kept[-1] = True
         values, vectors = values[kept], vectors[:, kept]
@@ -144,3 +144,19 @@ class AlignedMTL(PreferringStrategy):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale!r}, rtol={self.rtol}"
+
+
+def _eigen(gramian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a Gramian, shape (k,), in rising order, and its eigenvectors.
+
+    ``eigh`` knows all eigenvalues up to the rounding of the largest, so hardly those of short rows.
+    The Cholesky factor of the rows in falling order of their lengths is as exact for each row, and
+    its squared singular values are the eigenvalues.
+    """
+    order = gramian.diagonal().argsort(descending=True)
+    factor, info = torch.linalg.cholesky_ex(gramian[order][:, order])
+    if int(info) != 0:  # dependent rows
+        values, vectors = torch.linalg.eigh(gramian)
+        return values, vectors
+    vectors, roots, _ = torch.linalg.svd(factor)
+    return roots.flip(0).square(), vectors.flip(1)[order.argsort()]

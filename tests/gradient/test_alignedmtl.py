@@ -121,6 +121,24 @@ def test_aligned_rows_are_orthogonal_and_equally_long(scale: str, m: int) -> Non
     assert_close(AlignedMTL(scale)(rows).norm().item() ** 2, m * s, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("m", [2, 3, 8, 50])
+def test_lengths_six_decades_apart(scale: str, m: int) -> None:
+    """Aligned rows are as orthogonal as others: eigenvalues twelve decades apart are exact, too."""
+    lengths = 10 ** torch.linspace(3, -3, m, dtype=torch.float64)
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(m))
+    rows = (lengths[:, None] * matrix("generic", m, 2 * m, seed=m))[order]
+    found = []
+    for i in range(m):
+        preference = np.full(m, 1e-250)
+        preference[i] = 1.0
+        found.append(AlignedMTL(scale, rtol=0.0, preference=list(preference))(rows) / m)
+    gram = torch.stack(found) @ torch.stack(found).T
+    s = size_of(scipy.linalg.svdvals(array(rows)), scale)
+    assert_close(gram, gram[0, 0] * torch.eye(m, dtype=torch.float64), rtol=1e-10, atol=1e-10 * s)
+    assert abs(gram[0, 0] - s) <= 1e-6 * s
+
+
 @given(rows=gradients(m=(2, 8)))
 @settings(max_examples=150)
 def test_min_is_never_longer_than_the_sum(rows: Tensor) -> None:
