@@ -309,8 +309,11 @@ def adam(
         active: The tasks.
     """
     steps[active] += 1
-    exp_avg[active] = torch.lerp(slope, exp_avg[active], _BETAS[0])
-    exp_avg_sq[active] = torch.lerp(slope.square(), exp_avg_sq[active], _BETAS[1])
+    # No lerp(): it takes 1 - 0.999 in the dtype of the means, of which float32 leaves four digits.
+    for means, new, beta in zip(
+        (exp_avg, exp_avg_sq), (slope, slope.square()), _BETAS, strict=True
+    ):
+        means[active] = beta * means[active] + (1 - beta) * new
     # The powers are close to 1 in the first steps, where float32 would lose half their digits.
     taken = steps[active].to(dtype_of_sums(steps.device))
     first = exp_avg[active] / (1 - _BETAS[0] ** taken)

@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from mtbalance._random import RandomSource
+from mtbalance._remembered import dtype_of_sums
 
 from ._base import Weighting
 
@@ -47,4 +48,5 @@ class RandomWeighting(Weighting):
         draws = torch.randn(self.num_tasks, generator=self.random.generator, device="cpu")
         # From pageable memory, this returns once the few numbers are read.
         draws = draws.to(losses.device, non_blocking=True)[self.active]
-        return (len(draws) * torch.softmax(draws, 0)).to(losses.dtype) * losses
+        weights = len(draws) * torch.softmax(draws, 0, dtype=dtype_of_sums(losses.device))
+        return weights.to(losses.dtype) * losses

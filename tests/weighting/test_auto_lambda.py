@@ -641,7 +641,7 @@ def test_float32_weights_move_as_with_torch_adam(monkeypatch) -> None:
     for found, slope in zip(feed(weighting, slopes, monkeypatch), slopes, strict=True):
         mirror.grad = slope.float()
         adam.step()
-        assert_close(found, mirror.detach(), rtol=0, atol=1e-5)
+        assert_close(found, mirror.detach(), rtol=0, atol=1e-6)
 
 
 def test_first_step_by_hand(monkeypatch) -> None:
