@@ -355,6 +355,18 @@ def test_a_matrix_at_which_nothing_is_settled_speaks_against_no_claim() -> None:
         check_gradient_strategy(Jumps, claims=[Claim.ORDER_FREE])
 
 
+def test_one_change_of_the_rows_is_not_enough_to_tell_what_is_settled() -> None:
+    class Leans(Plain):
+        """Takes the first row where a column cancels, which every second change ends."""
+
+        def forward(self, gradients: Tensor) -> Tensor:
+            total = gradients.sum(0)
+            size = gradients.abs().sum(0).nan_to_num(0, 0, 0)
+            return torch.where((total <= 0) & (total >= -1e-9 * size), gradients[0], total)
+
+    assert Claim.ORDER_FREE in properties_of(Leans, seeds=range(3))
+
+
 @pytest.mark.parametrize(
     ("got", "fine"),
     [

@@ -21,6 +21,10 @@ from ._weighting import Trait, WeightingProperty
 
 _Named = TypeVar("_Named", Property, WeightingProperty)
 
+_CHANGES = 8
+"""In how many ways rows are changed. Where weights are not unique, as of dependent rows, one change
+may leave those alone that a strategy has chosen, and remembers."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -96,7 +100,7 @@ def properties_of(
     """Return the claims that held in all trials, in float64.
 
     A matrix at which a claim fails speaks against it only if the direction is settled there: one
-    that changes as much by a change of the rows of 1e-12 says nothing.
+    that changes as much by some change of the rows of 1e-12 says nothing.
 
     Args:
         make: Returns a new strategy.
@@ -200,12 +204,16 @@ def _survives(subject: Subject, claim: Claim, seeds: Sequence[int]) -> bool:
 
 
 def _settled(subject: Subject, sample: Sample) -> bool:
-    """Whether a direction changes little where the rows do."""
+    """Whether a direction changes little where the rows do, in any of some ways."""
     rows = sample.rows()
-    noise = torch.randn(rows.shape, generator=Generator("cpu").manual_seed(1), device="cpu")
+    draws = Generator("cpu").manual_seed(1)
+    most = 0.1 * subject.tolerance_at(rows) * size_of(rows)
     try:
-        moved = subject(rows * (1 + 1e-12 * noise.to(rows)))
-        change = float((moved - subject(rows)).abs().max())
+        direction = subject(rows)
+        for _ in range(_CHANGES):
+            noise = torch.randn(rows.shape, generator=draws, device="cpu").to(rows)
+            if (subject(rows * (1 + 1e-12 * noise)) - direction).abs().max() > most:
+                return False
     except Exception:  # noqa: BLE001
         return True  # what raises claims nothing
-    return not change > 0.1 * subject.tolerance_at(rows) * size_of(rows)
+    return True
