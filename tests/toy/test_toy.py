@@ -76,6 +76,7 @@ ENDS = {
     "mgda": ("pareto", "pareto"),
     "pcgrad": ("pareto", "pareto"),
     "nash": ("pareto", "pareto"),
+    "aligned": ("pareto", "pareto"),
 }
 
 
