@@ -229,6 +229,9 @@ SCALARIZERS: dict[str, Callable[[Any, int], Any]] = {
 }
 """TorchJD's weightings, by the names that they have here."""
 
+ACROSS = {"modo": "MoDoWeighting", "sdmgrad": "SDMGradWeighting"}
+"""What TorchJD calls strategies that learn from two batches: there, weights of their gradients."""
+
 
 def peers_of_catalogue(
     workload: Workload, variants: Iterable[str]
@@ -251,8 +254,13 @@ def peers_of_catalogue(
 
 def _torchjd_of(workload: Workload, variant: str) -> Step | None:
     weighting, gradient = variant.split("+")
+    if weighting == "excessmtl" and gradient == "sum":  # an aggregator there
+        make = functools.partial(_aggregator, weighting, workload)
+        return _torchjd_step(workload, make, 1)
     if gradient == "sum":
         return _scalarized_step(workload, weighting) if weighting in SCALARIZERS else None
+    if weighting == "equal" and gradient in ACROSS:
+        return _torchjd_step_across(workload, ACROSS[gradient])
     kind = _aggregators().get(gradient)
     if weighting != "equal" or kind is None:
         return None
@@ -265,6 +273,25 @@ def _torchjd_of(workload: Workload, variant: str) -> Step | None:
         1,
         optimize_gramian_computation=issubclass(kind, GramianWeightedAggregator),
     )
+
+
+def _torchjd_step_across(workload: Workload, name: str) -> Step:
+    """Return a step of TorchJD's example with two batches per step, task by task."""
+    from torchjd import aggregation
+    from torchjd.autojac import jac
+
+    weighting = getattr(aggregation, name)().to(workload.training.inputs.device)
+
+    def step() -> None:
+        losses, rows = [], []
+        for batch in (workload.losses(), workload.validation_losses()):
+            losses.append(torch.stack(list(batch.values())))
+            parts = jac(losses[-1], workload.parameters, retain_graph=True, parallel_chunk_size=1)
+            rows.append(torch.cat([part.flatten(1) for part in parts], 1))
+        weights = weighting(rows[0] @ rows[1].T)
+        ((losses[0] + losses[1]) / 2).backward(weights)
+
+    return step
 
 
 def _scalarized_step(workload: Workload, weighting: str) -> Step:

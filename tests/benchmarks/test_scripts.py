@@ -18,7 +18,7 @@ from tests.benchmarks import (
     step_cost,
     tiny_step,
 )
-from tests.benchmarks.peers import LIBMTL, SCALARIZERS, peers, peers_of_catalogue
+from tests.benchmarks.peers import ACROSS, LIBMTL, SCALARIZERS, peers, peers_of_catalogue
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
 CPU = torch.device("cpu")
@@ -184,11 +184,14 @@ def test_namesakes_fill_every_grad(library: str) -> None:
     workload = TINY["tiny-mlp"](CPU)
     known = catalogue.variants(3)
     assert set(LIBMTL) <= set(known)
-    assert {f"{name}+sum" for name in SCALARIZERS} <= set(known)
+    assert {f"{name}+sum" for name in (*SCALARIZERS, "excessmtl")} <= set(known)
+    assert {f"equal+{name}" for name in ACROSS} <= set(known)
     steps, missing = peers_of_catalogue(workload, known)
     if library not in steps:
         assert any(line.startswith(library) for line in missing)
         pytest.skip(f"{library} is not installed")
+    if library == "torchjd":
+        assert {"excessmtl+sum", "equal+modo", "equal+sdmgrad"} <= set(steps[library])
     done = 0
     for variant, step in steps[library].items():
         workload.model.zero_grad()
