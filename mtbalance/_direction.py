@@ -15,7 +15,6 @@ from mtbalance._rows import (
     at_least_float32,
     column_blocks,
     columns_of,
-    combine,
     first_of,
     flat,
     shaped,
@@ -39,6 +38,15 @@ class Outcome(NamedTuple):
     """What a Gramian strategy gave for the weighted rows, shape (m,)."""
 
 
+class Combines(Protocol):
+    """Combines rows, which it may empty."""
+
+    def __call__(
+        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+    ) -> list[Tensor | None]:
+        """Return the combination of rows, one new tensor for each leaf."""
+
+
 def direction_of(
     strategy: GradientStrategy,
     leaves: Sequence[Tensor],
@@ -49,6 +57,8 @@ def direction_of(
     first: int = 0,
     power: int = 0,
     across: Tensor | None = None,
+    *,
+    combine: Combines,
 ) -> Outcome:
     """Ask the gradient strategy for the direction of one group.
 
@@ -63,6 +73,7 @@ def direction_of(
         first: The number of the rows' first column here, counted over all processes.
         power: The power of two that rows were divided by for the Gramian.
         across: Inner products of the raw rows of two batches, where the strategy is told these.
+        combine: Combines raw rows where it gives coefficients.
     """
     weights = weights.to(gramian)
     weighted = gramian * weights * weights[:, None]
@@ -78,7 +89,7 @@ def direction_of(
         direction, progress = by_columns(strategy, leaves, rows, weighted_rows, first, power)
         return Outcome(direction, progress * unscale**2)
     combination = weights * solution
-    direction = combine(rows, combination, leaves, release=True)
+    direction = combine(leaves, rows, combination, release=True)
     return Outcome(direction, gramian @ combination, combination, solution)
 
 

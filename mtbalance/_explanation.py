@@ -31,7 +31,8 @@ class Explanation:
     Attributes:
         rows: One row per use.
         balanced: Number of numbers in the balanced (shared, not frozen) parameters.
-        extra_bytes: Memory of the per-task gradients: tasks x balanced parameters x bytes.
+        extra_bytes: Memory of the per-task gradients, tasks x balanced parameters x bytes: less
+            where those of linear layers are kept as factors.
         tasks: The tasks.
     """
 
@@ -49,8 +50,8 @@ class Explanation:
             f"{row.use:{width}}  {row.tensors:>8}  {row.parameters:>14,}" for row in self.rows
         ]
         lines.append(
-            f"Extra memory of per-task gradients: {len(self.tasks)} tasks x {self.balanced:,} "
-            f"shared numbers = {self.extra_bytes / 2**20:,.1f} MiB."
+            f"Extra memory of per-task gradients: up to {len(self.tasks)} tasks x "
+            f"{self.balanced:,} shared numbers = {self.extra_bytes / 2**20:,.1f} MiB."
         )
         return "\n".join(lines)
 

@@ -193,17 +193,17 @@ def gramian_in_range(gradients: Tensor) -> Tensor:
     gradients = gradients.detach()
     gramian = gramian_of([[row] for row in gradients])
     if gradients.dtype == torch.float64 and not LOWEST < gramian.diagonal().max() < HIGHEST:
-        return gramian_of([[row] for row in _near_one(gradients)])
+        return gramian_of([[row] for row in near_one(gradients)[0]])
     return gramian
 
 
-def _near_one(gradients: Tensor) -> Tensor:
-    """Return the gradients times a power of two, which changes no angle and no ratio of lengths."""
-    if gradients.numel() == 0:
-        return gradients
-    _, exponent = torch.frexp(gradients.abs().max())
+def near_one(numbers: Tensor) -> tuple[Tensor, int]:
+    """Return numbers over a power of two, so that the largest is near 1, and that power."""
+    if numbers.numel() == 0:
+        return numbers, 0
+    _, exponent = torch.frexp(numbers.abs().max())
     half = exponent // 2  # twice half: a power of two that large is itself out of range
-    return torch.ldexp(torch.ldexp(gradients, -half), half - exponent)
+    return torch.ldexp(torch.ldexp(numbers, -half), half - exponent), int(exponent)
 
 
 # --- two rows -------------------------------------------------------------------------------------

@@ -30,16 +30,24 @@ class Reach(NamedTuple):
     """Per loss, whether a later loss needs a part of its graph."""
 
 
-def nodes_of(losses: Sequence[Tensor], known: Collection[Node] = ()) -> set[Node]:
-    """Return the nodes in the graphs of losses, without looking beyond known ones."""
-    found: set[Node] = set()
+def nodes_of(losses: Sequence[Tensor], known: Collection[Node] = ()) -> Collection[Node]:
+    """Return the nodes in the graphs of losses, without looking beyond known ones.
+
+    In an order that the graphs decide.
+    """
+    found: dict[Node, None] = {}
     stack = [loss.grad_fn for loss in losses]
     while stack:
         node = stack.pop()
         if node is not None and node not in found and node not in known:
-            found.add(node)
+            found[node] = None
             stack += [child for child, _ in node.next_functions]
-    return found
+    return found.keys()
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """Return the leaf that a node stands for; None if it stands for an operation."""
+    return node.variable if type(node) is _LeafNode else None  # type: ignore[attr-defined]
 
 
 def is_computed_from(tensor: Tensor, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
 
 from mtbalance._graphs import free, reach_of
 from mtbalance._products import inner_products
@@ -21,7 +22,7 @@ _TOGETHER = 2**8
 
 def gradient_of(
     losses: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
     factors: Sequence[Tensor | None] | None = None,
     *,
     retain_graph: bool = False,
@@ -31,7 +32,11 @@ def gradient_of(
         return []
     try:
         gradients = torch.autograd.grad(
-            losses, inputs, factors, retain_graph=retain_graph, allow_unused=True
+            losses,
+            inputs,  # type: ignore[arg-type]  # of both kinds
+            factors,
+            retain_graph=retain_graph,
+            allow_unused=True,
         )
     except RuntimeError as error:
         raise _explained(error) from error.__cause__
@@ -51,7 +56,9 @@ def _check_tangents(gradients: Sequence[Tensor | None]) -> None:
 
 
 def task_gradients(
-    losses: Sequence[Tensor], inputs: Sequence[Tensor], shares_graph: Sequence[bool]
+    losses: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
+    shares_graph: Sequence[bool],
 ) -> Iterator[list[Tensor | None]]:
     """Yield, per loss, its gradient for each input, and free its graph once nobody needs it."""
     for loss, shares in zip(losses, shares_graph, strict=True):

@@ -12,11 +12,12 @@ from torch.amp.grad_scaler import GradScaler
 from mtbalance._agreement import BELOW
 from mtbalance._checks import averages_rows, check_features
 from mtbalance._company import Accepts, Company, TaskPasses
+from mtbalance._factors import Layer, layers_of, passes_of
 from mtbalance._graphs import Reach, is_computed_from, reach_of
 from mtbalance._passes import task_gradients
 from mtbalance._products import gramian_of
 from mtbalance._reach import ReachLog
-from mtbalance._rows import Rows, columns_of
+from mtbalance._rows import Rows, columns_of, combine, sum_of
 from mtbalance._scaling import scaled
 from mtbalance._seen import Seen
 from mtbalance._shards import sum_over_shards
@@ -48,6 +49,9 @@ class Place(Protocol):
     def reached(self, losses: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """Return what each loss reaches; under ``BELOW``, what the features depend on."""
 
+    def for_combinations(self, seen: Seen) -> "Place":
+        """Return the place for a step that asks rows for Gramians and combinations alone."""
+
     def rows(self, seen: Seen, company: Company, scaler: GradScaler | None) -> Iterator[Row]:
         """Make a backward pass for each loss of this process, and yield the gradients."""
 
@@ -67,6 +71,18 @@ class Place(Protocol):
 
     def over_all(self, products: Tensor) -> Tensor:
         """Return inner products over all columns, of those over the columns of this process."""
+
+    def combine(
+        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+    ) -> list[Tensor | None]:
+        """Return the combination of rows, one new tensor for each leaf.
+
+        Args:
+            leaves: What the rows are gradients of.
+            rows: The rows, m of them.
+            coefficients: Shape (m,).
+            release: Whether to empty the rows, which are lists then, on the way.
+        """
 
     def write(
         self,
@@ -116,6 +132,19 @@ class AtParameters:
         """Return what each loss reaches."""
         return {task: reach_of([loss]).leaves for task, loss in losses.items()}
 
+    def for_combinations(self, seen: Seen) -> "Place":
+        """Return where the gradients of large linear layers are factors, if that saves time."""
+        if self._passes is not task_gradients:
+            return self  # the user has said how gradients are to be made
+        groups, _ = self._log.divide(seen.reach.leaves)
+        shared = list(itertools.chain(*groups.values()))
+        layers = layers_of(list(seen.finite_here.values()), shared)
+        if not layers:
+            return self
+        place = WithFactors(self._log, layers, self.dtype)
+        place.retains = self.retains
+        return place
+
     def rows(self, seen: Seen, company: Company, scaler: GradScaler | None) -> Iterator[Row]:
         """Make a backward pass for each loss of this process, and yield the gradients."""
         losses = seen.finite_here
@@ -145,6 +174,12 @@ class AtParameters:
         """Return them as they are: shards have been added up leaf by leaf."""
         return products
 
+    def combine(
+        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+    ) -> list[Tensor | None]:
+        """Return the combination of rows, of sharded leaves that of this process's shards."""
+        return combine(rows, coefficients, leaves, release=release)
+
     def write(
         self,
         leaves: Sequence[Tensor],
@@ -156,6 +191,46 @@ class AtParameters:
         del seen, accepts
         write(leaves, directions)
         return True
+
+
+class WithFactors(AtParameters):
+    """Balancing at the shared parameters, with factors for the gradients of some layers' weights.
+
+    Args:
+        log: Knows which parameters are shared.
+        layers: The layers, by the identity of their weights.
+        dtype: What rows, and factors, are kept in; None for their own.
+    """
+
+    def __init__(
+        self, log: ReachLog, layers: Mapping[int, Layer], dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(log, functools.partial(passes_of, layers), dtype)
+        self._layers = layers
+
+    def gramian(
+        self, leaves: Sequence[Tensor], rows: Rows, exponents: Sequence[int] = ()
+    ) -> Tensor:
+        """Return the inner products of the gradients, of which some are factors."""
+        plain = [number for number, leaf in enumerate(leaves) if id(leaf) not in self._layers]
+        others = [[row[number] for number in plain] for row in rows]
+        parts = [super().gramian([leaves[number] for number in plain], others, exponents)]
+        for number, leaf in enumerate(leaves):
+            if id(leaf) in self._layers:
+                factors = [row[number] for row in rows]
+                parts.append(self._layers[id(leaf)].gramian(factors, exponents))
+        return sum_of(parts, parts[0].shape)
+
+    def combine(
+        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+    ) -> list[Tensor | None]:
+        """Return the combination of the gradients: factors become gradients when combined."""
+        combined = super().combine(leaves, rows, coefficients, release=release)
+        for number, leaf in enumerate(leaves):
+            factor = combined[number]
+            if id(leaf) in self._layers and factor is not None:
+                combined[number] = self._layers[id(leaf)].gradient(factor)
+        return combined
 
 
 class AtFeatures:
@@ -208,6 +283,11 @@ class AtFeatures:
         found = {task: reach_of([loss], until=self._parts).leaves for task, loss in losses.items()}
         return {**found, BELOW: reach_of(self._parts).leaves}
 
+    def for_combinations(self, seen: Seen) -> "Place":
+        """Return this one."""
+        del seen
+        return self
+
     def rows(self, seen: Seen, company: Company, scaler: GradScaler | None) -> Iterator[Row]:
         """Make a backward pass down to the features for each loss of this process."""
         losses = seen.finite_here
@@ -238,6 +318,12 @@ class AtFeatures:
     def over_all(self, products: Tensor) -> Tensor:
         """Return the sum over all processes."""
         return self._company.sum(products)
+
+    def combine(
+        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+    ) -> list[Tensor | None]:
+        """Return the combination of rows, over the part of the batch that is here."""
+        return combine(rows, coefficients, leaves, release=release)
 
     def write(
         self,

@@ -60,6 +60,14 @@ class Setting(NamedTuple):
         return self.gradient.is_sum and not self.looks_ahead and not self.policy.drops
 
     @property
+    def combines(self) -> bool:
+        """Whether nothing but Gramians and combinations is made of the rows, which all are here."""
+        strategy, company = self.gradient, self.company
+        by_products = (strategy.by_gramian or strategy.is_sum) and strategy.row_means is None
+        alone = company.size == 1 and company.task_passes is None
+        return by_products and alone and not self.looks_ahead and not self.batches
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether the weighting is to look at per-task gradients in this step."""
         return self.weighting.needs_gradients and not self.weighting.rests
@@ -112,6 +120,8 @@ class Steps:
                 record = attempt(lambda: self._with_known(seen, setting, groups, rest))
                 if not (policy.drops and record.skipped):
                     return record
+        if setting.combines:
+            setting = setting._replace(place=setting.place.for_combinations(seen))
         rows = setting.place.rows(seen, setting.company, setting.scaler)
         return attempt(lambda: self._with_rows(rows, seen, setting))
 
@@ -297,6 +307,7 @@ def _outcomes(
                 setting.place.first,
                 power,
                 table.across.get(number),
+                combine=setting.place.combine,
             )
     return outcomes
 
@@ -414,5 +425,5 @@ def _pass_on(table: Table, place: Place, seen: Seen, factor: float = 1.0) -> Non
     """Accumulate the plain sum of the rows, not finite as it is, or times a factor that is not."""
     ones = torch.full((len(table.losses),), factor, device="cpu")
     for leaves, rows in table.groups.values():
-        place.write(leaves, combine(rows, ones, leaves), seen, lambda _: True)
+        place.write(leaves, place.combine(leaves, rows, ones), seen, lambda _: True)
     write(table.rest.leaves, combine(table.rest.rows, ones, table.rest.leaves))

@@ -78,7 +78,7 @@ def test_long_rows_are_precise(kind: str, m: int, seed: int) -> None:
     matrix *= 10.0 ** torch.arange(m)[:, None]
     whole = matrix.clone()
     whole[0, 1200:1250] = 0
-    assert worst(gramian_of(cut(matrix)), by_hand(whole)) < 1e-6
+    assert worst(gramian_of(cut(matrix)), by_hand(whole)) < 5e-6
 
 
 def test_float32_serves_where_rows_are_independent(made) -> None:

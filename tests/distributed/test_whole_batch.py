@@ -1,11 +1,12 @@
 """Ranks with parts of a batch do what one process does with the whole batch."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from mtbalance import PAPER_COMBINATIONS
+from mtbalance import PAPER_COMBINATIONS, _factors
 from tests.distributed.harness import ALONE, Here, Pool
 from tests.distributed.runs import (
     CATALOGUE,
@@ -68,6 +69,21 @@ def test_the_rest_of_the_catalogue(two: Pool, wrapper: str) -> None:
 def test_every_pair_in_float32(two: Pool, wrapper: str) -> None:
     """One step: further ones would measure how training magnifies what rounding differs by."""
     assert_all_equal(two, wrapper, 1e-6, steps=1, precision=torch.float32)
+
+
+def train_with_factors(here: Here, wrapper: str, names: tuple[str, ...]) -> dict[str, Outcome]:
+    with mock.patch.object(_factors, "pays", return_value=True):
+        return train_all(here, wrapper, names, {})
+
+
+@pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])
+def test_gradients_that_are_factors_in_one_process(two: Pool, wrapper: str) -> None:
+    """Several average whole gradients, of which factors are no means."""
+    names = ("equal+pcgrad", "uncert+cagrad")
+    ranks = two.run(train_with_factors, wrapper, names)
+    alone = train_with_factors(ALONE, wrapper, names)
+    for name in names:
+        assert_equal([outcomes[name] for outcomes in ranks], alone[name], 1e-12, name)
 
 
 @pytest.mark.parametrize("wrapper", ["no wrapper", "DDP"])

@@ -40,6 +40,9 @@ class Case:
     options: Mapping[str, Any]
     scale: float | None
     calls: tuple[Call, ...]
+    factors: bool = False
+    """Whether gradients of linear layers in float64 are kept as factors, however small they are.
+    (Those in float32 would be nearer to exact ones than gradients that are rounded to it.)"""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -48,7 +51,7 @@ class Case:
     def __str__(self) -> str:
         lines = [f"seed {self.seed}: {self.weighting} + {self.gradient}"]
         lines += [f"  shared {self.shared}, options {dict(self.options)}, scale {self.scale}"]
-        lines += [f"  parameters of {self.plan.dtype}"]
+        lines += [f"  parameters of {self.plan.dtype}{', factors' if self.factors else ''}"]
         lines += [f"  trunk {n}: {trunk}" for n, trunk in enumerate(self.plan.trunks)]
         lines += [f"  task {task}: {head}" for task, head in self.plan.heads.items()]
         lines += [f"  {n}. {call}" for n, call in enumerate(self.calls)]
@@ -93,7 +96,8 @@ class _Draw:
             gradient = ("PCGrad", {"order": "fixed"})
         scale = 2.0 ** rng.randint(-3, 12) if self.chance(0.2) else None
         case = Case(self.seed, plan, weighting, gradient, shared, options, scale, ())
-        return replace(case, calls=self.calls(case, at_features=at_features))
+        case = replace(case, calls=self.calls(case, at_features=at_features))
+        return replace(case, factors=self.chance(0.5))
 
     def weighting(self) -> tuple[str, dict[str, Any]]:
         rng = self.rng

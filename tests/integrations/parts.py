@@ -105,11 +105,15 @@ def plain(
     return parts
 
 
-def assert_same(found: nn.Module, wanted: nn.Module) -> None:
+def assert_same(
+    found: nn.Module, wanted: nn.Module, *, rtol: float = 0.0, atol: float = 0.0
+) -> None:
     state = found.state_dict()
     assert state.keys() == wanted.state_dict().keys()
     for name, value in wanted.state_dict().items():
-        torch.testing.assert_close(state[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            state[name], value, rtol=rtol, atol=atol, equal_nan=True, msg=name
+        )
 
 
 def tell_as_torchrun(here: Here) -> None:
