@@ -15,6 +15,7 @@ IMPORTED = (
     "tests.distributed.harness",
     "examples.pathology.features.dispatch",
     "examples.pathology.study.benchmark",
+    "tests._frozen",  # the last
 )
 
 
