@@ -1,12 +1,12 @@
 """What holds for every strategy: the catalogue, held to the properties of ``mtbalance.testing``.
 
-The properties themselves, each with the matrices that it is about, are in the kit; here Hypothesis
-draws these matrices.
+The properties themselves, each with the matrices that it is about, are in the kit; here many of
+these matrices are drawn, and Hypothesis looks for a small one where a property does not hold.
 """
 
 import inspect
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
@@ -42,7 +42,16 @@ from tests._catalogue import (
     weighting_cases,
 )
 from tests._oracles import array, least_norm_weights
-from tests._samplers import BY_NAME, DTYPES, FAMILIES, gradients, losses_for, samples_for
+from tests._samplers import (
+    BY_NAME,
+    DTYPES,
+    FAMILIES,
+    chances_for,
+    chances_of_losses_for,
+    gradients,
+    losses_for,
+    samples_for,
+)
 
 # Of some matrices drawn here, strategies say that there is no answer, and fall back.
 pytestmark = pytest.mark.filterwarnings("ignore:.* fell back:RuntimeWarning")
@@ -186,6 +195,18 @@ def test_claims_hold(case: GradientCase, prop: Property) -> None:
 
 
 def search(prop: Property, subject: Subject) -> None:
+    """Look for a matrix at which a property does not hold, and then for a small one."""
+    samples = islice(chances_for(prop, subject), 10 * prop.examples)
+    try:
+        # Some prove nothing, and others take their place.
+        proven = sum(islice(filter(None, (prop(subject, each) for each in samples)), prop.examples))
+    except Violation:
+        search_small(prop, subject)
+        raise
+    assert proven == prop.examples
+
+
+def search_small(prop: Property, subject: Subject) -> None:
     """Let Hypothesis look for a matrix at which a property does not hold."""
 
     @given(sample=samples_for(prop, subject))
@@ -348,6 +369,16 @@ def test_traits_are_there(case: WeightingCase, prop: WeightingProperty) -> None:
 
 
 def search_losses(prop: WeightingProperty, subject: WeightingSubject) -> None:
+    """Look for losses for which a property does not hold, and then for simple ones."""
+    try:
+        for sample in islice(chances_of_losses_for(prop, subject), prop.examples):
+            prop(subject, sample)
+    except Violation:
+        search_simple_losses(prop, subject)
+        raise
+
+
+def search_simple_losses(prop: WeightingProperty, subject: WeightingSubject) -> None:
     """Let Hypothesis look for losses for which a property does not hold."""
 
     @given(sample=losses_for(prop))
