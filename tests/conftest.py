@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 # Before torch: its idle threads would otherwise spin, which starves tests that run beside this one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before NumPy, and for processes that tests start: a product of small matrices wakes every thread.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
