@@ -79,8 +79,27 @@ def page_of_numbers(numbers, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(planted, tmp_path_factory):
-    return write_study_report(read_study(planted), tmp_path_factory.mktemp("page"))
+def differences(planted):
+    """Those of ``planted``: drawing them thousands of times takes most of a report's time."""
+    return all_differences(read_study(planted))
+
+
+@pytest.fixture(scope="module")
+def page(planted, differences, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_report, "all_differences", lambda _: differences)
+        return write_study_report(read_study(planted), tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def null_differences(null):
+    return all_differences(read_study(null))
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Let reports take the differences that a test has of the same study."""
+    return lambda found: monkeypatch.setattr(study_report, "all_differences", lambda _: found)
 
 
 @pytest.fixture
@@ -116,16 +135,19 @@ def cells(page, table, *names):
 # --- verdicts -------------------------------------------------------------------------------------
 
 
-def test_without_a_difference_there_is_no_winner(null, tmp_path, no_figures):
+def test_without_a_difference_there_is_no_winner(
+    null, null_differences, tmp_path, no_figures, take
+):
+    take(null_differences)
     study = read_study(null)
-    sentences = verdicts(study, all_differences(study))
+    sentences = verdicts(study, null_differences)
     assert len(sentences) == 2  # nine criteria in each, two references
     for sentence, reference, many in zip(sentences, ("baseline", "naive"), (4, 2), strict=True):
         begin = f"No method is significantly better or worse than {reference} in what follows, each"
         after = f" after correction for {many} comparisons; with the smallest corrected p: "
         assert sentence.startswith(begin + after)
         found = sentence.removeprefix(begin + after).removesuffix(".").split("; ")
-        rows = [d for d in all_differences(study) if d.reference == reference]
+        rows = [d for d in null_differences if d.reference == reference]
         assert found == [
             f"{each.title} {min(d.corrected for d in rows if d.criterion == each):.3f}"
             for each in CRITERIA["classification"]
@@ -226,9 +248,9 @@ def test_probabilities_have_a_table_of_their_own(planted, page):
     assert "<h2>Differences from naive, external cohort</h2>" in text_of(page)
 
 
-def test_a_difference_that_is_there_is_named_with_its_direction(planted, page):
+def test_a_difference_that_is_there_is_named_with_its_direction(planted, differences, page):
     study = read_study(planted)
-    found = verdicts(study, all_differences(study))[0]
+    found = verdicts(study, differences)[0]
     better, worse = found.split(" Significantly worse: ")
     assert better.startswith(
         "Significantly better than baseline in AUROC after correction for 6 comparisons: dwa with "
@@ -354,13 +376,12 @@ BY_HAND = {
 }
 
 
-def test_patients_are_paired_by_name(copy):
-    before = all_differences(read_study(copy))
+def test_patients_are_paired_by_name(copy, null_differences):
     fold = copy / "runs/lf/dwa/fold-1"
     table = pd.read_csv(fold / "predictions.csv", dtype=str)
     table[::-1].to_csv(fold / "predictions.csv", index=False)
     np.save(fold / "embeddings.npy", np.load(fold / "embeddings.npy")[::-1])
-    for ours, theirs in zip(all_differences(read_study(copy)), before, strict=True):
+    for ours, theirs in zip(all_differences(read_study(copy)), null_differences, strict=True):
         assert ours.p == pytest.approx(theirs.p)
         assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
 
@@ -378,7 +399,7 @@ def test_other_splits_and_other_patients_are_refused(copy, no_figures):
         write_study_report(read_study(copy))
 
 
-def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
+def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy, take):
     for path in copy.glob("runs/**/fold-1/predictions.csv"):
         table = pd.read_csv(path, dtype=str)
         table["isMSIH"] = "MSS"
@@ -391,9 +412,9 @@ def test_a_fold_of_one_class_is_left_out_of_a_comparison(copy):
         table["isMSIH"] = "MSS"
         table.to_csv(path, index=False)
     study = read_study(copy)
-    assert verdicts(study, all_differences(study))[0] == (
-        "Nothing could be compared with baseline in AUROC."
-    )
+    found = all_differences(study)
+    assert verdicts(study, found)[0] == "Nothing could be compared with baseline in AUROC."
+    take(found)
     write_study_report(study)
 
 
@@ -519,13 +540,15 @@ def test_a_single_method_is_a_study(tmp_path, method):
     assert "Differences from" not in text_of(page)
 
 
-def test_of_two_references_only_the_first_is_one(tmp_path):
+def test_of_two_references_only_the_first_is_one(tmp_path, take):
     folder = write_study(tmp_path, methods=("baseline", "naive"), auxiliary=("LF",), deployed=False)
     study = read_study(folder)
-    said = verdicts(study, all_differences(study))
+    found = all_differences(study)
+    said = verdicts(study, found)
     assert not any("than naive" in each for each in said)
     for figure in ("AUROC", "AUPRC", "silhouette", "Brier score", "calibration in the large"):
         assert sum(figure in each for each in said) == 1
+    take(found)
     text = write_study_report(study).read_text(encoding="utf-8")
     drawn = re.findall(r"<img class='wide' style='max-width: min\(100%, (\d+)px\)'", text)
     assert len(set(drawn)) > 1  # of two methods, figures are of several widths
@@ -555,8 +578,9 @@ def test_the_page_stands_alone_and_says_all(page):
 
 
 def test_results_by_site_are_those_of_the_runs_with_figures_of_their_own(
-    planted, tmp_path, no_figures
+    planted, differences, tmp_path, no_figures, take
 ):
+    take(differences)
     study = read_study(planted)
     page = write_study_report(study, tmp_path, config=PageConfig(site_column="tcga-site"))
     assert "<h2>By site</h2>" in text_of(page)
@@ -664,7 +688,7 @@ def test_constants_of_each_fold_do_not_look_like_a_change(tmp_path):
     assert not weights_over_time({"fixed": folds}, tasks, Sheet(tmp_path / "a.png", "t"))
 
 
-def test_fixed_weights_are_a_reference_and_every_search_is_shown(tmp_path, no_figures):
+def test_fixed_weights_are_a_reference_and_every_search_is_shown(tmp_path, no_figures, take):
     methods = ("baseline", "naive", "fixed", "dwa")
     folder = write_study(tmp_path, methods=methods, auxiliary=("LF",), deployed=False)
     for method, values in (("baseline", (0.3, 0.1, 0.2)), ("lf/fixed", (0.6, 0.5, 0.4))):
@@ -679,6 +703,7 @@ def test_fixed_weights_are_a_reference_and_every_search_is_shown(tmp_path, no_fi
     compared = {name: {d.method for d in found if d.reference == name} for name in methods[:3]}
     assert compared == {"baseline": {*methods[1:]}, "naive": {"fixed", "dwa"}, "fixed": {"dwa"}}
     assert {d.family for d in found if d.reference == "fixed"} == {1}
+    take(found)
     page = write_study_report(study)
     text = text_of(page)
     inside = [c for c in CRITERIA["classification"] if c.cohort == "internal"]
