@@ -42,9 +42,14 @@ class Combines(Protocol):
     """Combines rows, which it may empty."""
 
     def __call__(
-        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+        self,
+        rows: Rows,
+        coefficients: Tensor,
+        like: Sequence[Tensor] | None = None,
+        *,
+        release: bool = False,
     ) -> list[Tensor | None]:
-        """Return the combination of rows, one new tensor for each leaf."""
+        """Return the combination of rows, as ``_rows.combine`` does for whole gradients."""
 
 
 def direction_of(
@@ -89,7 +94,7 @@ def direction_of(
         direction, progress = by_columns(strategy, leaves, rows, weighted_rows, first, power)
         return Outcome(direction, progress * unscale**2)
     combination = weights * solution
-    direction = combine(leaves, rows, combination, release=True)
+    direction = combine(rows, combination, leaves, release=True)
     return Outcome(direction, gramian @ combination, combination, solution)
 
 

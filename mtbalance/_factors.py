@@ -118,11 +118,10 @@ def layers_of(losses: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[int, 
 
     Args:
         losses: The losses, with their graphs.
-        weights: Parameters whose gradients nobody but the Gramian and the combination asks for.
+        weights: Parameters that may pay, and whose gradients nobody but the Gramian and the
+            combination asks for.
     """
-    wanted = {id(w): w for w in weights if _may_pay(w, len(losses))}
-    if not wanted:
-        return {}
+    wanted = {id(weight): weight for weight in weights}
     layers = {}
     for key, uses in _uses_of(wanted, losses).items():
         weight, found = wanted[key], [use for use in uses if use is not None]
@@ -160,7 +159,7 @@ def pays(weight: Tensor, vectors: int, inputs: int, tasks: int) -> bool:
     return 10 * (factors + _CALLS) < 9 * rows
 
 
-def _may_pay(weight: Tensor, tasks: int) -> bool:
+def may_pay(weight: Tensor, tasks: int) -> bool:
     """Return whether factors might serve for a parameter, judged by itself."""
     return (
         TELLS

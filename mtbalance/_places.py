@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from mtbalance._agreement import BELOW
 from mtbalance._checks import averages_rows, check_features
 from mtbalance._company import Accepts, Company, TaskPasses
-from mtbalance._factors import Layer, layers_of, passes_of
+from mtbalance._factors import Layer, layers_of, may_pay, passes_of
 from mtbalance._graphs import Reach, is_computed_from, reach_of
 from mtbalance._passes import task_gradients
 from mtbalance._products import gramian_of
@@ -73,16 +73,14 @@ class Place(Protocol):
         """Return inner products over all columns, of those over the columns of this process."""
 
     def combine(
-        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+        self,
+        rows: Rows,
+        coefficients: Tensor,
+        like: Sequence[Tensor] | None = None,
+        *,
+        release: bool = False,
     ) -> list[Tensor | None]:
-        """Return the combination of rows, one new tensor for each leaf.
-
-        Args:
-            leaves: What the rows are gradients of.
-            rows: The rows, m of them.
-            coefficients: Shape (m,).
-            release: Whether to empty the rows, which are lists then, on the way.
-        """
+        """Return the combination of rows, as ``_rows.combine`` does for whole gradients."""
 
     def write(
         self,
@@ -115,6 +113,7 @@ class AtParameters:
 
     first = 0
     retains = False
+    combine = staticmethod(combine)
 
     def __init__(self, log: ReachLog, passes: TaskPasses, dtype: torch.dtype | None) -> None:
         self._log = log
@@ -136,9 +135,12 @@ class AtParameters:
         """Return where the gradients of large linear layers are factors, if that saves time."""
         if self._passes is not task_gradients:
             return self  # the user has said how gradients are to be made
-        groups, _ = self._log.divide(seen.reach.leaves)
-        shared = list(itertools.chain(*groups.values()))
-        layers = layers_of(list(seen.finite_here.values()), shared)
+        losses = list(seen.finite_here.values())
+        large = [leaf for leaf in seen.reach.leaves if may_pay(leaf, len(losses))]
+        if not large:
+            return self
+        groups, _ = self._log.divide(large)
+        layers = layers_of(losses, list(itertools.chain(*groups.values())))
         if not layers:
             return self
         place = WithFactors(self._log, layers, self.dtype)
@@ -173,12 +175,6 @@ class AtParameters:
     def over_all(self, products: Tensor) -> Tensor:
         """Return them as they are: shards have been added up leaf by leaf."""
         return products
-
-    def combine(
-        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
-    ) -> list[Tensor | None]:
-        """Return the combination of rows, of sharded leaves that of this process's shards."""
-        return combine(rows, coefficients, leaves, release=release)
 
     def write(
         self,
@@ -222,11 +218,16 @@ class WithFactors(AtParameters):
         return sum_of(parts, parts[0].shape)
 
     def combine(
-        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
+        self,
+        rows: Rows,
+        coefficients: Tensor,
+        like: Sequence[Tensor] | None = None,
+        *,
+        release: bool = False,
     ) -> list[Tensor | None]:
         """Return the combination of the gradients: factors become gradients when combined."""
-        combined = super().combine(leaves, rows, coefficients, release=release)
-        for number, leaf in enumerate(leaves):
+        combined = super().combine(rows, coefficients, like, release=release)
+        for number, leaf in enumerate(like or ()):
             factor = combined[number]
             if id(leaf) in self._layers and factor is not None:
                 combined[number] = self._layers[id(leaf)].gradient(factor)
@@ -244,6 +245,7 @@ class AtFeatures:
 
     dtype: torch.dtype | None = None
     retains = False
+    combine = staticmethod(combine)
 
     def __init__(self, parts: Sequence[Tensor], company: Company) -> None:
         self._parts = parts
@@ -318,12 +320,6 @@ class AtFeatures:
     def over_all(self, products: Tensor) -> Tensor:
         """Return the sum over all processes."""
         return self._company.sum(products)
-
-    def combine(
-        self, leaves: Sequence[Tensor], rows: Rows, coefficients: Tensor, *, release: bool = False
-    ) -> list[Tensor | None]:
-        """Return the combination of rows, over the part of the batch that is here."""
-        return combine(rows, coefficients, leaves, release=release)
 
     def write(
         self,

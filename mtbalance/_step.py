@@ -425,5 +425,5 @@ def _pass_on(table: Table, place: Place, seen: Seen, factor: float = 1.0) -> Non
     """Accumulate the plain sum of the rows, not finite as it is, or times a factor that is not."""
     ones = torch.full((len(table.losses),), factor, device="cpu")
     for leaves, rows in table.groups.values():
-        place.write(leaves, place.combine(leaves, rows, ones), seen, lambda _: True)
+        place.write(leaves, place.combine(rows, ones, leaves), seen, lambda _: True)
     write(table.rest.leaves, combine(table.rest.rows, ones, table.rest.leaves))

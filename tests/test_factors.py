@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mtbalance import Balancer, GradientStrategy, Weighting, _factors
-from mtbalance._factors import Layer, layers_of, pays
+from mtbalance._factors import Layer, pays
+from mtbalance._places import AtParameters, Place, WithFactors
+from mtbalance._seen import Seen
 from mtbalance.gradient import CAGrad, GradDrop, MoDo, PCGrad, RowMean, Sum
 from mtbalance.weighting import Equal, GradNorm, Uncertainty
 from tests._catalogue import GRADIENT_CASES
@@ -43,12 +45,14 @@ def found(monkeypatch) -> Iterator[list[int]]:
     """Collect, per step, how many weights had factors."""
     counts: list[int] = []
 
-    def counting(losses: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[int, Layer]:
-        layers = layers_of(losses, weights)
-        counts.append(len(layers))
-        return layers
+    choose = AtParameters.for_combinations
 
-    monkeypatch.setattr("mtbalance._places.layers_of", counting)
+    def counting(place: AtParameters, seen: Seen) -> Place:
+        chosen = choose(place, seen)
+        counts.append(len(chosen._layers) if isinstance(chosen, WithFactors) else 0)
+        return chosen
+
+    monkeypatch.setattr(AtParameters, "for_combinations", counting)
     return counts
 
 
