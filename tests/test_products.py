@@ -78,7 +78,9 @@ def test_long_rows_are_precise(kind: str, m: int, seed: int) -> None:
     matrix *= 10.0 ** torch.arange(m)[:, None]
     whole = matrix.clone()
     whole[0, 1200:1250] = 0
-    assert worst(gramian_of(cut(matrix)), by_hand(whole)) < 5e-6
+    # Equal numbers round the same way each time: by how much is up to the processor.
+    bound = 5e-6 if kind == "equal" else 1e-6
+    assert worst(gramian_of(cut(matrix)), by_hand(whole)) < bound
 
 
 def test_float32_serves_where_rows_are_independent(made) -> None:

@@ -189,8 +189,8 @@ def test_what_is_not_finite_is_found_among_large_numbers(
     found, record = _step_with_gradients(strategy, spoilt, "drop")
     assert record.dropped == ("b",)
     expected, alone = _step_with_gradients(strategy, rows[[0, 2]], "drop")
+    assert torch.equal(found, expected)
     # Products of three rows and of two: some processors add them up in other orders.
-    assert_close(found, expected, rtol=1e-13, atol=1e-15 * scale)
     assert figures(record) == pytest.approx(figures(alone), rel=1e-13, nan_ok=True)
 
 
