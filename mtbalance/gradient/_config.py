@@ -45,7 +45,10 @@ class ConFIG(PreferringStrategy):
         task whose gradient is zero changes nothing.
 
         The Gramian knows combinations of unit vectors that are as short as s to a relative
-        1e-16 / s^2, so that the direction is as uncertain where gradients are nearly dependent.
+        1e-16 / s^2, so that the direction is as uncertain where gradients are nearly dependent. So
+        it is where hardly any vector agrees with all: among four gradients in a plane, where the x
+        of least squares has inner products of 0.004 instead of 1, it was off by 6e-12. There, the
+        last digits of the gradients themselves decide as much.
 
     References:
         Liu et al., "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
