@@ -191,7 +191,7 @@ GRADIENT_CASES = (
     _gradient_case("NashMTL", NashMTL, {*_BARGAINS, Claim.SCALE_FREE}),
     _gradient_case("UPGrad", UPGrad, {*_DUAL_CONE, Claim.LINEAR_IN_SCALES}),
     _gradient_case("DualProj", DualProj, _DUAL_CONE),
-    _gradient_case("ConFIG", ConFIG, {*_EQUIANGULAR, Claim.SCALE_FREE, Claim.LINEAR_IN_SCALES}),
+    _gradient_case("ConFIG", ConFIG, {*_EQUIANGULAR, Claim.LINEAR_IN_SCALES}),
     _gradient_case("IMTLG", IMTLG, {*_EQUIANGULAR, Claim.SCALE_FREE}),
     _gradient_case("IMTLG-official", lambda: IMTLG(normalize="official"), _EQUIANGULAR),
     _gradient_case("MGDA", MGDA, _MGDA),

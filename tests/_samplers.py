@@ -84,7 +84,7 @@ def chances_for(prop: Property, subject: Subject) -> Iterator[Sample]:
     They are the same in every run. Hypothesis takes as long to draw a small matrix as a strategy
     takes to look at it.
     """
-    draw = random.Random(f"{prop.name} {subject.who}")  # a function of the words
+    draw = random.Random(f"{subject.who} {prop.name}")  # a function of the words
     shapes = {family: prop.shapes(subject, family) for family in prop.families}
     families = [family for family, (m, _) in shapes.items() if m[0] <= m[1]]
     draw.shuffle(families)  # few examples are of some families: of others for others
@@ -102,7 +102,7 @@ def chances_of_losses_for(
     prop: WeightingProperty, subject: WeightingSubject
 ) -> Iterator[LossSample]:
     """Draw series of losses as ``losses_for`` does, without end: the same each time."""
-    draw = random.Random(f"{prop.name} {subject.who}")
+    draw = random.Random(f"{subject.who} {prop.name}")
     for _ in count():
         yield LossSample(draw.randint(0, 2**16), *prop.bounds, draw.choice(prop.dtypes))
 

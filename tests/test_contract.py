@@ -25,6 +25,7 @@ from mtbalance.testing import (
     WEIGHTINGS,
     Claim,
     Property,
+    Sample,
     Subject,
     Violation,
     WeightingProperty,
@@ -41,6 +42,7 @@ from tests._catalogue import (
     gradient_cases,
     weighting_cases,
 )
+from tests._closeness import near_a_jump, tolerance_of
 from tests._oracles import array, least_norm_weights
 from tests._samplers import (
     BY_NAME,
@@ -194,6 +196,56 @@ def test_claims_hold(case: GradientCase, prop: Property) -> None:
     search(prop, subject_of(case))
 
 
+HARD = (
+    ("ConFIG", "linear_in_scales", Sample("stationary", 4, 2, 13056, 2.0**20)),
+    ("PCD-much", "rotates", Sample("stationary", 8, 6, 29416, 2.0**67)),
+    ("Smoothed", "rotates", Sample("rank_deficient", 8, 5, 4895)),
+    ("FairGrad", "order_free", Sample("unequal_norms", 7, 5, 58343, dtype=torch.float32)),
+    (
+        "AlignedMTL-median",
+        "homogeneous_in_powers_of_two",
+        Sample("unequal_norms", 3, 16, 2317, 2.0**-67, torch.float32),
+    ),
+    ("NashMTL", "scale_free", Sample("non_conflicting", 1, 2, 26070)),
+    (
+        "IMTLG",
+        "low_precision_only_rounds",
+        Sample("rank_deficient", 3, 21, 57444, dtype=torch.bfloat16),
+    ),
+    (
+        "PCD",
+        "low_precision_only_rounds",
+        Sample("unequal_norms", 6, 2, 30098, dtype=torch.bfloat16),
+    ),
+)
+"""Where rounding is magnified, lost or nothing but noise is left, by strategy and property."""
+
+
+@pytest.mark.parametrize(
+    ("who", "name", "sample"), HARD, ids=[f"{who}-{name}" for who, name, _ in HARD]
+)
+def test_where_little_is_left_to_know(who: str, name: str, sample: Sample) -> None:
+    (case,) = (case for case in GRADIENT_CASES if case.name == who)
+    known = [*ALWAYS, *(prop for claimed in CLAIMED.values() for prop in claimed)]
+    (prop,) = (prop for prop in known if prop.name == name)
+    assert prop(subject_of(case), sample)
+
+
+@pytest.mark.parametrize(
+    ("who", "sample"),
+    [
+        # Three scores of Krum that differ by 1e-15 or so, and two least slopes that are equal.
+        ("Krum-some", Sample("near_parallel", 3, 27, 50516)),
+        ("MoCo", Sample("rank_deficient", 3, 15, 46606, 2.0**20, torch.float32)),
+        ("MoDo", Sample("conflicting", 7, 29, 16255, 2.0**20)),
+    ],
+)
+def test_where_rounding_decides(who: str, sample: Sample) -> None:
+    (case,) = (case for case in GRADIENT_CASES if case.name == who)
+    assert near_a_jump(case, sample.rows())
+    assert not near_a_jump(case, sample.but(seed=0, scale=1.0).rows())
+
+
 def search(prop: Property, subject: Subject) -> None:
     """Look for a matrix at which a property does not hold, and then for a small one."""
     samples = islice(chances_for(prop, subject), 10 * prop.examples)
@@ -215,64 +267,6 @@ def search_small(prop: Property, subject: Subject) -> None:
         assume(prop(subject, sample))
 
     holds()
-
-
-def tolerance_of(case: GradientCase, rows: Tensor) -> float:
-    """Return by how much two equal answers may differ, relative to the sum of the norms.
-
-    CAGrad's direction is the quotient of g_w by its length, which sets of rows that nearly cancel
-    make as uncertain as that length. AlignedMTL's is as long as the root of an eigenvalue, which is
-    known up to the root of the rounding. ConFIG, GradOPS and IMTLG invert the cosines, whose least
-    eigenvalues are known to some eps; IMTLG divides by a sum that may nearly cancel. PCD meets
-    demands on rows that may be nearly opposite.
-    """
-    if case.name.startswith(("CAGrad", "AlignedMTL")):
-        return 1e-6
-    if case.name.startswith("PCD"):
-        return 1e-10
-    if not case.name.startswith(("ConFIG", "GradOPS", "IMTLG")) or not rows.any():
-        return 1e-13
-    _, values, limit = _unit_rows_as(rows)
-    return (1e-13 + 1e-14 / values[values > limit].min() ** 2) * cancelled(case, rows) ** 2
-
-
-def cancelled(case: GradientCase, rows: Tensor) -> float:
-    """Return how many times longer than their sum the terms are that IMTLG divides by."""
-    if not case.name.startswith("IMTLG") or not rows.any():
-        return 1.0
-    left, values, limit = _unit_rows_as(rows)
-    left, values = left[:, values > limit], values[values > limit]
-    norms = np.linalg.norm(array(rows[rows.any(1)]), axis=1)
-    shares = left @ (left.sum(0) / values**2) / norms
-    return float(max(np.abs(shares).sum() / max(abs(shares.sum()), 1e-300), 1))
-
-
-def _unit_rows_as(rows: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return left vectors and singular values of the unit rows, and up to where these are zero."""
-    alive = array(rows[rows.any(1)])
-    norms = np.linalg.norm(alive, axis=1)
-    left, values, _ = np.linalg.svd(alive / norms[:, None], full_matrices=False)
-    return left, values, float(np.sqrt(1e-12 * len(alive)) * values[0])
-
-
-def near_a_jump(case: GradientCase, rows: Tensor) -> bool:
-    """Whether rounding decides about the direction, as the method itself says that it jumps there.
-
-    AlignedMTL takes eigenvalues of the Gramian for zero that are about its rounding, ConFIG,
-    GradOPS and IMTLG those of cosines that are about the rounding of float32; IMTLG turns the
-    direction round.
-    """
-    if not rows.any():
-        return False
-    if case.name.startswith(("ConFIG", "GradOPS", "IMTLG")):
-        _, values, limit = _unit_rows_as(rows)
-        jumps = ((values > limit / 3) & (values < 3 * limit)).any()
-        return bool(jumps) or cancelled(case, rows) >= 1e6
-    if not case.name.startswith("AlignedMTL"):
-        return False
-    squares = torch.linalg.svdvals(rows.double() / rows.abs().max()).square()
-    ratios = squares / squares.max()
-    return bool(((ratios > 1e-16) & (ratios < 1e-13)).any())
 
 
 @gradient_cases()

@@ -40,9 +40,11 @@ class ConFIG(PreferringStrategy):
     Note:
         If the gradients depend on each other, there may be no such x; then it is that of least
         squares, which may conflict with a task, and d is zero if no x comes nearer than zero (two
-        opposite gradients). Dependent are gradients of which a combination of unit vectors is
-        shorter than 1e-6 (times the root of m), a limit that the authors' code leaves to PyTorch. A
-        task whose gradient is zero changes nothing.
+        opposite gradients). Lengths then decide whether d points along x or against it: it follows
+        the sum of the gradients, which tasks in conflict with x turn round if theirs are long
+        enough. With one parameter, d is the plain sum. Dependent are gradients of which a
+        combination of unit vectors is shorter than 1e-6 (times the root of m), a limit that the
+        authors' code leaves to PyTorch. A task whose gradient is zero changes nothing.
 
         The Gramian knows combinations of unit vectors that are as short as s to a relative
         1e-16 / s^2, so that the direction is as uncertain where gradients are nearly dependent. So

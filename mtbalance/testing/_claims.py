@@ -56,10 +56,13 @@ def odd(subject: Subject, sample: Sample) -> None:
 
 
 def homogeneous_in_powers_of_two(subject: Subject, sample: Sample) -> None:
-    """A power of two changes exponents only: nothing may depend on the scale, not even rounding."""
+    """A power of two changes exponents only: nothing may depend on the scale, not even rounding.
+
+    But terms of very unequal rows may be less than the dtype holds in full.
+    """
     rows = sample.but(scale=1.0).rows()
-    scaled = subject(sample.rows())
-    subject.equal(scaled, subject(rows) * sample.scale, rows, sample.scale)
+    scaled, least = subject(sample.rows()), torch.finfo(rows.dtype).tiny
+    subject.equal(scaled, subject(rows) * sample.scale, rows, sample.scale, least=least)
 
 
 def homogeneous(subject: Subject, sample: Sample) -> None:
@@ -134,11 +137,22 @@ def coordinatewise(subject: Subject, sample: Sample) -> None:
 def scale_free(subject: Subject, sample: Sample) -> None:
     """Where d is long enough to point anywhere: rows that cancel are left out."""
     rows = sample.rows()
-    factors = torch.ones(len(rows), dtype=torch.float64)
-    factors[_integer(sample, 0, len(rows) - 1)] = 2.0 ** _integer(sample, -6, -1)
-    scaled = rows * factors.to(rows)[:, None]
+    task = _integer(sample, 0, len(rows) - 1)
+    _points_the_same_way(subject, rows, task, 2.0 ** _integer(sample, -6, -1))
+
+
+def scale_free_where_dependent(subject: Subject, sample: Sample) -> None:
+    """More rows than columns depend on each other, so that nothing may agree with all of them."""
+    rows = sample.rows()
+    for task in range(len(rows)):
+        _points_the_same_way(subject, rows, task, 64.0)
+
+
+def _points_the_same_way(subject: Subject, rows: Tensor, task: int, factor: float) -> None:
+    scaled = rows.clone()
+    scaled[task] *= factor
     one, other = subject(rows).double(), subject(scaled).double()
-    if min(one.norm() / size_of(rows), other.norm() / size_of(scaled)) < 1e-3:
+    if not (one.norm() > 1e-3 * size_of(rows) and other.norm() > 1e-3 * size_of(scaled)):
         return
     closeness = 1e4 * (subject.tolerance_at(rows) + rounding(rows.dtype))
     require_close(other / other.norm(), one / one.norm(), closeness, "unit direction, coordinate")
@@ -205,6 +219,16 @@ CLAIMED: dict[Claim, tuple[Property, ...]] = {
             p=(2, 30),
             dtypes=_WIDE,
             clear=True,
+        ),
+        _claimed(
+            Claim.SCALE_FREE,
+            scale_free_where_dependent,
+            families=("generic", "conflicting"),
+            m=(3, 8),
+            p=(2, 2),
+            dtypes=_WIDE,
+            clear=True,
+            examples=25,
         ),
     ),
     Claim.LINEAR_IN_SCALES: (

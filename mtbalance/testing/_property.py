@@ -86,10 +86,21 @@ class Subject:
         relative = self.tolerance_at(rows) + rounding(rows.dtype)
         require_close(got, expected, relative * size_of(rows) * times, "coordinate")
 
-    def equal(self, got: Tensor, expected: Tensor, rows: Tensor, times: float = 1.0) -> None:
-        """Require that two directions agree bit for bit if that is asked, else up to rounding."""
+    def equal(
+        self,
+        got: Tensor,
+        expected: Tensor,
+        rows: Tensor,
+        times: float = 1.0,
+        *,
+        least: float = 0.0,
+    ) -> None:
+        """Require that two directions agree bit for bit if that is asked, else up to rounding.
+
+        What is less than ``least`` may be lost in any case.
+        """
         if self.exact:
-            require_equal(got, expected, "coordinate")
+            require_equal(got, expected, "coordinate", least)
         else:
             self.close(got, expected, rows, times)
 

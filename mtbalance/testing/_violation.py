@@ -101,10 +101,13 @@ def require_close(got: Tensor, expected: Tensor, atol: float, what: str = "entry
         )
 
 
-def require_equal(got: Tensor, expected: Tensor, what: str = "entry") -> None:
-    """Require that two tensors agree in shape, dtype and every number, without any rounding."""
+def require_equal(got: Tensor, expected: Tensor, what: str = "entry", least: float = 0.0) -> None:
+    """Require that two tensors agree in shape, dtype and every number, without any rounding.
+
+    But for what is less than ``least``.
+    """
     require(got.dtype == expected.dtype, f"got {got.dtype}, but expected {expected.dtype}")
-    require_close(got, expected, 0.0, what)
+    require_close(got, expected, least, what)
 
 
 def copies_of(module: _Module) -> dict[str, _Module]:

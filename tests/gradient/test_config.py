@@ -65,6 +65,25 @@ def test_opposite_tasks() -> None:
     assert_close(ConFIG(preference=[3, 1])(torch.cat([g, -2 * g])), -g[0])
 
 
+def test_a_long_gradient_turns_the_step_round_where_gradients_depend_on_each_other() -> None:
+    """In one dimension, the x of least squares for signs +, +, - is 1/3, and d the plain sum.
+
+    In the plane, (1, 0), (1, 0), (-3, 4) / 5 and (-3, -4) / 5: C has the eigenvectors (1, 1, 0, 0),
+    (0, 0, 1, -1) and the like; the second coordinate of x is 0 by symmetry, and the first is
+    (1 + 1 - 3/5 - 3/5) / (1 + 1 + 9/25 + 9/25) = 5/17. So d is along (1, 0) and as long as the sum
+    of the first coordinates.
+    """
+    signs = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
+    assert_close(ConFIG()(signs), signs.sum(0))
+    assert_close(
+        ConFIG()(signs * torch.tensor([[1.0], [1.0], [5.0]])), torch.tensor([-3.0]).double()
+    )
+    plane = torch.tensor([[1.0, 0], [1.0, 0], [-3.0, 4], [-3.0, -4]], dtype=torch.float64)
+    assert_close(ConFIG()(plane), torch.tensor([-4.0, 0.0]).double())
+    plane[2:] /= 5
+    assert_close(ConFIG()(plane), torch.tensor([0.8, 0.0]).double())
+
+
 # --- against the oracle ---------------------------------------------------------------------------
 
 
