@@ -74,10 +74,8 @@ class NonFinite:
         """
         if not self.looks:
             return table, [], {}
-        rest: Sequence[Sequence[Tensor | None]] = table.rest.rows
         known = [company.knows(leaf) for leaf in table.rest.leaves]
-        if not all(known):
-            rest = [list(itertools.compress(row, known)) for row in rest]
+        rest = [[row[number] for number in row if known[number]] for row in table.rest.rows]
         squares, others = _numbers_of(table, company, rest)
         none = [0.0] * len(others)  # where nothing is balanced
         totals = list(map(sum, zip(none, *squares.values(), strict=True)))
@@ -213,7 +211,8 @@ class NonFinite:
 
     def absent(self, present: Collection[str]) -> tuple[str, ...]:
         """Return the tasks that are not present."""
-        return tuple(task for task in self.tasks if task not in present)
+        there = frozenset(present)
+        return tuple(task for task in self.tasks if task not in there)
 
     def ordered(self, tasks: Collection[str]) -> tuple[str, ...]:
         """Return the tasks in the order of the Balancer."""
@@ -221,7 +220,7 @@ class NonFinite:
 
 
 def _numbers_of(
-    table: Table, company: Company, rest: Sequence[Sequence[Tensor | None]] = ()
+    table: Table, company: Company, rest: Sequence[Sequence[Tensor]] = ()
 ) -> tuple[dict[int, list[float]], list[float]]:
     """Return the diagonal of each group's Gramian, and a length for each row of ``rest``."""
     count = len(table.losses)

@@ -1,6 +1,7 @@
 """What the graphs of losses hold: the leaves that they reach, and parts that several need."""
 
 import functools
+import itertools
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
@@ -19,6 +20,10 @@ _LeafNode = type(
 _Sink = getattr(getattr(distributed, "_DDPSink", None), "_backward_cls", None)
 """What ``DistributedDataParallel`` with ``find_unused_parameters`` leads all outputs of a model
 through: each as it is, though they are outputs of one operation."""
+
+
+_Edge = tuple[Node | None, int]
+_Visit = tuple[Node, int]
 
 
 class Reach(NamedTuple):
@@ -92,6 +97,54 @@ def reach_of(losses: Sequence[Tensor], until: Sequence[Tensor] = ()) -> Reach:
                 through.add((node, output))
                 stack.append(node.next_functions[output])
     return Reach(list(leaves.values()), shares_graph)
+
+
+def leaves_of_each(losses: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return, per loss, the leaves that it alone reaches, and those that several losses reach.
+
+    Nodes are visited once, or twice where losses have them in common, however many losses there
+    are. To know which of the common ones a loss reaches would take a walk for each.
+    """
+    owner: dict[_Visit, int] = {}
+    met: list[_Visit] = []
+    for number, loss in enumerate(losses):
+        stack: list[_Edge] = [(loss.grad_fn, loss.output_nr)]
+        while stack:
+            visit = _visit_of(*stack.pop())
+            if visit is None or owner.get(visit) == number:
+                continue
+            if visit in owner:
+                met.append(visit)
+            else:
+                owner[visit] = number
+                stack += _below(visit)
+    common: set[_Visit] = set()
+    while met:
+        visit = met.pop()
+        if visit not in common:
+            common.add(visit)
+            met += filter(None, itertools.starmap(_visit_of, _below(visit)))
+    shared = [leaf for node, _ in common if (leaf := leaf_of(node)) is not None]
+    found = [[*shared] if loss.grad_fn else [loss] for loss in losses]
+    for visit, number in owner.items():
+        leaf = leaf_of(visit[0])
+        if leaf is not None and visit not in common:
+            found[number].append(leaf)
+    return found
+
+
+def _visit_of(node: Node | None, output: int) -> _Visit | None:
+    """Return what a walk has seen when it has come to an output of a node; None without a node."""
+    if node is None:
+        return None
+    return (node, output) if type(node) is _Sink else (node, 0)
+
+
+def _below(visit: _Visit) -> Sequence[_Edge]:
+    """Return where a walk goes on from what it has come to."""
+    node, output = visit
+    further = node.next_functions
+    return further if type(node) is not _Sink else further[output : output + 1]
 
 
 def free(losses: Sequence[Tensor], later: Sequence[Tensor] = ()) -> None:

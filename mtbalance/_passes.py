@@ -18,6 +18,8 @@ _SMALL = 2**10
 """Up to this many entries, calls are all that products of a leaf's gradients cost."""
 _TOGETHER = 2**8
 """How many gradients of small leaves are joined at once."""
+_MANY_ROWS = 16
+"""Of so many rows, zeros for those without a gradient of a leaf cost more than a product apart."""
 
 
 def gradient_of(
@@ -215,19 +217,26 @@ def _products_of_small(
     gradients: Mapping[int, Tensor], rows: Rows, factors: Sequence[float]
 ) -> Iterator[Tensor]:
     """Yield inner products of the rows with gradients (by their leaf), those of many at once."""
-    alike: dict[object, list[int]] = {}
+    alike: dict[object, tuple[Sequence[int], list[int]]] = {}
     for number, gradient in gradients.items():
+        there: Sequence[int] = range(len(rows))
+        if len(rows) >= _MANY_ROWS:
+            there = [i for i in there if rows[i][number] is not None]
         sparse = any(t is not None and t.is_sparse for t in (gradient, *(r[number] for r in rows)))
-        kind = number if sparse else (factors[number], gradient.dtype, gradient.device)
-        alike.setdefault(kind, []).append(number)
-    for numbers in alike.values():
-        for start in range(0, len(numbers), _TOGETHER):
+        kind = (factors[number], gradient.dtype, gradient.device, *there)
+        alike.setdefault(number if sparse else kind, (there, []))[1].append(number)
+    for there, numbers in alike.values():
+        for start in range(0, len(numbers) if there else 0, _TOGETHER):
             part = numbers[start : start + _TOGETHER]
             slopes: list[Tensor | None] = [gradients[number] for number in part]
-            lines = [[row[number] for number in part] for row in rows]
+            lines = [[rows[i][number] for number in part] for i in there]
             if len(part) > 1:  # one alone may be sparse
                 *lines, slopes = ([vector] for vector in joined([*lines, slopes]))
-            yield factors[part[0]] * inner_products(lines, slopes)
+            products = factors[part[0]] * inner_products(lines, slopes)
+            if len(there) < len(rows):
+                whole = products.new_zeros(len(rows))
+                products = whole.index_copy_(0, torch.tensor(there, device=whole.device), products)
+            yield products
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

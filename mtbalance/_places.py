@@ -13,7 +13,7 @@ from mtbalance._agreement import BELOW
 from mtbalance._checks import averages_rows, check_features
 from mtbalance._company import Accepts, Company, TaskPasses
 from mtbalance._factors import Layer, layers_of, may_pay, passes_of
-from mtbalance._graphs import Reach, is_computed_from, reach_of
+from mtbalance._graphs import Reach, is_computed_from, leaves_of_each, reach_of
 from mtbalance._passes import task_gradients
 from mtbalance._products import gramian_of
 from mtbalance._reach import ReachLog
@@ -25,6 +25,9 @@ from mtbalance._task_gradients import Row, TaskGradients, converted
 from mtbalance._writing import write
 from mtbalance.gradient._base import GradientStrategy
 from mtbalance.weighting._base import Weighting
+
+_MANY = 40
+"""From so many losses on, it takes less time to find out what each reaches than to ask in vain."""
 
 Divided = tuple[dict[int, list[Tensor]], list[Tensor]]
 """What is balanced, by the number of its group, and all other leaves."""
@@ -118,6 +121,7 @@ class AtParameters:
     def __init__(self, log: ReachLog, passes: TaskPasses, dtype: torch.dtype | None) -> None:
         self._log = log
         self._passes = passes
+        self._one_by_one = passes is task_gradients
         self.dtype = dtype
 
     def check(self, losses: Mapping[str, Tensor]) -> None:
@@ -156,9 +160,34 @@ class AtParameters:
         if self.retains:
             shares_graph = [True] * len(losses)
         passes = company.task_passes or self._passes
+        apart = self._one_by_one and company.size == 1 and company.task_passes is None
+        if apart and len(losses) >= _MANY:
+            yield from self._rows_apart(losses, leaves, shares_graph, scaler)
+            return
         gradients = passes(scaled(losses.values(), scaler), leaves, shares_graph)
         for (task, loss), row in zip(losses.items(), gradients, strict=True):
             yield Row(task, loss.detach(), leaves, converted(row, self.dtype))
+
+    def _rows_apart(
+        self,
+        losses: Mapping[str, Tensor],
+        leaves: Sequence[Tensor],
+        shares_graph: Sequence[bool],
+        scaler: GradScaler | None,
+    ) -> Iterator[Row]:
+        """Yield the same of passes that ask for nothing which other losses alone reach.
+
+        To ask takes time for each leaf, so that heads would cost the square of their number.
+        """
+        places = {id(leaf): place for place, leaf in enumerate(leaves)}
+        each = leaves_of_each(list(losses.values()))
+        values = scaled(losses.values(), scaler)
+        for (task, loss), value, found, shares in zip(
+            losses.items(), values, each, shares_graph, strict=True
+        ):
+            wanted = [leaves[place] for place in sorted(places[id(leaf)] for leaf in found)]
+            (row,) = self._passes([value], wanted, [shares])
+            yield Row(task, loss.detach(), wanted, converted(row, self.dtype))
 
     def divide(self, gradients: TaskGradients) -> Divided:
         """Return the shared parameters of each group, and all other leaves."""
@@ -202,6 +231,7 @@ class WithFactors(AtParameters):
         self, log: ReachLog, layers: Mapping[int, Layer], dtype: torch.dtype | None
     ) -> None:
         super().__init__(log, functools.partial(passes_of, layers), dtype)
+        self._one_by_one = True
         self._layers = layers
 
     def gramian(

@@ -233,6 +233,12 @@ def columns_of_each(rows: Rows) -> list[int]:
     return list(map(columns_of, first_of(rows)))
 
 
+def coefficients_of(vector: Tensor) -> Sequence[float | Tensor]:
+    """Return coefficients as numbers, or as they are on a device, which need not be waited for."""
+    numbers: Sequence[float | Tensor] = vector.tolist() if vector.is_cpu else vector.unbind()
+    return numbers
+
+
 def combine(
     rows: Rows,
     coefficients: Tensor,
@@ -254,10 +260,7 @@ def combine(
     Returns:
         One tensor per parameter; None where no row reaches it.
     """
-    if coefficients.device.type == "cpu":
-        numbers: Sequence[float | Tensor] = coefficients.tolist()
-    else:
-        numbers = coefficients.unbind()
+    numbers = coefficients_of(coefficients)
     directions: list[Tensor | None] = []
     for start, stop in _stretches(columns_of_each(rows)):
         lines = _taken(rows, start, stop, release=release)

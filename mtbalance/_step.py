@@ -26,7 +26,7 @@ from mtbalance._known import Pass, in_passes
 from mtbalance._places import AtParameters, Divided, Place
 from mtbalance._reach import ReachLog
 from mtbalance._record import GroupFigures, Record
-from mtbalance._rows import combine, stacked
+from mtbalance._rows import stacked
 from mtbalance._scaling import scale_of
 from mtbalance._seen import Seen
 from mtbalance._table import Table, table_of
@@ -362,8 +362,7 @@ def _write(
             bad = "gradient below `features`"
         return bad is None or scale is not None
 
-    leaves, rows = table.rest
-    rest = (leaves, combine(rows, weighed.weights, leaves, release=True))
+    rest = (table.rest.leaves, table.rest.sum(weighed.weights, release=True))
     parts = [(table.groups[number].leaves, o.direction) for number, o in outcomes.items()]
     if (
         policy.looks
@@ -426,4 +425,4 @@ def _pass_on(table: Table, place: Place, seen: Seen, factor: float = 1.0) -> Non
     ones = torch.full((len(table.losses),), factor, device="cpu")
     for leaves, rows in table.groups.values():
         place.write(leaves, place.combine(rows, ones, leaves), seen, lambda _: True)
-    write(table.rest.leaves, combine(table.rest.rows, ones, table.rest.leaves))
+    write(table.rest.leaves, table.rest.sum(ones))

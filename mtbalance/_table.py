@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mtbalance._added import Added
 from mtbalance._gramians import are_held, exponents_of, shifted
 from mtbalance._places import Place
 from mtbalance._record import Scaled
@@ -37,7 +38,7 @@ class Table(NamedTuple):
     """The losses of the m active tasks, by name, in the order of the rows."""
     groups: dict[int, Part]
     """What is balanced, by the number of its group."""
-    rest: Part
+    rest: Added
     """What is added up."""
     gramians: dict[int, Tensor]
     """Per group, the inner products of the rows over all processes, without the loss scale."""
@@ -152,10 +153,10 @@ class Table(NamedTuple):
 
     def everything(self) -> Part:
         """Return all leaves as one part."""
-        parts = [*self.groups.values(), self.rest]
-        leaves = [leaf for part in parts for leaf in part.leaves]
+        parts = list(self.groups.values())
+        leaves = [leaf for part in parts for leaf in part.leaves] + self.rest.leaves
         rows = [
-            [gradient for part in parts for gradient in part.rows[number]]
+            [gradient for part in parts for gradient in part.rows[number]] + self.rest.line(number)
             for number in range(len(self.losses))
         ]
         return Part(leaves, rows)
@@ -176,7 +177,7 @@ def table_of(
     names = list(losses)
     divided, rest = place.divide(gradients)
     groups = {n: Part(leaves, gradients.rows(names, leaves)) for n, leaves in divided.items()}
-    others = Part(rest, gradients.rows(names, rest))
+    others = Added(rest, gradients.sparse_rows(names, rest))
     gradients.forget()
     gramians = _gramians_of(groups, place, scale)
     return Table(losses, groups, others, gramians, frozenset(gradients.nonfinite))

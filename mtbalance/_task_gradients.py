@@ -116,6 +116,18 @@ class TaskGradients:
         keys = list(map(id, leaves))
         return [list(map(self._gradients[task].get, keys)) for task in tasks]
 
+    def sparse_rows(
+        self, tasks: Sequence[str], leaves: Sequence[Tensor]
+    ) -> list[dict[int, Tensor]]:
+        """Return what there is of the same, by the number of the leaf."""
+        numbers = {id(leaf): number for number, leaf in enumerate(leaves)}
+        found = []
+        for task in tasks:
+            row = self._gradients[task]
+            there = sorted(numbers[key] for key in row.keys() & numbers.keys())
+            found.append({number: row[id(leaves[number])] for number in there})
+        return found
+
     def released(self, tasks: Sequence[str]) -> Iterator[Row]:
         """Yield the rows of these tasks, and forget each."""
         for task in tasks:

@@ -9,12 +9,14 @@ from mtbalance import _passes
 from mtbalance._passes import gradient_of, products_with_gradient
 
 
+@pytest.mark.parametrize("many", [3, 4])
 @pytest.mark.parametrize("together", [1, 2, 256])
 def test_products_with_a_gradient_are_the_sum_over_leaves(
-    together: int, monkeypatch: pytest.MonkeyPatch
+    together: int, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large, small, complex and sparse ones, some not reached by a task, by the loss, or at all."""
     monkeypatch.setattr(_passes, "_TOGETHER", together)
+    monkeypatch.setattr(_passes, "_MANY_ROWS", many)
     torch.manual_seed(0)
     kinds = [torch.float32, torch.float64, torch.float32, torch.complex64, torch.float32]
     shapes = [(40, 50), (3,), (2, 4), (3,), (5,), (1,), (1,), (6,)]
@@ -30,12 +32,13 @@ def test_products_with_a_gradient_are_the_sum_over_leaves(
     leaves.append(table.weight)
 
     rows: list[list[Tensor | None]] = [
-        [torch.randn(leaf.shape, dtype=leaf.dtype) for leaf in leaves] for _ in range(2)
+        [torch.randn(leaf.shape, dtype=leaf.dtype) for leaf in leaves] for _ in range(3)
     ]
-    rows[0][2] = rows[1][0] = rows[1][4] = None
+    rows[0][2] = rows[1][0] = rows[1][5] = rows[0][3] = None
+    rows[0][4] = rows[1][4] = rows[2][4] = None
     rows[0][-1] = torch.zeros(4, 3).index_fill_(0, hit, 2.0).to_sparse()
     factors = [0.5, 0.5, 0.5, -2.0, 3.0, 0.5, 0.5, 0.0, 0.5]
-    expected = torch.zeros(2, dtype=torch.float64)
+    expected = torch.zeros(3, dtype=torch.float64)
     slopes = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     for m, row in enumerate(rows):
         for factor, slope, entry in zip(factors, slopes, row, strict=True):

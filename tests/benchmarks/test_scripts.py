@@ -323,6 +323,12 @@ def test_tiny_step_reports_every_variant(capsys) -> None:
     assert "autol+cagrad" in capsys.readouterr().out
 
 
+def test_tiny_step_has_so_many_tasks(capsys) -> None:
+    assert len(tiny_step.Network(5).losses(torch.randn(32, 16))) == 5
+    out = report(tiny_step, capsys, "--rounds", "1", "--steps", "1", "--tasks", "3")
+    assert set(out["seconds"]) == {"floor 1", "floor 2", *tiny_step.VARIANTS}
+
+
 def test_tiny_step_has_a_network_of_so_many_parameters() -> None:
     many = tiny_step.ManyParameters(3)
     assert [parameter.shape for parameter in many.trunk] == [(10,)] * 3

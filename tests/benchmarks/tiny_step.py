@@ -1,20 +1,22 @@
 """What Python costs: the time of a step where tensors are so small that little else is left.
 
-The network is an MLP, 16 to 32 to 32, with two heads and a batch of 32; or, with ``--parameters``,
-so many shared parameters of ten numbers each, which one operation joins before two heads. A step is
-the forward pass and everything up to filled ``.grad``; floors are the passes alone, as in
+The network is an MLP, 16 to 32 to 32, with two heads (``--tasks``: more) and a batch of 32; or,
+with ``--parameters``, so many shared parameters of ten numbers each, which one operation joins
+before the heads. A step is the forward pass and everything up to filled ``.grad``; floors are the passes alone, as in
 ``step_cost``: of the sum, and one for every task. Shown are medians in microseconds, what lies
 above the floor, and how many plain steps (floor 1) a step takes.
 
     python -m tests.benchmarks.tiny_step
     python -m tests.benchmarks.tiny_step --steps 200 --rounds 30 --json > today.json
     python -m tests.benchmarks.tiny_step --parameters 100000 --steps 1 --rounds 5
+    python -m tests.benchmarks.tiny_step --tasks 500 --steps 1 --rounds 9
 
 To compare two versions of the library, run both in turn, many times over, and look at the median of
 the ratios: on a machine that others use, too, single runs differ by more than the versions do.
 """
 
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from mtbalance import make_balancer
 from tests.benchmarks import reporting
 
-TASKS = ("a", "b")
+TASKS = 2
 VARIANTS = {
     "Sum": "equal+sum",
     "PCGrad": "equal+pcgrad",
@@ -39,35 +41,40 @@ VARIANTS = {
 
 
 class Network(nn.Module):
-    """A shared trunk and two heads."""
+    """A shared trunk and a head for each task.
 
-    def __init__(self) -> None:
+    Args:
+        tasks: How many.
+    """
+
+    def __init__(self, tasks: int = TASKS) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
-        self.heads = nn.ModuleDict({task: nn.Linear(32, 1) for task in TASKS})
+        self.heads = _heads(32, tasks)
 
     def losses(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the mean losses over rows of shape (n, 16)."""
         hidden = self.trunk(rows)
         return {
             task: (head(hidden) - sign).square().mean()
-            for (task, head), sign in zip(self.heads.items(), (1.0, -1.0), strict=True)
+            for (task, head), sign in zip(self.heads.items(), itertools.cycle((1.0, -1.0)))
         }
 
 
 class ManyParameters(nn.Module):
-    """Many shared parameters of ten numbers each, and two heads.
+    """Many shared parameters of ten numbers each, and a head for each task.
 
     One operation reaches all parameters: next to any other model of as many, little else is done.
 
     Args:
         count: How many.
+        tasks: How many tasks.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, tasks: int = TASKS) -> None:
         super().__init__()
         self.trunk = nn.ParameterList([torch.randn(10) for _ in range(count)])
-        self.heads = nn.ModuleDict({task: nn.Linear(1, 1) for task in TASKS})
+        self.heads = _heads(1, tasks)
 
     def losses(self, rows: Tensor) -> dict[str, Tensor]:
         """Return a loss per task; the rows, shape (n, 16), only say how far apart these are."""
@@ -78,14 +85,19 @@ class ManyParameters(nn.Module):
         }
 
 
-def steps(count: int = 0) -> dict[str, Callable[[], object]]:
+def _heads(width: int, tasks: int) -> nn.ModuleDict:
+    return nn.ModuleDict({f"task{number}": nn.Linear(width, 1) for number in range(tasks)})
+
+
+def steps(count: int = 0, tasks: int = TASKS) -> dict[str, Callable[[], object]]:
     """Return a step of each variant, and the floors, by name.
 
     Args:
         count: How many parameters the trunk has; 0 for the MLP.
+        tasks: How many tasks.
     """
     torch.manual_seed(0)
-    network = ManyParameters(count) if count else Network()
+    network = ManyParameters(count, tasks) if count else Network(tasks)
     rows, held_out = torch.randn(32, 16), torch.randn(32, 16)
     parameters = list(network.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.01)
@@ -99,17 +111,21 @@ def steps(count: int = 0) -> dict[str, Callable[[], object]]:
         return run
 
     def plain() -> None:
-        first, second = network.losses(rows).values()
-        (first + second).backward()
+        first, *others = network.losses(rows).values()
+        sum(others, start=first).backward()
+
+    shared = list(network.trunk.parameters())
+    wanted = [[*shared, *head.parameters()] for head in network.heads.values()]
 
     def one_by_one() -> None:
-        first, second = network.losses(rows).values()
-        torch.autograd.grad(first, parameters, retain_graph=True, allow_unused=True)
-        torch.autograd.grad(second, parameters, allow_unused=True)
+        losses = network.losses(rows).values()
+        for number, (loss, leaves) in enumerate(zip(losses, wanted, strict=True), 1):
+            torch.autograd.grad(loss, leaves, retain_graph=number < tasks)
 
     found = {"floor 1": emptied(plain), "floor 2": emptied(one_by_one)}
     for name, strategies in VARIANTS.items():
-        balancer = make_balancer(strategies, tasks=TASKS, shared=network.trunk, optimizer=optimizer)
+        names = list(network.heads)
+        balancer = make_balancer(strategies, tasks=names, shared=network.trunk, optimizer=optimizer)
         validation: dict[str, Any] = {}
         if balancer.weighting.needs_validation:
             validation["validation"] = lambda: network.losses(held_out)
@@ -121,18 +137,19 @@ def steps(count: int = 0) -> dict[str, Callable[[], object]]:
     return found
 
 
-def measure(rounds: int, count: int, parameters: int = 0) -> dict[str, float]:
+def measure(rounds: int, count: int, parameters: int = 0, tasks: int = TASKS) -> dict[str, float]:
     """Return the median time of a step in seconds of processor time, by variant.
 
     Args:
         rounds: How often each variant has its turn.
         count: How many steps make a turn.
-        parameters: As in :func:`steps`.
+        parameters: The ``count`` of :func:`steps`.
+        tasks: How many tasks.
     """
-    variants = steps(parameters)
+    variants = steps(parameters, tasks)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():  # the first steps have more to do
-        for _ in range(2 if parameters else 20):
+        for _ in range(2 if parameters or tasks > TASKS else 20):
             run()
     gc.collect()
     gc.disable()
@@ -167,9 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--parameters", type=int, default=0, help="of the trunk; 0 (the default) for the MLP"
     )
+    parser.add_argument("--tasks", type=int, default=TASKS)
     options = parser.parse_args(arguments)
     environment = reporting.describe(torch.device("cpu"))
-    result = measure(options.rounds, options.steps, options.parameters)
+    result = measure(options.rounds, options.steps, options.parameters, options.tasks)
     if options.json:
         json.dump({"environment": environment, "seconds": result}, sys.stdout, indent=2)
         sys.stdout.write("\n")
