@@ -2,9 +2,9 @@
 
 The network is an MLP, 16 to 32 to 32, with two heads (``--tasks``: more) and a batch of 32; or,
 with ``--parameters``, so many shared parameters of ten numbers each, which one operation joins
-before the heads. A step is the forward pass and everything up to filled ``.grad``; floors are the passes alone, as in
-``step_cost``: of the sum, and one for every task. Shown are medians in microseconds, what lies
-above the floor, and how many plain steps (floor 1) a step takes.
+before the heads. A step is the forward pass and everything up to filled ``.grad``; floors are the
+passes alone, as in ``step_cost``: of the sum, and one for every task. Shown are medians in
+microseconds, what lies above the floor, and how many plain steps (floor 1) a step takes.
 
     python -m tests.benchmarks.tiny_step
     python -m tests.benchmarks.tiny_step --steps 200 --rounds 30 --json > today.json
