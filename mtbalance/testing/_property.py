@@ -56,8 +56,9 @@ class Subject:
     norms: a number, or a function of the rows. What is narrower than float64 is rounded on top."""
     unclear: Callable[[Tensor], bool] = lambda _: False
     """Whether rounding decides about the direction of these rows, so that they prove nothing."""
-    slack: float = 1e-12
-    """How far <g, d> may be below zero, relative to ``|g|`` and the sum of the norms."""
+    slack: float | Callable[[Tensor], float] = 1e-12
+    """How far <g, d> may be below zero, relative to ``|g|`` and the sum of the norms: a number, or
+    a function of the rows. What is narrower than float64 is rounded on top."""
     exact: bool = False
     """Whether what needs no rounding must hold bit for bit."""
     who: str = ""
@@ -80,6 +81,10 @@ class Subject:
     def tolerance_at(self, rows: Tensor) -> float:
         """Return the tolerance for directions of these rows in float64."""
         return self.tolerance(rows) if callable(self.tolerance) else self.tolerance
+
+    def slack_at(self, rows: Tensor) -> float:
+        """Return the slack for directions of these rows in float64."""
+        return self.slack(rows) if callable(self.slack) else self.slack
 
     def close(self, got: Tensor, expected: Tensor, rows: Tensor, times: float = 1.0) -> None:
         """Require that two directions, for such rows times a factor, agree up to rounding."""
