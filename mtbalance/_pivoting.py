@@ -33,8 +33,9 @@ _MOST_PIVOTS = 30
 _MOST_PIVOTS_OF_FEW = 12
 PATIENCE = 3
 """How often pivoting may go on without an improvement."""
-_LEAST_PIVOT = 1e-12
-"""Matrices with a smaller one get the ridge."""
+LEAST_PIVOT = 1e-12
+"""Matrices with a smaller one get the ridge: rows that depend on each other but for the rounding of
+float32 would get multipliers of 1e7, which their Gramian takes for as good as small ones."""
 _SUSPICION = 1e3
 """Combinations of unit rows that are shorter than their weights by this factor may vanish."""
 
@@ -67,7 +68,7 @@ def pivot_to_face(
     system = _System(torch.stack([sizes, -linear]), radius)
     identity = torch.eye(len(gramian), dtype=gramian.dtype, device="cpu")
     ridged = gramian + ridge * identity if ridge else gramian
-    least = 0.0 if ridge else _LEAST_PIVOT
+    least = 0.0 if ridge else LEAST_PIVOT
     tolerance = SOLVER_TOLERANCE * (float(linear.abs().max()) + radius)
     rows = _Candidates(start, len(gramian))
     for _ in range(_MOST_PIVOTS):
@@ -297,7 +298,7 @@ def _eliminate(rows: list[list[float]]) -> tuple[list[float], list[float]]:
     while rows:
         top = rows[0]
         pivot = top[0]
-        if pivot <= _LEAST_PIVOT:
+        if pivot <= LEAST_PIVOT:
             tops.append([math.inf, *[0.0] * (len(top) - 1)])
             rows = [row[1:] for row in rows[1:]]
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtbalance._active_set import add_rows_one_by_one
 from mtbalance._gramians import RESOLUTION
-from mtbalance._pivoting import PATIENCE, RIDGES, SOLVER_TOLERANCE
+from mtbalance._pivoting import LEAST_PIVOT, PATIENCE, RIDGES, SOLVER_TOLERANCE
 
 _MOST_PIVOTS = (12, 40)
 """How often rows are exchanged, for each of the ridges; 3 to 8 times as a rule."""
@@ -25,7 +25,7 @@ _FEW = 64
 """Up to this many rows, to find what faces have in common takes longer than it saves."""
 _SAFE_PIVOT = 1e-3
 """Rows that are closer than this to the span of others are not taken for what faces share."""
-_LEAST_PIVOT = 1e-6
+_PIVOT_IF_DEPENDENT = 1e-6
 """What stands for a row that depends on those before it. So far from a safe one that only
 combinations with coefficients of a thousand could pass for independent."""
 _ENTRIES = 2**20
@@ -152,6 +152,7 @@ class _Tableau:
 
     def __init__(self, gramian: Tensor, ridged: Tensor, masks: Tensor) -> None:
         self._gramian = gramian
+        self._least = LEAST_PIVOT if ridged is gramian else 0.0
         self._base = _shared_by(masks, ridged) if len(gramian) > _FEW else None
         self._matrix = ridged if self._base is None else _exchanged(ridged, self._base)
         self._is_exact = self._matrix is gramian
@@ -197,6 +198,8 @@ class _Tableau:
             return torch.where(masks, torch.where(self._base, others, entering), 0.0)
 
         found = solution(linear)
+        small = factor.LU.diagonal(dim1=1, dim2=2).abs() <= self._least
+        found.masked_fill_(small.any(1, keepdim=True), torch.nan)
         if self._is_exact:
             return found
         # One step of iterative refinement takes away the ridge, and the rounding of the exchange.
@@ -216,7 +219,7 @@ def _shared_by(masks: Tensor, gramian: Tensor) -> Tensor | None:
     order = popularity.argsort(descending=True, stable=True)
     order = order[: int((2 * popularity > len(masks)).sum())]
     part = gramian[order][:, order]
-    part.diagonal().add_(_LEAST_PIVOT**2)
+    part.diagonal().add_(_PIVOT_IF_DEPENDENT**2)
     factor, info = torch.linalg.cholesky_ex(part)
     apart = order[factor.diagonal() > _SAFE_PIVOT]
     if int(info) or len(apart) == 0:

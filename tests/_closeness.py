@@ -127,8 +127,7 @@ def near_a_jump(case: GradientCase, rows: Tensor) -> bool:
     GradOPS and IMTLG those of cosines that are about the rounding of float32; IMTLG turns the
     direction round. PCD takes combinations for zero, and demands for excluding each other. Krum's
     scores tie up to a limit. What MoCo and MoDo take off their weights may be so large that only
-    the least slope counts. Means of float32 rows are rounded, so that those that depend on each
-    other nearly do, which is less than a Gramian in float64 can tell.
+    the least slope counts.
     """
     if not rows.any():
         return False
@@ -142,9 +141,6 @@ def near_a_jump(case: GradientCase, rows: Tensor) -> bool:
         _, values, limit = _unit_rows_as(rows)
         jumps = ((values > limit / 3) & (values < 3 * limit)).any()
         return bool(jumps) or cancelled(case, rows) >= 1e6
-    if case.name in _ON_THE_DUAL_CONE and case.name.startswith("RowMean"):
-        _, values, _ = _unit_rows_as(rows)
-        return rows.dtype == torch.float32 and bool((values < 1e-6).any())
     if not case.name.startswith("AlignedMTL"):
         return False
     ratios = _ratios_of_eigenvalues(rows)

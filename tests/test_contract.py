@@ -215,6 +215,11 @@ HARD = (
         Sample("unequal_norms", 8, 5, 46094, dtype=torch.float32),
     ),
     ("RowMean-uncorrected", "no_conflict_left", Sample("generic", 8, 4, 49968)),
+    (
+        "RowMean",
+        "order_free",
+        Sample("rank_deficient", 6, 16, 38377, 2.0**67, torch.float32),
+    ),
     ("NashMTL", "scale_free", Sample("non_conflicting", 1, 2, 26070)),
     (
         "IMTLG",
@@ -247,7 +252,6 @@ def test_where_little_is_left_to_know(who: str, name: str, sample: Sample) -> No
         ("Krum-some", Sample("near_parallel", 3, 27, 50516)),
         ("MoCo", Sample("rank_deficient", 3, 15, 46606, 2.0**20, torch.float32)),
         ("MoDo", Sample("conflicting", 7, 29, 16255, 2.0**20)),
-        ("RowMean", Sample("rank_deficient", 6, 16, 38377, 2.0**67, torch.float32)),
     ],
 )
 def test_where_rounding_decides(who: str, sample: Sample) -> None:

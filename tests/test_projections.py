@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +16,12 @@ from tests._samplers import gradients, matrix, random_gradients
 
 def cosines_of(rows: Tensor) -> Tensor:
     return unit_rows(rows @ rows.T).cosines
+
+
+def unit_rows_of(rows: Tensor) -> Tensor:
+    """Return those that are not zero over their length, in float64."""
+    rows = rows[rows.any(1)].double()
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def meets_its_conditions(multipliers: Tensor, gramian: Tensor) -> bool:
@@ -95,6 +102,25 @@ def test_rows_that_nearly_depend_on_each_other_settle(alone: list[int]) -> None:
     gramian = cosines_of(rows)
     assert meets_its_conditions(project_each_on_dual_cone(gramian), gramian)
     assert not alone
+
+
+@pytest.mark.parametrize(("m", "p"), [(4, 6), (6, 6), (6, 16), (8, 20), (80, 100)])
+def test_rows_that_depend_on_each_other_but_for_the_rounding_of_float32(m: int, p: int) -> None:
+    """They are projected as those before rounding, by multipliers that float32 can bear.
+
+    What rounding leaves of a dependence is 1e-8 long. Multiplied by 1e7 it meets conditions no less
+    well, and nothing is left of a direction that is added up in float32.
+    """
+    for seed in range(60 if m < 20 else 3):
+        dependent = matrix("rank_deficient", m, p, seed=seed, dtype=torch.float32)
+        factors = 0.5 + random_gradients(m, 1, seed=seed).abs().float()
+        before = dependent.double() * factors.double()
+        rows = unit_rows_of(dependent * factors)
+        multipliers = project_each_on_dual_cone((rows @ rows.T).clamp(-1, 1).fill_diagonal_(1))
+        assert multipliers.max() < 1e3
+        for unit, found in zip(rows, rows + multipliers @ rows, strict=True):
+            expected, _ = project_on_dual_cone(array(before), array(unit))
+            assert np.linalg.norm(array(found) - expected) <= 1e-5
 
 
 @pytest.mark.parametrize("few", [0, 64])
