@@ -77,8 +77,7 @@ def with_remembered(table: Table, strategy: GradientStrategy, tasks: Sequence[in
     groups, gramians = dict(table.groups), dict(table.gramians)
     exponents = dict(table.exponents)
     for number in means.rows.groups():
-        hand, _ = means.at_hand(tasks, number)
-        leaves = means.rows.leaves(hand, number)
+        leaves = means.rows.leaves(means.at_hand(tasks, number), number)
         more = [leaf for leaf in leaves if id(leaf) not in known and leaf.requires_grad]
         if not more:
             continue
@@ -118,7 +117,8 @@ def direction_of_means(
     mixing = means.mixing(weights)
     weights = weights.to(mixing.gain.dtype)  # where they are: nobody waits for them
     gains = mixing.gain.to(weights.device) * (weights / scale)
-    hand, mix, factor = _mix_of(means, mixing, gains, whose)
+    hand = means.at_hand(*whose)
+    mix = _mix_of(mixing, gains, whose.tasks, hand)
     rows = [*means.rows.rows(part.leaves, hand, whose.group), *part.rows]
     gramian, cross = _in_range(part.leaves, rows, mix, power)
     if looks or is_finite(gramian):
@@ -126,34 +126,30 @@ def direction_of_means(
         _change_when_written(means.rows, part, whose, mixing.keep, gains)
     if mix.places is not None:
         strategy.take(torch.tensor(hand, device=gramian.device), whose.group)
-    weighted = gramian * (factor := factor.to(gramian)) * factor[:, None]
-    solution = strategy.coefficients(weighted)
-    if solution is not None:
-        combination = factor * solution.to(factor)
+    combination = strategy.coefficients(gramian)
+    if combination is not None:
         mix = mix.times(scale * combination.to(mix.keep))
         direction = combine(rows, torch.cat([mix.keep, mix.gains]), part.leaves)
         return Outcome(direction, cross.to(combination) @ combination / scale)
-    factors = strategy.row_factors(weighted)
-    mix = mix.times(scale * (factor if factors is None else factor * factors).to(mix.keep))
+    factors = strategy.row_factors(gramian)
+    factors = torch.ones_like(mix.keep) if factors is None else factors.to(mix.keep)
+    mix = mix.times(scale * factors)
     copies = [list(row) for row in rows]  # to be emptied
     direction, progress = by_columns(strategy, part.leaves, copies, mix, 0, power)
     return Outcome(direction, progress / scale**2)
 
 
-def _mix_of(
-    means: RowMeans, mixing: Mixing, gains: Tensor, whose: Whose
-) -> tuple[list[int], Mix, Tensor]:
-    """Return the tasks that take part, what makes their means, and factors for these."""
-    hand, recalled = means.at_hand(*whose)
-    if not recalled:
-        return hand, Mix(mixing.keep.to(gains.device), gains, None), mixing.factor
-    places = [hand.index(task) for task in whose.tasks]
-    others = [place for place, task in enumerate(hand) if task not in whose.tasks]
-    keep, factor = (v.new_ones(len(hand)) for v in (mixing.keep, mixing.factor))
-    keep[places], factor[places] = mixing.keep, mixing.factor
-    factor[others] = factor.new_tensor(recalled)
-    keep = keep.to(gains.device)
-    return hand, Mix(keep, gains, torch.tensor(places, device=keep.device)), factor
+def _mix_of(mixing: Mixing, gains: Tensor, tasks: Sequence[int], hand: Sequence[int]) -> Mix:
+    """Return what makes the means of those at hand, of which these tasks are there.
+
+    Others keep their means as they are.
+    """
+    if len(hand) == len(tasks):
+        return Mix(mixing.keep.to(gains.device), gains, None)
+    places = torch.tensor([hand.index(task) for task in tasks], device=gains.device)
+    keep = torch.ones(len(hand), dtype=mixing.keep.dtype, device=gains.device)
+    keep[places] = mixing.keep.to(gains.device)
+    return Mix(keep, gains, places)
 
 
 def _means_of(strategy: GradientStrategy) -> RowMeans:

@@ -20,16 +20,16 @@ class Mixing(NamedTuple):
     """What part of its mean each keeps."""
     gain: Tensor
     """What part of the mean is then the row's."""
-    factor: Tensor
-    """What the mean is then multiplied by for who gets it."""
     share: Tensor
-    """What the mean of ones would be then."""
+    """What the mean of ones would be then, if it were not corrected."""
     steps: Tensor
     """How many rows there have been then."""
 
 
 class RowMeans(nn.Module):
     r"""Exponential means of each task's rows: :math:`M \gets (1 - \beta_t) M + \beta_t r`, from 0.
+
+    Corrected means, M over what the mean of ones would be, are kept as such: the first is the row.
 
     Args:
         beta: The part that stays (or, ``of_row``, that is the new row's) in the first step.
@@ -85,12 +85,11 @@ class RowMeans(nn.Module):
         part = self.beta / steps**self.decay
         gain = part if self.of_row else 1 - part
         keep = 1 - part if self.of_row else part
-        share = keep * self.share.read(rows) + gain
-        return Mixing(keep, gain, self.factors(share), share, steps)
-
-    def factors(self, share: Tensor) -> Tensor:
-        """Return what means are multiplied by of which those of ones are these."""
-        return 1 / share if self.correct else torch.ones_like(share)
+        before = keep * self.share.read(rows)
+        share = before + gain
+        if self.correct:
+            keep, gain = before / share, gain / share
+        return Mixing(keep, gain, share, steps)
 
     def alone(
         self,
@@ -108,20 +107,19 @@ class RowMeans(nn.Module):
         active, group = self.share.active, self.share.group
         mixing = self.mixing(gradients)
         tasks = list(range(len(gradients))) if isinstance(active, slice) else active.tolist()
-        hand, recalled = self.at_hand(tasks, group)
+        hand = self.at_hand(tasks, group)
         rows = gradients.detach().to(at_least_float32(gradients.dtype))
         numbers = zip(mixing.keep.tolist(), mixing.gain.tolist(), strict=True)
         means = {}
         for task, row, (keep, gain) in zip(tasks, rows, numbers, strict=True):
             old = self.rows.alone(task, group, row)
             means[task] = gain * row if old is None else keep * old + gain * row
-        factors = dict(zip(tasks, mixing.factor.tolist(), strict=True))
-        for task, factor in zip([n for n in hand if n not in means], recalled, strict=True):
-            old = self.rows.alone(task, group, rows[0])
-            factors[task] = factor
-            means[task] = torch.zeros_like(rows[0]) if old is None else old
-        matrix = torch.stack([means[task] * factors[task] for task in hand])
-        if recalled:
+        for task in hand:
+            if task not in means:
+                old = self.rows.alone(task, group, rows[0])
+                means[task] = torch.zeros_like(rows[0]) if old is None else old
+        matrix = torch.stack([means[task] for task in hand])
+        if len(hand) > len(tasks):
             take(torch.tensor(hand, device=rows.device), group)
         direction = direction_of(matrix)
         take(active, group)
@@ -136,16 +134,15 @@ class RowMeans(nn.Module):
         self.share.write(mixing.share)
         self.steps.write(mixing.steps)
 
-    def at_hand(self, tasks: Sequence[int], group: int) -> tuple[list[int], list[float]]:
-        """Return the tasks that take part, in order, and for absent ones what to multiply by.
+    def at_hand(self, tasks: Sequence[int], group: int) -> list[int]:
+        """Return the tasks that take part, in order.
 
         Args:
             tasks: The numbers of those that are there.
             group: The number of the group of parameters.
         """
         if not self.recall:
-            return list(tasks), []
-        shares = self.share.values[group]  # empty alone, before the first rows
-        factors = self.factors(shares).tolist()
-        known = [n for n, share in enumerate(shares.tolist()) if share > 0 and n not in tasks]
-        return sorted([*tasks, *known]), [factors[n] for n in known]
+            return list(tasks)
+        shares = self.share.values[group].tolist()  # empty alone, before the first rows
+        known = [n for n, share in enumerate(shares) if share > 0 and n not in tasks]
+        return sorted([*tasks, *known])
