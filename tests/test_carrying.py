@@ -343,7 +343,7 @@ def test_entries_go_by_name_in_another_order() -> None:
 
 
 def test_rows_follow_their_parameter_when_the_split_gets_shorter() -> None:
-    """Means of half: 2 of b, 3 of a. The removed task alone reached a parameter, the first."""
+    """First means are the rows: 2 of b, 3 of a. The removed task alone reached one parameter."""
     z, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     old = Balancer(Equal(), MoCo(), tasks=("c", "a", "b"))
     losses = {"a": (3 * y).sum(), "b": y.square().sum()}
@@ -352,7 +352,7 @@ def test_rows_follow_their_parameter_when_the_split_gets_shorter() -> None:
     new = Balancer(Equal(), MoCo(), tasks=("b", "a"))
     state = with_tasks(old.state_dict(), new)
     rows = {k.rpartition(".")[2]: v.tolist() for k, v in state.items() if ".rows." in k}
-    assert {key.split("/")[1]: v for key, v in rows.items()} == {"0": [1.0, 1.0], "1": [1.5, 1.5]}
+    assert {key.split("/")[1]: v for key, v in rows.items()} == {"0": [2.0, 2.0], "1": [3.0, 3.0]}
     split = json.loads(bytes(state["_extra_state"].tolist()))["split"]
     assert [*map(len, split)].index(2) == int(next(iter(rows)).split("/")[2])
     assert len(split) == 1
