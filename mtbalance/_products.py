@@ -17,6 +17,7 @@ from mtbalance._rows import (
     column_blocks,
     columns_of_each,
     flat,
+    kinds_of,
     sum_of,
 )
 
@@ -74,12 +75,11 @@ def _may_be_float32(rows: Rows) -> bool:
     """Return whether products in float32 save time, and would be what they say."""
     if sum(columns_of_each(rows)) <= _SHORT:
         return False
-    tensors = [tensor for row in rows for tensor in row if tensor is not None]
-    return (
-        all(t.device.type == "cpu" for t in tensors)
-        and all(at_least_float32(t.dtype).to_real() == torch.float32 for t in tensors)
-        and _keeps_float32()
+    serve = (
+        kind.device.type == "cpu" and at_least_float32(kind.dtype).to_real() == torch.float32
+        for kind in kinds_of(rows)
     )
+    return all(serve) and _keeps_float32()
 
 
 def _keeps_float32() -> bool:
