@@ -114,8 +114,16 @@ def _step(axes: Axes, name: str) -> None:
 
 
 def _weights(axes: Axes, walked: Walk) -> None:
-    """Draw the weights on the first path."""
+    """Draw the weights on the first path: as points where lines would fill the panel."""
+    points: dict[str, Any] = {"ls": "none", "marker": ".", "ms": 3}
     for i, weights in enumerate(walked.weights.T):
-        axes.plot(weights, color=TASKS[i], label=f"task {i + 1}")
+        style = points if _turns_often(weights) else {}
+        axes.plot(weights, color=TASKS[i], label=f"task {i + 1}", **style)
     axes.set(title="Weights on the path from the upper left", xlabel="step")
     axes.legend(frameon=True, framealpha=0.8, edgecolor="none")
+
+
+def _turns_often(weights: Tensor) -> bool:
+    """Whether a third of the steps go back on the way of the one before."""
+    changes = weights.diff()
+    return bool((changes[1:] * changes[:-1] < 0).float().mean() > 0.3)
