@@ -7,7 +7,7 @@ pass and everything up to filled ``.grad``.
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,15 @@ C = 0.4
 """CAGrad's radius, for all libraries."""
 
 
-def peers(workload: Workload) -> tuple[dict[str, Step], list[str]]:
+def peers(
+    workload: Workload, libraries: Collection[str] = ("torchjd", "LibMTL")
+) -> tuple[dict[str, Step], list[str]]:
     """Return steps by name (library, strategy, mode), and one line per library that is missing."""
+    makers = {"torchjd": _torchjd_steps, "LibMTL": _libmtl_steps}
     steps: dict[str, Step] = {}
     missing = []
-    for library, make in (("torchjd", _torchjd_steps), ("LibMTL", _libmtl_steps)):
+    for library in libraries:
+        make = makers[library]
         if importlib.util.find_spec(library) is None:
             missing.append(f"{library} is not installed, and is left out.")
         else:

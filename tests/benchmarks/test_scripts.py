@@ -19,7 +19,15 @@ from tests.benchmarks import (
     step_cost,
     tiny_step,
 )
-from tests.benchmarks.peers import ACROSS, LIBMTL, SCALARIZERS, peers, peers_of_catalogue
+from tests.benchmarks.peers import (
+    ACROSS,
+    LIBMTL,
+    SCALARIZERS,
+    STRATEGIES,
+    peers,
+    peers_of_catalogue,
+    strategy_of,
+)
 from tests.benchmarks.workloads import TINY, WORKLOADS
 
 CPU = torch.device("cpu")
@@ -325,6 +333,14 @@ def test_tiny_step_reports_every_variant(capsys) -> None:
     assert all(seconds > 0 for seconds in out["seconds"].values())
     tiny_step.main(["--rounds", "1", "--steps", "1", "--parameters", "3"])
     assert "autol+cagrad" in capsys.readouterr().out
+
+
+def test_tiny_step_stands_beside_torchjd(capsys) -> None:
+    pytest.importorskip("torchjd")
+    out = report(tiny_step, capsys, "--rounds", "1", "--steps", "1", "--peers")
+    others = set(out["seconds"]) - {"floor 1", "floor 2", *tiny_step.VARIANTS}
+    assert {strategy_of(name) for name in others} == set(STRATEGIES)
+    assert all(name.startswith("torchjd ") for name in others)
 
 
 def test_tiny_step_has_so_many_tasks(capsys) -> None:

@@ -10,6 +10,7 @@ microseconds, what lies above the floor, and how many plain steps (floor 1) a st
     python -m tests.benchmarks.tiny_step --steps 200 --rounds 30 --json > today.json
     python -m tests.benchmarks.tiny_step --parameters 100000 --steps 1 --rounds 5
     python -m tests.benchmarks.tiny_step --tasks 500 --steps 1 --rounds 9
+    python -m tests.benchmarks.tiny_step --peers  # beside TorchJD, if it is installed
 
 To compare two versions of the library, run both in turn, many times over, and look at the median of
 the ratios: on a machine that others use, too, single runs differ by more than the versions do.
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 from mtbalance import make_balancer
 from tests.benchmarks import reporting
+from tests.benchmarks.peers import peers
+from tests.benchmarks.workloads import Batch, Workload
 
 TASKS = 2
 VARIANTS = {
@@ -55,10 +58,21 @@ class Network(nn.Module):
     def losses(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the mean losses over rows of shape (n, 16)."""
         hidden = self.trunk(rows)
-        return {
-            task: (head(hidden) - sign).square().mean()
-            for (task, head), sign in zip(self.heads.items(), itertools.cycle((1.0, -1.0)))
-        }
+        return {task: self.loss(task, hidden, sign) for task, sign in self.signs.items()}
+
+    def loss(self, task: str, hidden: Tensor, sign: float | Tensor) -> Tensor:
+        """Return a task's mean loss, by what its head is to say of all rows."""
+        return (self.heads[task](hidden) - sign).square().mean()
+
+    @property
+    def signs(self) -> dict[str, float]:
+        """What heads are to say."""
+        return dict(zip(self.heads, itertools.cycle((1.0, -1.0))))
+
+    def workload(self, rows: Tensor) -> Workload:
+        """Return the network as the benchmarks of other packages take it."""
+        batch = Batch(rows, {task: torch.tensor(sign) for task, sign in self.signs.items()})
+        return Workload("mlp", self, [self.trunk], self.heads, self.trunk, self.loss, batch, batch)
 
 
 class ManyParameters(nn.Module):
@@ -89,12 +103,15 @@ def _heads(width: int, tasks: int) -> nn.ModuleDict:
     return nn.ModuleDict({f"task{number}": nn.Linear(width, 1) for number in range(tasks)})
 
 
-def steps(count: int = 0, tasks: int = TASKS) -> dict[str, Callable[[], object]]:
+def steps(
+    count: int = 0, tasks: int = TASKS, *, beside: bool = False
+) -> dict[str, Callable[[], object]]:
     """Return a step of each variant, and the floors, by name.
 
     Args:
         count: How many parameters the trunk has; 0 for the MLP.
         tasks: How many tasks.
+        beside: Whether to return TorchJD's, too, in its three modes, for the MLP.
     """
     torch.manual_seed(0)
     network = ManyParameters(count, tasks) if count else Network(tasks)
@@ -134,10 +151,16 @@ def steps(count: int = 0, tasks: int = TASKS) -> dict[str, Callable[[], object]]
             balancer.backward(network.losses(rows), **validation)
 
         found[name] = emptied(step)
+    if beside and isinstance(network, Network):
+        others, missing = peers(network.workload(rows), ["torchjd"])
+        found |= {name: emptied(step) for name, step in others.items()}
+        sys.stderr.writelines(f"{line}\n" for line in missing)
     return found
 
 
-def measure(rounds: int, count: int, parameters: int = 0, tasks: int = TASKS) -> dict[str, float]:
+def measure(
+    rounds: int, count: int, parameters: int = 0, tasks: int = TASKS, *, beside: bool = False
+) -> dict[str, float]:
     """Return the median time of a step in seconds of processor time, by variant.
 
     Args:
@@ -145,8 +168,9 @@ def measure(rounds: int, count: int, parameters: int = 0, tasks: int = TASKS) ->
         count: How many steps make a turn.
         parameters: The ``count`` of :func:`steps`.
         tasks: How many tasks.
+        beside: Whether to measure TorchJD, too.
     """
-    variants = steps(parameters, tasks)
+    variants = steps(parameters, tasks, beside=beside)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():  # the first steps have more to do
         for _ in range(2 if parameters or tasks > TASKS else 20):
@@ -167,12 +191,12 @@ def measure(rounds: int, count: int, parameters: int = 0, tasks: int = TASKS) ->
 
 def table(result: dict[str, float]) -> str:
     """Return the times as text."""
-    lines = [f"{'':16}{'us':>10}{'above its floor':>18}{'x floor 1':>12}"]
+    lines = [f"{'':24}{'us':>10}{'above its floor':>18}{'x floor 1':>12}"]
     for name, seconds in result.items():
         floor = result["floor 1" if name in ("Sum", "floor 1") else "floor 2"]
         cells = f"{seconds * 1e6:10.1f}{(seconds - floor) * 1e6:18.1f}"
         cells += f"{seconds / result['floor 1']:12.2f}"
-        lines.append(f"{name:16}{cells}")
+        lines.append(f"{name:24}{cells}")
     return "\n".join([*lines, ""])
 
 
@@ -185,9 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--parameters", type=int, default=0, help="of the trunk; 0 (the default) for the MLP"
     )
     parser.add_argument("--tasks", type=int, default=TASKS)
+    parser.add_argument("--peers", action="store_true", help="beside TorchJD, for the MLP")
     options = parser.parse_args(arguments)
     environment = reporting.describe(torch.device("cpu"))
-    result = measure(options.rounds, options.steps, options.parameters, options.tasks)
+    result = measure(
+        options.rounds, options.steps, options.parameters, options.tasks, beside=options.peers
+    )
     if options.json:
         json.dump({"environment": environment, "seconds": result}, sys.stdout, indent=2)
         sys.stdout.write("\n")
