@@ -221,6 +221,7 @@ HARD = (
         Sample("rank_deficient", 6, 16, 38377, 2.0**67, torch.float32),
     ),
     ("NashMTL", "scale_free", Sample("non_conflicting", 1, 2, 26070)),
+    ("GradOPS-ahead", "rotates", Sample("opposite_rows", 4, 17, 40102)),
     (
         "IMTLG",
         "low_precision_only_rounds",

@@ -55,8 +55,9 @@ class GradOPS(GramianStrategy):
         and with more tasks than parameters all that conflict are lost. In the span are gradients
         of which a combination of unit vectors is shorter than 1e-6 (times the root of m).
         Gradients that are orthogonal up to the rounding of their float64 inner product are not in
-        conflict. With three or more tasks, the direction jumps where two begin to conflict. A task
-        whose gradient is zero changes nothing. With two tasks and alpha = 0 this is PCGrad.
+        conflict, and gain nothing from each other. With three or more tasks, the direction jumps
+        where two begin to conflict. A task whose gradient is zero changes nothing. With two tasks
+        and alpha = 0 this is PCGrad.
 
     References:
         Zhu et al., "Gradient Deconfliction via Orthogonal Projections onto Subspaces For
@@ -98,7 +99,8 @@ class GradOPS(GramianStrategy):
             squares = torch.where(conflicts, remainders.squared_lengths, 1.0)
         if self.alpha:
             # Rows that were projected help nobody else, and those that were not oppose nobody.
-            help_of = torch.where(conflicts[:, None], 0.0, rows.cosines.clamp_min(0))
+            helps = ~conflicts[:, None] & (rows.cosines > RESOLUTION)
+            help_of = torch.where(helps, rows.cosines, 0.0)
             gains = lengths @ help_of.fill_diagonal_(0) + lengths * squares
             lengths = lengths * self._shares(gains)
         weights[rows.numbers] = (lengths @ left) * (rows.norms.max() / rows.norms)

@@ -179,6 +179,18 @@ def test_orthogonal_up_to_rounding_is_no_conflict(seed: int) -> None:
     assert (GradOPS()(rows) - rows[[1, 3]].sum(0)).norm() > 0.5  # the third begins to conflict
 
 
+@pytest.mark.parametrize("alpha", [-1.5, -0.1, 0.5])
+def test_orthogonal_up_to_rounding_is_no_gain(alpha: float) -> None:
+    """e1 and -2 e1 are lost, and e2, turned anyhow, helps neither: it has all the weight, of 1.
+
+    A gain of 1e-17 would count as a task, and be most of the weight by a negative exponent.
+    """
+    rows = torch.tensor([[1.0, 0, 0, 0], [-2.0, 0, 0, 0], [0, 3.0, 0, 0]], dtype=torch.float64)
+    for seed in range(60):
+        turn = orthogonal(4, seed).to(rows)
+        assert_close(GradOPS(alpha)(rows @ turn), rows[2] @ turn, rtol=1e-12, atol=1e-12)
+
+
 @given(
     rows=gradients(["generic", "conflicting"], m=(2, 8), p=(9, 30)),
     exponents=st.lists(st.floats(-6, 6), min_size=8, max_size=8),
