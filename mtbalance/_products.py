@@ -76,8 +76,8 @@ def _may_be_float32(rows: Rows) -> bool:
     if sum(columns_of_each(rows)) <= _SHORT:
         return False
     serve = (
-        kind.device.type == "cpu" and at_least_float32(kind.dtype).to_real() == torch.float32
-        for kind in kinds_of(rows)
+        device.type == "cpu" and at_least_float32(dtype).to_real() == torch.float32
+        for dtype, _, device in kinds_of(rows)
     )
     return all(serve) and _keeps_float32()
 

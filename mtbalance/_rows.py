@@ -315,24 +315,14 @@ def _combined(tensors: Rows, numbers: Sequence[float | Tensor]) -> Sequence[Tens
     return directions
 
 
-class Kind(NamedTuple):
-    """What tensors must have in common to be joined."""
-
-    dtype: torch.dtype
-    layout: torch.layout
-    device: torch.device
-
-
-def kinds_of(rows: Rows) -> Iterable[Kind]:
-    """Return the kinds of all tensors in the rows, each once."""
-    # Plain tuples, as there is one for each of what may be 100,000 parameters.
-    kinds = {(t.dtype, t.layout, t.device) for row in rows for t in row if t is not None}
-    return itertools.starmap(Kind, kinds)
+def kinds_of(rows: Rows) -> set[tuple[torch.dtype, torch.layout, torch.device]]:
+    """Return what tensors must have in common to be joined, of all in the rows."""
+    return {(t.dtype, t.layout, t.device) for row in rows for t in row if t is not None}
 
 
 def _kind_of(rows: Rows) -> torch.dtype | None:
     """Return the dtype of tensors that are dense, of one dtype and on one device; else None."""
-    kinds = list(kinds_of(rows))
+    kinds = kinds_of(rows)
     if len(kinds) != 1:
         return None
     ((dtype, layout, _),) = kinds

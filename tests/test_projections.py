@@ -62,9 +62,8 @@ def test_each_is_the_nearest_point_of_the_cone(
     rows: Tensor, most: tuple[int, int], few: int, unwatched: int, entries: int
 ) -> None:
     """However many exchanges are allowed, whatever faces share, and however many go at a time."""
-    units = rows[rows.any(1)]
+    units = unit_rows_of(rows)
     assume(len(units) > 0)
-    units = units / units.norm(dim=1, keepdim=True)
     gramian = (units @ units.T).fill_diagonal_(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_projections, "_MOST_PIVOTS", most)
@@ -115,10 +114,10 @@ def test_rows_that_depend_on_each_other_but_for_the_rounding_of_float32(m: int, 
         dependent = matrix("rank_deficient", m, p, seed=seed, dtype=torch.float32)
         factors = 0.5 + random_gradients(m, 1, seed=seed).abs().float()
         before = dependent.double() * factors.double()
-        rows = unit_rows_of(dependent * factors)
-        multipliers = project_each_on_dual_cone((rows @ rows.T).clamp(-1, 1).fill_diagonal_(1))
+        units = unit_rows_of(dependent * factors)
+        multipliers = project_each_on_dual_cone(cosines_of(units))
         assert multipliers.max() < 1e3
-        for unit, found in zip(rows, rows + multipliers @ rows, strict=True):
+        for unit, found in zip(units, units + multipliers @ units, strict=True):
             expected, _ = project_on_dual_cone(array(before), array(unit))
             assert np.linalg.norm(array(found) - expected) <= 1e-5
 

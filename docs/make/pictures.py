@@ -124,6 +124,6 @@ def _weights(axes: Axes, walked: Walk) -> None:
 
 
 def _turns_often(weights: Tensor) -> bool:
-    """Whether a third of the steps go back on the way of the one before."""
+    """Whether three of ten steps go back on the way of the one before."""
     changes = weights.diff()
     return bool((changes[1:] * changes[:-1] < 0).float().mean() > 0.3)

@@ -112,9 +112,8 @@ def no_conflict_left(subject: Subject, sample: Sample) -> None:
     """<g_i, d> >= 0, up to the rounding of d, whose parts are as long as the sum of the rows."""
     rows = sample.rows()
     direction = subject(rows).double()
-    slack = (
-        (subject.slack_at(rows) + rounding(rows.dtype)) * size_of(rows) * rows.double().norm(dim=1)
-    )
+    relative = subject.slack_at(rows) + rounding(rows.dtype)
+    slack = relative * size_of(rows) * rows.double().norm(dim=1)
     products = rows.double() @ direction
     worst = int((products + slack).nan_to_num(-torch.inf).argmin())
     require(

@@ -24,7 +24,7 @@ from torch import nn
 from mtbalance import Balancer, make_balancer
 from mtbalance._factory import GRADIENTS, WEIGHTINGS
 from tests.benchmarks import reporting
-from tests.benchmarks.peers import Step, byzantine_of, peers_of_catalogue, trim_of
+from tests.benchmarks.peers import LIBRARIES, Step, byzantine_of, peers_of_catalogue, trim_of
 from tests.benchmarks.step_cost import FLOORS, floors, interleaved, medians_of, quartiles
 from tests.benchmarks.workloads import TINY, WORKLOADS, Workload
 
@@ -33,7 +33,6 @@ ROUNDS = 15
 """Minutes in all: a round of both workloads takes some 20 s of one core."""
 GRAMIAN = "cagrad"
 """With what weightings are measured besides the plain sum."""
-LIBRARIES = ("torchjd", "LibMTL")
 LEAST_TASKS = {"krum": 3}
 """Where not any number will do."""
 

@@ -18,13 +18,14 @@ from tests.benchmarks.workloads import Workload
 
 Step = Callable[[], None]
 
+LIBRARIES = ("torchjd", "LibMTL")
 STRATEGIES = ("pcgrad", "cagrad", "graddrop")
 C = 0.4
 """CAGrad's radius, for all libraries."""
 
 
 def peers(
-    workload: Workload, libraries: Collection[str] = ("torchjd", "LibMTL")
+    workload: Workload, libraries: Collection[str] = LIBRARIES
 ) -> tuple[dict[str, Step], list[str]]:
     """Return steps by name (library, strategy, mode), and one line per library that is missing."""
     makers = {"torchjd": _torchjd_steps, "LibMTL": _libmtl_steps}

@@ -22,6 +22,7 @@ from tests.benchmarks import (
 from tests.benchmarks.peers import (
     ACROSS,
     LIBMTL,
+    LIBRARIES,
     SCALARIZERS,
     STRATEGIES,
     peers,
@@ -188,7 +189,7 @@ def test_catalogue_gives_strategies_what_they_need(variant: str) -> None:
             assert parameter.grad is not None
 
 
-@pytest.mark.parametrize("library", catalogue.LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_namesakes_fill_every_grad(library: str) -> None:
     workload = TINY["tiny-mlp"](CPU)
     known = catalogue.variants(3)

@@ -54,6 +54,7 @@ class Network(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
         self.heads = _heads(32, tasks)
+        self.signs = dict(zip(self.heads, itertools.cycle((1.0, -1.0))))  # what heads are to say
 
     def losses(self, rows: Tensor) -> dict[str, Tensor]:
         """Return the mean losses over rows of shape (n, 16)."""
@@ -63,11 +64,6 @@ class Network(nn.Module):
     def loss(self, task: str, hidden: Tensor, sign: float | Tensor) -> Tensor:
         """Return a task's mean loss, by what its head is to say of all rows."""
         return (self.heads[task](hidden) - sign).square().mean()
-
-    @property
-    def signs(self) -> dict[str, float]:
-        """What heads are to say."""
-        return dict(zip(self.heads, itertools.cycle((1.0, -1.0))))
 
     def workload(self, rows: Tensor) -> Workload:
         """Return the network as the benchmarks of other packages take it."""
