@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtbalance._blocks import column_blocks
 from mtbalance._direction import Outcome, by_columns
 from mtbalance._gramians import HIGHEST, LOWEST, WIDE, exponents_of, shifted
 from mtbalance._row_means import Mixing, RowMeans
 from mtbalance._row_state import RowState
-from mtbalance._rows import Rows, column_blocks, combine, is_finite, plus_multiple
+from mtbalance._rows import Rows, combine, is_finite, plus_multiple
 from mtbalance._shards import sum_over_shards
 from mtbalance._table import Part, Table
 from mtbalance.gradient._base import GradientStrategy

@@ -19,6 +19,7 @@ from mtbalance._passes import gradient_of, sharded_task_gradients
 from mtbalance._rank_step import RankStep, ShardedStep
 from mtbalance._ranks import Ranks
 from mtbalance._reach import ReachLog
+from mtbalance._rows import lists_of
 from mtbalance._seen import Seen
 from mtbalance._task_gradients import Row, TaskGradients
 from mtbalance._writing import add_to_grad, fresh_grad, write
@@ -118,8 +119,8 @@ class Company(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a small tensor over the processes."""
 
-    def sum_over_parts(self, tensor: Tensor) -> Tensor:
-        """Return the sum over those that hold parts of the rows."""
+    def numbers_over_parts(self, vectors: Sequence[Tensor]) -> list[list[float]]:
+        """Return the numbers in short vectors, summed over those that hold parts of the rows."""
 
     def means(self, losses: Losses, error: Exception | None = None) -> Losses:
         """Return the mean of each task's loss over the processes that have it, or raise in all.
@@ -229,8 +230,8 @@ class Alone:
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def sum_over_parts(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def numbers_over_parts(self, vectors: Sequence[Tensor]) -> list[list[float]]:
+        return lists_of(vectors)
 
     def means(self, losses: Losses, error: Exception | None = None) -> Losses:
         if error is not None:
@@ -362,8 +363,8 @@ class Replicas:
     def sum(self, tensor: Tensor) -> Tensor:
         return self._ranks.sum(tensor)
 
-    def sum_over_parts(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def numbers_over_parts(self, vectors: Sequence[Tensor]) -> list[list[float]]:
+        return lists_of(vectors)
 
     def means(self, losses: Losses, error: Exception | None = None) -> Losses:
         return self._ranks.means(losses, error, self._begin())
@@ -432,8 +433,9 @@ class Sharded(Replicas):
     def step(self, step: Step) -> Step:
         return ShardedStep(**vars(step), ranks=self._ranks)
 
-    def sum_over_parts(self, tensor: Tensor) -> Tensor:
-        return self._ranks.sum(tensor)
+    def numbers_over_parts(self, vectors: Sequence[Tensor]) -> list[list[float]]:
+        together = torch.cat([vector.to(vectors[0]) for vector in vectors])
+        return lists_of(torch.split(self._ranks.sum(together), list(map(len, vectors))))
 
     def knows(self, leaf: Tensor) -> bool:
         return self.size == 1 or super().knows(leaf)

@@ -7,20 +7,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mtbalance._blocks import CACHED_COLUMNS, Piece, column_blocks
 from mtbalance._rows import (
-    CACHED_COLUMNS,
     ONE_THREAD,
-    Piece,
     Rows,
+    are_ones,
     at_least_float32,
-    column_blocks,
     columns_of,
     first_of,
     flat,
     shaped,
     sum_of,
 )
-from mtbalance._shards import is_sharded, local, offset_of, sum_over_shards
+from mtbalance._shards import any_sharded, local, offset_of, sum_over_shards
 from mtbalance.gradient._base import GradientStrategy
 
 
@@ -81,7 +80,7 @@ def direction_of(
         combine: Combines raw rows where it gives coefficients.
     """
     weights = weights.to(gramian)
-    weighted = gramian * weights * weights[:, None]
+    weighted = gramian.clone() if are_ones(weights) else gramian * weights * weights[:, None]
     if across is None:
         solution = strategy.coefficients(weighted)
     else:
@@ -118,7 +117,7 @@ class Weighted:
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
-        self._none = weights.device.type == "cpu" and bool((weights == 1).all())
+        self._none = are_ones(weights)
         self.raw_rows = len(weights)
 
     def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +140,7 @@ def by_columns(
     """
     strategy.start()
     held = [local(leaf.detach()) for leaf in leaves]
-    if not any(map(is_sharded, leaves)):
+    if not any_sharded(leaves):
         return direct_by_columns(
             strategy.on_columns,
             rows,
@@ -198,45 +197,61 @@ def direct_by_columns(
     Returns:
         The direction by parameter, and its inner products with the raw rows, shape (m,).
     """
-    parts: list[Tensor | None] = [None] * len(like)
-    reached = [tensor is not None for tensor in first_of(rows)]
+    direction = _Direction(like, [tensor is not None for tensor in first_of(rows)])
     progress: list[Tensor] = []
     for matrix, pieces in _blocks(rows, in_blocks=in_blocks):
         seen, raw = prepared(matrix)
         columns = strategy(seen, first)
         first += matrix.shape[1]
         progress.append(_products(raw, columns, power))
+        direction.add(columns, pieces)
+    return direction.by_parameter, sum_of(progress, (prepared.raw_rows,))
+
+
+class _Direction:
+    """A direction that is put together parameter by parameter, from pieces that come in order.
+
+    Args:
+        like: Tensors of the shapes and dtypes of the result.
+        reached: Whether any row reaches each.
+    """
+
+    def __init__(self, like: Sequence[Tensor], reached: Sequence[bool]) -> None:
+        self._like = like
+        self._begun: dict[int, Tensor] = {}
+        # What has no entries (a shard may) has no columns, but a direction nevertheless.
+        self.by_parameter: list[Tensor | None] = [
+            torch.zeros_like(tensor) if found and not tensor.numel() else None
+            for tensor, found in zip(like, reached, strict=True)
+        ]
+
+    def add(self, columns: Tensor, pieces: Sequence[Piece]) -> None:
+        """Add the next columns, shape (n,), and say whose they are."""
         split = torch.split(columns, [stop - start for _, start, stop in pieces])
-        for (parameter, start, _), values in zip(pieces, split, strict=True):
-            parts[parameter] = _extended(parts[parameter], start, values, like[parameter])
-    # What has no entries (a shard may) has no columns, but a direction nevertheless.
-    directions = [
-        shaped(part, tensor) if part is not None else torch.zeros_like(tensor) if found else None
-        for part, tensor, found in zip(parts, like, reached, strict=True)
-    ]
-    return directions, sum_of(progress, (prepared.raw_rows,))
+        for (parameter, start, stop), values in zip(pieces, split, strict=True):
+            like = self._like[parameter]
+            size = columns_of(like)
+            if len(values) == size:
+                self.by_parameter[parameter] = shaped(values, like, copy=True)
+                continue
+            if start == 0:
+                self._begun[parameter] = _empty(like)
+            self._begun[parameter][start:stop].copy_(values)
+            if stop == size:
+                self.by_parameter[parameter] = shaped(self._begun.pop(parameter), like)
 
 
 def _products(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
     """Return the inner products of rows with a direction, each over a power of two, in float64."""
     if power == 0:
         columns = columns.to(matrix)
-        if matrix.device.type != "cpu":
+        if matrix.device.type != "cpu" or matrix.numel() <= ONE_THREAD:
             return (matrix @ columns).double()
         width = max(1, ONE_THREAD // len(matrix))
         parts = zip(torch.split(matrix, width, 1), torch.split(columns, width), strict=True)
         return torch.stack([part @ piece for part, piece in parts]).sum(0, dtype=torch.float64)
     factor = 2.0**-power
     return (matrix.double() * factor) @ (columns.double() * factor)
-
-
-def _extended(part: Tensor | None, start: int, values: Tensor, like: Tensor) -> Tensor:
-    """Return a parameter's direction with some more entries, from the first of them on."""
-    if len(values) == columns_of(like):
-        return values.clone()
-    part = _empty(like) if part is None else part
-    part[start : start + len(values)].copy_(values)
-    return part
 
 
 def _empty(like: Tensor) -> Tensor:

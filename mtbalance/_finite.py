@@ -114,8 +114,8 @@ class NonFinite:
         """
         pairs = itertools.chain(*(zip(*part, strict=True) for part in parts))
         known = [direction for leaf, direction in pairs if company.knows(leaf)]
-        bad = torch.tensor(float(not all_finite(known)), device="cpu")
-        return float(company.sum_over_parts(bad)) == 0
+        bad = torch.tensor([float(not all_finite(known))], device="cpu")
+        return company.numbers_over_parts([bad]) == [[0.0]]
 
     def ended(
         self,
@@ -223,17 +223,15 @@ def _numbers_of(
     table: Table, company: Company, rest: Sequence[Sequence[Tensor]] = ()
 ) -> tuple[dict[int, list[float]], list[float]]:
     """Return the diagonal of each group's Gramian, and a length for each row of ``rest``."""
-    count = len(table.losses)
-    diagonals = [gramian.diagonal() for gramian in table.gramians.values()]
-    none = (diagonals[0] if diagonals else table.gramian).new_zeros(())
-    lengths = [length_of(row) for row in rest]
-    # All in one tensor, so that the device is waited for once. As many numbers in each process,
-    # whether or not it holds a part of any other parameter.
-    sums = [none if length is None else length.to(none) for length in lengths]
-    parts = [diagonal.to(none) for diagonal in diagonals] + ([torch.stack(sums)] if sums else [])
-    numbers = company.sum_over_parts(torch.cat(parts)).tolist()
-    lines = [numbers[start : start + count] for start in range(0, len(numbers), count)]
-    others = lines.pop() if sums else []
+    vectors = [gramian.diagonal() for gramian in table.gramians.values()]
+    if rest:
+        lengths = [length_of(row) for row in rest]
+        # As many numbers in each process, whether or not it holds a part of any other parameter.
+        none = torch.zeros((), device=vectors[0].device if vectors else "cpu")
+        found = [none if length is None else length.to(none.device) for length in lengths]
+        vectors.append(torch.stack(found))
+    lines = company.numbers_over_parts(vectors)
+    others = lines.pop() if rest else []
     return dict(zip(table.gramians, lines, strict=True)), others
 
 

@@ -228,10 +228,11 @@ def _products_of_small(
     for there, numbers in alike.values():
         for start in range(0, len(numbers) if there else 0, _TOGETHER):
             part = numbers[start : start + _TOGETHER]
-            slopes: list[Tensor | None] = [gradients[number] for number in part]
-            lines = [[rows[i][number] for number in part] for i in there]
+            slopes: Sequence[Tensor | None] = [gradients[number] for number in part]
+            lines: Rows = [[rows[i][number] for number in part] for i in there]
             if len(part) > 1:  # one alone may be sparse
-                *lines, slopes = ([vector] for vector in joined([*lines, slopes]))
+                *vectors, vector = joined([*lines, slopes])
+                lines, slopes = [[each] for each in vectors], [vector]
             products = factors[part[0]] * inner_products(lines, slopes)
             if len(there) < len(rows):
                 whole = products.new_zeros(len(rows))

@@ -10,19 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtbalance._rows import (
-    ONE_THREAD,
-    Rows,
-    at_least_float32,
-    column_blocks,
-    columns_of_each,
-    flat,
-    kinds_of,
-    sum_of,
-)
+from mtbalance._blocks import column_blocks
+from mtbalance._rows import ONE_THREAD, Rows, at_least_float32, flat, layout_of, sum_of
 
 _NARROW = 8
 """Up to this many rows, the lower triangle row by row is faster than the whole product."""
+_TINY = 2**12
+"""Up to this many entries it is not: calls are what takes time."""
 _SHORT = 2**17
 """Up to this many columns, products in float64 cost little."""
 _BLOCK_COLUMNS, _BLOCK_ENTRIES = 2**18, 2**20
@@ -73,11 +67,12 @@ def gramian_of(rows: Rows, exponents: Sequence[int] = ()) -> Tensor:
 
 def _may_be_float32(rows: Rows) -> bool:
     """Return whether products in float32 save time, and would be what they say."""
-    if sum(columns_of_each(rows)) <= _SHORT:
+    layout = layout_of(rows)
+    if sum(layout.sizes) <= _SHORT:
         return False
     serve = (
         device.type == "cpu" and at_least_float32(dtype).to_real() == torch.float32
-        for dtype, _, device in kinds_of(rows)
+        for dtype, _, device in layout.kinds
     )
     return all(serve) and _keeps_float32()
 
@@ -138,7 +133,7 @@ def products_between(rows: Rows, exponent: int = 0) -> Tensor:
 def _inner_products_within(matrix: Tensor) -> Tensor:
     """Return matrix @ matrix.T, of which only the lower triangle counts."""
     m = len(matrix)
-    if m > _NARROW or matrix.device.type != "cpu":
+    if m > _NARROW or matrix.numel() <= _TINY or matrix.device.type != "cpu":
         return matrix @ matrix.T
     product = matrix.new_zeros(m, m)
     for i in range(m):

@@ -106,7 +106,8 @@ class ReachLog:
 
     def note_gradients(self, gradients: TaskGradients) -> None:
         """Note what the gradients of a step reach."""
-        self._note_all({task: gradients.leaves_of(task) for task in gradients.losses})
+        new = [t for t in gradients.losses if not gradients.are_of(t, self._ids.get(t, set()))]
+        self._note_all({task: gradients.leaves_of(task) for task in new})
 
     def _note_all(self, reached: Mapping[str, Sequence[Tensor]]) -> None:
         known = len(self._reached)

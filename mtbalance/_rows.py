@@ -2,15 +2,15 @@
 
 *Rows* are one sequence per task with one tensor per parameter, in the same order for every task,
 None where the task does not reach the parameter. They are never concatenated: whatever needs more
-than one number per row reads them in blocks of columns, so that the memory on top of the rows is
-bounded.
+than one number per row reads them in blocks of columns (``_blocks``), so that the memory on top of
+the rows is bounded.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,77 +18,98 @@ from torch._utils import _flatten_dense_tensors
 
 Rows = Sequence[Sequence[Tensor | None]]
 
-_BLOCK_COLUMNS = {"cpu": 2**17}
-"""Columns per block. On the CPU, fewer cost more in calls than they save in cache misses."""
-_BLOCK_COLUMNS_ELSEWHERE = 2**22
 ONE_THREAD = 2**15
 """Up to so many entries PyTorch uses one thread of the CPU. Others take as long to wait for as they
 save, and where other programs keep them busy, a hundred times as long."""
-CACHED_COLUMNS = {"cpu": ONE_THREAD}
-"""Columns per block for what makes temporaries of a block's size, which then stay in the cache."""
-_TOGETHER = ONE_THREAD
-"""Entries of small parameters that are combined together."""
+TOGETHER = ONE_THREAD
+"""Entries of small parameters that are read, or combined, together."""
 _SMALL = 2**13
-"""Up to this many columns, joining rows and converting them later takes a third of the time."""
+"""Up to this many entries, tensors are joined before their length is asked for."""
+
+Kind = tuple[torch.dtype, torch.layout, torch.device]
+"""What tensors must have in common to be joined."""
 
 
-class Piece(NamedTuple):
-    """A stretch of one parameter's entries."""
+class Layout(NamedTuple):
+    """What there is in rows. To look takes time for each tensor of each row."""
 
-    parameter: int
-    start: int
-    stop: int
-
-
-class Strip(NamedTuple):
-    """Consecutive columns of all rows, as they are read: one parameter, or small ones joined."""
-
-    parameters: list[tuple[int, int]]
-    """Number, and last column (excluded), of each parameter."""
-    vectors: list[Tensor | None]
-    """The columns of each row; None for zeros."""
-
-
-class Block(NamedTuple):
-    """Consecutive columns of the matrix of all rows."""
-
-    matrix: Tensor
-    """Shape (m, n). Valid until the next block is asked for."""
-    stretches: list[tuple[list[tuple[int, int]], int, int]]
-    """The parameters of each strip in it, and which of their columns."""
+    sizes: list[int]
+    """How many columns each parameter has in the matrix of all rows."""
+    kinds: set[Kind]
+    """Of what kinds the tensors are."""
+    complete: bool
+    """Whether each row has a tensor for each parameter."""
 
     @property
-    def pieces(self) -> list[Piece]:
-        """Which entries of which parameters the columns are."""
-        found = []
-        for parameters, start, stop in self.stretches:
-            first = 0
-            for parameter, last in parameters:
-                if first < stop and start < last:
-                    piece = Piece(parameter, max(start - first, 0), min(stop, last) - first)
-                    found.append(piece)
-                first = last
-        return found
+    def kind(self) -> torch.dtype | None:
+        """The dtype of all tensors, if these are dense and of one kind."""
+        return _one_kind(self.kinds)
+
+
+class TaskRows(list[list[Tensor | None]]):
+    """The rows of a step, which nobody changes until they are emptied: they are looked at once."""
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """What is in them."""
+        return _layout(self)
+
+    def forget(self) -> None:
+        """Look again the next time, as some have been emptied."""
+        vars(self).pop("layout", None)
+
+
+def layout_of(rows: Rows) -> Layout:
+    """Return what there is in rows."""
+    return rows.layout if isinstance(rows, TaskRows) else _layout(rows)
+
+
+def _layout(rows: Rows) -> Layout:
+    complete = not any(tensor is None for row in rows for tensor in row)
+    first = rows[0] if complete and rows else first_of(rows)
+    return Layout(list(map(columns_of, first)), kinds_of(rows), complete)
+
+
+def kinds_of(rows: Rows) -> set[Kind]:
+    """Return the kinds of all tensors in the rows."""
+    return {(t.dtype, t.layout, t.device) for row in rows for t in row if t is not None}
+
+
+def kind_of(rows: Rows) -> torch.dtype | None:
+    """Return the dtype of tensors that are dense and of one kind; else None."""
+    return _one_kind(kinds_of(rows))
+
+
+def _one_kind(kinds: set[Kind]) -> torch.dtype | None:
+    if len(kinds) != 1:
+        return None
+    ((dtype, layout, _),) = kinds
+    return dtype if layout is torch.strided else None
 
 
 def flat(tensor: Tensor) -> Tensor:
     """View (or copy) a tensor as a real vector of its entries in logical order."""
     tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.reshape(-1)
 
 
 def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the entries of dense tensors of one dtype and device as one vector."""
+    """Return the entries of dense tensors of one dtype and device as one real vector."""
     vector: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return vector
+    return flat(vector) if vector.is_complex() else vector
 
 
-def shaped(vector: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def shaped(
+    vector: Tensor, like: Tensor, dtype: torch.dtype | None = None, *, copy: bool = False
+) -> Tensor:
     """Undo :func:`flat`: give a vector the shape, dtype (unless given) and device of ``like``."""
-    vector = vector.to(like.device)
     if like.is_complex():
+        if copy:  # first: what is no pair of numbers in memory cannot be seen as complex
+            vector, copy = vector.clone(memory_format=torch.contiguous_format), False
         vector = torch.view_as_complex(vector.reshape(*like.shape, 2))
-    return vector.reshape(like.shape).to(dtype or like.dtype)
+    return vector.reshape(like.shape).to(like.device, dtype or like.dtype, copy=copy)
 
 
 @functools.cache  # a dictionary answers in a third of the time
@@ -97,119 +118,23 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def column_blocks(
-    rows: Rows,
-    dtype: torch.dtype | None = None,
-    columns: Mapping[str, int] = _BLOCK_COLUMNS,
-    *,
-    release: bool = False,
-) -> Iterator[Block]:
-    """Yield the matrix of all rows as consecutive blocks of columns.
-
-    A parameter that a task does not reach is a stretch of zeros in its row; one that no task
-    reaches has no columns. Blocks do not mix devices.
+def joined(lines: Rows, *, complete: bool = False) -> list[Tensor]:
+    """Return the entries of parameters of one kind in each row, with zeros where it has none.
 
     Args:
-        rows: The rows, m of them.
-        dtype: The blocks' dtype; by default that of the rows, and at least float32.
-        columns: The largest number of columns by kind of device.
-        release: Whether to empty the rows, which are lists then, as they have been read.
+        lines: The rows.
+        complete: Whether each is known to have all.
     """
-    sizes = columns_of_each(rows)
-    total = sum(sizes)
-    strips: Iterable[Strip] = _strips_of(rows, sizes, release=release)
-    if total <= _SMALL:
-        strips = list(strips)
-        block = _of_one_strip(strips, dtype)
-        if block is not None and total <= columns.get(block.matrix.device.type, total):
-            yield block
-            return
-    yield from _filled(strips, len(rows), total, dtype, columns)
-
-
-def _of_one_strip(strips: Sequence[Strip], dtype: torch.dtype | None) -> Block | None:
-    """Return all columns as one block, if they are one strip."""
-    vectors = [v for v in strips[0].vectors if v is not None] if len(strips) == 1 else []
-    if not vectors or len(vectors) < len(strips[0].vectors):
-        return None
-    matrix = torch.stack(vectors).to(dtype or at_least_float32(vectors[0].dtype))
-    return Block(matrix, [(strips[0].parameters, 0, matrix.shape[1])])
-
-
-def _filled(
-    strips: Iterable[Strip],
-    count: int,
-    total: int,
-    dtype: torch.dtype | None,
-    columns: Mapping[str, int],
-) -> Iterator[Block]:
-    """Yield blocks that are filled strip by strip: ``count`` rows, ``total`` columns."""
-    matrix: Tensor | None = None
-    lines: Sequence[Tensor] = ()
-    stretches: list[tuple[list[tuple[int, int]], int, int]] = []
-    filled = 0
-    for parameters, vectors in strips:
-        reached = next(vector for vector in vectors if vector is not None)
-        wanted = dtype or at_least_float32(reached.dtype)
-        if matrix is None or (matrix.device, matrix.dtype) != (reached.device, wanted):
-            if matrix is not None and filled:
-                yield Block(matrix[:, :filled], stretches)
-            most = columns.get(reached.device.type, _BLOCK_COLUMNS_ELSEWHERE)
-            matrix = torch.empty(count, min(total, most), dtype=wanted, device=reached.device)
-            lines, stretches, filled = matrix.unbind(), [], 0
-        start = 0
-        while start < len(reached):
-            stop = min(len(reached), start + matrix.shape[1] - filled)
-            for line, vector in zip(lines, vectors, strict=True):
-                target = line[filled : filled + stop - start]
-                target.zero_() if vector is None else target.copy_(vector[start:stop])
-            stretches.append((parameters, start, stop))
-            filled += stop - start
-            start = stop
-            if filled == matrix.shape[1]:
-                yield Block(matrix, stretches)
-                stretches, filled = [], 0
-    if matrix is not None and filled:
-        yield Block(matrix[:, :filled], stretches)
-
-
-def _strips_of(rows: Rows, sizes: Sequence[int], *, release: bool) -> Iterator[Strip]:
-    """Yield all columns: of large parameters one by one, of small ones together.
-
-    Copying one costs as much as joining a dozen.
-
-    Args:
-        rows: The rows.
-        sizes: How many columns each parameter has.
-        release: Whether to empty the rows on the way.
-    """
-    for start, stop in _stretches(sizes):
-        lines = _taken(rows, start, stop, release=release)
-        there = [number for number in range(stop - start) if sizes[start + number]]
-        counts = [sizes[start + number] for number in there]
-        if there and sum(counts) <= _TOGETHER and _kind_of(lines) is not None:
-            parameters = [start + number for number in there]
-            lasts = itertools.accumulate(counts)
-            vectors = joined([[line[number] for number in there] for line in lines])
-            yield Strip(list(zip(parameters, lasts, strict=True)), vectors)
-            continue
-        for number, count in zip(there, counts, strict=True):
-            found = [line[number] for line in lines]
-            yield Strip([(start + number, count)], [None if t is None else flat(t) for t in found])
-
-
-def joined(lines: Rows) -> list[Tensor | None]:
-    """Return the entries of parameters of one kind in each row, with zeros where it has none."""
+    if complete:
+        return list(map(end_to_end, lines))  # type: ignore[arg-type]  # no None is left
     reached = first_of(lines)
     return [
-        flat(
-            end_to_end(
-                [
-                    torch.zeros_like(one) if tensor is None else tensor
-                    for tensor, one in zip(line, reached, strict=True)
-                    if one is not None
-                ]
-            )
+        end_to_end(
+            [
+                torch.zeros_like(one) if tensor is None else tensor
+                for tensor, one in zip(line, reached, strict=True)
+                if one is not None
+            ]
         )
         for line in lines
     ]
@@ -226,11 +151,6 @@ def first_of(rows: Rows) -> list[Tensor | None]:
 def columns_of(tensor: Tensor | None) -> int:
     """Return how many real numbers a tensor holds."""
     return 0 if tensor is None else tensor.numel() * (2 if tensor.is_complex() else 1)
-
-
-def columns_of_each(rows: Rows) -> list[int]:
-    """Return how many columns each parameter has in the matrix of all rows."""
-    return list(map(columns_of, first_of(rows)))
 
 
 def coefficients_of(vector: Tensor) -> Sequence[float | Tensor]:
@@ -261,22 +181,23 @@ def combine(
         One tensor per parameter; None where no row reaches it.
     """
     numbers = coefficients_of(coefficients)
+    layout = layout_of(rows)
     directions: list[Tensor | None] = []
-    for start, stop in _stretches(columns_of_each(rows)):
-        lines = _taken(rows, start, stop, release=release)
+    for start, stop in stretches(layout.sizes):
+        lines = taken(rows, start, stop, release=release)
         of_dtype = first_of(lines) if like is None else like[start:stop]
-        for total, tensor in zip(_combined(lines, numbers), of_dtype, strict=True):
+        for total, tensor in zip(_combined(lines, numbers, layout), of_dtype, strict=True):
             if total is not None and tensor is not None and total.dtype != tensor.dtype:
                 total = total.to(tensor.dtype)  # noqa: PLW2901
             directions.append(total)
     return directions
 
 
-def _stretches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+def stretches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield stretches of consecutive parameters: large ones alone, small ones together."""
     start = entries = 0
     for number, size in enumerate(sizes):
-        if number > start and entries + size > _TOGETHER:
+        if number > start and entries + size > TOGETHER:
             yield start, number
             start, entries = number, 0
         entries += size
@@ -284,25 +205,35 @@ def _stretches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def _taken(rows: Rows, start: int, stop: int, *, release: bool) -> Rows:
+def taken(rows: Rows, start: int, stop: int, *, release: bool) -> Rows:
     """Return a stretch of the rows, and empty these there if that is asked for."""
     lines = [row[start:stop] for row in rows]
     if release:
         for row in rows:
             if isinstance(row, list):
                 row[start:stop] = [None] * (stop - start)
+        if isinstance(rows, TaskRows):
+            rows.forget()
     return lines
 
 
-def _combined(tensors: Rows, numbers: Sequence[float | Tensor]) -> Sequence[Tensor | None]:
-    """Return the combination of the rows of some parameters, in the dtypes they add up in."""
-    kind = _kind_of(tensors)
-    found = [[tensor for tensor in row if tensor is not None] for row in tensors]
-    whole = all(len(f) == len(row) for f, row in zip(found, tensors, strict=True))
+def _combined(
+    tensors: Rows, numbers: Sequence[float | Tensor], layout: Layout
+) -> Sequence[Tensor | None]:
+    """Return the combination of the rows of some parameters, in the dtypes they add up in.
+
+    Args:
+        tensors: The rows of these parameters.
+        numbers: One per row.
+        layout: Of the rows of all parameters.
+    """
+    kind = layout.kind or kind_of(tensors)
+    whole = layout.complete or not any(tensor is None for row in tensors for tensor in row)
     adds_up = kind is not None and kind is at_least_float32(kind)
     if whole and adds_up and isinstance(numbers[0], float):
-        totals = torch._foreach_mul(found[0], numbers[0])
-        for row, number in zip(found[1:], numbers[1:], strict=True):
+        first, *others = cast("Sequence[list[Tensor]]", tensors)
+        totals = torch._foreach_mul(first, numbers[0])
+        for row, number in zip(others, numbers[1:], strict=True):
             torch._foreach_add_(totals, row, alpha=float(number))
         return totals
     directions: list[Tensor | None] = []
@@ -313,20 +244,6 @@ def _combined(tensors: Rows, numbers: Sequence[float | Tensor]) -> Sequence[Tens
                 total = plus_multiple(total, tensor, number)
         directions.append(total)
     return directions
-
-
-def kinds_of(rows: Rows) -> set[tuple[torch.dtype, torch.layout, torch.device]]:
-    """Return what tensors must have in common to be joined, of all in the rows."""
-    return {(t.dtype, t.layout, t.device) for row in rows for t in row if t is not None}
-
-
-def _kind_of(rows: Rows) -> torch.dtype | None:
-    """Return the dtype of tensors that are dense, of one dtype and on one device; else None."""
-    kinds = kinds_of(rows)
-    if len(kinds) != 1:
-        return None
-    ((dtype, layout, _),) = kinds
-    return dtype if layout is torch.strided else None
 
 
 def with_room_for(total: Tensor, addend: Tensor) -> Tensor:
@@ -343,6 +260,8 @@ def plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor) 
     factor = number
     if isinstance(number, Tensor):
         factor = number.to(tensor.device, dtype)
+    if total is None and not isinstance(factor, Tensor) and factor == 1:
+        return tensor.to(dtype, copy=True)
     if total is None:
         return tensor.to(dtype) * factor
     total = with_room_for(total, tensor)
@@ -353,6 +272,11 @@ def plus_multiple(total: Tensor | None, tensor: Tensor, number: float | Tensor) 
     return total.add_(tensor, alpha=factor)
 
 
+def are_ones(vector: Tensor) -> bool:
+    """Return whether numbers on the CPU are all 1; elsewhere nobody waits to know."""
+    return vector.is_cpu and all(number == 1 for number in vector.tolist())
+
+
 def finite_entries(vector: Tensor) -> list[bool]:
     """Return which entries of a short vector are finite (waits for the device).
 
@@ -361,11 +285,20 @@ def finite_entries(vector: Tensor) -> list[bool]:
     return list(map(math.isfinite, vector.tolist()))
 
 
-def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
-    """Return scalars as numbers (waits for their device, once).
+def lists_of(vectors: Sequence[Tensor]) -> list[list[float]]:
+    """Return the numbers in short vectors (waits for their device, once).
 
-    On the CPU each is read as it is: stacking them takes several times as long.
+    On the CPU each is read as it is: joining them takes several times as long.
     """
+    away = next((vector for vector in vectors if not vector.is_cpu), None)
+    if away is None:
+        return [vector.tolist() for vector in vectors]
+    numbers = iter(torch.cat([vector.to(away) for vector in vectors]).tolist())
+    return [list(itertools.islice(numbers, len(vector))) for vector in vectors]
+
+
+def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
+    """Return scalars as numbers, as :func:`lists_of` does vectors."""
     if all(scalar.is_cpu for scalar in scalars):
         return [scalar.item() for scalar in scalars]
     numbers: list[float] = stacked([scalar.detach() for scalar in scalars]).tolist()

@@ -28,7 +28,9 @@ def is_sharded(tensor: Tensor) -> bool:
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return whether any of the tensors is."""
     module = sys.modules.get(_MODULE)
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+    return module is not None and any(
+        issubclass(kind, module.DTensor) for kind in set(map(type, tensors))
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Per-task gradients of one step, as they come and add up."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtbalance._names import outermost_modules
-from mtbalance._rows import at_least_float32, with_room_for
+from mtbalance._rows import TaskRows, at_least_float32, with_room_for
 
 
 class Row(NamedTuple):
@@ -83,17 +84,15 @@ class TaskGradients:
         if task in self.nonfinite:
             return
         self.losses[task] = self.losses[task] + loss if task in self.losses else loss
+        new = {id(leaf): g for leaf, g in zip(leaves, row_gradients, strict=True) if g is not None}
+        if not new.keys() <= self.leaves.keys():
+            self.leaves.update({id(leaf): leaf for leaf in leaves if id(leaf) in new})
         gradients = self._gradients.setdefault(task, {})
-        for leaf, gradient in zip(leaves, row_gradients, strict=True):
-            if gradient is not None:
-                key = id(leaf)
-                self.leaves.setdefault(key, leaf)
-                earlier = gradients.get(key)
-                if earlier is None:
-                    gradients[key] = gradient
-                else:
-                    total = earlier.to(at_least_float32(earlier.dtype))
-                    gradients[key] = with_room_for(total, gradient) + gradient
+        for key in gradients.keys() & new.keys():
+            gradient, total = new.pop(key), gradients[key]
+            total = total.to(at_least_float32(total.dtype))
+            gradients[key] = with_room_for(total, gradient) + gradient
+        gradients.update(new)
 
     def mark_nonfinite(self, tasks: Collection[str]) -> None:
         """Take tasks out of the step."""
@@ -101,6 +100,10 @@ class TaskGradients:
         for task in tasks:
             self.losses.pop(task, None)
             self._gradients.pop(task, None)
+
+    def are_of(self, task: str, known: AbstractSet[int]) -> bool:
+        """Return whether a task reaches no leaf but those whose identities are given."""
+        return self._gradients[task].keys() <= known
 
     def leaves_of(self, task: str) -> list[Tensor]:
         """Return the leaves that a task reaches."""
@@ -111,10 +114,10 @@ class TaskGradients:
         gradients = self._gradients[task]
         return any(id(leaf) in gradients for leaf in leaves)
 
-    def rows(self, tasks: Sequence[str], leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    def rows(self, tasks: Sequence[str], leaves: Sequence[Tensor]) -> TaskRows:
         """Return the gradients of these tasks for these leaves."""
         keys = list(map(id, leaves))
-        return [list(map(self._gradients[task].get, keys)) for task in tasks]
+        return TaskRows(list(map(self._gradients[task].get, keys)) for task in tasks)
 
     def sparse_rows(
         self, tasks: Sequence[str], leaves: Sequence[Tensor]

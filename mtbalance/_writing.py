@@ -28,9 +28,9 @@ def hooks_when_written() -> Iterator[None]:
         yield
     finally:
         _hooked.reset(token)
-    with torch.no_grad():  # as in a backward pass
-        for leaf in hooked.values():
-            for hook in list(_hooks_of(leaf).values()):
+    for leaf in hooked.values():
+        for hook in list(_hooks_of(leaf).values()):
+            with torch.no_grad():  # as in a backward pass
                 hook(leaf)
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mtbalance"
 HELPERS = {
     "mtbalance._active_set",
+    "mtbalance._blocks",
     "mtbalance._buffers",
     "mtbalance._optimizers",
     "mtbalance._checks",

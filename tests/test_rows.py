@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from mtbalance import _rows
+from mtbalance import _blocks, _rows
+from mtbalance._blocks import column_blocks
 from mtbalance._products import gramian_of, inner_products
 from mtbalance._rows import (
+    TaskRows,
     all_finite,
-    column_blocks,
     combine,
     flat,
     length_of,
@@ -68,7 +69,7 @@ def dense(rows: Rows) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_are_the_columns_in_order(monkeypatch, size: int, dtype: torch.dtype) -> None:
     """Whatever the block size, the blocks one after the other are the matrix."""
-    monkeypatch.setitem(_rows._BLOCK_COLUMNS, DEVICE.type, size)
+    monkeypatch.setitem(_blocks._BLOCK_COLUMNS, DEVICE.type, size)
     rows = rows_with_gaps(dtype=dtype)
     blocks = [block.matrix.clone() for block in column_blocks(rows)]
     assert all(block.shape[1] <= size for block in blocks)
@@ -78,10 +79,15 @@ def test_blocks_are_the_columns_in_order(monkeypatch, size: int, dtype: torch.dt
 
 @pytest.mark.parametrize("together", [0, 4, 2**15])
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 2**15])
-def test_pieces_say_where_columns_are_from(monkeypatch, size: int, together: int) -> None:
+@pytest.mark.parametrize("small", [0, 2**13])
+def test_pieces_say_where_columns_are_from(
+    monkeypatch, size: int, together: int, small: int
+) -> None:
     """Each column is named once, however small parameters are joined and blocks are cut."""
-    monkeypatch.setitem(_rows._BLOCK_COLUMNS, DEVICE.type, size)
-    monkeypatch.setattr(_rows, "_TOGETHER", together)
+    monkeypatch.setitem(_blocks._BLOCK_COLUMNS, DEVICE.type, size)
+    monkeypatch.setattr(_blocks, "_FEW", small)
+    for module in (_rows, _blocks):
+        monkeypatch.setattr(module, "TOGETHER", together)
     rows = rows_with_gaps()
     named: list[tuple[int, int]] = []
     for block in column_blocks(rows):
@@ -108,6 +114,34 @@ def test_blocks_of_mixed_dtypes_keep_each() -> None:
     assert torch.equal(blocks[1][0], third)
 
 
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("small", [0, 2**13])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
+def test_rows_that_are_looked_at_once_are_as_others(monkeypatch, dtype, small, gaps) -> None:
+    """What is in them is known for as long as it is there."""
+    monkeypatch.setattr(_blocks, "_FEW", small)
+    plain = rows_with_gaps(dtype=dtype)
+    if not gaps:
+        there = [[torch.ones(shape, dtype=dtype) for shape in SHAPES] for _ in plain]
+        plain = [
+            [one if tensor is None else tensor for tensor, one in zip(row, ones, strict=True)]
+            for row, ones in zip(plain, there, strict=True)
+        ]
+    coefficients = torch.arange(1.0, len(plain) + 1)
+    for number in (1, 2):  # other rows of the same size the second time
+        rows = TaskRows([number * t if t is not None else t for t in row] for row in plain)
+        copies = [[*row] for row in rows]
+        (expected,) = column_blocks(copies)
+        (block,) = column_blocks(rows)
+        assert torch.equal(block.matrix, expected.matrix)
+        assert block.pieces == expected.pieces
+        assert torch.equal(gramian_of(rows), gramian_of(copies))
+        found = combine(rows, coefficients, release=True)
+        for one, other in zip(found, combine(copies, coefficients), strict=True):
+            assert one is other is None or torch.equal(one, other)
+        assert rows.layout == ([0] * len(SHAPES), set(), False)  # they are empty now
+
+
 def test_blocks_of_nothing() -> None:
     assert list(column_blocks([[None, None], [None, None]])) == []
     assert list(column_blocks([[torch.empty(0)], [torch.empty(0)]])) == []  # as shards may be
@@ -117,7 +151,7 @@ def test_blocks_of_nothing() -> None:
 
 @pytest.mark.parametrize("size", [1, 4, 2**15])
 def test_gramian_is_the_product(monkeypatch, size: int) -> None:
-    monkeypatch.setitem(_rows._BLOCK_COLUMNS, DEVICE.type, size)
+    monkeypatch.setitem(_blocks._BLOCK_COLUMNS, DEVICE.type, size)
     rows = rows_with_gaps()
     matrix_of = dense(rows)
     gramian = gramian_of(rows)

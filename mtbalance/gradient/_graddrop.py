@@ -83,8 +83,9 @@ class GradDrop(GradientStrategy):
         g = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         draw = numbered_draws(self._seed, first, g.shape[1], g.device).to(g.dtype)
         # Row by row into two vectors, which stay in the cache.
-        total, size = g[0].clone(), g[0].abs()
-        for row in g[1:]:
+        row, *others = g.unbind()
+        total, size = row.clone(), row.abs()
+        for row in others:
             total.add_(row)
             size.add_(row.abs())
         # P > U without the quotient, which is 0/0 where all gradients are zero: the draw is 2U - 1,

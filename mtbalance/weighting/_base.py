@@ -93,6 +93,9 @@ class Weighting(nn.Module, ABC):
     (skipped, an error, an overflow under a gradient scaler) a Balancer puts the buffers back.
     """
 
+    is_sum: ClassVar[bool] = False
+    """Whether the objective is always the sum of the losses, so that weights need not be asked
+    for. Does not hold for a subclass of the class that says so."""
     needs_gradients: ClassVar[bool] = False
     """Whether :meth:`before_step` reads per-task gradients."""
     needs_validation: ClassVar[bool] = False

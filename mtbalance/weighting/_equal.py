@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 from torch import Tensor
 
 from ._base import Weighting
@@ -13,6 +15,8 @@ class Equal(Weighting):
         >>> Equal()(torch.tensor([0.5, 2.0]))
         tensor([0.5000, 2.0000])
     """
+
+    is_sum: ClassVar[bool] = True
 
     def forward(self, losses: Tensor) -> Tensor:
         return losses

@@ -5,10 +5,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mtbalance._blocks import column_blocks
 from mtbalance._checks import check_at_least, check_saved, count_fallback
 from mtbalance._remembered import dtype_of_sums
 from mtbalance._row_state import RowState
-from mtbalance._rows import Rows, column_blocks
+from mtbalance._rows import Rows
 from mtbalance._shards import sum_over_shards
 
 from ._base import Step, Weighting, task_vector
