@@ -1,6 +1,7 @@
 """Argument checks, one wording: "`name` must be RULE, but got VALUE." plus the remedy."""
 
 import difflib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -244,11 +245,21 @@ def check_task_names(tasks: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or not name:
             raise TypeError(f"`tasks` must hold non-empty strings, but got {name!r}.")
+        if name.splitlines() != [name]:
+            raise ValueError(f"`tasks` must hold names of one line each, but got {name!r}.")
     if not names:
         raise ValueError("`tasks` must name at least one task, but got none.")
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if repeated:
         raise ValueError(f"`tasks` must be distinct, but got {repeated[0]!r} more than once.")
+    known: dict[str, tuple[str, str]] = {}
+    for pair in itertools.combinations(names, 2) if any("/" in name for name in names) else ():
+        other = known.setdefault("/".join(pair), pair)
+        if other != pair:
+            raise ValueError(
+                f"`tasks` must have names whose pairs differ when they are joined by '/', as in "
+                f"the figure 'cosine/{'/'.join(pair)}', but got both {other} and {pair}."
+            )
     return names
 
 
@@ -373,38 +384,6 @@ def check_process_group(group: object) -> None:
         )
 
 
-def check_features(
-    features: Sequence[object], weighting: object, gradient: object, *, sharded: bool
-) -> None:
-    """Raise unless the features are tensors with a graph that these strategies can do with."""
-    if getattr(gradient, "further_batches", ()):
-        raise ValueError(
-            f"`features` must be None with {type(gradient).__name__}, but got tensors. It "
-            "multiplies gradients of several batches, whose features have nothing in common."
-        )
-    if getattr(weighting, "needs_gradients", False):
-        raise ValueError(
-            f"`features` must be None with {type(weighting).__name__}, but got tensors. It reads "
-            "the gradients of all parameters."
-        )
-    if sharded:
-        raise ValueError(
-            "`features` must be None with sharded parameters, but got tensors. Balance at the "
-            "parameters, or use DistributedDataParallel."
-        )
-    if not features:
-        raise ValueError("`features` must hold at least one tensor, but got none.")
-    for feature in features:
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"`features` must be tensors, but got {type(feature).__name__}.")
-        if feature.grad_fn is None:
-            raise ValueError(
-                "`features` must be outputs of the shared part of the network, but got a tensor "
-                f"of shape {tuple(feature.shape)} that was not computed from its parameters, or "
-                "from frozen ones alone (requires_grad is False)."
-            )
-
-
 def averages_rows(must: str, got: str, strategy: object) -> ValueError:
     """Return the error of an option that does not go with means of rows over steps."""
     return ValueError(
@@ -432,8 +411,13 @@ class HasFallbacks(Protocol):
 
 def fallbacks_of(owner: nn.Module) -> int:
     """Return how often a strategy, and those that it wraps, have fallen back."""
-    modules = owner.modules() if owner._modules else (owner,)  # most hold none: no walk is needed
-    return sum(getattr(module, "fallbacks", 0) for module in modules)
+    found = {owner: None}  # those of `modules()`, which takes longer, as it makes their names, too
+    stack = [owner]
+    while stack:
+        held = [m for m in stack.pop()._modules.values() if m is not None and m not in found]
+        found.update(dict.fromkeys(held))
+        stack += held
+    return sum(getattr(module, "fallbacks", 0) for module in found)
 
 
 def count_fallback(owner: HasFallbacks, reason: str) -> None:

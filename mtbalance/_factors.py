@@ -152,7 +152,10 @@ def pays(weight: Tensor, vectors: int, inputs: int, tasks: int) -> bool:
         inputs: How many numbers each of these has.
         tasks: How many tasks there are.
     """
-    size, outputs = weight.numel(), weight.numel() // inputs
+    size = weight.numel()
+    if not size or not vectors:  # a layer without inputs, or a batch without vectors
+        return False
+    outputs = size // inputs
     rows = tasks * size * (vectors + _READS)
     kernel = 2 * vectors * vectors * (inputs + tasks * outputs)
     factors = kernel + 2 * _READS * tasks * vectors * outputs + size * (vectors + _READS // 2)
@@ -162,14 +165,14 @@ def pays(weight: Tensor, vectors: int, inputs: int, tasks: int) -> bool:
 def may_pay(weight: Tensor, tasks: int) -> bool:
     """Return whether factors might serve for a parameter, judged by itself."""
     return (
-        TELLS
-        and weight.dim() == 2
+        weight.dim() == 2
+        and pays(weight, 1, weight.shape[1], tasks)  # most do not, and no more is asked of them
+        and TELLS
         and weight.device.type == "cpu"  # elsewhere nothing has been measured
         and weight.dtype in (torch.float32, torch.float64)
         and weight.layout is torch.strided
         and type(weight) in (torch.nn.Parameter, Tensor)
         and not weight._backward_hooks  # which want to see gradients
-        and pays(weight, 1, weight.shape[1], tasks)
     )
 
 

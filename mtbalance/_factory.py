@@ -140,6 +140,11 @@ def make_balancer(name: str, **options: Unpack[Options]) -> Balancer:
 
 
 def _parse(name: str) -> tuple[type[Weighting], type[GradientStrategy]]:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`name` must be a string such as 'dwa+cagrad', but got {type(name).__name__}. With "
+            "strategies of your own, make a Balancer of them."
+        )
     weightings: list[type[Weighting]] = []
     gradients: list[type[GradientStrategy]] = []
     words = [part.strip() for part in name.lower().split("+")]

@@ -54,6 +54,7 @@ class RecordWriter:
         self.path = Path(path)
         self.every = check_count("every", every)
         self._next = 0
+        self._is_closed = False
         self._target: _Target | None = None
         kind = _KINDS.get(self.path.suffix, _TensorBoard)
         if kind is _TensorBoard and self.path.suffix[1:2].isalpha():  # "runs/lr0.1" is a folder
@@ -75,9 +76,15 @@ class RecordWriter:
                 ``.csv``.
 
         Raises:
-            ValueError: If a ``.csv`` file has other columns.
-            TypeError: If it is no record.
+            ValueError: If a ``.csv`` file has other columns, a further figure is called as one of
+                the record, or the writer has been closed.
+            TypeError: If it is no record, or a further figure is no number.
         """
+        if self._is_closed:
+            raise ValueError(
+                f"the writer of {self.path} must be open, but has been closed. Write inside of its "
+                "`with` block, or make another one, which continues the file."
+            )
         if not hasattr(record, "as_dict"):
             raise TypeError(
                 f"`record` must be what a step returned, but got {type(record).__name__}. Give the "
@@ -85,11 +92,20 @@ class RecordWriter:
             )
         step = self._next if step is None else step
         self._next = step + 1
+        further = {name: _checked(name, value) for name, value in more.items()}
         if self._target is not None and step % self.every == 0:
-            self._target.write({"step": float(step), **record.as_dict(), **more})
+            row = {"step": float(step), **record.as_dict()}
+            taken = sorted(row.keys() & further.keys())
+            if taken:
+                raise ValueError(
+                    f"further figures must not be called as those of the record, but {taken[0]!r} "
+                    "is one of them. Give it another name."
+                )
+            self._target.write({**row, **further})
 
     def close(self) -> None:
         """Close the file."""
+        self._is_closed = True
         if self._target is not None:
             self._target.close()
             self._target = None
@@ -163,6 +179,17 @@ def log_of(rows: Iterable[Mapping[str, float] | Record]) -> Log:
     names = dict.fromkeys(name for step in steps for name in found[step] if name != "step")
     columns = {name: [float(found[step].get(name, math.nan)) for step in steps] for name in names}
     return Log(steps, columns)
+
+
+def _checked(name: str, value: object) -> float:
+    """Return a further figure as a number."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"`{name}` must be a number, as figures are, but got {value!r}. Leave it out of a row "
+            "that has none; in a .csv, give NaN."
+        ) from None
 
 
 class _Target(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._agreement import BELOW
-from mtbalance._checks import averages_rows, check_features
+from mtbalance._checks import averages_rows
 from mtbalance._company import Accepts, Company, TaskPasses
 from mtbalance._factors import Layer, layers_of, may_pay, passes_of
 from mtbalance._graphs import Reach, is_computed_from, leaves_of_each, reach_of
@@ -286,6 +286,11 @@ class AtFeatures:
     def check(self, losses: Mapping[str, Tensor]) -> None:
         """Raise unless each loss reaches what the features depend on, and only through them."""
         for one, other in itertools.permutations(self._parts, 2):
+            if (one.grad_fn, one.output_nr) == (other.grad_fn, other.output_nr):
+                raise ValueError(
+                    "`features` must hold each tensor once, but the one of shape "
+                    f"{tuple(one.shape)} is there twice, and would count as often."
+                )
             if is_computed_from(one, other):
                 raise ValueError(
                     "`features` must not be computed from each other, but the one of shape "
@@ -376,10 +381,42 @@ def features_of(
     if gradient.row_means is not None:
         raise averages_rows("`features` must be None", "tensors", gradient)
     parts = [features] if isinstance(features, Tensor) else list(features)
-    check_features(parts, weighting, gradient, sharded=company.sharded)
+    _check_features(parts, weighting, gradient, sharded=company.sharded)
     if company.size > 1 and not (gradient.coordinatewise or gradient.by_gramian):
         raise TypeError(
             "the gradient strategy must be coordinatewise or a GramianStrategy for `features` "
             f"of several processes, but {type(gradient).__name__} needs whole rows."
         )
     return AtFeatures(parts, company)
+
+
+def _check_features(
+    features: Sequence[object], weighting: Weighting, gradient: GradientStrategy, *, sharded: bool
+) -> None:
+    """Raise unless the features are tensors with a graph that these strategies can do with."""
+    if gradient.further_batches:
+        raise ValueError(
+            f"`features` must be None with {type(gradient).__name__}, but got tensors. It "
+            "multiplies gradients of several batches, whose features have nothing in common."
+        )
+    if weighting.needs_gradients:
+        raise ValueError(
+            f"`features` must be None with {type(weighting).__name__}, but got tensors. It reads "
+            "the gradients of all parameters."
+        )
+    if sharded:
+        raise ValueError(
+            "`features` must be None with sharded parameters, but got tensors. Balance at the "
+            "parameters, or use DistributedDataParallel."
+        )
+    if not features:
+        raise ValueError("`features` must hold at least one tensor, but got none.")
+    for feature in features:
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"`features` must be tensors, but got {type(feature).__name__}.")
+        if feature.grad_fn is None:
+            raise ValueError(
+                "`features` must be outputs of the shared part of the network, but got a tensor "
+                f"of shape {tuple(feature.shape)} that was not computed from its parameters, or "
+                "from frozen ones alone (requires_grad is False)."
+            )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtbalance._engines import refuse_engines
 from mtbalance._record import OF_TASKS
 from mtbalance._shards import any_sharded
+from mtbalance.weighting._base import Weighting
 
 Shared = nn.Module | Tensor | Iterable["nn.Module | Tensor"]
 Groups = dict[str, dict[str, Tensor]]
@@ -157,12 +158,15 @@ def _check_groups(groups: Groups) -> None:
 
 
 def _named_parameters(members: _Members) -> dict[str, Tensor]:
-    """Return the parameters of a group, by name, each once."""
+    """Return the parameters of a group, by name, each once, but for those of weightings in it."""
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, member in members:
         if isinstance(member, nn.Module):
+            weightings = [each for each in member.modules() if isinstance(each, Weighting)]
+            learned = {id(parameter) for each in weightings for parameter in each.parameters()}
             for name, parameter in member.named_parameters():
-                found.setdefault(id(parameter), (f"{prefix}{name}", parameter))
+                if id(parameter) not in learned:
+                    found.setdefault(id(parameter), (f"{prefix}{name}", parameter))
         else:
             found.setdefault(id(member), (f"{prefix}parameter", member))
     return dict(found.values())

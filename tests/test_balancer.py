@@ -24,9 +24,9 @@ from mtbalance import (
     Weighting,
     make_balancer,
 )
-from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
+from mtbalance.gradient import CAGrad, GradDrop, PCGrad, PreferringStrategy, Sum
 from mtbalance.weighting import DWA, AutoLambda, Equal, Uncertainty
-from tests._device import random_state, set_random_state
+from tests._device import randn, random_state, set_random_state
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
 
@@ -633,6 +633,13 @@ def test_a_strategy_of_ones_own_gets_the_whole_matrix() -> None:
     assert_close(flat_grad(shared), rows.sum(0) * rows.abs().max())
 
 
+class Whole(GradientStrategy):
+    """The sum, in every other place in memory."""
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        return torch.stack([gradients.sum(0), torch.zeros_like(gradients[0])], 1)[:, 0]
+
+
 class WrongShapes:
     """Strategies whose author forgot to reduce, or divided by zero."""
 
@@ -643,6 +650,10 @@ class WrongShapes:
     class Weights(GramianStrategy):
         def weights(self, gramian: Tensor) -> Tensor:
             return gramian
+
+    class NoTensor(GramianStrategy):
+        def weights(self, gramian: Tensor) -> Tensor:
+            return [1.0] * len(gramian)
 
     class Losses(Weighting):
         def forward(self, losses: Tensor) -> Tensor:
@@ -657,7 +668,8 @@ class WrongShapes:
     ("weighting", "strategy", "words"),
     [
         (Equal, WrongShapes.Direction, "Direction must return one direction, shape"),
-        (Equal, WrongShapes.Weights, "Weights.weights must return one weight per row, shape"),
+        (Equal, WrongShapes.Weights, "Weights.weights must return one weight per row, a tensor"),
+        (Equal, WrongShapes.NoTensor, r"a tensor of shape \(3,\), but got \[1.0, 1.0, 1.0\]"),
         (WrongShapes.Losses, CAGrad, "Losses must return one weighted loss per task, shape"),
         (WrongShapes.NotFinite, CAGrad, "NotFinite must give finite weights, but gives"),
     ],
@@ -670,6 +682,75 @@ def test_mistakes_in_strategies_of_ones_own_leave_no_trace(weighting, strategy, 
     with pytest.raises((ValueError, FloatingPointError), match=words):
         balancer.backward(model.losses(batch()))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("strategy", [CAGrad(c=0.0), GradDrop(leak=1.0), Whole()], ids=type)
+def test_complex_parameters_beside_real_ones(strategy) -> None:
+    """As two real numbers each, wherever in memory they are, and conjugated lazily or not."""
+    x, z = nn.Parameter(randn(3)), nn.Parameter(torch.complex(randn(2), randn(2)))
+    h = nn.Parameter(torch.complex(randn(4), randn(4)))
+    factors = torch.complex(randn(4), randn(4))
+    losses = {
+        "a": x.sum() * 2 + (z * (1 + 2j)).abs().sum() + (h.conj() * factors).sum().real,
+        "b": x.square().sum() + (z.conj() * (2 - 1j)).real.sum() + z.imag.square().sum(),
+    }
+    expected = torch.autograd.grad(sum(losses.values()), [x, z, h], retain_graph=True)
+    Balancer(Equal(), strategy, tasks=("a", "b"), shared=[x, z]).backward(losses)
+    for parameter, gradient in zip((x, z, h), expected, strict=True):
+        assert_close(parameter.grad, gradient)
+
+
+def doubled(equal: Equal, how: str) -> None:
+    if how == "hook":
+        equal.register_forward_hook(lambda module, given, result: result * 2)
+    else:
+        equal.forward = lambda losses: losses * 2
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_what_is_put_onto_a_weighting_counts(how: str) -> None:
+    x, weighting = nn.Parameter(torch.ones(2)), Equal()
+    doubled(weighting, how)
+    weighting.extra = nn.Parameter(torch.ones(()))
+    balancer = Balancer(weighting, Sum(), tasks=("a", "b"), shared=[x])
+    record = balancer.backward({"a": x.sum(), "b": 3 * x.sum()})
+    assert x.grad.tolist() == [8.0, 8.0]
+    assert [float(weight) for weight in record.weights.values()] == [2.0, 2.0]
+
+
+class ByNumber(PreferringStrategy):
+    """Asks whose rows they are, whether or not somebody prefers one."""
+
+    def weights(self, gramian: Tensor) -> Tensor:
+        return 1.0 + self.numbers_of_rows(gramian).to(gramian)
+
+
+def test_a_strategy_may_ask_whose_rows_they_are() -> None:
+    x = nn.Parameter(torch.ones(2))
+    balancer = Balancer(Equal(), ByNumber(), tasks=("a", "b", "c"), shared=[x])
+    for losses, expected in (("abc", 1 + 2 * 3 + 3 * 5), ("ac", 1 + 3 * 5)):
+        x.grad = None
+        factors = {"a": 1, "b": 3, "c": 5}
+        balancer.backward({task: factors[task] * x.sum() for task in losses})
+        assert x.grad.tolist() == [expected] * 2
+
+
+class HeldTwice(GradientStrategy):
+    """Falls back within a strategy that it knows by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.other = PCGrad()
+
+    def forward(self, gradients: Tensor) -> Tensor:
+        self.one.fallbacks += 1
+        return gradients.sum(0)
+
+
+def test_a_fallback_counts_once_however_often_it_is_held() -> None:
+    x = nn.Parameter(torch.ones(2))
+    balancer = Balancer(Equal(), HeldTwice(), tasks=("a", "b"), shared=[x])
+    assert [balancer.backward({"a": x.sum(), "b": -x[0]}).fallbacks for _ in range(2)] == [1, 1]
 
 
 def test_big_parameters_are_read_in_blocks() -> None:

@@ -163,6 +163,12 @@ def test_kinds_per_task(kind, words) -> None:
         ({"tasks": "msi"}, TypeError, "`tasks` must be a sequence of names, but got the string"),
         ({"tasks": []}, ValueError, "`tasks` must name at least one task, but got none."),
         ({"tasks": ["a", "b", "a"]}, ValueError, "`tasks` must be distinct, but got 'a' more"),
+        ({"tasks": ["a\nb"]}, ValueError, "`tasks` must hold names of one line each, but got 'a"),
+        (
+            {"tasks": ["a", "b/c", "a/b", "c"]},
+            ValueError,
+            "as in the figure 'cosine/a/b/c', but got both ('a', 'b/c') and ('a/b', 'c').",
+        ),
         ({"tasks": {"a", "b"}}, TypeError, "`tasks` must have an order, which is that of the rows"),
         ({"tasks": ["a", 1]}, TypeError, "`tasks` must hold non-empty strings, but got 1."),
         ({"nonfinite": "dorp"}, ValueError, "but got 'dorp'. Did you mean 'drop'?"),

@@ -547,5 +547,23 @@ def test_small_layers_and_many_vectors_make_rows() -> None:
     assert not pays(torch.empty(32, 32), 32, 32, 2)  # calls would cost more
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_inputs_and_batches_without_vectors_make_rows() -> None:
+    """As an expert has to which no token goes in some step."""
+    assert not pays(torch.empty(1024, 1024), 0, 1024, 2)
+    assert not pays(torch.empty(1024, 0), 128, 0, 2)
+    torch.manual_seed(0)
+    used, idle, empty = nn.Linear(1024, 300), nn.Linear(1024, 300), nn.Linear(0, 300)
+    rows, whom = torch.randn(4, 1024), torch.tensor([0, 2])
+    hidden = (used(rows) + empty(rows[:, :0])).index_add(0, whom[:0], idle(rows[whom[:0]]))
+    losses = {"a": hidden.square().mean(), "b": (hidden - 1).abs().mean()}
+    shared = [used, idle, empty]
+    parameters = [p for layer in shared for p in layer.parameters()]
+    expected = raw_rows(losses, parameters).sum(0)
+    balancer = Balancer(Equal(), CAGrad(c=0.0), tasks=("a", "b"), shared=shared)
+    balancer.backward(losses)
+    assert_close(flat_grad(parameters), expected)
+
+
 def test_one_task_makes_rows_and_no_detour() -> None:
     assert not pays(torch.empty(1024, 1024), 512, 1024, 1)

@@ -84,6 +84,11 @@ def test_an_unknown_option(name: str, option: str, words: str) -> None:
         make_balancer(name, tasks=TASKS, **{option: 1.0})
 
 
+def test_a_name_is_a_string() -> None:
+    with pytest.raises(TypeError, match=r"`name` must be a string such as 'dwa.cagrad', but got N"):
+        make_balancer(None, tasks=TASKS)
+
+
 def alternatives(hint: Any) -> set[Any]:
     """Return the types of a union, and the values of what is literal."""
     if get_origin(hint) in (Union, UnionType):

@@ -195,6 +195,7 @@ def refused() -> list[tuple[str, type[Exception], str]]:
     return [
         ("leaf", ValueError, "`features` must be outputs of the shared part"),
         ("none", ValueError, "`features` must hold at least one tensor, but got none."),
+        ("twice", ValueError, "`features` must hold each tensor once, but the one of shape (2,)"),
         ("number", TypeError, "`features` must be tensors, but got float."),
         ("past", ValueError, "the loss of task 'b' reaches 1 of its parameters"),
         ("apart", ValueError, "the loss of task 'b' must reach `features`, but does not."),
@@ -215,6 +216,8 @@ def test_refuses(case: str, kind: type[Exception], words: str) -> None:
         features = x
     elif case == "none":
         features = []
+    elif case == "twice":
+        features = [h, h]
     elif case == "number":
         features = [1.0]
     elif case == "past":

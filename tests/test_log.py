@@ -78,6 +78,28 @@ def test_what_is_no_record_is_refused(every, tmp_path):
                 writer.write(other, step=1)
 
 
+def test_further_figures_are_numbers_of_other_names(tmp_path):
+    (record,) = records(1)
+    with RecordWriter(tmp_path / "log.csv") as writer:
+        for value in ("train", None, [1.0]):
+            with pytest.raises(TypeError, match=r"`phase` must be a number, as figures are, but g"):
+                writer.write(record, phase=value)
+        with pytest.raises(ValueError, match=r"'active' is one of them. Give it another name"):
+            writer.write(record, active=77)
+        writer.write(record, lr=torch.tensor(0.5), step=3)
+    assert read_log(tmp_path / "log.csv").columns["lr"] == [0.5]
+
+
+def test_a_closed_writer_loses_no_row_without_a_word(tmp_path):
+    (record,) = records(1)
+    with RecordWriter(tmp_path / "log.csv") as writer:
+        writer.write(record)
+    with pytest.raises(ValueError, match=r"log.csv must be open, but has been closed. Write insi"):
+        writer.write(record)
+    writer.close()
+    assert read_log(tmp_path / "log.csv").steps == [0]
+
+
 def test_rows_are_on_disk_at_once_and_every_nth_step_is_written(tmp_path):
     writer = RecordWriter(tmp_path / "log.csv", every=3)
     for record in records(5):

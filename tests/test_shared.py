@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from mtbalance import Balancer, make_balancer
 from mtbalance.gradient import CAGrad, GradDrop, PCGrad, Sum
-from mtbalance.weighting import Equal
+from mtbalance.weighting import Equal, Uncertainty
 from tests._device import randn
 from tests._networks import TASKS, Network, batch, flat_grad, gradients, raw_rows
 
@@ -158,6 +158,19 @@ def test_a_balancer_within_what_it_balances() -> None:
         each.balancer.backward(each.losses(batch()))
     for one, two in zip(gradients(model).values(), gradients(other).values(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_what_a_weighting_within_learns_is_not_balanced() -> None:
+    """It gets its own gradient, and nobody is told that it had none."""
+    model = Network()
+    model.balancer = Balancer(Uncertainty(), PCGrad("fixed"), tasks=TASKS, shared=model)
+    model.balancer.backward(model.losses(batch()))
+    log_var = model.balancer.weighting.log_var
+    assert log_var.grad is not None
+    rows = model.balancer.explain(model=model).rows
+    shown = [name for row in rows if row.use.startswith("shared") for name in row.names]
+    assert "trunk.0.weight" in shown
+    assert not any("log_var" in name for name in shown)
 
 
 def test_the_identities_of_what_is_gone_are_not_given_to_others() -> None:

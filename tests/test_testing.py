@@ -293,6 +293,32 @@ def test_properties_that_are_not_asked() -> None:
         check_gradient_strategy(Plain, without=["finite"])
 
 
+@pytest.mark.parametrize(
+    ("check", "make", "words"),
+    [
+        (
+            check_gradient_strategy,
+            PCGrad(),
+            "but got one PCGrad. Give the class, or a function: la",
+        ),
+        (
+            check_gradient_strategy,
+            DWA,
+            "a GradientStrategy, but returned DWA. What is of the other",
+        ),
+        (check_weighting, DWA(), "in each call, but got one DWA."),
+        (
+            check_weighting,
+            Sum,
+            "a Weighting, but returned Sum. What is of the other kind is for ch",
+        ),
+    ],
+)
+def test_what_is_checked_is_made_anew_and_of_its_kind(check, make, words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        check(make)
+
+
 def test_both_numbers_are_those_of_the_matrix_that_is_named() -> None:
     with pytest.raises(Violation) as caught:
         check_gradient_strategy(PrefersTheFirst, claims=[Claim.NO_CONFLICT_LEFT])

@@ -180,10 +180,11 @@ class GramianStrategy(GradientStrategy):
         check_gramian(gramian)
         wide = gramian.double()
         weights = self.weights(wide) if across is None else self.weights_across(wide, across)
-        if weights.shape != (len(gramian),):
+        if not isinstance(weights, Tensor) or weights.shape != (len(gramian),):
+            got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"{weights!r}"
             raise ValueError(
-                f"{type(self).__name__}.weights must return one weight per row, shape "
-                f"({len(gramian)},), but got shape {tuple(weights.shape)}."
+                f"{type(self).__name__}.weights must return one weight per row, a tensor of shape "
+                f"({len(gramian)},), but got {got}."
             )
         # On the way to a device, what is sent is safe when the call returns: no need to wait. Of
         # Apple's, PyTorch does not say that.

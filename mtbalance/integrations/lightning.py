@@ -68,12 +68,22 @@ class Balanced:
     _given: "tuple[Tensor, dict[str, Tensor], dict[str, Any]] | None" = None
     _epoch_of_last_step: int | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in order[: order.index("Balanced")]:
+            raise TypeError(
+                f"`Balanced` must stand in front of LightningModule among the bases of "
+                f"{cls.__name__}, whose backward pass it makes: "
+                f"`class {cls.__name__}(Balanced, LightningModule)`."
+            )
+
     # Of a compiled module, the forward pass alone is traced.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def balance(
         self, losses: Mapping[str, Tensor], *, balancer: Balancer | None = None, **options: Any
     ) -> Tensor:
-        """Balance the losses of a batch; call it once in ``training_step``.
+        """Balance the losses of a batch, when training; call it once in ``training_step``.
 
         Args:
             losses: As in :meth:`mtbalance.Balancer.backward`: raw, neither scaled nor divided.
@@ -93,9 +103,9 @@ class Balanced:
                 returned for the last batch was not returned to Lightning.
         """
         module: Any = self
-        start = torch.zeros((), device=module.device)  # of a batch without any label
-        total = torch.stack([start, *(loss.detach().float().sum() for loss in losses.values())])
-        total = total.sum()
+        total = _sum_of(losses, module.device)
+        if not getattr(module._trainer, "training", True):  # steps may share their code
+            return total
         if not module.automatic_optimization:
             chosen = self.balancer if balancer is None else balancer
             name = self._name_of(chosen)
@@ -198,6 +208,12 @@ class Balanced:
     def _balancers(self) -> dict[str, Balancer]:
         module: Any = self
         return {name: each for name, each in module.named_modules() if isinstance(each, Balancer)}
+
+
+def _sum_of(losses: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Return the sum of losses, without a graph; 0 of a batch without any label."""
+    values = [loss.detach().float().sum() for loss in losses.values()]
+    return torch.stack([torch.zeros((), device=device), *values]).sum()
 
 
 def _is_untouched(total: Tensor, loss: Tensor, *, scaled: bool) -> bool:

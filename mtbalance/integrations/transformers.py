@@ -122,7 +122,8 @@ class BalancedTrainer(Trainer):
         del num_items_in_batch
         losses, outputs = self.compute_losses(model, inputs)
         start = torch.zeros((), device=self.args.device)  # of a batch without any label
-        total = torch.stack([start, *(loss.detach().float() for loss in losses.values())]).sum()
+        values = [loss.detach().float().sum() for loss in losses.values()]
+        total = torch.stack([start, *values]).sum()
         if model.training and torch.is_grad_enabled():
             batches = self.current_gradient_accumulation_steps
             if batches > 1:

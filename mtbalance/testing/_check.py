@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Generator
+from torch import Generator, nn
 
 from mtbalance._checks import nearest
 from mtbalance.gradient import GradientStrategy
@@ -69,6 +69,7 @@ def check_gradient_strategy(
     Raises:
         Violation: If a property does not hold. The message names it, the call that makes the matrix
             again, the proof of its structure and both numbers.
+        TypeError: If ``make`` makes something else.
 
     Example:
         >>> from mtbalance.gradient import PCGrad
@@ -77,6 +78,7 @@ def check_gradient_strategy(
         True
     """
     subject = make if isinstance(make, Subject) else Subject(make)
+    check_maker(subject.make, GradientStrategy, "check_weighting")
     claimed, given = frozenset(claims), tuple(seeds)
     every = [*ALWAYS, *(each for claim in Claim if claim in claimed for each in CLAIMED[claim])]
     properties = left(every, without)
@@ -162,6 +164,28 @@ def check_differ(
     says = f"it must differ from {two.name} at some matrix"
     call = f"mtbalance.testing.{where}"
     raise Violation(one.name, "differs", says, call, where.proof, found)
+
+
+def check_maker(make: Callable[[], object], kind: type[nn.Module], other: str) -> None:
+    """Raise TypeError unless ``make`` makes what the check is for.
+
+    Args:
+        make: Was given as what makes a strategy.
+        kind: What it is to make.
+        other: The check of the other kind.
+    """
+    if isinstance(make, nn.Module):
+        name = type(make).__name__
+        raise TypeError(
+            f"`make` must return a new strategy in each call, but got one {name}. Give the class, "
+            f"or a function: lambda: {name}(...)."
+        )
+    made = make()
+    if not isinstance(made, kind):
+        raise TypeError(
+            f"`make` must return a {kind.__name__}, but returned {type(made).__name__}. What is "
+            f"of the other kind is for {other}."
+        )
 
 
 def left(properties: Sequence[_Named], without: Iterable[str]) -> list[_Named]:

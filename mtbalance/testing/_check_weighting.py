@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from mtbalance.weighting import Weighting
 
-from ._check import Report, left, trials
+from ._check import Report, check_maker, left, trials
 from ._traits import HAVING, WEIGHTINGS, numbers_of_tasks_pick_their_weights
 from ._violation import Violation
 from ._weighting import Trait, WeightingProperty, WeightingSubject
@@ -33,6 +33,7 @@ def check_weighting(
     Raises:
         Violation: If a property does not hold. The message names it, the call that makes the losses
             again, and both numbers.
+        TypeError: If ``make`` makes something else.
 
     Example:
         >>> from mtbalance.weighting import DWA
@@ -41,6 +42,7 @@ def check_weighting(
         True
     """
     given, said = tuple(seeds), frozenset(traits)
+    check_maker(make, Weighting, "check_gradient_strategy")
     subject = WeightingSubject(make, said)
     every = [*WEIGHTINGS, *(HAVING[trait] for trait in Trait if trait in said & set(HAVING))]
     properties = left(every, without)

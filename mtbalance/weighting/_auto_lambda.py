@@ -167,6 +167,8 @@ class AutoLambda(Weighting):
 
     def before_step(self, step: Step) -> None:
         """Move the weights by one step of Adam on the derivative of the validation loss."""
+        if not self.training:
+            return
         self.check_ready()
         self._look_at_optimizer(step.parameters)
         derivative = self.derivative(step)

@@ -331,6 +331,34 @@ def test_what_balance_returns_is_returned(tmp_path: Path) -> None:
         trainer(tmp_path).fit(Forgetful())
 
 
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+def test_validation_may_share_the_code(automatic: bool, tmp_path: Path) -> None:
+    """There, `balance` is the sum of the losses, and leaves everything as it is."""
+    seen = []
+
+    class Shared(Net):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            losses = self.parts.losses(batch)
+            total = self.balance(losses)
+            seen.append((float(total), float(sum(losses.values()))))
+
+        def val_dataloader(self) -> Any:
+            return self.train_dataloader()
+
+    net = Shared("dwa+cagrad", automatic=automatic)
+    trainer(tmp_path).fit(net)
+    assert_same(net.parts, plain("dwa+cagrad"))
+    assert len(seen) > 2 * len(data())  # those of the sanity check, too
+    assert all(total == pytest.approx(plainly) for total, plainly in seen)
+
+
+def test_balanced_stands_in_front() -> None:
+    with pytest.raises(TypeError, match=r"`class Behind\(Balanced, LightningModule\)`\.$"):
+
+        class Behind(lightning.LightningModule, Balanced):
+            pass
+
+
 def test_a_dictionary_may_be_returned(tmp_path: Path) -> None:
     class Named(Net):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:

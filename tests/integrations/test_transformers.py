@@ -234,6 +234,17 @@ def test_evaluation_balances_nothing(tmp_path: Path) -> None:
     assert found["eval_loss"] == pytest.approx(wanted)
 
 
+def test_losses_may_have_an_axis_of_one(tmp_path: Path) -> None:
+    class Kept(InOrder):
+        def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+            losses, outputs = super().compute_losses(model, inputs)
+            return {task: loss[None] for task, loss in losses.items()}, outputs
+
+    made, parts = trainer("pcgrad", tmp_path, kind=Kept)
+    made.train()
+    assert_same(parts, plain("pcgrad"))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -700,6 +700,15 @@ def test_a_step_moves_the_weights_against_the_derivative() -> None:
     assert torch.equal(weighting(losses), weighting.lambdas * losses)
 
 
+def test_in_evaluation_mode_nothing_moves() -> None:
+    model = Network()
+    weighting = weighting_of(sgd()(model), lr=1e-3)
+    weighting.eval().before_step(step_of(model))
+    assert torch.equal(weighting.lambdas, torch.tensor(WEIGHTS))
+    weighting.train().before_step(step_of(model))
+    assert not torch.equal(weighting.lambdas, torch.tensor(WEIGHTS))
+
+
 def test_learns_to_ignore_noise_and_to_follow_help() -> None:
     """Task b's gradients are those of the primary task a, c's are opposite: b rises, c falls."""
     theta = nn.Parameter(torch.tensor([3.0]))
