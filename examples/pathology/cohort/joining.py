@@ -10,7 +10,7 @@ import pandas as pd
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.common.files import walk
 from examples.pathology.settings.cohort import Sources
-from examples.pathology.tables.matching import match_files
+from examples.pathology.tables.matching import log_other_folders, match_files
 from examples.pathology.tables.reading import (
     read_clinical_words,
     read_slide_table,
@@ -73,6 +73,7 @@ def join(
     slides = read_slide_table(sources.slide_table, sources.patient_column, sources.filename_column)
     files = find_feature_files(sources.features)
     found = match_files((key for _, key in slides), files)
+    log_other_folders(found, sources.slide_table, sources.filename_column)
     owned = ((patient, f"{found[key][0]}.h5") for patient, key in slides if len(found[key]) == 1)
     refuse_two_owners(owned, "feature file", sources.slide_table)  # would leak between folds
     return Joined(clinical, slides, files, found, unknown)

@@ -28,7 +28,7 @@ def run_extract(config: ExtractConfig) -> ExtractSummary:
     """
     files = find_slides(config.slides, skip=config.out)
     if config.slide_table is not None:
-        stems = [file.stem for file in files]
-        known = mpp_of_slides(config.slide_table, stems, config.filename_column)
+        names = {file.stem: file.name for file in files}
+        known = mpp_of_slides(config.slide_table, names, config.filename_column, names)
         files = [replace(file, table_mpp=known.get(file.stem)) for file in files]
     return dispatch.run(files, config)

@@ -57,7 +57,8 @@ def run_heatmaps(config: HeatmapConfig, folder: Path) -> int:
         )
     slides = {slide.stem: slide for slide in find_slides(folder, skip=config.out)}
     if config.slide_table is not None:
-        known = mpp_of_slides(config.slide_table, slides, config.filename_column)
+        names = {stem: slide.name for stem, slide in slides.items()}
+        known = mpp_of_slides(config.slide_table, names, config.filename_column, names)
         slides = {stem: replace(x, table_mpp=known.get(stem)) for stem, x in slides.items()}
     pictures = match_files((name for names in found.values() for name in names), slides)
     tested = {

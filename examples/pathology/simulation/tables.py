@@ -21,7 +21,7 @@ from examples.pathology.simulation.composition import (
     population_of,
     shares_from,
 )
-from examples.pathology.tables.matching import slide_key
+from examples.pathology.tables.matching import shared_paths, slide_key, without_suffix
 from examples.pathology.tables.reading import (
     read_clinical_table,
     read_slide_table,
@@ -101,7 +101,13 @@ def read_tables(clini: Path, slide_table: Path | None, config: SimulateConfig) -
     if slide_table is None:
         return CohortTables(clinical, _slide_each(clinical, clini, config))
     everyone = read_slide_table(slide_table, config.patient_column, config.filename_column)
-    slides = [(patient, key) for patient, key in everyone if patient in clinical.index]
+    known = [(patient, key) for patient, key in everyone if patient in clinical.index]
+    # As `extract` names its files: in full where slides differ in their suffix alone.
+    shared = shared_paths(key for _, key in known)
+    slides = [
+        (patient, key if without_suffix(key) in shared else without_suffix(key))
+        for patient, key in known
+    ]
     if unknown := len(everyone) - len(slides):
         logger.warning("Left out: %d slides of patients who are not in %s", unknown, clini)
     if not slides:

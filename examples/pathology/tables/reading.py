@@ -16,7 +16,7 @@ from examples.pathology.common.errors import UserError, listing, nearest, one_li
 from examples.pathology.common.files import readable
 from examples.pathology.common.names import composed
 from examples.pathology.settings.cohort import TCGA_SITE
-from examples.pathology.tables.matching import slide_key
+from examples.pathology.tables.matching import slide_name
 
 PATIENT, FILENAME, MPP = "PATIENT", "FILENAME", "MPP"
 # What stands for "not known" in the tables of TCGA, GDC, cBioPortal, CPTAC, Excel and pandas, in
@@ -246,7 +246,7 @@ def sites_of(patients: Iterable[str], column: str, clinical: pd.DataFrame) -> di
 def read_slide_table(
     path: Path, patient_column: str = PATIENT, filename_column: str = FILENAME
 ) -> list[tuple[str, str]]:
-    """Read the slide table as ``(patient, key)``: a key is a relative path without suffix.
+    """Read the slide table as ``(patient, key)``: a key is a relative path, without ``.h5``.
 
     Args:
         path: The table.
@@ -260,7 +260,7 @@ def read_slide_table(
     _refuse_unnamed(table, path, patient_column)
     _refuse_unnamed(table, path, filename_column)
     rows = zip(table[patient_column], table[filename_column], strict=True)
-    return [(patient, slide_key(name, path, filename_column)) for patient, name in rows]
+    return [(patient, slide_name(name, path, filename_column)) for patient, name in rows]
 
 
 def refuse_two_owners(owned: Iterable[tuple[str, str]], what: str, table: Path) -> None:

@@ -76,6 +76,20 @@ def test_names_without_a_partner_are_listed_in_both_directions_with_near_ones(ta
     assert lines[-1].startswith("9 names do not fit together")
 
 
+def test_a_file_of_another_slide_does_not_fit(tables):
+    header, *rows = rows_of(tables.slides)
+    (tables.features / "P00-1.h5").rename(tables.features / "P00-1.svs.h5")
+    write_table(tables.slides, header, [["P00", "P00-1.tif"], *rows[1:]])
+    code, lines = check(tables)
+    assert code == 1
+    assert following(lines, "Slides of the slide table without") == [
+        "P00-1.tif (near: P00-1.svs)",
+    ]  # fmt: skip
+    write_table(tables.slides, header, [["P00", "P00-1.svs"], ["P01", "P00-1.tif"], *rows[2:]])
+    (tables.features / "P01-1.h5").rename(tables.features / "P00-1.tif.h5")
+    assert check(tables)[1][-1] == "Everything fits together."
+
+
 def test_files_that_cannot_be_used_are_listed(tables):
     (tables.features / "P02-1.h5").write_bytes(b"no HDF5")
     write_bag(tables.features / "P04-1.h5", np.zeros((0, 768)))

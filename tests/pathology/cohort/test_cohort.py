@@ -391,11 +391,105 @@ def test_files_are_matched(key, files, found):
     assert match_files([key], files) == {key: found}
 
 
+UUID = "8923a151-a690-40b7-9e5a-fcbedfc2394f"
+
+
+@pytest.mark.parametrize(
+    ("key", "files", "found"),
+    [
+        ("a.svs", ["a"], ["a"]),
+        ("a.SVS", ["a", "a.svs"], ["a.svs"]),
+        ("a", ["a.svs", "a.tif"], ["a.svs", "a.tif"]),
+        ("sub/a.svs", ["sub/a", "sub/a.svs"], ["sub/a.svs"]),
+        ("a.tif", ["a.svs"], []),
+        ("a.tif", ["a", "a.svs"], []),  # the first was made of either
+        ("a.tif", ["x/a", "x/a.svs"], []),
+        ("a.svs", ["a", "a.png"], ["a"]),  # a flat picture beside a slide
+        ("a.mrxs.tif", ["a.mrxs"], ["a.mrxs"]),
+        ("a", ["a.mrxs"], ["a.mrxs"]),
+        ("S18-77.A2", ["S18-77"], []),
+        ("S18-77.A2.svs", ["S18-77"], []),
+        ("S18-77", ["S18-77.A2"], []),
+        ("P1.v2", ["P1"], []),
+        ("S18-77.20240131", ["S18-77"], []),
+        (f"S18-77.{UUID}.svs", ["S18-77"], ["S18-77"]),
+        ("S18-77", [f"x/S18-77.{UUID}"], [f"x/S18-77.{UUID}"]),
+        (f"TCGA-1-DX1.{UUID.upper()}.svs", ["TCGA-1-DX1.tif"], []),
+        ("S18-77.svs", ["S18-77.features", "S18-78.features"], ["S18-77.features"]),
+        ("a", ["a.ome"], ["a.ome"]),
+        ("a.ome.tif", ["a"], []),
+        ("a/1", ["1"], ["1"]),
+        ("a/1", ["x/a/1", "x/b/1"], ["x/a/1"]),
+        ("x/a/1", ["a/1", "b/1"], ["a/1"]),
+        ("old/1", ["new/1"], ["new/1"]),  # another tree
+        ("a/1", ["b/1", "a/2"], []),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_slide_is_no_match(key, files, found):
+    assert match_files([key], files) == {key: found}
+
+
+@pytest.mark.parametrize(
+    ("keys", "files", "found"),
+    [
+        (["a/1", "a/2"], ["a/1", "b/1", "b/2"], [["a/1"], []]),
+        (["a/1", "b/1"], ["b/1"], [[], ["b/1"]]),
+        (["P1/s", "P7/s"], ["P1/s", "P31/s"], [["P1/s"], []]),
+        (["1", "b/1"], ["b/1"], [[], ["b/1"]]),
+        (["a.svs", "a.tif"], ["a.svs", "a.tif"], [["a.svs"], ["a.tif"]]),
+        (["a.svs", "a.tif"], ["a", "a.svs"], [["a.svs"], []]),
+        (["a.svs", "a.tif"], ["a"], [[], []]),
+        (["a.svs", "a.png"], ["a"], [["a"], []]),
+        (["a.ome.tif", "a.tif"], ["a"], [[], ["a"]]),
+        (["P\u00e9/1.svs", "x/1.svs"], ["Pe\u0301/1"], [["Pe\u0301/1"], []]),
+        # The same slide, however it is called.
+        (["TCGA-1", "TCGA-1.23748e80"], ["TCGA-1"], [["TCGA-1"], ["TCGA-1"]]),
+    ],
+)
+def test_what_is_another_keys_is_no_match(keys, files, found):
+    assert match_files(keys, files) == dict(zip(keys, found, strict=True))
+
+
+def test_a_slide_without_its_file_gets_none_of_another_site(tables):
+    for site in ("siteA", "siteB"):
+        (tables.features / site).mkdir()
+        for i in range(12):
+            write_bag(tables.features / site / f"{i:03d}.h5", np.ones((2, 768)))
+    (tables.features / "siteA" / "007.h5").unlink()
+    one = [[f"P{i:02d}", f"siteA/{i:03d}.svs"] for i in range(12)]
+    other = [[f"P{i:02d}", f"siteB/{i - 6:03d}.svs"] for i in range(6, 12)]
+    rewrite(tables.slides, lambda rows: one)
+    assert reasons(tables.load(), "slide") == {"siteA/007.svs": "no feature file"}
+    rewrite(tables.slides, lambda rows: [*one, *other])
+    cohort = tables.load()
+    assert reasons(cohort, "slide") == {"siteA/007.svs": "no feature file"}
+    assert [path.parent.name for path in cohort.patients[7].files] == ["siteB"]
+
+
+def test_slides_of_one_name_are_told_apart_by_their_suffix(tables):
+    for name in ("a", "a.svs", "a.tif"):  # the first of a time when one of them was alone
+        write_bag(tables.features / f"{name}.h5", np.ones((2, 768)))
+    rewrite(tables.slides, lambda rows: [["P00", "a.svs"], ["P01", "a.tif"], *rows[2:]])
+    cohort = tables.load()
+    assert [p.files[0].name for p in cohort.patients[:2]] == ["a.svs.h5", "a.tif.h5"]
+    (tables.features / "a.tif.h5").unlink()
+    assert reasons(tables.load(), "slide") == {"a.tif": "no feature file"}
+
+
+def test_folders_of_another_tree_are_matched_by_name_with_a_warning(tables, caplog):
+    (tables.features / "new").mkdir()
+    (tables.features / "P00-1.h5").rename(tables.features / "new" / "P00-1.h5")
+    rewrite(tables.slides, lambda rows: [["P00", "old/P00-1"], *rows[1:]])
+    assert len(tables.load().patients) == 12
+    assert "names alone are matched: old/P00-1 with new/P00-1. Write" in caplog.text
+
+
 def test_an_ambiguous_name_is_left_out_with_both_files(tables):
-    write_bag(tables.features / "P00.aa.h5", np.zeros((1, 768)))
-    write_bag(tables.features / "P00.bb.h5", np.zeros((1, 768)))
+    write_bag(tables.features / "P00.aaaaaaaa.h5", np.zeros((1, 768)))
+    write_bag(tables.features / "P00.bbbbbbbb.h5", np.zeros((1, 768)))
     rewrite(tables.slides, lambda rows: [["P00", "P00"], *rows[1:]])
-    assert reasons(tables.load(), "slide")["P00"] == "ambiguous: P00.aa.h5, P00.bb.h5"
+    reason = reasons(tables.load(), "slide")["P00"]
+    assert reason == "ambiguous: P00.aaaaaaaa.h5, P00.bbbbbbbb.h5"
 
 
 @pytest.mark.parametrize(

@@ -476,6 +476,14 @@ def test_the_slide_table_overrules_what_the_slide_says(tmp_path, network):
     assert (summary.rows[0].mpp, summary.rows[0].mpp_source) == (0.5, "slide table")
 
 
+def test_slides_of_one_name_have_rows_of_their_own(tmp_path, network):
+    for name in ("a.tif", "a.tiff", "b.tif"):
+        save_slide(tmp_path / "in" / name)
+    (tmp_path / "t.csv").write_text("FILENAME,MPP\na.tif,0.5\na.tiff,0.25\nb.tif,0.5\nb.svs,0.3\n")
+    rows = run(tmp_path / "in", tmp_path / "out", slide_table=tmp_path / "t.csv").rows
+    assert {row.slide: row.mpp for row in rows} == {"a.tif": 0.5, "a.tiff": 0.25, "b.tif": 0.5}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -25,7 +25,7 @@ from examples.pathology.settings.simulate import SimulateConfig
 from examples.pathology.simulation.composition import SIGNATURES, TISSUES
 from examples.pathology.simulation.feature_space import FeatureSpace
 from examples.pathology.simulation.simulate import run_simulate
-from examples.pathology.simulation.tables import read_external, shuffled, tables_of
+from examples.pathology.simulation.tables import read_external, read_tables, shuffled, tables_of
 from tests.pathology.tiny import write_bag, write_table
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -406,6 +406,13 @@ def test_tables_that_contradict_themselves_are_refused(settings, tmp_path):
     nobody = write_table(tmp_path / "nobody.csv", ["PATIENT", "FILENAME"], [["Q", "a"]])
     with pytest.raises(UserError, match="must have slides of patients of"):
         run_simulate(replace(settings, slide_table=nobody))
+
+
+def test_slides_of_one_name_keep_their_suffix(settings, tmp_path):
+    rows = [["P1", "a.svs"], ["P2", "a.tif"], ["P3", "b.svs"], ["P3", "b"]]
+    slides = write_table(tmp_path / "s.csv", ["PATIENT", "FILENAME"], rows)
+    found = read_tables(settings.clini, slides, settings).slides
+    assert found == [("P1", "a.svs"), ("P2", "a.tif"), ("P3", "b"), ("P3", "b")]
 
 
 def test_the_command_line_needs_a_table_and_a_folder_only(tables, tmp_path, capsys):

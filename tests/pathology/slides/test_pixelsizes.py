@@ -51,10 +51,39 @@ def test_a_row_that_may_mean_two_slides_is_refused_and_the_remedy_works(tmp_path
 def test_slides_that_differ_in_their_suffix_alone_have_their_own_rows(tmp_path):
     stems = ["a.svs", "a.tif"]  # what `find_slides` makes of them
     with pytest.raises(UserError, match=r"may mean a\.svs, a\.tif\..*as in 'a\.svs\.h5'"):
-        mpp_of_slides(table(tmp_path, "a.svs,0.5"), stems)
-    rows = table(tmp_path, "a.svs.h5,0.5", "a.tif.h5,0.25")
-    assert mpp_of_slides(rows, stems) == {"a.svs": 0.5, "a.tif": 0.25}
-    assert mpp_of_slide(rows, Path("a.tif")) == 0.25
+        mpp_of_slides(table(tmp_path, "a,0.5"), stems)
+    assert mpp_of_slides(table(tmp_path, "a.SVS,0.5"), stems) == {"a.svs": 0.5}
+    for end in (".h5", ""):
+        rows = table(tmp_path, f"a.svs{end},0.5", f"a.tif{end},0.25")
+        assert mpp_of_slides(rows, stems) == {"a.svs": 0.5, "a.tif": 0.25}
+        assert mpp_of_slide(rows, Path("a.tif")) == 0.25
+        # The other one is in the table, but not in the folder.
+        assert mpp_of_slides(rows, ["a"], names={"a": "a.TIF"}) == {"a": 0.25}
+    assert mpp_of_slides(table(tmp_path, "a.svs,", "a.tif,0.25"), ["a"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("stem", "others"),
+    [("siteB/001", "siteA/001.tif,0.25"), ("S18-77", "S18-77.A2.tif,0.25"), ("a", "b.tif,0.25")],
+)
+def test_a_slide_whose_row_has_no_value_gets_none_of_another(stem, others, tmp_path):
+    for name in (stem, f"{stem}.tif"):
+        rows = table(tmp_path, others, f"{name},")
+        assert mpp_of_slides(rows, [stem, "c"]) == {}
+        assert mpp_of_slide(rows, tmp_path / f"{stem}.tif") is None
+
+
+def test_a_slide_that_may_be_of_either_row_is_refused_if_one_has_no_value(tmp_path):
+    rows = table(tmp_path, "siteA/001.tif,0.25", "siteB/001.tif,")
+    with pytest.raises(UserError, match=r"001 has several: 0\.25 for 'siteA/.*none for 'siteB/001"):
+        mpp_of_slides(rows, ["001"])
+    assert mpp_of_slides(table(tmp_path, "siteA/1,0.5", "1,"), ["1"]) == {}
+
+
+def test_a_slide_gets_no_value_of_another_folder_that_the_table_tells_apart(tmp_path):
+    rows = table(tmp_path, "siteA/001,0.25", "siteB/002,0.5")
+    assert mpp_of_slides(rows, ["siteB/001", "siteB/002"]) == {"siteB/002": 0.5}
+    assert mpp_of_slide(rows, tmp_path / "siteB" / "001.tif") is None
 
 
 def test_a_slides_own_path_is_preferred_to_its_bare_name(tmp_path):
@@ -67,6 +96,9 @@ def test_a_slides_own_path_is_preferred_to_its_bare_name(tmp_path):
 
 def test_a_value_may_be_repeated_but_not_changed(tmp_path):
     assert mpp_of_slides(table(tmp_path, "a,0.5", "a.h5,0.50"), ["a"]) == {"a": 0.5}
+    assert mpp_of_slides(table(tmp_path, "a,", "a.svs,0.50"), ["a"]) == {"a": 0.5}
+    with pytest.raises(UserError, match=r"a has several: 0\.5 for 'a', 0\.25 for 'a\.svs'"):
+        mpp_of_slides(table(tmp_path, "a,0.5", "a.svs,0.25"), ["a"])
     with pytest.raises(UserError, match=r"one MPP, but a\.h5 has 0\.5 and 0\.25"):
         mpp_of_slides(table(tmp_path, "a,0.5", "a.h5,0.25"), ["a"])
 
