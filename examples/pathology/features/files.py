@@ -26,8 +26,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from examples.pathology.common.errors import UserError
-from examples.pathology.common.files import write_bytes
+from examples.pathology.common.errors import UserError, one_line
+from examples.pathology.common.files import DAMAGED, write_bytes
 from examples.pathology.features.kind import FeatureKind
 from examples.pathology.settings.extract import LAYOUTS, TILE_PX, TILE_UM
 
@@ -40,6 +40,23 @@ class UnavailableError(UserError):
 
 
 @dataclass(frozen=True)
+class OfSlide:
+    """What a feature file of ours says of its slide; those of other tools do not tell.
+
+    Attributes:
+        name: Its path in the folder of slides; empty if the file does not tell.
+        size_px: Its width and height in pixels.
+        mpp: Microns per pixel along x, and along y, which earlier releases leave out.
+        mpp_source: Where they came from, as in `Mpp`.
+    """
+
+    name: str = ""
+    size_px: tuple[int, int] | None = None
+    mpp: tuple[float, ...] = ()
+    mpp_source: str = ""
+
+
+@dataclass(frozen=True)
 class Bag:
     """The features of one slide.
 
@@ -48,11 +65,13 @@ class Bag:
         coords_um: x and y of each tile's top-left corner in um, ``(n, 2)`` float32. NaN where the
             file gives pixels of an unknown size (TRIDENT and CLAM store no microns per pixel).
         kind: What made them.
+        slide: What the file says of the slide.
     """
 
     feats: npt.NDArray[np.float32]
     coords_um: npt.NDArray[np.float32]
     kind: FeatureKind
+    slide: OfSlide = OfSlide()
 
 
 def read_features(path: Path, *, mpp: float | tuple[float, float] | None = None) -> Bag:
@@ -75,6 +94,13 @@ def read_features(path: Path, *, mpp: float | tuple[float, float] | None = None)
     try:
         with open_features(path) as file:
             return _read_open(file, path, (mpp, mpp) if isinstance(mpp, (int, float)) else mpp)
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(
+            f"The feature file must hold numbers as features, coordinates and sizes, but {path} "
+            f"does not ({one_line(error)}). Extract the slide again."
+        ) from error
     except OSError as error:
         raise UserError(
             f"The feature file must be a complete HDF5 file, but {path} is not ({error}). "
@@ -143,6 +169,22 @@ def _read_open(file: h5py.File, path: Path, mpp: tuple[float, float] | None) -> 
             simulated=_text(attributes.get("mtbalance_simulated", "")),
             tile_size_px=None if tile_px is None else int(tile_px),
         ),
+        slide=_of_slide({name: attributes.get(f"mtbalance_slide{name}") for name in _OF_SLIDE}),
+    )
+
+
+_OF_SLIDE = ("", "_width_px", "_height_px", "_mpp", "_mpp_y", "_mpp_source")
+
+
+def _of_slide(said: Mapping[str, Any]) -> OfSlide:
+    """Return what attributes say of the slide, `None` where they do not."""
+    size_px = said["_width_px"], said["_height_px"]
+    mpp = said["_mpp"], said["_mpp_y"]
+    return OfSlide(
+        name=_text(said[""] or ""),
+        size_px=None if None in size_px else (int(size_px[0]), int(size_px[1])),
+        mpp=tuple(float(value) for value in mpp if value is not None),
+        mpp_source=_text(said["_mpp_source"] or ""),
     )
 
 

@@ -1,5 +1,6 @@
 import csv
 
+import h5py
 import numpy as np
 import pytest
 
@@ -93,10 +94,13 @@ def test_a_file_of_another_slide_does_not_fit(tables):
 def test_files_that_cannot_be_used_are_listed(tables):
     (tables.features / "P02-1.h5").write_bytes(b"no HDF5")
     write_bag(tables.features / "P04-1.h5", np.zeros((0, 768)))
+    with h5py.File(tables.features / "P05-1.h5", "a") as file:
+        file.attrs["tile_size_px"] = [224, 224]
     code, lines = check(tables)
     assert code == 1
-    broken, empty = following(lines, "Feature files that cannot be used: 2")
+    broken, empty, odd = following(lines, "Feature files that cannot be used: 3")
     assert broken.startswith("P02-1: unreadable")
+    assert odd.startswith("P05-1: unreadable: The feature file must hold numbers")
     assert empty == "P04-1: no tiles"
 
 

@@ -11,7 +11,12 @@ from hypothesis.extra import numpy as hnp
 from examples.pathology.common import files as common_files
 from examples.pathology.common.errors import UserError
 from examples.pathology.features import files as features
-from examples.pathology.features.files import UnavailableError, read_features, write_features
+from examples.pathology.features.files import (
+    OfSlide,
+    UnavailableError,
+    read_features,
+    write_features,
+)
 from examples.pathology.features.kind import FeatureKind
 from tests.pathology.holding import held
 from tests.pathology.slide_helpers import SHARED
@@ -269,6 +274,34 @@ def test_unusable_files_are_refused_by_name(datasets, words, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         read_features(path)
     assert "odd.h5" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("coords", "attributes"),
+    [
+        (np.full((2, 2), b"left"), {"unit": "um"}),
+        (np.zeros((2, 2)), {"unit": "um", "tile_size_px": [224, 224]}),
+        (np.zeros((2, 2)), {"unit": "um", "tile_size_um": "large"}),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(coords, attributes, tmp_path):
+    path = tmp_path / "odd.h5"
+    store(path, attributes, feats=np.ones((2, 4)), coords=coords)
+    with pytest.raises(UserError, match=r"must hold numbers as .*, but .*odd\.h5 does not \("):
+        read_features(path)
+
+
+def test_a_file_tells_what_it_knows_of_its_slide(tmp_path):
+    write(tmp_path / "a.h5")
+    assert read_features(tmp_path / "a.h5").slide == OfSlide()
+    earlier = {"slide": "a.svs", "slide_mpp": 0.25, "slide_mpp_source": "openslide.mpp-x"}
+    write(tmp_path / "a.h5", provenance=earlier)
+    said = OfSlide("a.svs", None, (0.25,), "openslide.mpp-x")
+    assert read_features(tmp_path / "a.h5").slide == said
+    sizes = {"slide_width_px": 300, "slide_height_px": 200, "slide_mpp_y": 0.26}
+    write(tmp_path / "a.h5", provenance={**earlier, **sizes})
+    said = OfSlide("a.svs", (300, 200), (0.25, 0.26), "openslide.mpp-x")
+    assert read_features(tmp_path / "a.h5").slide == said
 
 
 def test_missing_and_truncated_files_are_refused_by_name(tmp_path):
