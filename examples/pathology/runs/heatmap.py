@@ -8,6 +8,7 @@ those that have not seen the patient for all slides of a run, see `heatmaps`.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import write_json
-from examples.pathology.features.files import Bag, read_features
+from examples.pathology.features.files import Bag, OfSlide, read_features
 from examples.pathology.features.kind import FeatureKind, refuse_other_features
 from examples.pathology.figures.heatmap import LEAST_SPAN, Layer, Picture, heatmap, top_tiles
 from examples.pathology.figures.sheet import Sheet
@@ -44,6 +45,10 @@ from examples.pathology.training.tile_values import TileValues, tile_values
 logger = logging.getLogger(__name__)
 
 TOP_TILE_PX = 224
+
+SAME_MPP = 1e-3
+"""Largest difference, as a share, between resolutions that are one: of a slide of 100,000 pixels it
+moves the last tile by 100."""
 
 Models = Mapping[str, tuple[Fitted, FeatureKind]]
 """By the name of its folder, what a fold has trained, and on what features."""
@@ -88,9 +93,7 @@ def draw_slide(
     """
     started = time.perf_counter()
     opener = partial(_open, file, config.default_mpp)
-    with closing(opener(frozenset())) as slide:
-        bag = read_features(features, mpp=(slide.mpp.x, slide.mpp.y))
-        size_um = _check(bag, slide, features)
+    slide, bag, size_um = place_tiles(config, file, features)
     for name, (_, kind) in models.items():
         refuse_other_features(kind, bag.kind, config.run / name, features)
     fitted = [each for each, _ in models.values()]
@@ -140,12 +143,59 @@ def draw_slide(
     return summary
 
 
+def place_tiles(config: HeatmapConfig, file: SlideFile, features: Path) -> tuple[Slide, Bag, float]:
+    """Return a slide, closed, with its features and the size of a tile in um.
+
+    Raises:
+        UserError: Slide or features cannot be read, or are not of each other.
+    """
+    with closing(_open(file, config.default_mpp, frozenset())) as slide:
+        bag = read_features(features, mpp=(slide.mpp.x, slide.mpp.y))
+        _refuse_other_slide(bag.slide, slide, features)
+        return slide, bag, _check(bag, slide, features)
+
+
 def _open(file: SlideFile, default_mpp: float | None, broken: frozenset[int]) -> Slide:
     known = {"table_mpp": file.table_mpp, "default_mpp": default_mpp}
     try:
         return open_slide(file.path, file.name, **known, broken_levels=broken)
     except (SlideError, OSError) as error:
         raise UserError(f"`slide` must be readable: {error}") from error
+
+
+def _refuse_other_slide(said: OfSlide, slide: Slide, path: Path) -> None:
+    """Raise if features say that their slide has another size or resolution than this one.
+
+    What they do not say is no difference; another name alone is told, as slides are renamed.
+    """
+    if said.size_px is not None and said.size_px != (slide.width_px, slide.height_px):
+        raise UserError(
+            f"`features` must be those of `slide`, but {path.name} is of {said.name}, a slide of "
+            f"{said.size_px[0]} x {said.size_px[1]} pixels, and {slide.name} has {slide.width_px} "
+            f"x {slide.height_px}."
+        )
+    for was, now in zip(said.mpp, (slide.mpp.x, slide.mpp.y), strict=False):
+        if not math.isclose(was, now, rel_tol=SAME_MPP):
+            raise UserError(
+                f"`slide` must have as many um per pixel as when its features were made, but "
+                f"{path.name} was made with {was:.6g} (from {said.mpp_source}) and {slide.name} "
+                f"has {now:.6g} (from {slide.mpp.source}). {_remedy(said, slide, was)}"
+            )
+    if said.name and PurePosixPath(said.name).name != PurePosixPath(slide.name).name:
+        logger.warning("%s is of %s; it is drawn over %s.", path, said.name, slide.name)
+
+
+def _remedy(said: OfSlide, slide: Slide, mpp: float) -> str:
+    """Say how a slide gets the microns per pixel that its features were made with."""
+    if slide.mpp.source == "default":
+        remedy = f"Give --default-mpp {mpp:.6g}"
+    elif slide.mpp.source != "slide table":
+        remedy = f"Give a --slide-table that has {mpp:.6g} in its MPP column for this slide"
+    elif said.mpp_source in ("slide table", "default"):
+        remedy = f"Write {mpp:.6g} in the MPP column of --slide-table for this slide"
+    else:  # found in the slide, perhaps another along y
+        remedy = "Leave its MPP in --slide-table empty"
+    return f"{remedy}, or extract the slide again if that is wrong."
 
 
 def _check(bag: Bag, slide: Slide, path: Path) -> float:

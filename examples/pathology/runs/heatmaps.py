@@ -16,7 +16,7 @@ from examples.pathology.common.folders import clean_below, sole_writer
 from examples.pathology.features.provenance import sample_sha256
 from examples.pathology.results.folds import REMEDY
 from examples.pathology.results.runs import run_settings, slides_of
-from examples.pathology.runs.heatmap import Models, draw_slide, read_models
+from examples.pathology.runs.heatmap import Models, draw_slide, place_tiles, read_models
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import HeatmapConfig
 from examples.pathology.slides.pixelsizes import mpp_of_slides
@@ -115,6 +115,8 @@ def _drawn(
         with whole(path, f"Delete {out}."):
             drawn = dict(json.loads(path.read_text(encoding="utf-8")))
             reason = "drawn before"
-    if drawn.get("made_of") != made_of:
+    if drawn.get("made_of") == made_of:
+        place_tiles(config, slide, features)  # an earlier release may have drawn it elsewhere
+    else:
         drawn, reason = draw_slide(config, models, slide, features, out, made_of=made_of), ""
     return {"reason": reason, "tiles": drawn["tiles"], "seconds": drawn["seconds"]}

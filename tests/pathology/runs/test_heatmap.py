@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import h5py
 import numpy as np
@@ -219,6 +220,74 @@ def test_the_slide_table_gives_the_pixel_size_of_a_slide_that_does_not(run, slid
         draw(run, slide, tmp_path / "out", **asked)
     value = draw(run, slide, tmp_path / "out", slide_table=table, **asked)
     assert value["tiles"] == 12
+
+
+WIDTH_PX, HEIGHT_PX = COLUMNS * EDGE, ROWS * EDGE
+
+
+def of_slide(**changes):
+    """Return what a feature file of ours says of the slide of these tests."""
+    said = {
+        "slide": "sub/a.tif",
+        "slide_mpp": MPP,
+        "slide_mpp_y": MPP,
+        "slide_mpp_source": "tiff.XResolution",
+        "slide_width_px": WIDTH_PX,
+        "slide_height_px": HEIGHT_PX,
+    }
+    return {"provenance": {**said, **changes}}
+
+
+def test_features_of_a_slide_of_another_size_are_refused(run, slide, tmp_path):
+    write_tiles(tmp_path / "b.h5", **of_slide(slide="b.tif", slide_width_px=WIDTH_PX + 1))
+    words = rf"b\.h5 is of b\.tif, a slide of {WIDTH_PX + 1} x {HEIGHT_PX} pixels, and a\.tif has "
+    with pytest.raises(UserError, match=words + f"{WIDTH_PX} x {HEIGHT_PX}"):
+        draw(run, slide, tmp_path / "out", features=tmp_path / "b.h5")
+    assert not (tmp_path / "out" / "heatmap.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "table", "words"),
+    [
+        ({"slide_mpp": 0.25, "slide_mpp_source": "slide table"}, None, "with 0.25 (from slide tab"),
+        ({"slide_mpp": 0.25}, None, "Give a --slide-table that has 0.25 in its MPP column for"),
+        ({"slide_mpp": 0.25, "slide_mpp_source": "slide table"}, 0.3, "Write 0.25 in the MPP col"),
+        ({"slide_mpp_y": 0.52}, None, "with 0.52 (from tiff.XResolution) and a.tif has 0.5 (from "),
+        ({}, 0.3, "Leave its MPP in --slide-table empty, or extract the slide again"),
+    ],
+)
+def test_features_made_with_another_resolution_are_refused(
+    run, slide, tmp_path, said, table, words
+):
+    write_tiles(tmp_path / "a.h5", **of_slide(**said))
+    changes = {}
+    if table is not None:
+        path = write_table(tmp_path / "t.csv", ["FILENAME", "MPP"], [["a", table]])
+        changes = {"slide_table": path}
+    with pytest.raises(UserError, match=re.escape(words)):
+        draw(run, slide, tmp_path / "out", features=tmp_path / "a.h5", **changes)
+
+
+def test_a_default_that_differs_from_that_of_the_features_is_refused(run, tmp_path, monkeypatch):
+    for name in ("heatmap", "top_tiles"):
+        monkeypatch.setattr(heatmap_run, name, lambda *_, **__: None)
+    pixels = np.full((HEIGHT_PX, WIDTH_PX, 3), 220, dtype=np.uint8)
+    write_pyramid(tmp_path / "a.tif", pixels, mpp=25_400 / 72)  # a placeholder
+    write_tiles(tmp_path / "a.h5", **of_slide(slide_mpp_source="default"))
+    with pytest.raises(UserError, match=r"has 1 \(from default\)\. Give --default-mpp 0\.5, or "):
+        draw(run, tmp_path, tmp_path / "out", default_mpp=1.0)
+    assert draw(run, tmp_path, tmp_path / "out", default_mpp=0.5)["tiles"] == 12
+
+
+def test_a_slide_of_another_name_is_drawn_and_told(run, slide, tmp_path, caplog, monkeypatch):
+    for name in ("heatmap", "top_tiles"):
+        monkeypatch.setattr(heatmap_run, name, lambda *_, **__: None)
+    write_tiles(tmp_path / "a.h5", **of_slide())
+    draw(run, slide, tmp_path / "out", features=tmp_path / "a.h5")
+    assert "drawn over" not in caplog.text  # though it has moved
+    write_tiles(tmp_path / "b.h5", **of_slide(slide="b.svs"))
+    assert draw(run, slide, tmp_path / "out", features=tmp_path / "b.h5")["tiles"] == 12
+    assert "b.h5 is of b.svs; it is drawn over a.tif." in caplog.text
 
 
 @pytest.mark.parametrize("broken", [(1,), (0, 1)])

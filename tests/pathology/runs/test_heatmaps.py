@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -164,6 +165,18 @@ def test_only_what_changed_is_drawn_again(copy, asked):
         asked.clear()
 
 
+def test_what_an_earlier_release_has_drawn_in_the_wrong_place_is_told(copy, asked):
+    with h5py.File(copy / "features" / "P07-1.h5", "a") as file:
+        file.attrs.update(
+            {"mtbalance_slide_mpp": 0.25, "mtbalance_slide_mpp_source": "slide table"}
+        )
+    draw(copy, copy / "out")  # not even looked at: drawing is pretended
+    _, ledger = draw(copy, copy / "out")
+    assert ledger.loc["P06", "reason"] == "drawn before"
+    assert ledger.loc["P07", "status"] == "failed"
+    assert "P07-1.h5 was made with 0.25 (from slide table)" in ledger.loc["P07", "reason"]
+
+
 def test_a_damaged_page_is_named_with_what_to_do(copy, asked):
     draw(copy, copy / "out")
     (copy / "out" / "P08-1" / "heatmap.json").write_text("{", encoding="utf-8")
@@ -201,6 +214,18 @@ def test_a_slide_is_drawn_from_what_its_own_fold_says(copy, monkeypatch):
         "heatmap.png", "top-tiles.png", "all-scores.png", "all-top-tiles.png", "tiles.csv",
         "tiles.geojson", "heatmap.json",
     }  # fmt: skip
+
+
+def test_features_of_another_slide_fail_alone(copy):
+    for path in (copy / "features").iterdir():
+        if path.stem not in ("P06-1", "P07-1"):
+            path.unlink()
+    with h5py.File(copy / "features" / "P07-1.h5", "a") as file:
+        file.attrs.update({"mtbalance_slide_width_px": 99, "mtbalance_slide_height_px": 512})
+    _, ledger = draw(copy, copy / "out")
+    assert ledger.loc["P06", "status"] == "ok"
+    assert ledger.loc["P07", "status"] == "failed"
+    assert "a slide of 99 x 512 pixels" in ledger.loc["P07", "reason"]
 
 
 def test_features_of_nobody_in_the_run_are_refused(copy, asked):
