@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -148,7 +149,8 @@ def slide_file(path: Path) -> SlideFile:
 def _dicom_slides(root: Path, directory: Path, files: list[Path]) -> Iterator[SlideFile]:
     """Group the DICOM files of one folder by series; each series is one slide."""
     series: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
+    lost = [path for path in files if not os.access(path, os.R_OK)]  # links to nothing, say
+    for path in sorted({*files}.difference(lost)):
         series[_dicom_series(path) or path.stem].append(path)
     relative = directory.relative_to(root)
     for uid, members in series.items():
@@ -156,6 +158,9 @@ def _dicom_slides(root: Path, directory: Path, files: list[Path]) -> Iterator[Sl
         path = max(members, key=lambda member: (member.stat().st_size, member.name))
         folder = relative.as_posix() if relative.parts else root.resolve().name
         name = folder if len(series) == 1 else (relative / uid).as_posix()
+        yield SlideFile(path, name, name)
+    for path in lost:  # each a slide of its own: opening it says why it is none
+        name = path.relative_to(root).as_posix()
         yield SlideFile(path, name, name)
 
 
@@ -421,7 +426,15 @@ def open_slide(
     Raises:
         SlideError: If it cannot be opened or its pixel size is unknown or implausible.
     """
-    if path.stat().st_size == 0:
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        link = f", and it is a link to {path.readlink()}" if path.is_symlink() else ""
+        raise SlideError(
+            f"{name} must be readable, but the system says: {error.strerror}{link}."
+        ) from error
+    if empty:
         raise SlideError(f"{name} must hold a slide, but the file is empty. Copy it again.")
     try:
         handle = open_handle(path, name)

@@ -187,6 +187,18 @@ def test_bad_slides_get_rows_and_stop_nothing(tmp_path, network, caplog):
     assert "a_text.svs failed" in caplog.text
 
 
+def test_links_to_nothing_fail_in_one_sentence_and_stop_nothing(tmp_path, network, caplog):
+    save_slide(tmp_path / "in" / "c.tif")
+    for name in ("a.dcm", "b.svs"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "gone")
+    run(tmp_path / "in", tmp_path / "out")
+    rows = ledger(tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a.dcm": "failed", "b.svs": "failed", "c.tif": "ok",
+    }  # fmt: skip
+    assert "Traceback" not in caplog.text
+
+
 def test_unforeseen_errors_are_logged_with_their_traceback(tmp_path, network, monkeypatch, caplog):
     save_slide(tmp_path / "in" / "a.tif")
     save_slide(tmp_path / "in" / "b.tif", seed=1)

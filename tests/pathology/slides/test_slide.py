@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.pathology.common.errors import UserError
-from examples.pathology.slides.slide import LevelError, Slide, SlideFile, find_slides, open_slide
+from examples.pathology.slides.slide import (
+    LevelError,
+    Slide,
+    SlideFile,
+    find_slides,
+    open_slide,
+    slide_file,
+)
 from examples.pathology.slides.units import Mpp, SlideError
 from tests.pathology.slide_helpers import SHARED, FakeHandle, checkered, plain, save_slide
 
@@ -140,6 +147,20 @@ def test_two_dicom_series_in_a_folder_are_two_slides(tmp_path):
 def test_dicom_slides_at_the_top_are_named_after_the_folder(tmp_path):
     touch(tmp_path / "case7", "a.dcm")  # not even DICOM: opening it will say so
     assert [slide.name for slide in find_slides(tmp_path / "case7")] == ["case7"]
+
+
+def test_a_link_to_nothing_is_a_slide_of_its_own(tmp_path):
+    (tmp_path / "dcm").mkdir()
+    (tmp_path / "dcm" / "b.dcm").write_bytes(dicom("1.2.3"))
+    (tmp_path / "dcm" / "a.dcm").symlink_to(tmp_path / "gone.dcm")
+    (tmp_path / "c.svs").symlink_to(tmp_path / "gone.svs")
+    found = find_slides(tmp_path)
+    assert [slide.name for slide in found] == ["c.svs", "dcm", "dcm/a.dcm"]
+    assert slide_file(tmp_path / "dcm" / "b.dcm").path.name == "b.dcm"
+    for slide in (found[0], found[2]):
+        words = rf"^{slide.name} must be readable, but the system says: No such file or directory, "
+        with pytest.raises(SlideError, match=words + r"and it is a link to .*gone\.(svs|dcm)\.$"):
+            open_slide(slide.path, slide.name)
 
 
 def make(paint, size=(4000, 3000), mpp=(0.5, 0.5), **options):
