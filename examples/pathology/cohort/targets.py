@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from examples.pathology.common.errors import UserError, listing, nearest
+from examples.pathology.common.names import looks, told_apart
 from examples.pathology.settings.cohort import CohortConfig, Kind
 
 logger = logging.getLogger(__name__)
@@ -100,14 +101,13 @@ def spelled_as(classes: Sequence[str], column: "pd.Series[str]") -> "pd.Series[s
 
 
 def refuse_look_alikes(name: str, column: "pd.Series[str]", table: Path) -> None:
-    """Raise if two classes of a column are equal but for case or spaces."""
+    """Raise if two classes of a column are equal but for case, spaces, or what nobody sees."""
     labels: dict[str, str] = {}
     for value in sorted(set(column)):
-        plain = "".join(value.casefold().split())
-        if (other := labels.setdefault(plain, value)) != value:
+        if (other := labels.setdefault(looks(value), value)) != value:
             raise UserError(
-                f"{table}: `{name}` must spell each class in one way, but has {other!r} and "
-                f"{value!r}. Write both alike if they are one, or name them apart."
+                f"{table}: `{name}` must spell each class in one way, but has {told_apart(other)} "
+                f"and {told_apart(value)}. Write both alike if they are one, or name them apart."
             )
 
 
@@ -157,25 +157,26 @@ def refuse_too_large(name: str, values: Mapping[str, float], table: Path) -> Non
 
 
 def warn_of_far_value(name: str, values: Mapping[str, float], table: Path) -> None:
-    """Warn if one number alone makes the range of a regression more than `FAR` times as wide.
+    """Warn if one number makes the range of a regression more than `FAR` times as wide.
 
-    A regression is scaled to [0, 1] by its smallest and largest value: one of 1e9 for "missing"
-    leaves nothing of the differences between the others.
+    A regression is scaled to [0, 1] by its smallest and largest value: 1e9 for "missing" leaves
+    nothing of the differences between the others. Several patients may have such a code: its
+    repetitions count as one, while far measurements differ from each other and keep each other
+    company.
     """
-    ordered = sorted(values, key=lambda patient: values[patient])
-    if len(ordered) < 4:
-        return
-    numbers = [values[patient] for patient in ordered]
-    width = numbers[-1] - numbers[0]
-    rest_of = {ordered[0]: numbers[-1] - numbers[1], ordered[-1]: numbers[-2] - numbers[0]}
-    for patient, rest in rest_of.items():
-        if 0 < rest * FAR < width:
+    low, high = min(values.values(), default=0.0), max(values.values(), default=0.0)
+    for code in (low, high):
+        who = [patient for patient, value in values.items() if value == code]
+        others = [value for value in values.values() if value != code]
+        rest = max(others, default=0.0) - min(others, default=0.0)
+        if len(others) >= 3 and 0 < rest * FAR < high - low:
             text = (
-                "%s: `%s` of patient %s is %g and lies so far from all others that these differ by "
-                "%.2g of the range in which values are scaled. Correct it if it is an error, or "
+                "%s: `%s` of patient%s %s is %g and lies so far from all others that these differ "
+                "by %.2g of the range in which values are scaled. Correct it if it is an error, or "
                 "leave the cell empty if it stands for a missing value."
             )
-            logger.warning(text, table, name, patient, values[patient], rest / width)
+            several, share = "s" * (len(who) > 1), rest / (high - low)
+            logger.warning(text, table, name, several, listing(sorted(who)), code, share)
 
 
 def make_target(
@@ -264,7 +265,7 @@ def describe(target: Target, known: Sequence[str | float]) -> str:
 
 def _is_number(value: str) -> bool:
     try:
-        return math.isfinite(float(value))
+        return "_" not in value and math.isfinite(float(value))  # 1_000 is a number to Python alone
     except ValueError:
         return False
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from examples.pathology.cohort.targets import one_spelling, refuse_look_alikes
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
 from examples.pathology.common.toml import read_toml
@@ -101,7 +102,7 @@ def sites_in(run: Run, config: PageConfig) -> dict[str, list[str]]:
     """Return by site the patients with a label, largest first: of the folds, or of a column.
 
     Raises:
-        UserError: The table with the column is gone, or lacks it.
+        UserError: The table with the column is gone, or lacks it, or sites in it look alike.
     """
     tested = pd.concat([result.predictions for result in run.results])
     names = set(tested.loc[tested[run.summary.target] != "", PATIENT])
@@ -116,6 +117,8 @@ def sites_in(run: Run, config: PageConfig) -> dict[str, list[str]]:
             made = made_with(run.folder, "clini")
             table = config.site_table or made["clini"]
             clinical = read_clinical_table(table, [column], made.get("patient_column", PATIENT))
+            clinical = clinical.assign(**{column: one_spelling(clinical[column])})
+            refuse_look_alikes(column, clinical[column], table)
         found = sites_of(names, column, clinical)
     sites: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names & found.keys()):

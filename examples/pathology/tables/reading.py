@@ -32,6 +32,7 @@ NOT_KNOWN = frozenset((
 # fmt: on
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
+HINT = re.compile(r'"?sep=([^\w\s"]|\t)"?[;,\t ]*(?:\r\n|\r|\n)', re.IGNORECASE)
 BARCODE = re.compile(r"TCGA-([0-9A-Z]{2})(-|$)", re.IGNORECASE)
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
@@ -64,7 +65,7 @@ def _read_cells(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             if separator is None:
                 cells = pd.read_excel(path, **options)
             else:
-                text = _decoded(path)
+                text, separator = _without_hint(_decoded(path), separator)
                 cells = _parsed(text, _separator(text, separator, columns), path, options)
         except UserError:
             raise
@@ -137,6 +138,12 @@ def _decoded(path: Path) -> str:
     return text
 
 
+def _without_hint(text: str, usual: str) -> tuple[str, str]:
+    """Return a text with a blank line for Excel's ``sep=;``, and the separator that this tells."""
+    hint = HINT.match(text)
+    return (text, usual) if hint is None else ("\n" + text[hint.end() :], hint[1])
+
+
 def _separator(text: str, usual: str, columns: Sequence[str]) -> str:
     """Return the separator that gives the columns asked for; the usual one if it or none does."""
     lines = text.lstrip("\r\n").splitlines()
@@ -206,9 +213,14 @@ def read_clinical_words(
         known", without columns where none was.
 
     Raises:
-        UserError: A patient is unnamed or stands in more than one row, or commas in numbers may
-            mean two things.
+        UserError: A patient is unnamed or stands in more than one row, commas in numbers may mean
+            two things, or the patient's column is asked for as another.
     """
+    if patient_column in targets:
+        raise UserError(
+            f"{path}: a target or site must be another column than the patient's, but got "
+            f"`{patient_column}`."
+        )
     table = _read_cells(path, [patient_column, *targets])
     words: dict[str, Counter[str]] = {}
     for position, column in enumerate(table.columns):

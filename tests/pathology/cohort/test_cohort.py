@@ -202,6 +202,22 @@ def test_numbers_that_are_spelled_alike_stay_as_they_are(tables):
     assert cohort.patients[0].label == "0.50"
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "shown"),
+    [
+        ("MSI-H", "MSI\u2011H", r"MSI\u2011H"),  # Word's hyphen that does not break
+        ("MSI-H", "MSI\u2212H", r"MSI\u2212H"),
+        ("MSI-H", "MSI-H\u200b", r"MSI-H\u200b"),
+        ("MSI-H", "\uff2dSI-H", "\uff2dSI-H"),
+        ("Größe", "grö\u00adße", r"grö\xadße"),
+    ],
+)
+def test_what_nobody_sees_makes_no_other_class(tables, one, other, shown):
+    labels_of(tables, [one, "No", other] * 4)
+    with pytest.raises(UserError, match=re.escape(f"but has '{one}' and '{shown}'. Write both")):
+        tables.load(auxiliary=())
+
+
 @pytest.mark.parametrize(("one", "other"), [("Yes", "yes"), ("MSI H", "MSI  H")])
 def test_classes_that_look_alike_are_refused_with_both_named(tables, one, other):
     labels_of(tables, [one, "No", other] * 4)
@@ -661,6 +677,20 @@ def test_tables_of_excel_are_read_as_they_look(tables, tmp_path):
     assert ours.patients == tables.load().patients
 
 
+@pytest.mark.parametrize("hint", ["sep=;\r\n", "SEP=;\n", '"sep=;"\n'])
+def test_the_separator_that_excel_tells_is_taken(tmp_path, hint):
+    (tmp_path / "a.csv").write_text(f"{hint}PATIENT;isMSIH\nP0;1,5\n", encoding="utf-8-sig")
+    table = read_table(tmp_path / "a.csv", ["PATIENT", "isMSIH"])
+    assert table.to_numpy().tolist() == [["P0", "1,5"]]
+
+
+@pytest.mark.parametrize("separator", ["|", "\t"])
+def test_a_separator_that_is_none_of_ours_is_taken_if_told(tmp_path, separator):
+    text = f"sep={separator}\nPATIENT{separator}isMSIH\nP0{separator}1\n"
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    assert read_table(tmp_path / "a.csv", ["isMSIH"]).to_numpy().tolist() == [["P0", "1"]]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tables):
     tables.clini.write_text("\ufeff" + tables.clini.read_text(encoding="utf-8"), encoding="utf-8")
     assert len(tables.load().patients) == 12
@@ -673,6 +703,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tables):
         ("a.csv", b"PATIENT;MSI\nP0;MSS\n", "It seems to use semicolons"),
         ("a.csv", b"PATIENT,isMSIH,isMSIH\nP0,1,2\n", "one column `isMSIH`, but has 2"),
         ("a.csv", b"", "must be a table"),
+        ("a.csv", b"sep=;\nPATIENT;isMSIH\nP0;1\nP1;2;3\n", "2 names and 3 cells in row 4"),
         ("a.csv", b"PATIENT,isMSIH\n\xff\xfe,1\n", "table in UTF-8, but byte 0xff in row 2"),
         ("a.csv", "PATIENT,isMSIH\nP0,1\n".encode("utf-16-le"), "UTF-8, but has bytes of 0. Save"),
         ("a.xlsx", b"no workbook", "must be a table"),
@@ -770,6 +801,13 @@ def test_a_number_far_from_all_others_is_told_with_its_patient(primary, tmp_path
     assert "lies so far" not in caplog.text
 
 
+def test_a_code_that_several_patients_share_is_told_with_them(tmp_path, caplog):
+    column = [-999] * 3 + [0.1 * i for i in range(9)]
+    tables = make_tables(tmp_path, extra={"X": column})
+    tables.load(auxiliary=("X",))
+    assert "`X` of patients P00, P01, P02 is -999 and lies so far from all others" in caplog.text
+
+
 @pytest.mark.parametrize("value", ["4e301", "-3.4e38"])
 def test_a_number_that_single_precision_cannot_hold_is_refused(value, tmp_path):
     column = [0.1 * i for i in range(11)] + [value]
@@ -818,9 +856,10 @@ def test_who_is_not_used_needs_no_site(tmp_path):
     assert len(made.load(group_column="SITE").patients) == 11
 
 
-def test_sites_that_look_alike_are_refused(tmp_path):
+@pytest.mark.parametrize(("one", "other"), [("north", "North"), ("A-1", "A\u20101")])
+def test_sites_that_look_alike_are_refused(tmp_path, one, other):
     with pytest.raises(UserError, match="`SITE` must spell each class in one way"):
-        with_sites(tmp_path, ["north", "North"] * 6)
+        with_sites(tmp_path, [one, other] * 6)
 
 
 def test_names_that_are_no_barcodes_have_no_tissue_source_site(tmp_path):

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from examples.pathology.cohort.targets import (
     kind_of,
     make_target,
     refuse_foreign_values,
+    warn_of_far_value,
 )
 from examples.pathology.common.errors import UserError
 from examples.pathology.settings.cohort import CohortConfig
@@ -33,6 +35,7 @@ def config(**changes) -> CohortConfig:
         ([*NUMBERS, ""], 20, "regression"),  # not known is no value
         ([*NUMBERS, "high"], 20, "classification"),
         ([*NUMBERS, "inf"], 20, "classification"),
+        ([*NUMBERS, "1_000"], 20, "classification"),  # a number to Python alone
         (["0", "1", "2"], 2, "regression"),
         (["0", "1", "0"], 2, "classification"),
         (["0", "1", "0.0", "1.0"], 2, "classification"),  # two numbers, not four
@@ -40,6 +43,32 @@ def config(**changes) -> CohortConfig:
 )
 def test_many_numbers_are_a_measurement(values, most_classes, kind):
     assert kind_of(pd.Series(values), most_classes) == kind
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ([-999.0] * 5 + [0.1, 0.2, 0.3, 0.4], ["-999"]),
+        ([1e6] * 2 + [0.1, 0.2, 0.3, 0.4], ["1e+06"]),
+        ([0.0] * 30 + [0.1, 0.2, 0.4, 900.0], ["900"]),
+        ([0.0] * 30 + [1.0, 20.0, 300.0, 4000.0], []),  # counts with many zeros
+        ([0.0] * 20 + [1.0] * 20, []),
+        ([-999.0] * 9 + [0.5], []),  # of one other value nothing is lost
+        ([], []),
+    ],
+)
+def test_a_number_far_from_all_others_is_told_however_often_it_stands(caplog, numbers, told):
+    warn_of_far_value("t", {f"P{i:02d}": x for i, x in enumerate(numbers)}, TABLE)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" is ")[1].split(" and ")[0] for line in lines] == told
+
+
+def test_measurements_with_a_heavy_tail_are_not_told(caplog):
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        values = np.round(np.exp(random.normal(size=40)), 1)  # rounded: some are equal
+        warn_of_far_value("t", dict(zip(map(str, range(40)), values, strict=True)), TABLE)
+    assert not caplog.records
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.data())

@@ -134,6 +134,19 @@ def test_a_column_is_read_from_the_table_of_the_run_wherever_it_is(tmp_path):
         sites_in(run, PageConfig(site_column="WARD", site_table=moved))
 
 
+def test_equal_numbers_are_one_site_and_look_alikes_none(tmp_path):
+    for sites, name in ((["1", "1.0", "2", "2.0"], "number"), (["A-1", "A\u20101"], "word")):
+        rows = [[each, sites[i % len(sites)]] for i, each in enumerate(NAMES)]
+        write_table(tmp_path / f"{name}.csv", ["PATIENT", "SITE"], rows)
+    run = made(tmp_path / "run", settings='clini = "clini.csv"')
+    asked = PageConfig(site_column="SITE", site_table=tmp_path / "number.csv")
+    assert {site: len(names) for site, names in sites_in(run, asked).items()} == {"1": 40, "2": 39}
+    with pytest.raises(UserError, match="`SITE` must spell each class in one way"):
+        sites_in(run, replace(asked, site_table=tmp_path / "word.csv"))
+    with pytest.raises(UserError, match="another column than the patient's, but got `PATIENT`"):
+        sites_in(run, replace(asked, site_column="PATIENT"))
+
+
 def test_barcodes_need_no_table(tmp_path):
     found = sites_in(made(tmp_path / "run"), PageConfig(site_column="tcga-site"))
     assert {site: sorted(names) for site, names in found.items()} == groups_of(NAMES)
