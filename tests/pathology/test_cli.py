@@ -93,6 +93,11 @@ def test_the_config_of_a_run_repeats_it(asked, tmp_path):
         ),
         ("[crosval]\nepochs = 3", "the section [crosval] is unknown"),
         ("[crossval]\nepochs = true", "`epochs` of [crossval] is no switch, but got true."),
+        (
+            "[crossval]\nauxiliary = 'Größe'",
+            '`auxiliary` of [crossval] must be a list of values, but got one. Write ["Größe"].',
+        ),
+        ("[crossval]\nsearch-rate = 0.1", "but got one. Write [0.1]."),
         ("[crossval]\nconfig = 'b.toml'", "the key `config` of [crossval] is unknown."),
     ],
 )

@@ -76,6 +76,12 @@ class CohortConfig(Settings):
         if not self.target:
             raise UserError("`target` must name a column of the clinical table, but got ''.")
         names = [self.target, *self.auxiliary]
+        if self.patient_column in names:
+            option = "target" if self.target == self.patient_column else "auxiliary"
+            raise UserError(
+                f"`{option}` must be another column than the patient's, but got "
+                f"{self.patient_column!r}."
+            )
         if self.group_column in [*names, self.patient_column, ""]:
             got = f"but got {self.group_column!r}"
             raise UserError(f"`group-column` must be neither a target's nor the patient's, {got}.")

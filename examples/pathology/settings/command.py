@@ -1,6 +1,7 @@
 """Settings classes to commands: options from their fields, defaults from a TOML file, one call."""
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
@@ -87,6 +88,13 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
         value = values.get(str(param.name))
         if isinstance(value, dict) and getattr(param, "multiple", False):
             values[str(param.name)] = [f"{key}={value[key]}" for key in value]
+        elif (
+            value is not None and getattr(param, "multiple", False) and not isinstance(value, list)
+        ):
+            raise UserError(
+                f"{path}: `{param.name}` of [{section}] must be a list of values, but got one. "
+                f"Write [{json.dumps(value, ensure_ascii=False, default=str)}]."
+            )
         if isinstance(value, bool) and not getattr(param, "is_flag", False):
             said = str(value).lower()  # would be read as the number 1
             name = f"`{param.name}` of [{section}]"

@@ -102,8 +102,10 @@ def at_least(low: float) -> Rule:
 
 
 def above(low: float) -> Rule:
-    """Return the rule that a number is above ``low``."""
-    return lambda value: "" if value > low else f"above {low:g}"
+    """Return the rule that a number is above ``low``, and finite."""
+    return lambda value: (
+        "" if low < value < math.inf else f"above {low:g}" + " and finite" * (value == math.inf)
+    )
 
 
 def each_once(rule: Rule) -> Rule:
