@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from examples.pathology.cohort.cohort import Cohort, load_cohort
@@ -48,6 +49,18 @@ def write_bag(path: Path, feats: np.ndarray, *, extractor: str = "tiny", sha: st
     write_features(
         path, feats, coords, extractor=extractor, weights_sha256=sha, random_weights=False
     )
+
+
+def write_trident_bag(path: Path, feats: np.ndarray, magnification: int) -> None:
+    """Write a feature file as TRIDENT does, of tiles of 256 px on a slide scanned at 40x."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = 256 * 40 // magnification
+    sizes = {"patch_size": 256, "patch_size_level0": size, "level0_magnification": 40}
+    with h5py.File(path, "w") as file:
+        file["features"] = feats.astype(np.float32)
+        file["coords"] = np.stack([np.arange(len(feats)) * size, np.zeros(len(feats), int)], axis=1)
+        file["features"].attrs["encoder"] = "tiny"
+        file["coords"].attrs.update({**sizes, "target_magnification": magnification})
 
 
 def write_table(path: Path, columns: list[str], rows: list[list[object]]) -> Path:

@@ -48,8 +48,8 @@ class Inspection:
         for first, second in itertools.combinations(kinds, 2):
             if not first.agrees(second):
                 raise UserError(
-                    "All feature files must come from one extractor with the same weights and tile "
-                    f"size, but {self._kinds[first].name} is of {first} and "
+                    "All feature files must come from one extractor with the same weights, tile "
+                    f"size and magnification, but {self._kinds[first].name} is of {first} and "
                     f"{self._kinds[second].name} of {second}."
                 )
         return together(list(self._kinds))

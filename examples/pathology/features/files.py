@@ -168,6 +168,7 @@ def _read_open(file: h5py.File, path: Path, mpp: tuple[float, float] | None) -> 
             random_weights=bool(attributes.get("mtbalance_random_weights", False)),
             simulated=_text(attributes.get("mtbalance_simulated", "")),
             tile_size_px=None if tile_px is None else int(tile_px),
+            magnification=_magnification(file["coords"].attrs),
         ),
         slide=_of_slide({name: attributes.get(f"mtbalance_slide{name}") for name in _OF_SLIDE}),
     )
@@ -207,6 +208,26 @@ def _geometry(
     level0 = sizes.get("patch_size_level0")
     tile_um = None if level0 is None or mpp is None else float(level0) * mpp[0]  # edges are along x
     return mpp or (math.nan, math.nan), tile_um, sizes.get("patch_size")
+
+
+def _magnification(sizes: Mapping[str, Any]) -> float | None:
+    """Return at which magnification TRIDENT saw the tiles; None where that is not told."""
+    if (target := _positive(sizes.get("target_magnification"))) is not None:
+        return target
+    names = ("level0_magnification", "patch_size", "patch_size_level0")
+    level0, px, px_level0 = (_positive(sizes.get(name)) for name in names)
+    if level0 is None or px is None or px_level0 is None:
+        return None
+    return float(f"{level0 * px / px_level0:.3g}")  # TRIDENT cuts fractions of a pixel off
+
+
+def _positive(value: Any) -> float | None:
+    """Return a number above 0; None for whatever stands there where it is not known."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None
 
 
 def _is_stamp_v1(coords: npt.NDArray[Any], attributes: Mapping[str, Any], extractor: str) -> bool:

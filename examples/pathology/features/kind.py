@@ -24,6 +24,8 @@ class FeatureKind:
         random_weights: Whether the network had seeded random weights, so that the features carry
             no learned biology.
         simulated: A sentence that says so where the features are simulated; empty otherwise.
+        magnification: At which the tiles were seen, 20 for 20x; ``None`` if the files do not say.
+            TRIDENT's tell it, and not the size in um.
     """
 
     in_features: int
@@ -33,6 +35,7 @@ class FeatureKind:
     random_weights: bool = False
     simulated: str = ""
     tile_size_px: int | None = None
+    magnification: float | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> "FeatureKind":
@@ -41,7 +44,8 @@ class FeatureKind:
         Raises:
             KeyError: A part is missing.
         """
-        earlier = {"tile_size_px": None}  # what runs of earlier releases do not tell
+        # What runs of earlier releases do not tell.
+        earlier = {"tile_size_px": None, "magnification": None}
         return cls(**{field.name: {**earlier, **stored}[field.name] for field in fields(cls)})
 
     def agrees(self, other: "FeatureKind") -> bool:
@@ -60,7 +64,8 @@ class FeatureKind:
         """How large the tiles are, as the end of a list; empty if the files do not say."""
         um = "" if self.tile_size_um is None else f" of {self.tile_size_um:g} um"
         px = "" if self.tile_size_px is None else f" in {self.tile_size_px} px"
-        return f", tiles{um}{px}" if um or px else ""
+        seen = "" if self.magnification is None else f" at {self.magnification:g}x"
+        return f", tiles{um}{px}{seen}" if um or px or seen else ""
 
 
 def together(kinds: Sequence[FeatureKind]) -> "FeatureKind":
@@ -74,6 +79,7 @@ def together(kinds: Sequence[FeatureKind]) -> "FeatureKind":
         weights_sha256=next((k.weights_sha256 for k in kinds if k.weights_sha256), None),
         tile_size_um=next((k.tile_size_um for k in kinds if k.tile_size_um), None),
         tile_size_px=next((k.tile_size_px for k in kinds if k.tile_size_px), None),
+        magnification=next((k.magnification for k in kinds if k.magnification), None),
     )
 
 
@@ -85,6 +91,7 @@ _WORDS = {
     "tile_size_px": "tile size in px",
     "random_weights": "random weights",
     "simulated": "simulated features",
+    "magnification": "magnification",
 }
 
 

@@ -1,8 +1,8 @@
 """A trained run on another cohort: every fold's model, and all of them together.
 
 The external cohort needs no label: what is known of it is compared with the predictions, what is
-not stays empty. Features must be of the extractor, weights and tile size that the run was trained
-on; anything else is refused, since numbers would come out all the same.
+not stays empty. Features must be of the extractor, weights, tile size and magnification that the
+run was trained on; anything else is refused, since numbers would come out all the same.
 """
 
 import logging

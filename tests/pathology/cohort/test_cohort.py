@@ -21,7 +21,7 @@ from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import read_clinical_table, read_table, sites_of
 from examples.pathology.training.bags import BagStore
 from tests.pathology.holding import held
-from tests.pathology.tiny import Tables, make_tables, write_bag, write_table
+from tests.pathology.tiny import Tables, make_tables, write_bag, write_table, write_trident_bag
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
 
@@ -560,8 +560,20 @@ def test_empty_cells_are_refused_by_row(tables):
 def test_mixed_extractors_are_refused(tables, change, words):
     width = change.pop("width", 768)
     write_bag(tables.features / "P03-1.h5", np.ones((2, width)), **change)
-    with pytest.raises(UserError, match=f"one extractor with the same weights .* but .* {words}"):
+    with pytest.raises(UserError, match=f"one extractor with the same weights.* but .* {words}"):
         tables.load()
+
+
+def test_magnifications_do_not_mix(tables):
+    random = np.random.default_rng(0)
+    for i in range(12):
+        path = tables.features / f"P{i:02d}-1.h5"
+        write_trident_bag(path, random.normal(size=(2, 8)), 5 if i == 3 else 20)
+    words = r"P00-1.h5 is of tiny .*at 20x\) and P03-1.h5 of tiny .*at 5x\)"
+    with pytest.raises(UserError, match=words):
+        tables.load()
+    write_trident_bag(tables.features / "P03-1.h5", random.normal(size=(2, 8)), 20)
+    assert tables.load().kind.tiles == ", tiles in 256 px at 20x"
 
 
 def test_a_file_that_does_not_know_its_weights_is_no_mixture(tables):

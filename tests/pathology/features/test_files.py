@@ -99,6 +99,7 @@ def test_files_of_other_programs_are_read(name, extractor, first_um, tiles):
     assert bag.feats.shape == (tiles, 768)
     assert bag.kind.extractor == extractor
     assert bag.kind.weights_sha256 is None
+    assert bag.kind.magnification == (10.0 if name == "trident_example" else None)
     np.testing.assert_allclose(bag.coords_um[0, 0], first_um, rtol=1e-5)
 
 
@@ -165,6 +166,26 @@ def test_every_known_layout_is_read(layout, extractor, um, px, tmp_path):
     assert (kind.extractor, kind.tile_size_um, kind.tile_size_px) == (extractor, um, px)
     assert bag.kind.weights_sha256 is None
     assert not bag.kind.random_weights
+
+
+@pytest.mark.parametrize(
+    ("told", "magnification"),
+    [
+        ({"target_magnification": 5, "level0_magnification": 40, "patch_size_level0": 2048}, 5.0),
+        ({"level0_magnification": 40, "patch_size_level0": 512}, 20.0),
+        ({"level0_magnification": 40, "patch_size_level0": 682}, 15.0),  # 682.67 px, cut off
+        ({"target_magnification": "None", "level0_magnification": -1}, None),
+        ({"level0_magnification": 0, "patch_size_level0": 512}, None),
+        ({"patch_size_level0": 512}, None),
+        ({}, None),
+    ],
+)
+def test_the_magnification_is_known_where_trident_tells_it(told, magnification, tmp_path):
+    store(tmp_path / "a.h5", features=np.ones((2, 4)), coords=np.zeros((2, 2), dtype=np.int64))
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["coords"].attrs.update({"patch_size": 256, **told})
+    kind = read_features(tmp_path / "a.h5").kind
+    assert (kind.magnification, kind.tile_size_px) == (magnification, 256)
 
 
 @pytest.mark.parametrize("layout", [trident, clam])

@@ -6,7 +6,7 @@ import pytest
 from examples.pathology.common.errors import UserError
 from examples.pathology.features.kind import FeatureKind, refuse_other_features, together
 
-KIND = FeatureKind(768, "ctranspath", "ab" * 32, 256.0, tile_size_px=224)
+KIND = FeatureKind(768, "ctranspath", "ab" * 32, 256.0, tile_size_px=224, magnification=20.0)
 OTHER = {
     "in_features": 1024,
     "extractor": "uni",
@@ -15,8 +15,11 @@ OTHER = {
     "tile_size_px": 512,
     "random_weights": True,
     "simulated": "Features are SIMULATED.",
+    "magnification": 5.0,
 }
-UNKNOWN = [{"weights_sha256": None}, {"tile_size_um": None}, {"tile_size_px": None}]
+UNKNOWN = [
+    {name: None} for name in ("weights_sha256", "tile_size_um", "tile_size_px", "magnification")
+]
 
 
 def refuse(trained: FeatureKind, found: FeatureKind) -> None:
@@ -30,19 +33,21 @@ def test_a_kind_comes_back_from_its_parts_whatever_stands_beside_them():
         FeatureKind.read({name: value for name, value in asdict(kind).items() if value != "Drawn."})
 
 
-def test_runs_of_releases_that_did_not_tell_the_pixels_of_a_tile_are_read():
+@pytest.mark.parametrize("name", ["tile_size_px", "magnification"])
+def test_runs_of_releases_that_did_not_tell_all_of_the_tiles_are_read(name):
     stored = asdict(KIND)
-    del stored["tile_size_px"]
-    assert FeatureKind.read(stored) == replace(KIND, tile_size_px=None)
+    del stored[name]
+    assert FeatureKind.read(stored) == replace(KIND, **{name: None})
 
 
 @pytest.mark.parametrize(
-    ("um", "px", "words"),
-    [(112.0, 224, ", tiles of 112 um in 224 px"), (256.0, None, ", tiles of 256 um"),
-     (None, 512, ", tiles in 512 px"), (None, None, "")],
+    ("um", "px", "seen", "words"),
+    [(112.0, 224, None, ", tiles of 112 um in 224 px"), (256.0, None, None, ", tiles of 256 um"),
+     (None, 512, None, ", tiles in 512 px"), (None, None, None, ""),
+     (None, 256, 20.0, ", tiles in 256 px at 20x"), (None, None, 1.25, ", tiles at 1.25x")],
 )  # fmt: skip
-def test_a_kind_says_how_large_tiles_are_as_far_as_it_knows(um, px, words):
-    kind = replace(KIND, tile_size_um=um, tile_size_px=px)
+def test_a_kind_says_how_large_tiles_are_as_far_as_it_knows(um, px, seen, words):
+    kind = replace(KIND, tile_size_um=um, tile_size_px=px, magnification=seen)
     assert kind.tiles == words
     assert f"abababab{words})" in str(kind)
 

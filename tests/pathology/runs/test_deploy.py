@@ -19,7 +19,7 @@ from examples.pathology.settings.crossval import CrossvalConfig
 from examples.pathology.settings.runs import DeployConfig, PageConfig
 from examples.pathology.training.bags import BagStore
 from tests.pathology.killing import small_models
-from tests.pathology.tiny import make_tables, write_bag, write_table
+from tests.pathology.tiny import make_tables, write_bag, write_table, write_trident_bag
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,6 +196,22 @@ def test_features_of_another_tile_size_are_refused(run, external, tmp_path):
                 file.attrs[name] = value
         with pytest.raises(UserError, match=words):
             deploy(run, external, tmp_path / "out")
+
+
+def test_features_of_another_magnification_are_refused(tmp_path):
+    random = np.random.default_rng(0)
+    tables = make_tables(tmp_path, patients=12)
+    for path in tables.features.glob("*.h5"):
+        write_trident_bag(path, random.normal(size=(3, 8)), 20)
+    config = CrossvalConfig(
+        tables.clini, tables.slides, tables.features, "isMSIH", tmp_path / "run",
+        balancer="baseline", folds=2, epochs=1, device="cpu",
+    )  # fmt: skip
+    run_crossval(config)
+    for path in tables.features.glob("*.h5"):
+        write_trident_bag(path, random.normal(size=(3, 8)), 5)
+    with pytest.raises(UserError, match=r"the magnification that .*\(20.0\), but .* has 5.0"):
+        deploy(tmp_path / "run", tables, tmp_path / "out")
 
 
 def test_labels_that_were_not_trained_on_are_refused(run, external, tmp_path):
