@@ -112,7 +112,7 @@ def load_cohort(config: CohortConfig) -> Cohort:
 
     Raises:
         UserError: The tables contradict themselves or each other, features of several extractors
-            are mixed, or nobody is left.
+            are mixed, two patients have the same ones, or nobody is left.
     """
     target = config.target
     grouping = [name for name in (config.group_column,) if name not in (None, TCGA_SITE)]
@@ -165,7 +165,8 @@ def load_external(
         Everybody with usable features as ``patients``; a label that is not known is empty.
 
     Raises:
-        UserError: The tables contradict themselves or the targets, or nobody is left.
+        UserError: The tables contradict themselves or the targets, two patients have the same
+            features, or nobody is left.
     """
     joined = join(sources, [], {each.name: each.classes for each in targets})
     here = [target for target in targets if target.name in joined.clinical]
@@ -371,8 +372,9 @@ def _cohort(
     ledger: Sequence[CohortRow],
     inspection: Inspection,
 ) -> Cohort:
-    """Return the cohort, whose features must be of one kind."""
+    """Return the cohort, whose features must be of one kind, and no slide under two patients."""
     kind, crc = inspection.kind(), inspection.crc
+    inspection.refuse_copies([*patients, *training_only])
     unknown = {target.name: joined.unknown_of(target.name) for target in targets}
     reasons = {
         p.name: f"no {targets[0].name} label: trained on for {listing(p.known)}, never tested"

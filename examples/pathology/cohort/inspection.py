@@ -1,10 +1,14 @@
-"""Feature files looked at once: usable, and of one kind?"""
+"""Feature files looked at once: usable, of one kind, and each of one patient?"""
 
 import itertools
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
-from examples.pathology.common.errors import UserError, one_line
+import numpy as np
+
+from examples.pathology.cohort.patients import Patient
+from examples.pathology.common.errors import UserError, listing, one_line
 from examples.pathology.features.files import UnavailableError, read_features
 from examples.pathology.features.kind import FeatureKind, together
 
@@ -53,3 +57,31 @@ class Inspection:
                     f"{self._kinds[second].name} of {second}."
                 )
         return together(list(self._kinds))
+
+    def refuse_copies(self, patients: Iterable[Patient]) -> None:
+        """Raise if two patients have the same features, to the last bit, in files of other names.
+
+        No two slides give that: one slide is under two patients, of whom one may train a model that
+        is tested on the other, and of whose labels one at least is of another slide.
+
+        Raises:
+            UserError: There are such files; the patients are named.
+        """
+        first: dict[tuple[int, int], tuple[str, Path]] = {}
+        copies = []
+        for patient in patients:
+            for path in patient.files:
+                sums = self.tiles[path], self.crc[path]
+                owner, other = first.setdefault(sums, (patient.name, path))
+                if owner != patient.name and _same_features(path, other):
+                    copies.append(f"{other.name} of {owner} and {path.name} of {patient.name}")
+        if copies:
+            raise UserError(
+                "Each slide must belong to one patient, but the same features are in "
+                f"{listing(copies, 4)}. Take whatever is in the wrong place out of the slide table."
+            )
+
+
+def _same_features(one: Path, other: Path) -> bool:
+    """Return whether they are the same, as checksums may agree by chance."""
+    return np.array_equal(read_features(one).feats, read_features(other).feats)

@@ -177,6 +177,14 @@ def test_what_a_cross_validation_would_refuse_is_refused_after_the_lists(tables)
         check(tables)
 
 
+def test_a_slide_of_two_patients_is_told_after_the_lists(tables):
+    for name in ("P04-1", "P07-1"):
+        (tables.features / f"{name}.h5").write_bytes((tables.features / "P01-1.h5").read_bytes())
+    words = "P01-1.h5 of P01 and P04-1.h5 of P04, P01-1.h5 of P01 and P07-1.h5 of P07"
+    with pytest.raises(UserError, match=words):
+        check(tables)
+
+
 @pytest.mark.parametrize(
     ("names", "candidates", "near"),
     [

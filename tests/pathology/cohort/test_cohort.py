@@ -2,6 +2,7 @@ import csv
 import hashlib
 import random
 import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from examples.pathology.cohort.cohort import load_external
 from examples.pathology.cohort.patients import known_values
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.errors import UserError
-from examples.pathology.features.files import read_features
+from examples.pathology.features.files import read_features, write_features
 from examples.pathology.settings.cohort import Sources
 from examples.pathology.tables.matching import match_files, slide_key
 from examples.pathology.tables.reading import read_clinical_table, read_table, sites_of
@@ -537,6 +538,48 @@ def test_a_file_of_two_patients_is_refused(tables, name):
         tables.load()
 
 
+def copied(source, path):
+    path.write_bytes(source.read_bytes())
+
+
+def linked(source, path):
+    path.unlink()
+    path.symlink_to(source)
+
+
+def in_another_layout(source, path):
+    bag = read_features(source)
+    write_features(
+        path, bag.feats, bag.coords_um + 512, extractor="tiny", weights_sha256="ab",
+        random_weights=False, layout="stamp-v1",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("copy", [copied, linked, in_another_layout])
+def test_the_same_features_under_two_patients_are_refused(tables, copy):
+    """They would train a model that is tested on them."""
+    copy(tables.features / "P01-1.h5", tables.features / "P04-1.h5")
+    words = r"one patient, but the same features are in P01-1.h5 of P01 and P04-1.h5 of P04\. Take"
+    with pytest.raises(UserError, match=words):
+        tables.load()
+    sources = Sources(tables.clini, tables.slides, tables.features)
+    with pytest.raises(UserError, match=words):
+        load_external(sources, [Target("isMSIH", "classification", ("MSIH", "MSS"), "MSIH")])
+    rewrite(tables.slides, lambda rows: [row for row in rows if row[0] != "P04"])
+    assert "P04" not in [patient.name for patient in tables.load().patients]
+
+
+def test_a_patient_without_a_label_is_no_reason_to_refuse_a_copy(tables):
+    copied(tables.features / "P01-1.h5", tables.features / "P04-1.h5")
+    rewrite(tables.clini, lambda rows: [[r[0], "", ""] if r[0] == "P04" else r for r in rows])
+    assert len(tables.load().patients) == 11
+
+
+def test_equal_checksums_alone_are_no_copies(tables, monkeypatch):
+    monkeypatch.setattr(zlib, "crc32", lambda _: 7)
+    assert len(tables.load().patients) == 12
+
+
 def test_a_patient_in_two_rows_is_refused(tables):
     rewrite(tables.clini, lambda rows: [*rows, rows[4]])
     with pytest.raises(UserError, match="one row per patient, but has several for P04"):
@@ -757,7 +800,7 @@ def test_real_tables_are_joined(tmp_path):
     slides = read_table(SHARED / "tables/tcga_crc_slides.csv", ["PATIENT", "FILENAME"])
     for i, name in enumerate(slides["FILENAME"]):
         stem = f"{name}.23748e80-{i}" if i % 2 else name
-        write_bag(tmp_path / f"{stem}.h5", np.ones((1, 4)))
+        write_bag(tmp_path / f"{stem}.h5", np.full((1, 4), i))
     tables = Tables(
         SHARED / "tables/tcga_crc_labels.csv", SHARED / "tables/tcga_crc_slides.csv", tmp_path
     )
@@ -775,8 +818,8 @@ def test_real_tables_are_joined(tmp_path):
 @pytest.mark.parametrize(("cutoff", "prevalence"), [(42.0, 15.8), (30.0, 37.1)])
 def test_cut_offs_of_the_real_hrd_scores(tmp_path, cutoff, prevalence):
     slides = pd.read_csv(SHARED / "tables/tcga_luad_slides.csv")
-    for name in slides["FILENAME"]:
-        write_bag(tmp_path / f"{name}.h5", np.ones((1, 4)))
+    for i, name in enumerate(slides["FILENAME"]):
+        write_bag(tmp_path / f"{name}.h5", np.full((1, 4), i))
     tables = Tables(
         SHARED / "tables/tcga_luad_labels.csv", SHARED / "tables/tcga_luad_slides.csv", tmp_path
     )

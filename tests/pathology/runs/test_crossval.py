@@ -370,8 +370,8 @@ def test_training_only_patients_are_in_every_training_part_and_no_other(
     slides = write_table(tmp_path / "slides.csv", header, [*rows, ["P90", "P90"], ["P91", "P91"]])
     features = tmp_path / "features"
     shutil.copytree(tables.features, features)
-    for name in ("P90", "P91"):
-        write_bag(features / f"{name}.h5", np.ones((2, 768)))
+    for tiles, name in enumerate(("P90", "P91"), start=2):
+        write_bag(features / f"{name}.h5", np.ones((tiles, 768)))
     seen = []
     original = crossval.fit_fold
 

@@ -180,7 +180,7 @@ def test_patients_without_features_are_in_the_ledger(run, external, tmp_path):
 def test_features_of_another_kind_are_refused(run, external, tmp_path, change, words):
     width = change.pop("width", 768)
     for i in range(9):
-        write_bag(external.features / f"P{i:02d}-1.h5", np.ones((2, width)), **change)
+        write_bag(external.features / f"P{i:02d}-1.h5", np.full((2, width), i), **change)
     with pytest.raises(UserError, match=words):
         deploy(run, external, tmp_path / "out")
     assert not (tmp_path / "out/predictions.csv").exists()

@@ -187,7 +187,7 @@ def test_features_are_standardized_by_the_training_part_alone(cohort, small):
 def test_a_feature_that_does_not_vary_has_no_spread(tmp_path):
     tables = make_tables(tmp_path)
     for i in range(12):
-        write_bag(tables.features / f"P{i:02d}-1.h5", np.full((3, 768), 0.1))
+        write_bag(tables.features / f"P{i:02d}-1.h5", np.full((3 + i, 768), 0.1))
     _, deviation = mean_and_deviation(BagStore(), tables.load().patients)
     assert not deviation.any()
 
