@@ -119,8 +119,8 @@ def heatmap(config: HeatmapConfig) -> None:
 @command(app, ReportConfig)
 def report(config: ReportConfig) -> None:
     """Write the figures and numbers of one or more finished runs on one page."""
+    from examples.pathology.common.folders import DEPLOYED
     from examples.pathology.report.report import write_report
-    from examples.pathology.results.runs import DEPLOYED
     from examples.pathology.study.folder import SETTINGS, read_study
     from examples.pathology.study.report import write_study_report
 

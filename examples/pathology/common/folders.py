@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,11 @@ from examples.pathology.common.files import writable
 from examples.pathology.common.toml import read_toml, write_toml
 
 logger = logging.getLogger(__name__)
+
+RUN = "config.toml"  # a folder that has it holds a run of `crossval`
+DEPLOYED = "deploy.toml"  # ..., a deployment
+RESULTS = {RUN: "a run of `crossval`", DEPLOYED: "a deployment"}
+"""Both have folds, predictions and figures of the same names."""
 
 
 def claim_folder(out: Path, what: str, settings: Mapping[str, Any]) -> None:
@@ -40,6 +46,29 @@ def claim_folder(out: Path, what: str, settings: Mapping[str, Any]) -> None:
         raise UserError(f"`out` must be a new or empty folder, but {out} holds other files.")
     else:
         write_toml(path, {what: settings})
+
+
+def refuse_other_results(out: Path, own: str) -> None:
+    """Raise if a folder holds results of another command, some of which ours would replace.
+
+    Args:
+        out: The folder.
+        own: The file that marks ours, of `RESULTS`.
+
+    Raises:
+        UserError: It does, or is the folder of a fold.
+    """
+    out = out.resolve()
+    places = [(out, {name for name in RESULTS if name != own})]
+    if re.fullmatch(r"fold-\d+", out.name):
+        places.append((out.parent, set(RESULTS)))
+    for folder, names in places:
+        for name in sorted(names):
+            if (folder / name).exists():
+                raise UserError(
+                    f"`out` must be a new folder or that of {RESULTS[own]}, but {folder} holds "
+                    f"{RESULTS[name]} ({name}). Use another --out."
+                )
 
 
 def clean(folder: Path) -> None:

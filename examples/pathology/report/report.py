@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from examples.pathology.common.errors import UserError
+from examples.pathology.common.folders import DEPLOYED
 from examples.pathology.figures.run import draw_figures, draw_scores
 from examples.pathology.figures.scores import compare
 from examples.pathology.figures.sheet import Sheet
@@ -19,7 +20,7 @@ from examples.pathology.report.sections import SECTIONS
 from examples.pathology.results import metrics
 from examples.pathology.results.metrics import Metric
 from examples.pathology.results.resampling import Comparison, compare_auroc, holm
-from examples.pathology.results.runs import DEPLOYED, Run, read_deployed, read_run
+from examples.pathology.results.runs import Run, read_deployed, read_run
 from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT

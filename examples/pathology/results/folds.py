@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from examples.pathology.cohort.targets import CALLED, FOLD, Target, prediction_columns
-from examples.pathology.common.errors import UserError, one_line
+from examples.pathology.common.errors import UserError, listing, one_line
 from examples.pathology.common.files import (
     DAMAGED,
     json_or_none,
@@ -218,7 +218,8 @@ def read_fold(folder: Path) -> FoldResult:
     """Read back a finished fold.
 
     Raises:
-        UserError: The fold is not finished, or a file of it is damaged or gone.
+        UserError: The fold is not finished, a file of it is damaged or gone, or its predictions
+            are of others than its test part.
     """
     if not (folder / DONE).exists():
         raise UserError(f"{folder} must be a finished fold, but is not. Run `crossval` again.")
@@ -230,11 +231,30 @@ def read_fold(folder: Path) -> FoldResult:
         threshold = math.nan if done.get("threshold") is None else float(done["threshold"])
     embeddings = read_embeddings(folder / "embeddings.npy", remedy)
     predictions = read_table_of_ours(folder / "predictions.csv", remedy, rows=len(embeddings))
+    _refuse_untested(folder, predictions, remedy)
     history = read_table_of_ours(folder / "history.csv", remedy, rows=epochs, text=False)
     validated = read_validation(folder, remedy)
     numbers = best_epoch, epochs, seconds, threshold
     search = read_search(folder)
     return FoldResult(predictions, embeddings, *numbers, history, validated, search)
+
+
+def _refuse_untested(folder: Path, predictions: pd.DataFrame, remedy: str) -> None:
+    """Raise if predictions are not of the test part: others of that name may have replaced them."""
+    splits, path = folder.parent / "splits.json", folder / "predictions.csv"
+    if not splits.exists():
+        return
+    with whole(path, remedy):
+        found = sorted(map(composed, predictions[PATIENT]))
+    with whole(splits, "Put it back."):
+        folds = json.loads(splits.read_text(encoding="utf-8"))["folds"]
+        tested = sorted(map(composed, folds[int(folder.name.removeprefix("fold-")) - 1]["test"]))
+    if found != tested:
+        odd = sorted(set(found).symmetric_difference(tested)) or found
+        raise UserError(
+            f"{path} must be of the patients whom {splits.name} has in the test part of the fold, "
+            f"but differs in {listing(odd, 4)}. {remedy}"
+        )
 
 
 def read_search(folder: Path) -> list[Candidate]:

@@ -13,6 +13,7 @@ import pandas as pd
 from examples.pathology.cohort.targets import one_spelling, refuse_look_alikes
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
+from examples.pathology.common.folders import DEPLOYED, RUN
 from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_embeddings, read_fold, read_validation
 from examples.pathology.results.measuring import measure_further, summarise_folds
@@ -21,8 +22,6 @@ from examples.pathology.settings.cohort import TCGA_SITE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT, read_clinical_table, sites_of
 from examples.pathology.tables.writing import read_table_of_ours
-
-DEPLOYED = "deploy.toml"  # a folder that has it holds a deployment
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def run_settings(run: Path) -> dict[str, Any]:
     Raises:
         UserError: Its ``config.toml`` is damaged or gone.
     """
-    path = run / "config.toml"
+    path = run / RUN
     with whole(path, "Put it back, or run `crossval` into a new folder."):
         settings: dict[str, Any] = read_toml(path)["crossval"]
         settings["folds"] = int(settings["folds"])
@@ -158,7 +157,7 @@ def made_with(folder: Path, source: str) -> dict[str, Any]:
     Raises:
         UserError: They are damaged or gone, or do not tell the source.
     """
-    path = folder / "config.toml"
+    path = folder / RUN
     path = path if path.exists() else folder / DEPLOYED
     with whole(path, "Put it back."):
         settings, *_ = read_toml(path).values()  # provenance follows

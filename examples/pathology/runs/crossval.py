@@ -20,7 +20,7 @@ from examples.pathology.cohort.targets import prediction_columns
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import UserError, listing
 from examples.pathology.common.files import write_json
-from examples.pathology.common.folders import clean, sole_writer
+from examples.pathology.common.folders import RUN, clean, refuse_other_results, sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.figures.run import draw_figures
 from examples.pathology.results.folds import DONE, read_fold, write_all_predictions, write_fold
@@ -73,6 +73,7 @@ def run_crossval(config: CrossvalConfig) -> RunSummary:
         UserError: Tables, features or settings are wrong, or the run folder belongs to another run.
         RunError: A loss is not finite.
     """
+    refuse_other_results(config.out, RUN)
     resolve_device(config.device)  # a wrong one is told before tables are read
     needs_lookahead(config.balancer, [config.target, *config.auxiliary])  # a wrong name as well
     refuse_unused_weights(config, [config.balancer])
@@ -105,9 +106,11 @@ def make_plan(config: CrossvalConfig, cohort: Cohort) -> Plan:
     Nobody else may work in the folder.
 
     Raises:
-        UserError: The folder belongs to another run, or the splits to another cohort.
+        UserError: The folder belongs to another run or to a deployment, or the splits to another
+            cohort.
     """
     config = with_reference_protocol(config)
+    refuse_other_results(config.out, RUN)
     clean(config.out)
     clean(config.out / "figures")
     _claim_run_folder(config, cohort)
@@ -207,7 +210,7 @@ def _steps_and_lookahead(plan: Plan, fold: Fold) -> tuple[Sequence[str], Sequenc
 
 def _claim_run_folder(config: CrossvalConfig, cohort: Cohort) -> None:
     """Write the resolved settings, or check that those in the folder are the same."""
-    path = config.out / "config.toml"
+    path = config.out / RUN
     if path.exists():
         stored = read_toml(path)
         differing = settings_that_differ(config, stored.get("crossval", {}))

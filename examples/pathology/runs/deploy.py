@@ -17,7 +17,7 @@ from examples.pathology.cohort.cohort import Cohort, load_external, log_exclusio
 from examples.pathology.cohort.targets import Target
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.files import json_or_none, write_json
-from examples.pathology.common.folders import clean, sole_writer
+from examples.pathology.common.folders import DEPLOYED, clean, refuse_other_results, sole_writer
 from examples.pathology.common.toml import write_toml
 from examples.pathology.features.kind import refuse_other_features
 from examples.pathology.results.folds import (
@@ -35,7 +35,7 @@ from examples.pathology.results.measuring import (
     thresholds_of,
 )
 from examples.pathology.results.metrics import Metric, Score, over_folds
-from examples.pathology.results.runs import DEPLOYED, fold_folders, run_settings
+from examples.pathology.results.runs import fold_folders, run_settings
 from examples.pathology.results.summary import metrics_json
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.tables.writing import read_table_of_ours
@@ -54,8 +54,10 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
     a page of them.
 
     Raises:
-        UserError: The run is not finished, the features are of another kind, or nobody is left.
+        UserError: The run is not finished, the features are of another kind, nobody is left, or
+            ``out`` holds a run.
     """
+    refuse_other_results(config.out, DEPLOYED)
     device = resolve_device(config.device)
     folders = fold_folders(config.run)
     models = [read_model(folder / "model.pt", device) for folder in folders]
@@ -66,6 +68,7 @@ def run_deploy(config: DeployConfig) -> dict[str, Any]:
         refuse_other_features(kind, cohort.kind, folder, config.features)
     log_exclusions(cohort)
     with sole_writer(config.out):
+        refuse_other_results(config.out, DEPLOYED)  # begun there meanwhile
         clean(config.out)
         write_toml(config.out / DEPLOYED, deploy_settings(config))
         cohort.write_ledger(config.out / "ledger.csv")

@@ -23,11 +23,10 @@ import torch
 from examples.pathology.common.devices import resolve_device
 from examples.pathology.common.errors import RunError, UserError
 from examples.pathology.common.files import writable
-from examples.pathology.common.folders import sole_writer
+from examples.pathology.common.folders import DEPLOYED, sole_writer
 from examples.pathology.common.toml import read_toml, write_toml
 from examples.pathology.jobs.cluster import cluster
 from examples.pathology.jobs.engine import Job, Outcome, run_jobs
-from examples.pathology.results.runs import DEPLOYED
 from examples.pathology.runs.crossval import (
     Plan,
     finish,

@@ -2,6 +2,8 @@
 
 import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from examples.pathology.common.errors import UserError
@@ -91,6 +93,28 @@ def test_crossval_and_report_say_so_too(finished, run):
         run_crossval(finished)
     damaged.write_bytes(kept)
     assert len(read_fold(finished.out / "fold-2").predictions) == 6
+
+
+@pytest.mark.parametrize("damage", ["others", "twice", "one less"])
+def test_predictions_of_others_than_the_test_part_are_no_fold_of_it(damage, run):
+    """As an earlier release left a fold whose folder was given to `deploy`, too."""
+    path = run / "fold-2" / "predictions.csv"
+    table = pd.read_csv(path, dtype=str)
+    name = table["PATIENT"][1]
+    if damage == "one less":
+        table = table.drop(1)
+        points = np.load(run / "fold-2/embeddings.npy")
+        np.save(run / "fold-2/embeddings.npy", points[1:])
+    else:
+        table.loc[1, "PATIENT"] = "X1" if damage == "others" else table["PATIENT"][0]
+    table.to_csv(path, index=False)
+    words = (
+        rf"in the test part of the fold, but differs in .*{name}.*\. Delete .*fold-2 and .*again"
+    )
+    with pytest.raises(UserError, match=words):
+        read_run(run)
+    (run / "splits.json").unlink()
+    assert len(read_run(run).results) == 2  # nothing tells
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,33 @@ def test_patients_with_other_labels_are_named_and_left_out_if_asked(
     pd.testing.assert_series_equal(again["isMSIH_MSS"], table["isMSIH_MSS"])
 
 
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_deployment_and_a_run_keep_out_of_each_others_folders(run, external, tmp_path):
+    """Nothing is read: neither the other run nor any table is there."""
+    copy, deployed = shutil.copytree(run, tmp_path / "copy"), tmp_path / "deployed"
+    deploy(run, external, deployed)
+    before = content(copy), content(deployed)
+    nowhere = replace(external, clini=tmp_path / "no", slides=tmp_path / "no")
+    for out in (copy, copy / "fold-1", deployed / "fold-2"):
+        kind = "a deployment" if out.parent == deployed else "a run of `crossval`"
+        words = (
+            rf"`out` must be a new folder or that of a deployment, but .* holds {kind} \(.*toml\)"
+        )
+        with pytest.raises(UserError, match=words):
+            deploy(tmp_path / "no", nowhere, out)
+    for out in (deployed, deployed / "fold-1", copy / "fold-1"):
+        paths = nowhere.clini, nowhere.slides, nowhere.features
+        with pytest.raises(UserError, match=r"or that of a run of `crossval`, but .* holds a"):
+            run_crossval(CrossvalConfig(*paths, "isMSIH", out))
+    assert (content(copy), content(deployed)) == before
+    deploy(run, external, deployed)  # again
+    assert content(deployed) == before[1]
+    deploy(copy, external, copy / "deployed")  # a folder of its own
+
+
 def test_a_run_that_is_not_finished_is_refused(external, tmp_path):
     with pytest.raises(UserError, match="`run` must be a finished run of `crossval`"):
         deploy(tmp_path, external, tmp_path / "out")
