@@ -1,6 +1,7 @@
 """A finished run, or its deployment on another cohort, read back."""
 
 import json
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -10,18 +11,23 @@ from typing import Any
 
 import pandas as pd
 
+from examples.pathology.cohort.cohort import TRAINING_ONLY
 from examples.pathology.cohort.targets import one_spelling, refuse_look_alikes
 from examples.pathology.common.errors import UserError
 from examples.pathology.common.files import whole
 from examples.pathology.common.folders import DEPLOYED, RUN
+from examples.pathology.common.names import composed
 from examples.pathology.common.toml import read_toml
 from examples.pathology.results.folds import FoldResult, read_embeddings, read_fold, read_validation
 from examples.pathology.results.measuring import measure_further, summarise_folds
 from examples.pathology.results.summary import Metrics, RunSummary, read_summary
 from examples.pathology.settings.cohort import TCGA_SITE
+from examples.pathology.settings.crossval import BASELINE
 from examples.pathology.settings.runs import PageConfig
 from examples.pathology.tables.reading import PATIENT, read_clinical_table, sites_of
 from examples.pathology.tables.writing import read_table_of_ours
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,19 @@ def made_with(folder: Path, source: str) -> dict[str, Any]:
     with whole(path, "Put it back."):
         settings, *_ = read_toml(path).values()  # provenance follows
         return {**settings, source: Path(settings[source])}
+
+
+def trained_on(folder: Path) -> set[str]:
+    """Return everybody on whom a model of a run was trained; nobody where its ledger is gone."""
+    path = folder / "ledger.csv"
+    if not path.exists():
+        logger.warning("%s is gone, so that nothing tells whom the run was trained on", path)
+        return set()
+    alone = run_settings(folder)["balancer"] == BASELINE  # it knows the primary target only
+    statuses = ("used",) if alone else ("used", TRAINING_ONLY)
+    ledger = read_table_of_ours(path, "Put it back.")
+    rows = ledger[(ledger["item"] == "patient") & ledger["status"].isin(statuses)]
+    return set(map(composed, rows["name"]))
 
 
 def slides_of(folder: Path) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.pathology.cohort.targets import Target
+from examples.pathology.common.errors import listing
 from examples.pathology.common.files import whole
 from examples.pathology.results.metrics import Metric, Score
 from examples.pathology.settings.cohort import Kind
@@ -92,6 +93,7 @@ class RunSummary:
         metrics: All figures.
         run: The run that was deployed, and of its deployment:
         labelled: How many patients have a label.
+        trained_on: Those who have the name of a patient that the run was trained on.
         threshold_of_ensemble: The mean of the thresholds.
         metrics_of_ensemble: All figures of the mean of the models.
     """
@@ -129,6 +131,7 @@ class RunSummary:
     metrics: Metrics
     run: str = ""
     labelled: int | None = None
+    trained_on: Sequence[str] = ()
     threshold_of_ensemble: float | None = None
     metrics_of_ensemble: Metrics = field(default_factory=dict)
 
@@ -141,7 +144,8 @@ class RunSummary:
     @property
     def caption(self) -> str:
         """The warning that belongs under every figure."""
-        return warning_of(self.note, self.simulated, random_weights=self.random_weights)
+        first = warning_of(self.note, self.simulated, random_weights=self.random_weights)
+        return " ".join(filter(None, (first, warning_of_training(self.trained_on, self.patients))))
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "RunSummary":
@@ -155,7 +159,7 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """Return what ``metrics.json`` of a cross-validation holds."""
         optional = ["classes", "positive", "cutoff", "values", "search", "thresholds", "run"]
-        optional += ["labelled", "threshold_of_ensemble", "metrics_of_ensemble"]
+        optional += ["labelled", "trained_on", "threshold_of_ensemble", "metrics_of_ensemble"]
         stored = {
             name: value
             for name, value in vars(self).items()
@@ -177,6 +181,17 @@ def warning_of(note: str, simulated: str, *, random_weights: bool) -> str:
     random = "Features come from a network with RANDOM weights and carry no biology."
     parts = (f"{note}." if note else "", simulated, random if random_weights else "")
     return " ".join(part for part in parts if part)
+
+
+def warning_of_training(trained_on: Sequence[str], patients: int) -> str:
+    """Return the warning that belongs under figures of patients whom the models have seen."""
+    if not trained_on:
+        return ""
+    return (
+        f"{len(trained_on)} of {patients} patients have the name of one that the run was trained "
+        f"on ({listing(trained_on, 3)}): if they are the same people, figures are better than for "
+        "others, and those of the cross-validation count."
+    )
 
 
 def read_summary(folder: Path) -> "RunSummary":

@@ -35,8 +35,8 @@ from examples.pathology.results.measuring import (
     thresholds_of,
 )
 from examples.pathology.results.metrics import Metric, Score, over_folds
-from examples.pathology.results.runs import fold_folders, run_settings
-from examples.pathology.results.summary import metrics_json
+from examples.pathology.results.runs import fold_folders, run_settings, trained_on
+from examples.pathology.results.summary import metrics_json, warning_of_training
 from examples.pathology.settings.runs import DeployConfig
 from examples.pathology.tables.writing import read_table_of_ours
 from examples.pathology.training.bags import BagStore
@@ -110,6 +110,8 @@ def _predict_all(
     ensemble = _result(path, together, threshold)
     summary = _summary(config, cohort, targets, results, ensemble)
     write_json(config.out / "metrics.json", summary)
+    if warning := warning_of_training(summary["trained_on"], len(cohort.patients)):
+        logger.warning("%s", warning)
     logger.info(
         "%d patients, %d with a label; %s", len(cohort.patients), summary["labelled"], config.out
     )
@@ -143,7 +145,7 @@ def _summary(
     results: Sequence[FoldResult],
     ensemble: FoldResult,
 ) -> dict[str, Any]:
-    trained = run_settings(config.run)
+    trained, known = run_settings(config.run), trained_on(config.run)
     labels = [patient.label for patient in cohort.patients if patient.label]
     if thresholds := thresholds_of(targets[0], results):
         thresholds["threshold_of_ensemble"] = json_or_none(ensemble.threshold)
@@ -157,6 +159,7 @@ def _summary(
         "auxiliary": describe_auxiliary(targets),
         "patients": len(cohort.patients),
         "labelled": len(labels),
+        "trained_on": [patient.name for patient in cohort.patients if patient.name in known],
         "funnel": [list(stage) for stage in cohort.funnel],
         **asdict(cohort.kind),
         "note": trained.get("note", ""),

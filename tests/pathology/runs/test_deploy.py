@@ -13,6 +13,7 @@ import torch
 from examples.pathology.common.errors import UserError
 from examples.pathology.report.report import write_report
 from examples.pathology.results.folds import read_model
+from examples.pathology.results.runs import trained_on
 from examples.pathology.runs.crossval import run_crossval
 from examples.pathology.runs.deploy import deploy_settings, run_deploy
 from examples.pathology.settings.crossval import CrossvalConfig
@@ -251,6 +252,61 @@ def test_patients_with_other_labels_are_named_and_left_out_if_asked(
     deploy(run, replace(external, clini=rest), tmp_path / "rest")  # the others' are as ever
     again = pd.read_csv(tmp_path / "rest/predictions.csv")
     pd.testing.assert_series_equal(again["isMSIH_MSS"], table["isMSIH_MSS"])
+
+
+def named(tables, change):
+    """Give patients other names in both tables."""
+    for path in (tables.clini, tables.slides):
+        header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        write_table(path, header, [[change(row[0]), *row[1:]] for row in rows])
+
+
+def test_patients_that_the_run_was_trained_on_are_warned_of(run, external, tmp_path, caplog):
+    named(external, lambda name: name if name in ("P03", "P05", "P06", "P07") else f"X{name}")
+    value = deploy(run, external, tmp_path / "out")
+    assert value["trained_on"] == ["P03", "P05", "P06", "P07"]
+    words = (
+        "4 of 9 patients have the name of one that the run was trained on (P03, P05, P06 and 1 "
+        "more): if they are the same people"
+    )
+    assert words in caplog.text
+    page = write_report([tmp_path / "out"]).read_text(encoding="utf-8")
+    assert words in page.partition("<table")[0]
+    assert words in (tmp_path / "out/table.md").read_text(encoding="utf-8")
+
+
+def test_other_patients_are_not_warned_of(run, external, tmp_path, caplog):
+    named(external, lambda name: f"X{name}")
+    assert deploy(run, external, tmp_path / "out")["trained_on"] == []
+    assert "trained on" not in caplog.text
+    path = tmp_path / "out/metrics.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    del value["trained_on"]  # as deployments of before
+    path.write_text(json.dumps(value), encoding="utf-8")
+    page = write_report([tmp_path / "out"]).read_text(encoding="utf-8")
+    assert "that the run was trained on" not in page
+
+
+def test_who_is_trained_on_for_other_targets_only_is_one_of_them_unless_the_baseline(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    ledger = copy / "ledger.csv"
+    text = ledger.read_text(encoding="utf-8")
+    assert "patient,P04,P04,used," in text
+    text = text.replace("patient,P04,P04,used,", "patient,P04,P04,training only,no label")
+    ledger.write_text(text.replace("patient,P05,P05,used,", "patient,P05,P05,excluded,none"))
+    everybody = {f"P{i:02d}" for i in range(16)}
+    assert trained_on(copy) == everybody - {"P05"}
+    settings = copy / "config.toml"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace('"balancer" = "naive"', '"balancer" = "baseline"'))
+    assert trained_on(copy) == everybody - {"P04", "P05"}
+
+
+def test_a_run_without_its_ledger_is_deployed_and_says_so(run, external, tmp_path, caplog):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "ledger.csv").unlink()
+    assert deploy(copy, external, tmp_path / "out")["trained_on"] == []
+    assert "ledger.csv is gone, so that nothing tells whom" in caplog.text
 
 
 def content(folder):
