@@ -302,7 +302,7 @@ def test_a_state_of_a_later_version_is_refused() -> None:
 
 
 def test_names_of_any_letters_are_saved() -> None:
-    names = ("MSI-Status (Δ ≥ 30 %)", '"{}\n', "腫瘍")
+    names = ("MSI-Status (Δ ≥ 30 %)", '"{}\\t', "腫瘍")
     state = saved(equal_balancer(*names).state_dict())
     equal_balancer(*names).load_state_dict(state)
 

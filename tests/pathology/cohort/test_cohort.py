@@ -468,10 +468,10 @@ def test_what_is_another_keys_is_no_match(keys, files, found):
 
 
 def test_a_slide_without_its_file_gets_none_of_another_site(tables):
-    for site in ("siteA", "siteB"):
+    for number, site in enumerate(("siteA", "siteB")):
         (tables.features / site).mkdir()
         for i in range(12):
-            write_bag(tables.features / site / f"{i:03d}.h5", np.ones((2, 768)))
+            write_bag(tables.features / site / f"{i:03d}.h5", np.full((2, 768), 12 * number + i))
     (tables.features / "siteA" / "007.h5").unlink()
     one = [[f"P{i:02d}", f"siteA/{i:03d}.svs"] for i in range(12)]
     other = [[f"P{i:02d}", f"siteB/{i - 6:03d}.svs"] for i in range(6, 12)]
@@ -484,8 +484,8 @@ def test_a_slide_without_its_file_gets_none_of_another_site(tables):
 
 
 def test_slides_of_one_name_are_told_apart_by_their_suffix(tables):
-    for name in ("a", "a.svs", "a.tif"):  # the first of a time when one of them was alone
-        write_bag(tables.features / f"{name}.h5", np.ones((2, 768)))
+    for i, name in enumerate(("a", "a.svs", "a.tif")):  # the first of when one was alone
+        write_bag(tables.features / f"{name}.h5", np.full((2, 768), i))
     rewrite(tables.slides, lambda rows: [["P00", "a.svs"], ["P01", "a.tif"], *rows[2:]])
     cohort = tables.load()
     assert [p.files[0].name for p in cohort.patients[:2]] == ["a.svs.h5", "a.tif.h5"]
