@@ -92,16 +92,16 @@ class RecordWriter:
             )
         step = self._next if step is None else step
         self._next = step + 1
-        further = {name: _checked(name, value) for name, value in more.items()}
         if self._target is not None and step % self.every == 0:
             row = {"step": float(step), **record.as_dict()}
-            taken = sorted(row.keys() & further.keys())
-            if taken:
-                raise ValueError(
-                    f"further figures must not be called as those of the record, but {taken[0]!r} "
-                    "is one of them. Give it another name."
-                )
-            self._target.write({**row, **further})
+            for name, value in more.items():
+                if name in row:
+                    raise ValueError(
+                        f"further figures must not be called as those of the record, but {name!r} "
+                        "is one of them. Give it another name."
+                    )
+                row[name] = _checked(name, value)
+            self._target.write(row)
 
     def close(self) -> None:
         """Close the file."""

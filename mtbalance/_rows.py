@@ -67,17 +67,17 @@ def layout_of(rows: Rows) -> Layout:
 def _layout(rows: Rows) -> Layout:
     complete = not any(tensor is None for row in rows for tensor in row)
     first = rows[0] if complete and rows else first_of(rows)
-    return Layout(list(map(columns_of, first)), kinds_of(rows), complete)
+    return Layout(list(map(columns_of, first)), _kinds_of(rows), complete)
 
 
-def kinds_of(rows: Rows) -> set[Kind]:
+def _kinds_of(rows: Rows) -> set[Kind]:
     """Return the kinds of all tensors in the rows."""
     return {(t.dtype, t.layout, t.device) for row in rows for t in row if t is not None}
 
 
 def kind_of(rows: Rows) -> torch.dtype | None:
     """Return the dtype of tensors that are dense and of one kind; else None."""
-    return _one_kind(kinds_of(rows))
+    return _one_kind(_kinds_of(rows))
 
 
 def _one_kind(kinds: set[Kind]) -> torch.dtype | None:

@@ -90,6 +90,19 @@ def test_further_figures_are_numbers_of_other_names(tmp_path):
     assert read_log(tmp_path / "log.csv").columns["lr"] == [0.5]
 
 
+def test_what_is_not_written_is_not_looked_at(tmp_path):
+    """To read a number waits for the device that it is on."""
+
+    class Unread:
+        def __float__(self):
+            raise AssertionError
+
+    (record,) = records(1)
+    with RecordWriter(tmp_path / "log.csv", every=2) as writer:
+        writer.write(record, step=1, lr=Unread())
+    assert not (tmp_path / "log.csv").read_text()
+
+
 def test_a_closed_writer_loses_no_row_without_a_word(tmp_path):
     (record,) = records(1)
     with RecordWriter(tmp_path / "log.csv") as writer:

@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from mtbalance._balancer import Balancer
 from mtbalance._record import Record
+from mtbalance.integrations._total import sum_of
 
 try:
     import lightning.pytorch  # noqa: F401
@@ -103,7 +104,7 @@ class Balanced:
                 returned for the last batch was not returned to Lightning.
         """
         module: Any = self
-        total = _sum_of(losses, module.device)
+        total = sum_of(losses, module.device)
         if not getattr(module._trainer, "training", True):  # steps may share their code
             return total
         if not module.automatic_optimization:
@@ -208,12 +209,6 @@ class Balanced:
     def _balancers(self) -> dict[str, Balancer]:
         module: Any = self
         return {name: each for name, each in module.named_modules() if isinstance(each, Balancer)}
-
-
-def _sum_of(losses: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """Return the sum of losses, without a graph; 0 of a batch without any label."""
-    values = [loss.detach().float().sum() for loss in losses.values()]
-    return torch.stack([torch.zeros((), device=device), *values]).sum()
 
 
 def _is_untouched(total: Tensor, loss: Tensor, *, scaled: bool) -> bool:

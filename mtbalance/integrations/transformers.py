@@ -25,6 +25,7 @@ except ImportError as error:
         '`pip install "mtbalance[transformers]"`.'
     ) from error
 
+from mtbalance.integrations._total import sum_of
 from mtbalance.integrations.accelerate import backward
 
 __all__ = ["BalancedTrainer"]
@@ -121,9 +122,7 @@ class BalancedTrainer(Trainer):
         """
         del num_items_in_batch
         losses, outputs = self.compute_losses(model, inputs)
-        start = torch.zeros((), device=self.args.device)  # of a batch without any label
-        values = [loss.detach().float().sum() for loss in losses.values()]
-        total = torch.stack([start, *values]).sum()
+        total = sum_of(losses, self.args.device)
         if model.training and torch.is_grad_enabled():
             batches = self.current_gradient_accumulation_steps
             if batches > 1:
